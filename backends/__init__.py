@@ -1,0 +1,1 @@
+"""Backends turn a program into files: torch, onnx, trt, safetensors; reference evaluates it."""

@@ -1,0 +1,1 @@
+"""Reference evaluation of every op in PyTorch."""

@@ -1,0 +1,230 @@
+"""What every op means, in plain PyTorch: the yardstick of each rewrite and of each backend.
+
+Written for reading, not for speed: recurrences are loops over tokens. All arithmetic is float32;
+states are rounded to their stored type where they are stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+
+
+def _unflatten(x: Tensor, *sizes: int) -> Tensor:
+    return x.reshape(*x.shape[:-1], *sizes)
+
+
+def embedding(ids: Tensor, table: Tensor) -> Tensor:
+    return table[ids].float()
+
+
+def shift_left(ids: Tensor) -> Tensor:
+    return F.pad(ids[:, 1:], (0, 1))
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    return x + y
+
+
+def relu2(x: Tensor) -> Tensor:
+    return x.relu().square()
+
+
+def concat(x: Tensor, y: Tensor) -> Tensor:
+    return torch.cat((x, y), dim=-1)
+
+
+def split(x: Tensor, *, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    return tuple(torch.split(x, list(sizes), dim=-1))
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+
+
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, groups: int, eps: float) -> Tensor:
+    grouped = _unflatten(x * F.silu(gate), groups, -1)
+    return (grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + eps)).flatten(-2) * weight.float()
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    return x @ weight.float().T
+
+
+def expert_linear(x: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    return torch.einsum("bsrnk,bsrk->bsrn", weight[indices].float(), x.expand(*indices.shape, x.shape[-1]))
+
+
+def dequantize_nvfp4(codes: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
+    packed = codes.view(torch.uint8)
+    nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+    blocks = _unflatten(E2M1[nibbles.long()], -1, 16)
+    return (blocks * scale.float().unsqueeze(-1)).flatten(-2) * scale_2[..., None, None]
+
+
+def dequantize_fp8(codes: Tensor, scale: Tensor) -> Tensor:
+    return codes.float() * scale[..., None, None]
+
+
+def route(
+    logits: Tensor,
+    bias: Tensor,
+    *,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    norm_topk_prob: bool,
+    scaling_factor: float,
+) -> tuple[Tensor, Tensor]:
+    scores = logits.sigmoid()
+    choice = scores + bias
+    if n_group > 1:
+        grouped = _unflatten(choice, n_group, -1)
+        best = grouped.topk(2, dim=-1).values.sum(-1).topk(topk_group, dim=-1).indices
+        allowed = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best, True)
+        choice = grouped.masked_fill(~allowed.unsqueeze(-1), -torch.inf).flatten(-2)
+    indices = choice.topk(top_k, dim=-1).indices
+    weights = scores.gather(-1, indices)
+    if norm_topk_prob:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return indices, weights * scaling_factor
+
+
+def experts(x: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    inner = relu2(expert_linear(x.unsqueeze(-2), indices, up))
+    return combine_experts(expert_linear(inner, indices, down), weights)
+
+
+def expand_experts(x: Tensor) -> Tensor:
+    return x.unsqueeze(-2)
+
+
+def combine_experts(y: Tensor, weights: Tensor) -> Tensor:
+    return (y * weights.unsqueeze(-1)).sum(-2)
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    window = x.new_zeros(x.shape[0], x.shape[2], weight.shape[-1] - 1)
+    return causal_conv1d_update(x, window, weight, bias)[0]
+
+
+def causal_conv1d_update(x: Tensor, window: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    columns = torch.cat((window.float(), x.transpose(1, 2)), dim=-1)
+    y = F.conv1d(columns, weight.float(), bias.float() if bias is not None else None, groups=weight.shape[0])
+    return F.silu(y).transpose(1, 2), columns[..., -window.shape[-1] :].to(window.dtype)
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    *,
+    n_groups: int,
+    chunk_size: int,
+) -> Tensor:
+    heads = A.shape[0]
+    state = x.new_zeros(x.shape[0], heads, x.shape[-1] // heads, B.shape[-1] // n_groups)
+    return ssd_update(x, dt, A, B, C, D, dt_bias, state, n_groups=n_groups)[0]
+
+
+def ssd_update(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    *,
+    n_groups: int,
+) -> tuple[Tensor, Tensor]:
+    heads = A.shape[0]
+    u = _unflatten(x, heads, -1)
+    delta = F.softplus(dt + dt_bias)
+    b, c = (_unflatten(t, n_groups, -1).repeat_interleave(heads // n_groups, dim=2) for t in (B, C))
+    h, outputs = state.float(), list[Tensor]()
+    for s in range(x.shape[1]):
+        step = delta[:, s, :, None, None]
+        h = torch.exp(step * A[:, None, None]) * h + step * u[:, s, :, :, None] * b[:, s, :, None, :]
+        outputs.append((h * c[:, s, :, None, :]).sum(-1) + D[:, None] * u[:, s])
+    return torch.stack(outputs, dim=1).flatten(-2), h.to(state.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, num_heads: int, num_kv_heads: int) -> Tensor:
+    batch, tokens, width = k.shape
+    cache = k.new_zeros(batch, num_kv_heads, tokens, width // num_kv_heads)
+    lengths = torch.zeros(batch, dtype=torch.int64)
+    return cached_attention(q, k, v, cache, cache, lengths, num_heads=num_heads, num_kv_heads=num_kv_heads)[0]
+
+
+def cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, capacity = q.shape[1], k_cache.shape[2]
+    rows = torch.arange(q.shape[0])[:, None]
+    places = lengths[:, None] + torch.arange(tokens)
+
+    def write(cache: Tensor, new: Tensor) -> Tensor:
+        cache = cache.clone()
+        cache[rows, :, places] = _unflatten(new, num_kv_heads, -1).to(cache.dtype)
+        return cache
+
+    keys, values = write(k_cache, k), write(v_cache, v)
+    visible = torch.arange(capacity) <= places[..., None]
+    group = num_heads // num_kv_heads
+    y = F.scaled_dot_product_attention(
+        _unflatten(q, num_heads, -1).transpose(1, 2),
+        keys.float().repeat_interleave(group, dim=1),
+        values.float().repeat_interleave(group, dim=1),
+        attn_mask=visible[:, None],
+    )
+    return y.transpose(1, 2).flatten(-2), keys, values
+
+
+EVALUATORS: Mapping[str, Callable[..., Any]] = {
+    f.__name__: f
+    for f in (
+        embedding,
+        shift_left,
+        add,
+        relu2,
+        concat,
+        split,
+        rms_norm,
+        gated_rms_norm,
+        linear,
+        expert_linear,
+        dequantize_nvfp4,
+        dequantize_fp8,
+        route,
+        experts,
+        expand_experts,
+        combine_experts,
+        causal_conv1d,
+        causal_conv1d_update,
+        ssd,
+        ssd_update,
+        attention,
+        cached_attention,
+    )
+}
+"""Op name → its evaluation; a test compares the names with those of `n3c.ir.ops`."""

@@ -1,0 +1,1 @@
+"""Checkpoints: streaming reading, source expressions, NVFP4 packing."""

@@ -1,0 +1,131 @@
+"""Evaluating source expressions: parameters of a program from tensors of a checkpoint, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
+from n3c.ir.program import Parameter
+from n3c.ir.source import Bytes, Concat, Fp8, NegExp, Nvfp4, Source, Stack, Tensor, tensor_names
+from n3c.ir.types import DType
+
+from . import nvfp4
+from .checkpoint import Checkpoint, file_error
+
+Array = NDArray[np.generic]
+
+NUMPY_DTYPES = {
+    DType.F32: np.dtype(np.float32),
+    DType.F16: np.dtype(np.float16),
+    DType.BF16: np.dtype(ml_dtypes.bfloat16),
+    DType.F8E4M3: np.dtype(ml_dtypes.float8_e4m3fn),
+    DType.F4E2M1: np.dtype(np.uint8),
+    DType.I64: np.dtype(np.int64),
+    DType.I8: np.dtype(np.int8),
+}
+"""Stored types in numpy; FP4 codes are bytes of two."""
+
+E4M3_MAX = np.float32(448)
+
+
+def load(parameter: Parameter, checkpoint: Checkpoint) -> Array:
+    """Return the value of `parameter` in its stored type; FP4 codes as uint8 [..., K/2].
+
+    Raises N3CError where a tensor is missing, misshapen or not finite.
+    """
+    value = _evaluate(parameter.source, checkpoint).astype(NUMPY_DTYPES[parameter.type.dtype], copy=False)
+    shape = parameter.type.static_dims
+    if parameter.type.dtype is DType.F4E2M1:
+        shape = (*shape[:-1], shape[-1] // 2)
+    if value.shape != shape:
+        wrong = ", ".join(tensor_names(parameter.source))
+        raise file_error(
+            "E0606",
+            f"`{parameter.name}` needs {list(shape)}, but {wrong} gives {list(value.shape)}",
+            checkpoint.directory,
+        )
+    return value
+
+
+def _evaluate(source: Source, checkpoint: Checkpoint) -> Array:
+    match source:
+        case Tensor(name):
+            return checkpoint.read(name)
+        case Stack():
+            return np.stack([checkpoint.read(name) for name in tensor_names(source)])
+        case Concat(parts):
+            return np.concatenate([_evaluate(part, checkpoint) for part in parts])
+        case NegExp(operand):
+            return -np.exp(_evaluate(operand, checkpoint).astype(np.float32))
+        case Bytes(operand):
+            return _evaluate(operand, checkpoint).view(np.int8)
+        case Nvfp4(operand, part, block_rows):
+            return _each_matrix(operand, checkpoint, lambda name: _nvfp4(checkpoint, name, part, block_rows))
+        case Fp8(operand, part):
+            return _each_matrix(operand, checkpoint, lambda name: _fp8(checkpoint, name, part))
+
+
+def _each_matrix(source: Source, checkpoint: Checkpoint, part: Callable[[str], Array]) -> Array:
+    """Quantize matrix by matrix: every expert has scales of its own, and only one is held unquantized."""
+    pieces = [part(name) for name in tensor_names(source)]
+    return np.stack(pieces) if isinstance(source, Stack) else pieces[0]
+
+
+def _nvfp4(checkpoint: Checkpoint, name: str, part: str, block_rows: int) -> Array:
+    stored = {"codes": name, "scale": f"{name}_scale", "scale_2": f"{name}_scale_2"}
+    if stored["scale_2"] in checkpoint:
+        return checkpoint.read(stored[part])
+    try:
+        matrix = nvfp4.quantize(checkpoint.read(name), block_rows)
+    except ValueError as error:
+        raise file_error("E0607", f"tensor `{name}`: {error}", checkpoint.directory) from error
+    return np.asarray(getattr(matrix, part))
+
+
+def _fp8(checkpoint: Checkpoint, name: str, part: str) -> Array:
+    if f"{name}_scale" in checkpoint:
+        return checkpoint.read(name if part == "codes" else f"{name}_scale")
+    weight = checkpoint.read(name).astype(np.float32)
+    amax = np.abs(weight).max(initial=np.float32(0))
+    if not np.isfinite(amax):
+        raise file_error("E0607", f"tensor `{name}`: the weight holds NaN or infinity", checkpoint.directory)
+    scale = amax / E4M3_MAX if amax > 0 else np.float32(1)
+    return np.asarray(scale) if part == "scale" else (weight / scale).astype(ml_dtypes.float8_e4m3fn)
+
+
+def check_fit(parameters: Iterable[Parameter], checkpoint: Checkpoint) -> None:
+    """Compare names and shapes with the headers, reading no data; N3CError lists all that is wrong.
+
+    `parameters` are those of the program before quantization.
+    """
+    faults: list[Diagnostic] = []
+    place = Span(str(checkpoint.directory))
+    wanted: set[str] = set()
+    for parameter in parameters:
+        shape = parameter.type.static_dims[1 if isinstance(parameter.source, Stack) else 0 :]
+        for name in tensor_names(parameter.source):
+            wanted.add(name)
+            if name not in checkpoint:
+                faults.append(Diagnostic("E0603", f"no tensor `{name}` in the checkpoint", place))
+                continue
+            dtype, found = checkpoint.info(name)
+            expected = (*shape[:-1], shape[-1] // 2) if dtype == "U8" else shape
+            if found != expected:
+                faults.append(
+                    Diagnostic("E0606", f"tensor `{name}` is {list(found)}, the spec needs {list(expected)}", place)
+                )
+    scales = ("_scale", "_scale_2", ".input_scale", ".k_scale", ".v_scale")
+    extra = [name for name in checkpoint if name not in wanted and not name.endswith(scales)]
+    faults.extend(Diagnostic("E0608", f"the spec has no place for tensor `{name}`", place) for name in extra)
+    if faults:
+        shown, rest = faults[:_MOST_FAULTS], len(faults) - _MOST_FAULTS
+        if rest > 0:
+            shown.append(Diagnostic("E0608", f"and {rest} more", place))
+        raise N3CError(shown, ExitCode.FILE)
+
+
+_MOST_FAULTS = 20

@@ -1,0 +1,143 @@
+"""The driver of `n3c build`: one spec in, one output directory out, in numbered phases.
+
+1 load and check    2 passes    3 emit the target    4 manifest    5 rename into place
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from n3c.ir.diagnostics import Diagnostic
+from n3c.ir.program import Program
+from n3c.specs.dump import dump_spec
+from n3c.specs.load import load_spec
+from n3c.specs.schema import Spec
+
+from . import outdir
+from .checking import require_target
+from .lower import lower
+from .progress import Progress
+from .serving import Served, serve
+from .sizes import count_parameters
+from .tools import tool_versions
+
+TARGETS = ("torch", "onnx", "trt")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to build."""
+
+    spec: Path
+    target: str
+    out: Path | None = None
+    overrides: Sequence[str] = ()
+    weights: Path | None = None
+    trt: Literal["rtx", "full"] = "rtx"
+    sm: int = 120
+
+
+@dataclass(slots=True)
+class Build:
+    """A finished build. `mismatches` are precisions that plans do not realise (exit code 5)."""
+
+    out: Path
+    files: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    seconds: float = 0.0
+    warnings: list[Diagnostic] = field(default_factory=list[Diagnostic])
+    mismatches: list[Diagnostic] = field(default_factory=list[Diagnostic])
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the form of `n3c build --json`."""
+        return {
+            "ok": not self.mismatches,
+            "out": str(self.out),
+            "files": self.files,
+            "seconds": round(self.seconds, 3),
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "diagnostics": [d.as_json() for d in (*self.warnings, *self.mismatches)],
+        }
+
+
+def build(request: Request, progress: Progress, after: Callable[[str, Program], None] | None = None) -> Build:
+    """Build `request`; `after` sees the program after lowering and after each pass.
+
+    Raises N3CError: exit code 3 for the spec, 4 for the target, 6 for files; nothing is written then.
+    """
+    progress.phase("load")
+    spec, warnings = load_spec(request.spec, request.overrides)
+    out = request.out if request.out is not None else Path("build") / spec.name
+    outdir.require_writable(out)
+
+    progress.phase("passes")
+    served = serve(spec, after)
+    if request.target == "trt":
+        require_target(spec, served, request.sm)
+    if request.weights is not None:
+        _require_fit(spec, request.weights)
+
+    resolved = dump_spec(spec)
+    spec_sha256 = hashlib.sha256(resolved.encode()).hexdigest()
+    built = Build(out, warnings=[*warnings, *served.warnings])
+    with outdir.replacing(out) as folder:
+        outdir.keep_other_targets(
+            out, folder, spec_sha256, replaced={request.target} | ({"onnx"} if request.target == "trt" else set())
+        )
+        (folder / "spec.toml").write_text(resolved, encoding="utf-8")
+        if request.target == "torch":
+            _emit_torch(spec, spec_sha256, folder / "torch", progress)
+        else:
+            from .engines import emit_engines
+
+            built.mismatches = emit_engines(request, spec, served, folder, progress)
+        progress.phase("manifest")
+        manifest = _manifest(spec, spec_sha256, served, folder)
+        (folder / outdir.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    built.files = manifest["files"]
+    built.seconds = progress.elapsed
+    return built
+
+
+def _require_fit(spec: Spec, weights: Path) -> None:
+    from n3c.backends.safetensors.checkpoint import Checkpoint
+    from n3c.backends.safetensors.sources import check_fit
+
+    check_fit(lower(spec).parameters.values(), Checkpoint(weights))
+
+
+def _emit_torch(spec: Spec, spec_sha256: str, folder: Path, progress: Progress) -> None:
+    from n3c.backends.torch.emit import emit
+
+    progress.phase("emit torch")
+    folder.mkdir()
+    for name, text in emit(spec, spec_sha256).items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _manifest(spec: Spec, spec_sha256: str, served: Served, folder: Path) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "spec": {"name": spec.name, "sha256": spec_sha256},
+        "tools": tool_versions(),
+        "passes": [{"name": r.name, "seconds": round(r.seconds, 6), "changed": r.changed} for r in served.reports],
+        "parameters": count_parameters(lower(spec), spec).as_json(),
+        "ledger": [
+            {
+                "name": entry.name,
+                "role": entry.role,
+                "shape": list(entry.shape),
+                "rule": entry.rule,
+                "format": entry.format,
+                "bytes": entry.bytes,
+            }
+            for entry in served.program.ledger
+        ],
+        "state_plan": served.plan.as_json(),
+        "files": outdir.described_files(folder),
+    }

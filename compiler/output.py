@@ -1,0 +1,76 @@
+"""What commands print: one JSON object or text on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any, TextIO
+
+import click
+
+from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Severity
+
+_COLORS = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.NOTE: "cyan"}
+
+
+def say(text: str, *, newline: bool = True) -> None:
+    """Print a result on stdout; N3CError (exit code 6) where that fails.
+
+    A reader that has left (`n3c inspect … | head`) is no error: the exit code is that of the work.
+    """
+    try:
+        click.echo(text, nl=newline)
+    except BrokenPipeError:
+        _discard(sys.stdout)
+    except OSError as error:
+        _discard(sys.stdout)
+        message = f"cannot write to stdout: {error.strerror or error}"
+        raise N3CError(Diagnostic("E0615", message), ExitCode.FILE) from error
+
+
+def tell(text: str) -> None:
+    """Print on stderr. Nothing that can be said there changes what a command does, so failing is ignored."""
+    try:
+        click.echo(text, err=True)
+    except OSError:
+        _discard(sys.stderr)
+
+
+def _discard(stream: TextIO) -> None:
+    """Send what is left in the buffer of `stream`, and all that follows, nowhere."""
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+    except (OSError, ValueError):  # no file behind it, as in tests: nothing to save
+        return
+
+
+def print_json(data: Mapping[str, Any]) -> None:
+    """Print one JSON object on stdout."""
+    say(json.dumps(data, indent=2))
+
+
+def colored() -> bool:
+    """Whether stderr shows colors: a terminal, and NO_COLOR unset."""
+    return sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+
+
+def print_diagnostics(diagnostics: Iterable[Diagnostic]) -> None:
+    """Print diagnostics on stderr."""
+    for diagnostic in diagnostics:
+        text = diagnostic.render()
+        if colored():
+            head, newline, rest = text.partition("\n")
+            text = click.style(head, fg=_COLORS[diagnostic.severity], bold=True) + newline + rest
+        tell(text)
+
+
+def print_failure(error: N3CError, as_json: bool) -> int:
+    """Print what went wrong and return the exit code. With `as_json` stdout gets the fixed JSON form."""
+    print_diagnostics(error.diagnostics)
+    if as_json:
+        print_json({"ok": False, "diagnostics": [d.as_json() for d in error.diagnostics]})
+    return int(error.exit_code)

@@ -1,0 +1,1 @@
+"""The intermediate representation: types, ops, programs, diagnostics. Standard library only."""

@@ -1,0 +1,396 @@
+"""The ops: the alphabet of the IR.
+
+An op is one function here. Its positional parameters are the operands, its keyword-only parameters
+the attributes, its docstring the definition with the equation, its body the shape rule (ValueError
+where operands do not fit) and `flops` its cost. Backends only add how they spell it; the meaning is
+fixed by the reference evaluation in `n3c.backends.reference`.
+
+Letters: B sequences, S tokens of each, D residual width, K/N input/output width of a linear,
+E experts, R experts a token (top_k). Arithmetic is float32 whatever the storage types are.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from .types import Dim, DType, TensorType
+
+Attribute = int | float | bool | str | tuple[int, ...]
+Types = tuple[TensorType, ...]
+
+NVFP4_BLOCK = 16
+"""Elements along K that share one E4M3 scale."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OpDef:
+    """An op definition, made by `@op`. Compares by identity."""
+
+    name: str
+    doc: str
+    operands: tuple[str, ...]
+    optional: frozenset[str]
+    attributes: tuple[str, ...]
+    rule: Callable[..., TensorType | Types]
+    flops: Callable[[list[TensorType | None], Types, Mapping[str, Attribute]], int] | None
+
+    def infer(self, operands: list[TensorType | None], attributes: Mapping[str, Attribute]) -> Types:
+        """Return the result types; ValueError where the operands or attributes do not fit."""
+        if len(operands) != len(self.operands):
+            raise ValueError(f"{self.name} takes {len(self.operands)} operands, not {len(operands)}")
+        for name, operand in zip(self.operands, operands, strict=True):
+            if operand is None and name not in self.optional:
+                raise ValueError(f"{self.name} needs operand `{name}`")
+        if set(attributes) != set(self.attributes):
+            raise ValueError(f"{self.name} has attributes {sorted(self.attributes)}, not {sorted(attributes)}")
+        results = self.rule(*operands, **attributes)
+        return results if isinstance(results, tuple) else (results,)
+
+
+OPS: dict[str, OpDef] = {}
+"""Every op by its name."""
+
+
+def op(flops: Callable[..., int] | None = None) -> Callable[[Callable[..., TensorType | Types]], OpDef]:
+    """Define an op by its shape rule."""
+
+    def define(rule: Callable[..., TensorType | Types]) -> OpDef:
+        parameters = inspect.signature(rule).parameters.values()
+        positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        definition = OpDef(
+            name=rule.__name__.rstrip("_"),
+            doc=inspect.cleandoc(rule.__doc__ or ""),
+            operands=tuple(p.name for p in positional),
+            optional=frozenset(p.name for p in positional if p.default is None),
+            attributes=tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY),
+            rule=rule,
+            flops=flops,
+        )
+        OPS[definition.name] = definition
+        return definition
+
+    return define
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _elements(type_: TensorType) -> int:
+    return prod(d for d in type_.dims if isinstance(d, int))
+
+
+def _matmul_flops(operands: Any, results: Types, attributes: Any) -> int:
+    return 2 * _elements(results[0]) * int(operands[0].dims[-1])
+
+
+# ---------------------------------------------------------------------------------- ends of the model
+
+
+@op()
+def embedding(ids: TensorType, table: TensorType) -> TensorType:
+    """y[b, s] = table[ids[b, s]]: ids i64 [B, S], table [V, D] → f32 [B, S, D]."""
+    _require(ids.dtype is DType.I64, f"ids must be i64, not {ids}")
+    return TensorType(DType.F32, (*ids.dims, table.dims[-1]))
+
+
+@op()
+def shift_left(ids: TensorType) -> TensorType:
+    """y[b, s] = ids[b, s + 1], and 0 at the last place: the next token of each, i64 [B, S]."""
+    return ids
+
+
+# -------------------------------------------------------------------------------------- element-wise
+
+
+@op()
+def add(x: TensorType, y: TensorType) -> TensorType:
+    """Z = x + y, of equal shapes."""
+    _require(x.dims == y.dims, f"cannot add {x} and {y}")
+    return x
+
+
+@op()
+def relu2(x: TensorType) -> TensorType:
+    """Y = max(x, 0)² (Primer, arXiv 2109.08668)."""
+    return x
+
+
+@op()
+def concat(x: TensorType, y: TensorType) -> TensorType:
+    """Z = [x, y] along the last dim."""
+    _require(x.dims[:-1] == y.dims[:-1], f"cannot concatenate {x} and {y}")
+    last = (x.dims[-1], y.dims[-1])
+    _require(all(isinstance(d, int) for d in last), "concat needs static last dims")
+    return x.with_last(sum(d for d in last if isinstance(d, int)))
+
+
+@op()
+def split(x: TensorType, *, sizes: tuple[int, ...]) -> Types:
+    """Cut x along the last dim into pieces of `sizes`."""
+    _require(x.dims[-1] == sum(sizes), f"cannot split {x} into {sizes}")
+    return tuple(x.with_last(size) for size in sizes)
+
+
+# --------------------------------------------------------------------------------------------- norms
+
+
+@op()
+def rms_norm(x: TensorType, weight: TensorType, *, eps: float) -> TensorType:
+    """Y = x / sqrt(mean(x²) + eps) · weight over the last dim (arXiv 1910.07467)."""
+    _require(weight.dims == x.dims[-1:], f"weight {weight} does not fit {x}")
+    return x
+
+
+@op()
+def gated_rms_norm(x: TensorType, gate: TensorType, weight: TensorType, *, groups: int, eps: float) -> TensorType:
+    """Y = rms_norm(x · silu(gate)) · weight, the mean over each of `groups` equal parts of the last dim.
+
+    The gate comes before the norm (`norm_before_gate=False` of mamba_ssm's RMSNormGated).
+    """
+    _require(x.dims == gate.dims and weight.dims == x.dims[-1:], f"{gate} and {weight} do not fit {x}")
+    _require(isinstance(x.dims[-1], int) and x.dims[-1] % groups == 0, f"{x} does not divide into {groups} groups")
+    return x
+
+
+# ------------------------------------------------------------------------------------------- linears
+
+
+@op(flops=_matmul_flops)
+def linear(x: TensorType, weight: TensorType) -> TensorType:
+    """Y = x Wᵀ: x [..., K], weight [N, K] → [..., N]. No bias: no linear of the family has one."""
+    _require(len(weight.dims) == 2 and weight.dims[1] == x.dims[-1], f"weight {weight} does not fit {x}")
+    return x.with_last(weight.dims[0])
+
+
+@op(flops=_matmul_flops)
+def expert_linear(x: TensorType, indices: TensorType, weight: TensorType) -> TensorType:
+    """y[b, s, r] = x[b, s, r or 0] W[indices[b, s, r]]ᵀ: the linears of the chosen experts.
+
+    x [B, S, R or 1, K], indices i64 [B, S, R], weight [E, N, K] → f32 [B, S, R, N].
+    """
+    _require(len(x.dims) == 4 and len(weight.dims) == 3, f"expert_linear of {x} and {weight}")
+    _require(weight.dims[2] == x.dims[-1], f"weight {weight} does not fit {x}")
+    _require(x.dims[2] in (1, indices.dims[-1]), f"{x} does not fit indices {indices}")
+    return TensorType(DType.F32, (*indices.dims, weight.dims[1]))
+
+
+@op()
+def dequantize_nvfp4(codes: TensorType, scale: TensorType, scale_2: TensorType) -> TensorType:
+    """w[..., n, k] = e2m1(codes[..., n, k]) · scale[..., n, k/16] · scale_2[...].
+
+    codes: f4e2m1 [..., N, K], or the same bytes as i8 [..., N, K/2] (the low nibble of byte i is
+    element 2i); scale: f8e4m3 [..., N, K/16]; scale_2: f32 [] or [E]. The result is the exact
+    product in float32. A 16x16 block repeats its scale in 16 rows, so both block shapes read alike.
+    """
+    _require(codes.dtype in (DType.F4E2M1, DType.I8), f"codes must be f4e2m1 or i8, not {codes}")
+    last = codes.dims[-1]
+    _require(isinstance(last, int), "codes need a static last dim")
+    k = int(last) * (2 if codes.dtype is DType.I8 else 1)
+    _require(k % NVFP4_BLOCK == 0, f"K = {k} is not a multiple of {NVFP4_BLOCK}")
+    _require(
+        scale == TensorType(DType.F8E4M3, (*codes.dims[:-1], k // NVFP4_BLOCK)), f"scale {scale} does not fit {codes}"
+    )
+    _require(scale_2 == TensorType(DType.F32, codes.dims[:-2]), f"scale_2 {scale_2} does not fit {codes}")
+    return TensorType(DType.F32, (*codes.dims[:-1], k))
+
+
+@op()
+def dequantize_fp8(codes: TensorType, scale: TensorType) -> TensorType:
+    """W = codes · scale: codes f8e4m3 [..., N, K], scale f32 [] or [E] → f32 [..., N, K]."""
+    _require(codes.dtype is DType.F8E4M3, f"codes must be f8e4m3, not {codes}")
+    _require(scale == TensorType(DType.F32, codes.dims[:-2]), f"scale {scale} does not fit {codes}")
+    return codes.with_dtype(DType.F32)
+
+
+# ----------------------------------------------------------------------------------------------- MoE
+
+
+@op()
+def route(
+    logits: TensorType,
+    bias: TensorType,
+    *,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    norm_topk_prob: bool,
+    scaling_factor: float,
+) -> Types:
+    """Choose experts: logits f32 [B, S, E], bias f32 [E] → indices i64 [B, S, R], weights f32 [B, S, R].
+
+    s = sigmoid(logits); c = s + bias. With n_group > 1 the experts form equal groups, a group counts
+    the sum of its two largest c, and only the `topk_group` best groups may be chosen from. indices =
+    the top_k largest c (order free); weights = s[indices], divided by (their sum + 1e-20) where
+    `norm_topk_prob`, times `scaling_factor`. (DeepSeek-V3, arXiv 2412.19437; the bias selects only.)
+    """
+    experts = logits.dims[-1]
+    _require(bias.dims == (experts,), f"bias {bias} does not fit {logits}")
+    _require(isinstance(experts, int) and top_k <= experts, f"top_k = {top_k} of {experts} experts")
+    dims: tuple[Dim, ...] = (*logits.dims[:-1], top_k)
+    return TensorType(DType.I64, dims), TensorType(DType.F32, dims)
+
+
+@op(
+    flops=lambda operands, results, attributes: (
+        2 * operands[1].dims[-1] * (_elements(operands[3]) + _elements(operands[4])) // operands[3].dims[0]
+    )
+)
+def experts(x: TensorType, indices: TensorType, weights: TensorType, up: TensorType, down: TensorType) -> TensorType:
+    """Y = Σᵣ weights[r] · down[e] relu²(up[e] x), e = indices[r].
+
+    x [B, S, L], indices i64 and weights f32 [B, S, R], up [E, I, L], down [E, L, I] → [B, S, L],
+    in whichever dispatch a backend prefers (sorted tokens and grouped GEMM in training).
+    """
+    _require(len(up.dims) == 3 and up.dims[2] == x.dims[-1], f"up {up} does not fit {x}")
+    _require(down.dims == (up.dims[0], up.dims[2], up.dims[1]), f"down {down} does not fit up {up}")
+    _require(indices.dims == weights.dims, f"indices {indices} and weights {weights} differ")
+    return x
+
+
+@op()
+def expand_experts(x: TensorType) -> TensorType:
+    """X [B, S, L] → [B, S, 1, L]: one row for all chosen experts."""
+    return TensorType(x.dtype, (*x.dims[:-1], 1, x.dims[-1]))
+
+
+@op()
+def combine_experts(y: TensorType, weights: TensorType) -> TensorType:
+    """z[b, s] = Σᵣ weights[b, s, r] · y[b, s, r]: y [B, S, R, L], weights f32 [B, S, R] → [B, S, L]."""
+    _require(weights.dims == y.dims[:-1], f"weights {weights} do not fit {y}")
+    return TensorType(y.dtype, (*y.dims[:-2], y.dims[-1]))
+
+
+# ------------------------------------------------------------------------------------------- Mamba-2
+
+
+def _conv_flops(operands: Any, results: Types, attributes: Any) -> int:
+    return 2 * _elements(results[0]) * int(operands[-2].dims[-1])
+
+
+@op(flops=_conv_flops)
+def causal_conv1d(x: TensorType, weight: TensorType, bias: TensorType | None = None) -> TensorType:
+    """y[:, s, c] = silu(Σⱼ weight[c, 0, j] · x[:, s - W + 1 + j, c] + bias[c]), x = 0 before the start.
+
+    x [B, S, C], weight [C, 1, W], bias [C] → [B, S, C].
+    """
+    _require(len(weight.dims) == 3 and weight.dims[:2] == (x.dims[-1], 1), f"weight {weight} does not fit {x}")
+    _require(bias is None or bias.dims == x.dims[-1:], f"bias {bias} does not fit {x}")
+    return x
+
+
+@op(flops=_conv_flops)
+def causal_conv1d_update(
+    x: TensorType, window: TensorType, weight: TensorType, bias: TensorType | None = None
+) -> Types:
+    """causal_conv1d of the tokens that follow a window, and the window after them.
+
+    x [B, S, C], window [B, C, W - 1] (the last W - 1 inputs, oldest first) → [B, S, C], window.
+    """
+    causal_conv1d.infer([x, weight, bias], {})
+    width = weight.dims[-1]
+    _require(isinstance(width, int), "the convolution needs a static width")
+    _require(window.dims == (x.dims[0], x.dims[-1], int(width) - 1), f"window {window} does not fit {x} and {weight}")
+    return x, window
+
+
+def _ssd_flops(operands: Any, results: Types, attributes: Any) -> int:
+    # per token and head: decay and update the state (3 P N), read it out (2 P N)
+    return 5 * _elements(results[0]) * int(operands[3].dims[-1]) // int(attributes["n_groups"])
+
+
+@op(flops=_ssd_flops)
+def ssd(
+    x: TensorType,
+    dt: TensorType,
+    A: TensorType,
+    B: TensorType,
+    C: TensorType,
+    D: TensorType,
+    dt_bias: TensorType,
+    *,
+    n_groups: int,
+    chunk_size: int,
+) -> TensorType:
+    """State space duality (Mamba-2, arXiv 2405.21060), from a zero state.
+
+    δ = softplus(dt + dt_bias); h[s] = exp(δ A) h[s-1] + δ · x[s] ⊗ B[s]; y[s] = h[s] C[s] + D · x[s].
+    x [B, S, H·P]; dt [B, S, H]; A (negative), D, dt_bias f32 [H]; B and C [B, S, G·N], head i uses
+    group i // (H / G); h [B, H, P, N] → y [B, S, H·P]. `chunk_size` is how it is computed, not what.
+    """
+    heads = A.dims[0]
+    _require(dt.dims == (*x.dims[:-1], heads), f"dt {dt} does not fit {x} and A {A}")
+    _require(D.dims == A.dims and dt_bias.dims == A.dims, "A, D and dt_bias differ in heads")
+    _require(B.dims == C.dims, f"B {B} and C {C} differ")
+    sizes = [d for d in (heads, x.dims[-1], B.dims[-1]) if isinstance(d, int)]
+    _require(len(sizes) == 3, "ssd needs static widths")
+    _require(
+        sizes[1] % sizes[0] == 0 and sizes[0] % n_groups == 0 and sizes[2] % n_groups == 0, "ssd widths do not divide"
+    )
+    return x
+
+
+@op(flops=_ssd_flops)
+def ssd_update(
+    x: TensorType,
+    dt: TensorType,
+    A: TensorType,
+    B: TensorType,
+    C: TensorType,
+    D: TensorType,
+    dt_bias: TensorType,
+    state: TensorType,
+    *,
+    n_groups: int,
+) -> Types:
+    """Continue ssd from a state, and return the state after the last token: h as [B, H, P, N]."""
+    ssd.infer([x, dt, A, B, C, D, dt_bias], {"n_groups": n_groups, "chunk_size": 1})
+    _require(len(state.dims) == 4 and state.dims[:2] == (x.dims[0], A.dims[0]), f"state {state} does not fit {x}")
+    return x, state
+
+
+# ----------------------------------------------------------------------------------------- attention
+
+
+@op()
+def attention(q: TensorType, k: TensorType, v: TensorType, *, num_heads: int, num_kv_heads: int) -> TensorType:
+    """Causal grouped-query attention without position encoding, scale 1 / sqrt(head_dim).
+
+    q [B, S, Hq·P], k and v [B, S, Hkv·P]; query head i reads head i // (Hq / Hkv) → [B, S, Hq·P].
+    """
+    sizes = [d for d in (q.dims[-1], k.dims[-1]) if isinstance(d, int)]
+    _require(len(sizes) == 2 and k.dims == v.dims, f"attention of {q}, {k}, {v}")
+    _require(num_heads % num_kv_heads == 0, f"{num_heads} heads over {num_kv_heads} key/value heads")
+    _require(sizes[0] * num_kv_heads == sizes[1] * num_heads, f"{q} and {k} differ in head_dim")
+    return q
+
+
+@op()
+def cached_attention(
+    q: TensorType,
+    k: TensorType,
+    v: TensorType,
+    k_cache: TensorType,
+    v_cache: TensorType,
+    lengths: TensorType,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+) -> Types:
+    """Write k and v at positions lengths[b]… of the caches, then attend causally to all that is filled.
+
+    caches [B, Hkv, M, P] of capacity M, lengths i64 [B]: tokens already there → y, caches after. Keys
+    and values are rounded to the type of the cache before they are used.
+    """
+    attention.infer([q, k, v], {"num_heads": num_heads, "num_kv_heads": num_kv_heads})
+    _require(k_cache == v_cache, f"caches {k_cache} and {v_cache} differ")
+    _require(
+        len(k_cache.dims) == 4 and k_cache.dims[:2] == (q.dims[0], num_kv_heads), f"cache {k_cache} does not fit {q}"
+    )
+    _require(lengths == TensorType(DType.I64, q.dims[:1]), f"lengths {lengths} do not fit {q}")
+    return q, k_cache, v_cache

@@ -1,0 +1,105 @@
+"""Source expressions: how a parameter is made from tensors of the released checkpoint.
+
+They are values without behaviour, so no pass ever touches a weight; `n3c.backends.safetensors`
+evaluates them, streamed. `str` gives the text of bindings.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor of the checkpoint."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """`count` tensors along a new first dim; `*` in `pattern` stands for 0, 1, … (one a routed expert)."""
+
+    pattern: str
+    count: int
+
+    def __str__(self) -> str:
+        return f"stack({self.pattern}, {self.count})"
+
+
+@dataclass(frozen=True, slots=True)
+class Concat:
+    """Parts joined along dim 0: rows of linears that read the same input."""
+
+    parts: tuple[Source, ...]
+
+    def __str__(self) -> str:
+        return f"concat({', '.join(map(str, self.parts))})"
+
+
+@dataclass(frozen=True, slots=True)
+class NegExp:
+    """-exp(x): the decay rate A of Mamba-2 from A_log."""
+
+    operand: Source
+
+    def __str__(self) -> str:
+        return f"neg_exp({self.operand})"
+
+
+@dataclass(frozen=True, slots=True)
+class Nvfp4:
+    """One part of the NVFP4 form of a weight: `codes`, `scale` (a block) or `scale_2` (a matrix).
+
+    Read from the checkpoint where it is quantized there, else computed with blocks of `block_rows` x 16.
+    """
+
+    operand: Source
+    part: str
+    block_rows: int
+
+    def __str__(self) -> str:
+        return f"nvfp4_{self.part}({self.operand}, {self.block_rows}x16)"
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8:
+    """One part of the per-tensor FP8 form of a weight: `codes` or `scale`."""
+
+    operand: Source
+    part: str
+
+    def __str__(self) -> str:
+        return f"fp8_{self.part}({self.operand})"
+
+
+@dataclass(frozen=True, slots=True)
+class Bytes:
+    """The bytes of packed codes as i8, two codes each: a view, not a copy."""
+
+    operand: Source
+
+    def __str__(self) -> str:
+        return f"bytes({self.operand})"
+
+
+Source = Tensor | Stack | Concat | NegExp | Nvfp4 | Fp8 | Bytes
+
+
+def tensor_names(source: Source) -> Iterator[str]:
+    """Yield the checkpoint tensors that `source` reads, in order."""
+    match source:
+        case Tensor(name):
+            yield name
+        case Stack(pattern, count):
+            for i in range(count):
+                yield pattern.replace("*", str(i))
+        case Concat(parts):
+            for part in parts:
+                yield from tensor_names(part)
+        case NegExp(operand) | Nvfp4(operand) | Fp8(operand) | Bytes(operand):
+            yield from tensor_names(operand)

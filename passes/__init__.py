@@ -1,0 +1,1 @@
+"""One pass a file; pipelines are short tuples in `pipelines.py`."""

@@ -1,0 +1,1 @@
+"""Specs: schema, loader, pattern DSL, Hugging Face configs; and the shipped *.toml."""

@@ -1,0 +1,82 @@
+"""`n3c import`, `n3c export-config` and `n3c schema`: the work behind the commands."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
+
+from .dump import dump_spec
+from .files import read_text, write_text
+from .huggingface import export_config, import_config
+from .json_places import JsonPlaces, parse_json
+from .json_schema import json_schema
+from .schema import Spec
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """An imported spec: itself, its TOML text, and the warnings."""
+
+    spec: Spec
+    text: str
+    warnings: tuple[Diagnostic, ...]
+
+
+def run_import(source: Path, output: Path | None = None) -> Imported:
+    """Import a config.json, or a checkpoint folder with one and perhaps a hf_quant_config.json.
+
+    Writes the TOML text to `output` where given. Raises N3CError.
+    """
+    file = source / "config.json" if source.is_dir() else source
+    config, places = parse_json(read_text(file), str(file))
+    quantization, quantization_places = _quantization(file)
+    name = _name(source.resolve().name if source.is_dir() else _stem(source))
+    spec, warnings = import_config(config, places, name, quantization, quantization_places)
+    text = dump_spec(spec)
+    if output is not None:
+        write_text(output, text)
+    return Imported(spec, text, tuple(warnings))
+
+
+def run_export_config(spec: Spec, output: Path | None = None) -> str:
+    """Return the config.json text of a spec; write it to `output` where given. Raises N3CError."""
+    text = json.dumps(export_config(spec), indent=2) + "\n"
+    if output is not None:
+        write_text(output, text)
+    return text
+
+
+def run_schema(output: Path | None = None) -> str:
+    """Return the JSON Schema text; write it to `output` where given. Raises N3CError."""
+    text = json.dumps(json_schema(), indent=2) + "\n"
+    if output is not None:
+        write_text(output, text)
+    return text
+
+
+def _quantization(config_file: Path) -> tuple[Mapping[str, object] | None, JsonPlaces | None]:
+    file = config_file.parent / "hf_quant_config.json"
+    if config_file.name != "config.json" or not file.is_file():
+        return None, None
+    config, places = parse_json(read_text(file), str(file))
+    quantization = config.get("quantization")
+    if not isinstance(quantization, dict):
+        message = "`quantization` must be an object"
+        raise N3CError(Diagnostic("E0305", message, places.json_value("quantization")), ExitCode.SPEC)
+    return cast("dict[str, object]", quantization), places
+
+
+def _stem(file: Path) -> str:
+    """Return what a config file is called, or its folder where it is just `config.json`."""
+    return file.resolve().parent.name if file.name == "config.json" else file.stem
+
+
+def _name(text: str) -> str:
+    """Return the nearest valid spec name."""
+    return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._")[:80] or "imported"

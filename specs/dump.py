@@ -1,0 +1,79 @@
+"""Writing a spec as TOML: the canonical text, which loads back to an equal spec."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from .pattern import Pattern
+from .reader import fields_of
+from .schema import Quantization, Rule, Spec, Training
+
+_LINE = 100
+
+
+def dump_spec(spec: Spec) -> str:
+    """Return the canonical TOML text of a resolved spec: every key, defaults included, nothing else.
+
+    `parse_spec(dump_spec(spec), ...)` is equal to `spec`, for every spec that the reader makes.
+    """
+    lines = [f"schema = {spec.schema}", f"name = {toml_value(spec.name)}"]
+    for name in ("model", "mamba", "attention", "moe", "mlp", "mtp", "quantization", "training", "serving"):
+        table = getattr(spec, name)
+        if table is None:
+            continue
+        lines += ["", f"[{name}]", *_pairs(table)]
+        if isinstance(table, (Quantization, Training)):
+            for rule in table.rules:
+                lines += [f"[[{name}.rules]]", *_rule(rule)]
+    return "\n".join(lines) + "\n"
+
+
+def _pairs(table: object) -> list[str]:
+    pairs = [(name, getattr(table, name)) for name in fields_of(type(table)) if name != "rules"]
+    return [f"{name} = {toml_value(value, len(name) + 3)}" for name, value in pairs if value is not None]
+
+
+def _rule(rule: Rule) -> list[str]:
+    """Write a rule in reading order, without the keys that say nothing."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Rule)}
+    order = ("roles", "modules", "layers", "format", "block")
+    names = [name for name in order if getattr(rule, name) != defaults[name]]
+    return [f"{name} = {toml_value(getattr(rule, name), len(name) + 3)}" for name in names]
+
+
+def toml_value(value: Any, indent: int = 0) -> str:
+    """Return a value as TOML; `indent` is what already stands on its line."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return f"{value:_}" if abs(value) >= 1_000_000 else str(value)
+    if isinstance(value, float):
+        mantissa, e, exponent = repr(value).partition("e")
+        return f"{mantissa}e{int(exponent)}" if e else mantissa
+    if isinstance(value, str):
+        return _string(value)
+    if isinstance(value, Pattern):
+        return _pattern(value.compact(), indent)
+    entries = [toml_value(entry) for entry in value]
+    flat = f"[{', '.join(entries)}]"
+    if indent + len(flat) <= _LINE:
+        return flat
+    return "[\n" + "".join(f"  {entry},\n" for entry in entries) + "]"
+
+
+def _string(text: str) -> str:
+    escaped = (f"\\u{ord(c):04X}" if c < " " or c == "\x7f" else f"\\{c}" if c in '"\\' else c for c in text)
+    return f'"{"".join(escaped)}"'
+
+
+def _pattern(text: str, indent: int) -> str:
+    """Write a pattern, over several lines where one would be too long."""
+    if indent + len(text) + 2 <= _LINE:
+        return f'"{text}"'
+    lines = [""]
+    for word in text.split(" "):
+        if len(lines[-1]) + len(word) >= _LINE:
+            lines.append("")
+        lines[-1] += f" {word}" if lines[-1] else word
+    return '"""\n' + "\n".join(lines) + '\n"""'

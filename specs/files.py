@@ -1,0 +1,55 @@
+"""Reading and writing the user's text files, with errors that name them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
+
+from .places import Text, shown
+
+MAX_BYTES = 32 << 20
+"""Largest file; a quantization config that names every expert of a 550B model is below it."""
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file; raises N3CError: FILE where it cannot be read, SPEC where it is not text."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        message = f"cannot read {shown(str(path))}: {reason}"
+        raise N3CError(Diagnostic("E0601", message, Span(str(path))), ExitCode.FILE) from None
+    if len(data) > MAX_BYTES:
+        message = f"larger than {MAX_BYTES >> 20} MiB: not a spec or a configuration"
+        raise N3CError(Diagnostic("E0100", message, Span(str(path))), ExitCode.SPEC)
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        good = Text(data[: error.start].decode("utf-8") + "\ufffd", str(path))
+        span = good.span(len(good.text) - 1, len(good.text))
+        message = f"not UTF-8: byte 0x{data[error.start]:02x}"
+        raise N3CError(Diagnostic("E0100", message, span), ExitCode.SPEC) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all; raises N3CError (FILE) where it cannot be written."""
+    import tempfile  # slow to import, and reading does not need it
+
+    temporary: str | None = None
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(None, "Is a directory")
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
+            temporary = file.name
+            file.write(text)
+        os.chmod(temporary, 0o644)  # noqa: PTH101
+        os.replace(temporary, path)  # noqa: PTH105
+    except (OSError, ValueError) as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        message = f"cannot write {shown(str(path))}: {reason}"
+        raise N3CError(Diagnostic("E0602", message, Span(str(path))), ExitCode.FILE) from None

@@ -1,0 +1,121 @@
+"""Where each key and value of a JSON text stands, and which spec key each one became."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import cast
+
+from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
+
+from .places import Path, Text, shown
+
+_TOKEN = re.compile(r'\s*([{}\[\]:,]|"(?:[^"\\]|\\.)*"|[^\s{}\[\]:,"]+)')
+
+
+class JsonPlaces:
+    """Spans of a JSON text, by JSON path; with `names`, by spec path (see `Places`)."""
+
+    def __init__(self, text: Text) -> None:
+        self.text = text
+        self.start = text.span(0, 0)
+        self.names: dict[Path, Path] = {}
+        """Spec path → JSON path. A spec path below one of these is at the same place below its JSON path."""
+        self.duplicate: tuple[str, Span] | None = None
+        self._entries: dict[Path, tuple[tuple[int, int], tuple[int, int]]] = {}
+        self._scan()
+
+    def json_key(self, *path: str | int) -> Span:
+        """Return the place of the key at a JSON path, or of its nearest parent."""
+        return self._at(path, 0)
+
+    def json_value(self, *path: str | int) -> Span:
+        """Return the place of the value at a JSON path, or of its nearest parent."""
+        return self._at(path, 1)
+
+    def key(self, path: Path) -> Span:
+        return self._at(self._json_path(path), 0)
+
+    def value(self, path: Path) -> Span:
+        return self._at(self._json_path(path), 1)
+
+    def inside(self, path: Path, offset: int, length: int) -> Span:
+        return self.json_inside(self._json_path(path), offset, length)
+
+    def json_inside(self, path: Path, offset: int, length: int) -> Span:
+        """Return the place of characters of a string, or of an entry of an array."""
+        if (*path, offset) in self._entries:
+            return self._at((*path, offset), 1)
+        start, end = self._entries.get(path, ((0, 0), (0, 0)))[1]
+        raw = self.text.text[start:end]
+        if not raw.startswith('"') or "\\" in raw:
+            return self._at(path, 1)
+        return self.text.span(start + 1 + offset, start + 1 + offset + length)
+
+    def _json_path(self, path: Path) -> Path:
+        for cut in range(len(path), 0, -1):
+            if path[:cut] in self.names:
+                return self.names[path[:cut]] + path[cut:]
+        return ()
+
+    def _at(self, path: Path, which: int) -> Span:
+        while path and path not in self._entries:
+            path = path[:-1]
+        return self.text.span(*self._entries[path][which]) if path else self.start
+
+    def _scan(self) -> None:
+        """Walk the tokens of text that the json module has accepted."""
+        opened: list[tuple[Path, int]] = []  # around here: the path, and the index in an array (-1: in an object)
+        path: Path = ()
+        key, index = (0, 0), -1
+        expect_key = False
+        for found in _TOKEN.finditer(self.text.text):
+            token, start, end = found.group(1), found.start(1), found.end(1)
+            here: Path = (*path, index) if index >= 0 else path
+            if token in "{[":
+                opened.append((path, index))
+                self._entries[here] = ((key if index < 0 else (start, start + 1)), (start, start + 1))
+                path, index = here, -1 if token == "{" else 0
+                expect_key = token == "{"
+            elif token in "}]":
+                if not opened:
+                    return
+                path, index = opened.pop()
+                if index < 0 and path:
+                    path = path[:-1]
+                expect_key = False
+            elif token == ",":
+                if index >= 0:
+                    index += 1
+                expect_key = index < 0
+            elif token == ":":
+                expect_key = False
+            elif expect_key:
+                name = str(json.loads(token))
+                if (*path, name) in self._entries and self.duplicate is None:
+                    self.duplicate = (name, self.text.span(start, end))
+                path, key = (*path, name), (start, end)
+            else:
+                self._entries[here] = ((key if index < 0 else (start, end)), (start, end))
+                if index < 0 and path:
+                    path = path[:-1]
+
+
+def parse_json(text: str, file: str) -> tuple[Mapping[str, object], JsonPlaces]:
+    """Parse a JSON object; raises N3CError (SPEC), located, where the text is none."""
+    source = Text(text, file)
+    try:
+        parsed: object = json.loads(text)
+    except json.JSONDecodeError as error:
+        message = f"not JSON: {shown(error.msg[:1].lower() + error.msg[1:])}"
+        raise N3CError(Diagnostic("E0301", message, source.span(error.pos, 0)), ExitCode.SPEC) from None
+    except (RecursionError, ValueError):  # ValueError: a number of thousands of digits
+        raise N3CError(Diagnostic("E0301", "not a configuration", source.span(0, 0)), ExitCode.SPEC) from None
+    if not isinstance(parsed, dict):
+        raise N3CError(Diagnostic("E0301", "not a JSON object", source.span(0, 0)), ExitCode.SPEC)
+    places = JsonPlaces(source)
+    if places.duplicate is not None:
+        name, span = places.duplicate
+        raise N3CError(Diagnostic("E0303", f"`{shown(name)}` is given twice", span), ExitCode.SPEC)
+    return cast("dict[str, object]", parsed), places

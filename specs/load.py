@@ -1,0 +1,73 @@
+"""Reading a spec: the file, TOML, `--set`, and then the reader. All errors at once, each with its place."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+
+from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
+
+from .files import read_text
+from .overrides import apply_overrides
+from .places import Text, dotted, shown
+from .reader import read_spec
+from .schema import Spec
+from .toml_places import TomlPlaces
+
+
+def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Spec, list[Diagnostic]]:
+    """Load a spec file; return it with the warnings.
+
+    `overrides` are `--set` arguments, as `moe.top_k=8`. Raises N3CError with every error found:
+    exit code SPEC for a spec that is invalid, FILE for a file that cannot be read, USAGE for an
+    override that is none.
+    """
+    return parse_spec(read_text(Path(path)), str(path), overrides)
+
+
+def parse_spec(text: str, file: str, overrides: Sequence[str] = ()) -> tuple[Spec, list[Diagnostic]]:
+    """Parse the text of a spec; `file` is its name in messages. Raises as `load_spec`."""
+    source = Text(text.removeprefix("\ufeff").replace("\r\n", "\n"), file)
+    raw = _parse_toml(source)
+    places, texts = apply_overrides(raw, TomlPlaces(source), overrides)
+    spec, found = read_spec(raw, places, source.span(0, 0), texts)
+    if spec is None:
+        raise N3CError(found, ExitCode.SPEC)
+    return spec, found
+
+
+def _parse_toml(source: Text) -> dict[str, object]:
+    try:
+        return tomllib.loads(source.text)
+    except tomllib.TOMLDecodeError as error:
+        raise N3CError(_syntax_error(str(error), source), ExitCode.SPEC) from None
+    except RecursionError:
+        raise N3CError(Diagnostic("E0101", "nested too deeply", source.span(0, 0)), ExitCode.SPEC) from None
+    except ValueError:  # a number too long for int(); the TOML itself is fine
+        found = re.search(r"[0-9_]{4000,}", source.text)
+        span = source.span(*found.span()) if found else source.span(0, 0)
+        raise N3CError(Diagnostic("E0106", "a number of thousands of digits", span), ExitCode.SPEC) from None
+
+
+def _syntax_error(message: str, source: Text) -> Diagnostic:
+    """Locate tomllib's message; its `(at line 3, column 6)` or `(at end of document)` becomes the span."""
+    reason, _, place = message.rpartition(" (at ")
+    numbers = re.findall(r"\d+", place)
+    if len(numbers) == 2:
+        span = source.line_span(int(numbers[0]), int(numbers[1]))
+    else:
+        span = source.span(len(source.text.rstrip()), 0)
+    duplicate = TomlPlaces(source).duplicate if reason.startswith("Cannot") else None
+    if duplicate is not None:
+        path, span, before = duplicate
+        name = shown(dotted(path))
+        return Diagnostic("E0103", f"`{name}` is given twice", span, help=f"the first is in line {before.line}")
+    return Diagnostic("E0101", f"not TOML: {shown(reason[:1].lower() + reason[1:])}", span, help=_toml_help(reason))
+
+
+def _toml_help(reason: str) -> str | None:
+    if reason == "Invalid value":
+        return "text stands in quotes, true and false are written small"
+    return None

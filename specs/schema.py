@@ -1,0 +1,230 @@
+# ruff: noqa: RUF009  (`key` makes a dataclass field)
+"""The spec, as frozen dataclasses. They are the schema: loader, JSON Schema and docs derive from them.
+
+Each field is declared with `key(...)`: its documentation, its bounds and its default. A field
+without a default is required. The names and their meaning are a contract with users. The maxima are
+far above any model; they keep sizes, and products of sizes, within what later stages can count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from n3c.ir.diagnostics import Span
+
+from .pattern import Pattern
+
+Format = Literal["nvfp4", "w4a16_nvfp4", "fp8", "bf16"]
+"""Deployment format of a linear's weight: W4A4 NVFP4, weight-only NVFP4, per-tensor FP8, BF16."""
+
+TrainingFormat = Literal["nvfp4", "mxfp8", "bf16"]
+
+BLOCKS = ((16, 16), (1, 16))
+"""Weight blocks of NVFP4: two-dimensional (arXiv 2509.25149), and one-dimensional."""
+
+WIDTH = 1 << 20
+"""Most channels of anything."""
+COUNT = 1 << 16
+"""Most heads, experts, groups or prediction steps."""
+LENGTH = (1 << 31) - 1
+"""Longest sequence, in tokens; positions are 32-bit integers in every backend."""
+
+NAME = r"[a-z0-9][a-z0-9._-]{0,79}"
+MODULE = r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*"
+LAYERS = r"all|[0-9]+|[0-9]+\.\.[0-9]+|first [0-9]+|last [0-9]+|before attention"
+
+
+def key(
+    doc: str,
+    *,
+    default: Any = ...,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    regex: str | None = None,
+    choices: tuple[Any, ...] | None = None,
+) -> Any:
+    """Declare a spec key.
+
+    `minimum` and `maximum` include their value, `above` excludes it; in an array they bound each
+    entry, as does `regex`, which must match a whole string. `choices` lists the values allowed.
+    """
+    metadata = {
+        "doc": doc,
+        "minimum": minimum,
+        "above": above,
+        "maximum": maximum,
+        "regex": regex,
+        "choices": choices,
+    }
+    if default is ...:
+        return field(metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """[model]: the residual stream and what is at both its ends."""
+
+    hidden_size: int = key("Width of the residual stream.", minimum=1, maximum=WIDTH)
+    vocab_size: int = key("Rows of the embedding and of the head.", minimum=1, maximum=1 << 24)
+    pattern: Pattern = key("One symbol a residual block: M Mamba-2, E MoE, * attention, - MLP; groups repeat, `(ME)4`.")
+    max_position_embeddings: int = key("Longest context, in tokens.", default=4096, minimum=1, maximum=LENGTH)
+    norm_eps: float = key("Epsilon of every RMSNorm.", default=1e-5, above=0)
+    tie_word_embeddings: bool = key("Whether the head is the embedding.", default=False)
+    initializer_range: float = key("Standard deviation of fresh weights.", default=0.02, above=0)
+    rescale_prenorm_residual: bool = key("Scale fresh Mamba out_proj weights by 1/sqrt(layers).", default=True)
+    pad_token_id: int | None = key("Padding token; leave out for none.", default=None, minimum=0, maximum=LENGTH)
+    bos_token_id: int | None = key(
+        "Token that begins a sequence; leave out for none.", default=None, minimum=0, maximum=LENGTH
+    )
+    eos_token_ids: tuple[int, ...] = key("Tokens that end a sequence.", default=(), minimum=0, maximum=LENGTH)
+
+
+@dataclass(frozen=True, slots=True)
+class Mamba:
+    """[mamba]: a Mamba-2 mixer (arXiv 2405.21060). Inner width = num_heads * head_dim."""
+
+    num_heads: int = key("Heads H.", minimum=1, maximum=COUNT)
+    head_dim: int = key("Channels of a head, P.", minimum=1, maximum=COUNT)
+    state_size: int = key("State of a channel, N.", minimum=1, maximum=COUNT)
+    n_groups: int = key("Groups that share B and C, G; also of the gated norm.", minimum=1, maximum=COUNT)
+    conv_kernel: int = key("Width of the causal convolution.", default=4, minimum=2, maximum=256)
+    chunk_size: int = key("Chunk of the SSD algorithm, in tokens.", default=128, minimum=1, maximum=COUNT)
+    conv_bias: bool = key("Whether the convolution has a bias.", default=True)
+    time_step_min: float = key("Smallest fresh time step.", default=1e-3, above=0)
+    time_step_max: float = key("Largest fresh time step.", default=0.1, above=0)
+    time_step_floor: float = key("Floor of fresh time steps.", default=1e-4, above=0)
+
+    @property
+    def inner_size(self) -> int:
+        """Width of z and x: num_heads * head_dim (`expand` of published configs is dead)."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def conv_size(self) -> int:
+        """Channels of the convolution: x, B and C."""
+        return self.inner_size + 2 * self.n_groups * self.state_size
+
+    @property
+    def in_proj_size(self) -> int:
+        """Rows of in_proj, in this order: z, (x, B, C), dt."""
+        return self.inner_size + self.conv_size + self.num_heads
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """[attention]: grouped-query attention without position encoding."""
+
+    num_heads: int = key("Query heads.", minimum=1, maximum=COUNT)
+    num_kv_heads: int = key("Key and value heads.", minimum=1, maximum=COUNT)
+    head_dim: int = key("Channels of a head.", minimum=1, maximum=COUNT)
+
+
+@dataclass(frozen=True, slots=True)
+class Moe:
+    """[moe]: routed experts with squared ReLU, in a latent width where `latent_size` is given."""
+
+    num_experts: int = key("Routed experts.", minimum=1, maximum=COUNT)
+    top_k: int = key("Experts a token.", minimum=1, maximum=COUNT)
+    intermediate_size: int = key("Inner width of a routed expert.", minimum=1, maximum=WIDTH)
+    shared_intermediate_size: int = key(
+        "Inner width of the shared expert; 0: none.", default=0, minimum=0, maximum=WIDTH
+    )
+    latent_size: int | None = key(
+        "Width in which experts live (LatentMoE); leave out for a standard MoE.",
+        default=None,
+        minimum=1,
+        maximum=WIDTH,
+    )
+    routed_scaling_factor: float = key("Factor of the routed sum.", default=1.0, above=0)
+    norm_topk_prob: bool = key("Whether the chosen scores are divided by their sum.", default=True)
+    n_group: int = key("Router groups.", default=1, minimum=1, maximum=COUNT)
+    topk_group: int = key("Router groups that a token may use.", default=1, minimum=1, maximum=COUNT)
+
+
+@dataclass(frozen=True, slots=True)
+class Mlp:
+    """[mlp]: a dense MLP with squared ReLU."""
+
+    intermediate_size: int = key("Inner width.", minimum=1, maximum=WIDTH)
+
+
+@dataclass(frozen=True, slots=True)
+class Mtp:
+    """[mtp]: multi-token prediction; one set of weights, applied `depth` times."""
+
+    pattern: Pattern = key("Blocks of one prediction step.")
+    depth: int = key("Prediction steps.", default=1, minimum=1, maximum=64)
+    loss_scaling_factor: float = key("Weight of the MTP loss, averaged over depths.", default=0.1, minimum=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule: the weights it selects (roles in layers, or exact modules) and their format."""
+
+    format: str = key("Format of the selected weights.")
+    roles: tuple[str, ...] = key("Role globs, as `attention.*`.", default=())
+    layers: str = key('"all", "3", "3..9", "first N", "last N", "before attention".', default="all", regex=LAYERS)
+    modules: tuple[str, ...] = key("Exact module names of the checkpoint, instead of roles.", default=(), regex=MODULE)
+    block: tuple[int, int] | None = key(
+        "Weight block of this rule; else that of the table.", default=None, choices=BLOCKS
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """[quantization]: formats of the deployed checkpoint and engine; the last matching rule decides."""
+
+    format: Format = key("Format of every linear that no rule names.")
+    block: tuple[int, int] = key("Weight blocks of NVFP4: [16, 16] or [1, 16].", default=(16, 16), choices=BLOCKS)
+    rules: tuple[Rule, ...] = key("Exceptions, top-down.", default=())
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """[training]: numerics of training; rules of the same form."""
+
+    format: TrainingFormat = key("Format of every linear that no rule names.")
+    block: tuple[int, int] = key("Weight blocks of NVFP4.", default=(16, 16), choices=BLOCKS)
+    rules: tuple[Rule, ...] = key("Exceptions, top-down.", default=())
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """[serving]: what the plans are made for."""
+
+    batch_sizes: tuple[int, ...] = key("One static decode plan each.", default=(1,), minimum=1, maximum=COUNT)
+    max_seq_len: int = key("Capacity of the KV cache, in tokens.", default=8192, minimum=1, maximum=LENGTH)
+    prefill_chunk: int = key("Tokens of a prefill chunk.", default=256, minimum=1, maximum=LENGTH)
+    draft_tokens: int = key("Tokens drafted a step.", default=3, minimum=0, maximum=64)
+    kv_cache_dtype: Literal["bf16", "fp8", "fp32"] = key("Type of the KV cache.", default="bf16")
+    ssm_state_dtype: Literal["fp32", "fp16", "bf16"] = key("Type of the SSM state.", default="fp32")
+    conv_state_dtype: Literal["bf16", "fp32"] = key("Type of the convolution window.", default="bf16")
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A whole architecture spec. Sizes are in elements, lengths in tokens."""
+
+    name: str = key(f"Name of the model: {NAME}.", regex=NAME)
+    model: Model = key("The residual stream.")
+    schema: Literal[1] = key("Version of this schema.", default=1)
+    mamba: Mamba | None = key("Required where the pattern has M.", default=None)
+    attention: Attention | None = key("Required where a pattern has *.", default=None)
+    moe: Moe | None = key("Required where a pattern has E.", default=None)
+    mlp: Mlp | None = key("Required where the pattern has -.", default=None)
+    mtp: Mtp | None = key("Multi-token prediction; leave out for none.", default=None)
+    quantization: Quantization | None = key("Formats of deployment; leave out for BF16.", default=None)
+    training: Training | None = key("Numerics of training; leave out for BF16.", default=None)
+    serving: Serving = key("What the plans are made for.", default=Serving())
+    spans: Mapping[str, Span] = field(default_factory=dict[str, Span], compare=False, repr=False)
+    """Key path (`model.pattern`, `quantization.rules.2`) → where the spec says it."""
+
+    def span(self, path: str) -> Span | None:
+        """Return the place of `path`, or of its nearest parent that the spec spells out."""
+        while path and path not in self.spans:
+            path = path.rpartition(".")[0]
+        return self.spans.get(path)
