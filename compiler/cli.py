@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import io
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
 import click
 
-from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
+from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 
-from .output import print_failure
+from .output import print_failure, tell
 
 COMMANDS = {
     "check": "Find everything that would fail later, without weights, GPU or build.",
@@ -68,31 +71,27 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the documented code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` cleans up as Ctrl-C does
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character still gets the rest
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     sys.exit(run(arguments))
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run the command line and return the exit code; users' errors never raise."""
+    """Run the command line and return the exit code; users' errors never raise, unless with --debug."""
     as_json, debug = "--json" in arguments, "--debug" in arguments
     try:
         result = cli.main(args=list(arguments), prog_name="n3c", standalone_mode=False)
-    except N3CError as error:
-        if debug:
-            raise
-        return print_failure(error, as_json)
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.ctx.get_help() if error.ctx else "", err=True)
+        tell(error.ctx.get_help() if error.ctx else "")
         return ExitCode.USAGE
-    except click.ClickException as error:
-        text = error.format_message()
-        context = getattr(error, "ctx", None)
-        usage = f"see `{context.command_path} --help`" if context else "see `n3c --help`"
-        return print_failure(N3CError(Diagnostic("E0701", text, help=usage), ExitCode.USAGE), as_json)
-    except (click.Abort, KeyboardInterrupt):
-        return print_failure(N3CError(Diagnostic("E0702", "interrupted"), ExitCode.INTERNAL), as_json)
-    except BrokenPipeError:
-        sys.stderr.close()
+    except (click.ClickException, click.Abort, KeyboardInterrupt, N3CError, OSError, ModuleNotFoundError) as error:
+        if debug and not isinstance(error, click.ClickException):
+            raise
+        return print_failure(_explained(error), as_json)
+    except SystemExit:  # click's answer where --help or --version has lost its reader
         return ExitCode.OK
     except Exception as error:
         if debug:
@@ -101,3 +100,21 @@ def run(arguments: Sequence[str]) -> int:
         help_ = "this is a fault of n3c; run again with --debug and report the traceback"
         return print_failure(N3CError(Diagnostic("E0001", message, help=help_), ExitCode.INTERNAL), as_json)
     return result if isinstance(result, int) else ExitCode.OK
+
+
+def _explained(error: BaseException) -> N3CError:
+    """Return what is expected to go wrong as an error with a code."""
+    if isinstance(error, N3CError):
+        return error
+    if isinstance(error, click.ClickException):
+        context = getattr(error, "ctx", None)
+        usage = f"see `{context.command_path if context else 'n3c'} --help`"
+        return N3CError(Diagnostic("E0701", error.format_message(), help=usage), ExitCode.USAGE)
+    if isinstance(error, ModuleNotFoundError):
+        help_ = "`n3c doctor` lists what is installed; `make venv` installs everything"
+        missing = Diagnostic("E0508", f"the Python package `{error.name}` is not installed", help=help_)
+        return N3CError(missing, ExitCode.TARGET)
+    if isinstance(error, OSError):
+        place = Span(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else None
+        return N3CError(Diagnostic("E0616", f"file error: {error.strerror or error}", place), ExitCode.FILE)
+    return N3CError(Diagnostic("E0702", "interrupted"), ExitCode.INTERNAL)

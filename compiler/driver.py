@@ -85,7 +85,7 @@ def build(request: Request, progress: Progress, after: Callable[[str, Program], 
     resolved = dump_spec(spec)
     spec_sha256 = hashlib.sha256(resolved.encode()).hexdigest()
     built = Build(out, warnings=[*warnings, *served.warnings])
-    with outdir.replacing(out) as folder:
+    with outdir.replacing(out, progress.phase) as folder:
         outdir.keep_other_targets(
             out, folder, spec_sha256, replaced={request.target} | ({"onnx"} if request.target == "trt" else set())
         )

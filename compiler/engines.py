@@ -8,6 +8,7 @@ from typing import Any
 
 from n3c.backends.onnx.emit import OnnxEntry, emit_entry
 from n3c.backends.progress import Progress as Event
+from n3c.backends.trt.module import load_trt
 from n3c.ir.diagnostics import Diagnostic
 from n3c.specs.schema import Spec
 
@@ -18,6 +19,8 @@ from .serving import Served
 
 def emit_engines(request: Request, spec: Spec, served: Served, folder: Path, progress: Progress) -> list[Diagnostic]:
     """Write OUT/onnx, and OUT/trt for the target trt; return the precisions that are not realised."""
+    if request.target == "trt":
+        load_trt(request.trt)  # where it is missing, say so before any work
     onnx = folder / "onnx"
     onnx.mkdir()
     entries: list[tuple[OnnxEntry, Path, str]] = []
@@ -41,7 +44,6 @@ def _build_plans(
 ) -> list[Diagnostic]:
     from n3c.backends.trt.audit import Audit, audit, audit_json
     from n3c.backends.trt.build import build_plan
-    from n3c.backends.trt.module import load_trt
 
     trt = load_trt(request.trt)
     folder.mkdir()

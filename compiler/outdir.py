@@ -164,6 +164,8 @@ def _lock(descriptor: int, waiting: Callable[[], None]) -> None:
     except BlockingIOError:
         waiting()
         fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:  # some network file systems have no locks: then builds of one output must not run at once
+        return
 
 
 def _clear(folder: Path) -> None:

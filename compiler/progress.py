@@ -2,42 +2,40 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from types import TracebackType
 from typing import Any
 
-import click
-
-from .output import colored
+from .output import colored, tell
 
 PLAIN_INTERVAL = 5.0
 """Seconds between plain lines of one phase."""
 
 
 class Progress:
-    """Phases with what they are at and the time since the start; a context manager."""
+    """Phases, what they are at, and the time since the start; a context manager."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self) -> None:
         self._start = time.monotonic()
-        self._quiet = quiet
         self._phase = ""
         self._last = 0.0
-        self._status: Any = None
+        self._live: Any = None
 
     def __enter__(self) -> Progress:
-        if not self._quiet and sys.stderr.isatty():
+        if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
             from rich.console import Console
 
-            self._status = Console(stderr=True, no_color=not colored()).status("starting")
-            self._status.start()
+            self._live = Console(stderr=True, no_color=not colored()).status("starting")
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._status is not None:
-            self._status.stop()
+        if self._live is not None:
+            self._live.stop()  # shows the cursor again, after an error too
 
     @property
     def elapsed(self) -> float:
@@ -49,17 +47,17 @@ class Progress:
         self._phase = name
         self._show(name, always=True)
 
-    def step(self, what: str, done: int | None = None, total: int | None = None) -> None:
-        """Tell what the phase is at."""
-        count = f" {done}/{total}" if done is not None and total else ""
+    def step(self, what: str, done: int = 0, total: int = 0) -> None:
+        """Tell what the phase is at; the count only where a `total` is known."""
+        count = f" {done}/{total}" if total else ""
         self._show(f"{self._phase}: {what}{count}", always=False)
 
     def _show(self, text: str, *, always: bool) -> None:
-        if self._quiet:
-            return
         line = f"{self.elapsed:6.1f} s  {text}"
-        if self._status is not None:
-            self._status.update(line.replace("[", r"\["))
+        if self._live is not None:
+            from rich.text import Text
+
+            self._live.update(Text(line))  # not markup: names may hold brackets
         elif always or time.monotonic() - self._last > PLAIN_INTERVAL:
             self._last = time.monotonic()
-            click.echo(line, err=True)
+            tell(line)

@@ -128,7 +128,9 @@ def _check_serving(values: Mapping[str, Any], say: Say) -> None:
     if chunk and length and chunk > length:
         message = f"`prefill_chunk` {chunk} is more than `max_seq_len` {length}"
         say("serving.prefill_chunk", "E0215", message, None)
-    sizes: tuple[int, ...] = values.get("serving.batch_sizes", ())
+    sizes: tuple[int, ...] = values.get("serving.batch_sizes", (1,))
+    if not sizes:
+        say("serving.batch_sizes", "E0216", "`batch_sizes` is empty: a decode plan has a batch size", None)
     for index, size in enumerate(sizes):
         if size in sizes[:index]:
             say(f"serving.batch_sizes.{index}", "E0214", f"`batch_sizes` has {size} twice", None)

@@ -17,6 +17,7 @@ from .json_places import JsonPlaces
 from .modelopt import QuantizationError, import_quantization, role_globs
 from .modules import Group, module_groups
 from .pattern import (
+    MAX_BLOCKS,
     BlockKind,
     Pattern,
     PatternError,
@@ -26,7 +27,7 @@ from .pattern import (
     to_megatron,
 )
 from .places import Path, shown
-from .reader import read_spec
+from .reader import in_order, read_spec
 from .schema import Moe, Spec
 
 # Spec key → (name in config.json, default of NemotronHConfig, other names in use)
@@ -155,24 +156,22 @@ class _Importer:
             self.fields(main, mtp)
         self.unsupported()
         self.dead()
-        self.stop()
-        assert main is not None
+        if main is None:
+            raise self.failure()
         self.raw["name"] = own.get("name", name)
         self.serving(own)
         for table in ("quantization", "training"):
             if table in own:
                 self.raw[table] = own[table]
         self.quantization(main, mtp, own, quantization, quantization_places)
-        self.stop()
         spec, more = read_spec(self.raw, self.places, self.places.start)
         self.found += more
-        if spec is None:
-            raise N3CError(self.found, ExitCode.SPEC)
+        if spec is None or any(item.severity is Severity.ERROR for item in self.found):
+            raise self.failure()
         return spec, self.found
 
-    def stop(self) -> None:
-        if any(item.severity is Severity.ERROR for item in self.found):
-            raise N3CError(self.found, ExitCode.SPEC)
+    def failure(self) -> N3CError:
+        return N3CError(in_order(self.found, self.places.start.file), ExitCode.SPEC)
 
     # What model this is
 
@@ -246,10 +245,10 @@ class _Importer:
         raw: object = own.get("pipeline_cuts", [])
         cuts = cast("list[int]", raw) if isinstance(raw, list) else [-1]
         good = all(type(cut) is int and 0 <= cut <= len(main) for cut in cuts) and cuts == sorted(cuts)
-        if not good or len(cuts) > len(main):
+        if not good or len(cuts) > MAX_BLOCKS:
             message = f"`pipeline_cuts` must be layers from 0 to {len(main)}, in order"
             self.error("E0302", message, self.places.json_value("n3c", "pipeline_cuts"))
-            return
+            cuts = []
         self.raw["model"]["pattern"] = to_megatron(dataclasses.replace(main, stages=tuple(cuts)))
 
     def mtp(self) -> Pattern | None:
@@ -336,7 +335,11 @@ class _Importer:
             table = dict(cast("dict[str, Any]", serving))
             state = self.config.get("mamba_ssm_cache_dtype")
             if state is not None:
-                table["ssm_state_dtype"] = _STATE_DTYPES.get(str(state), state)
+                if state not in list(_STATE_DTYPES):
+                    message = f"`mamba_ssm_cache_dtype` is {_json(state)}: not supported"
+                    advice = f"supported: {', '.join(_STATE_DTYPES)}"
+                    self.error("E0304", message, self.places.json_value("mamba_ssm_cache_dtype"), advice)
+                table["ssm_state_dtype"] = _STATE_DTYPES.get(str(state), "fp32")
                 self.places.names["serving", "ssm_state_dtype"] = ("mamba_ssm_cache_dtype",)
             if "serving" not in own and self.config.get("dtype", self.config.get("torch_dtype")) == "float32":
                 table |= {"kv_cache_dtype": "fp32", "conv_state_dtype": "fp32"}

@@ -43,12 +43,17 @@ def read_spec(
     """
     reader = _Reader(places, start, texts or {})
     spec = reader.spec(raw)
-    return spec, sorted(reader.found, key=lambda item: _order(item.span, start.file))
+    return spec, in_order(reader.found, start.file)
 
 
-def _order(span: Span | None, file: str) -> tuple[bool, int, int]:
-    """Sort by place, what is outside the file last."""
-    return (span.file != file, span.line, span.column) if span else (True, 0, 0)
+def in_order(found: Sequence[Diagnostic], file: str) -> list[Diagnostic]:
+    """Return diagnostics by their place in `file`, what is elsewhere last."""
+
+    def place(item: Diagnostic) -> tuple[bool, int, int]:
+        span = item.span
+        return (span.file != file, span.line, span.column) if span else (True, 0, 0)
+
+    return sorted(found, key=place)
 
 
 Fields = Mapping[str, tuple[Any, Mapping[str, Any], bool]]

@@ -197,7 +197,12 @@ class Serving:
     """[serving]: what the plans are made for."""
 
     batch_sizes: tuple[int, ...] = key("One static decode plan each.", default=(1,), minimum=1, maximum=COUNT)
-    max_seq_len: int = key("Capacity of the KV cache, in tokens.", default=8192, minimum=1, maximum=LENGTH)
+    max_seq_len: int = key(
+        "Capacity of the KV cache, in tokens; by default no more than the model allows.",
+        default=8192,
+        minimum=1,
+        maximum=LENGTH,
+    )
     prefill_chunk: int = key("Tokens of a prefill chunk.", default=256, minimum=1, maximum=LENGTH)
     draft_tokens: int = key("Tokens drafted a step.", default=3, minimum=0, maximum=64)
     kv_cache_dtype: Literal["bf16", "fp8", "fp32"] = key("Type of the KV cache.", default="bf16")

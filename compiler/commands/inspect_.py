@@ -26,13 +26,15 @@ from n3c.specs.load import load_spec
 @options.common
 def command(path: Path, context: int | None, batch: int, overrides: tuple[str, ...], as_json: bool) -> None:
     """Inspect PATH."""
+    if overrides and (path.is_dir() or path.suffix == ".json"):
+        raise click.UsageError(f"--set changes specs, and {path} is none: import it first (`n3c import`)")
     if (path / MANIFEST).is_file():
         manifest = read_manifest(path)
         if manifest is None:
             raise out_error("E0614", f"{MANIFEST} is not one of n3c", path / MANIFEST)
         print_json(manifest) if as_json else _print_build(path, manifest)
         return
-    if path.is_dir():
+    if path.is_dir() or path.suffix == ".json":
         imported = run_import(path)
         spec, warnings = imported.spec, list(imported.warnings)
     else:

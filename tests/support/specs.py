@@ -75,7 +75,10 @@ def spec_from_text(text: str) -> Spec:
         return load_spec(path)[0]
 
 
-def small_spec(extra: str = "", *, latent: bool = True) -> Spec:
-    """Return the spec `SMALL`, with more tables behind it."""
+def small_spec(extra: str = "", *, latent: bool = True, odd: tuple[str, str] | None = None) -> Spec:
+    """Return the spec `SMALL` with more tables behind it; `odd` replaces one line by another."""
     text = SMALL if latent else SMALL.replace("latent_size = 32\n", "")
+    if odd is not None:
+        assert odd[0] in text
+        text = text.replace(*odd)
     return spec_from_text(text + extra)

@@ -1,0 +1,1 @@
+"""ONNX: one graph an entry point, weights bound as inputs."""

@@ -1,0 +1,104 @@
+"""A growing ONNX graph with deterministic names; constants are shared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as onnx
+
+from n3c.ir.types import DType
+
+from .dtypes import ONNX_DTYPES
+
+OPSET = 24
+"""Of TensorScatter and Attention with caches."""
+IR_VERSION = 11
+"""Of float4e2m1."""
+
+Array = npt.NDArray[Any]
+
+
+class GraphBuilder:
+    """Nodes, inputs, outputs and constants; `scope` goes in front of the names of what is added."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.scope = ""
+        self.inputs: list[onnx.Value] = []
+        self.outputs: list[onnx.Value] = []
+        self.nodes: list[onnx.Node] = []
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], onnx.Value] = {}
+        self._taken: set[str] = set()
+
+    def input(self, name: str, dtype: DType, dims: Sequence[int]) -> onnx.Value:
+        """Declare a graph input of exactly that name."""
+        self._taken.add(name)
+        value = onnx.val(name, ONNX_DTYPES[dtype], tuple(dims))
+        self.inputs.append(value)
+        return value
+
+    def output(self, value: onnx.Value, name: str, dtype: DType, dims: Sequence[int]) -> None:
+        """Make `value` a graph output and give it exactly that name: no copy stands between.
+
+        TensorRT writes caches in place only where TensorScatter itself makes the graph output.
+        """
+        if value.producer() is None or any(value is output for output in self.outputs):
+            value = self.node("Identity", value)
+        self._taken.add(name)
+        value.name = name
+        value.type = onnx.TensorType(ONNX_DTYPES[dtype])
+        value.shape = onnx.Shape(dims)
+        self.outputs.append(value)
+
+    def node(self, op: str, *operands: onnx.Value | None, domain: str = "", **attributes: Any) -> onnx.Value:
+        """Append a node with one result and return that."""
+        return self.nodes_results(op, operands, 1, domain, attributes)[0]
+
+    def nodes_results(
+        self, op: str, operands: Sequence[onnx.Value | None], count: int, domain: str, attributes: dict[str, Any]
+    ) -> Sequence[onnx.Value]:
+        """Append a node with `count` results."""
+        name = self._fresh(f"{self.scope}{op}")
+        results = [onnx.val(name if count == 1 else f"{name}:{i}") for i in range(count)]
+        node = onnx.node(op, operands, attributes, domain=domain, outputs=results, name=name)
+        self.nodes.append(node)
+        return results
+
+    def constant(self, array: Array) -> onnx.Value:
+        """Return a constant; equal ones are shared."""
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._constants:
+            name = f"constant.{len(self._constants)}"
+            tensor = onnx.tensor(array, name=name)
+            self._constants[key] = onnx.val(name, tensor.dtype, array.shape, const_value=tensor)
+        return self._constants[key]
+
+    def f32(self, number: float) -> onnx.Value:
+        """Return a float32 scalar."""
+        return self.constant(np.array(number, np.float32))
+
+    def i64(self, *numbers: int) -> onnx.Value:
+        """Return an int64 vector: axes, sizes, shapes."""
+        return self.constant(np.array(numbers, np.int64))
+
+    def model(self, producer: str) -> onnx.Model:
+        """Return the finished model."""
+        graph = onnx.Graph(
+            self.inputs,
+            self.outputs,
+            nodes=self.nodes,
+            initializers=list(self._constants.values()),
+            opset_imports={"": OPSET},
+            name=self.name,
+        )
+        return onnx.Model(graph, ir_version=IR_VERSION, producer_name=producer)
+
+    def _fresh(self, name: str) -> str:
+        candidate, n = name, 1
+        while candidate in self._taken:
+            candidate, n = f"{name}.{n}", n + 1
+        self._taken.add(candidate)
+        return candidate

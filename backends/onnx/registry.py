@@ -1,0 +1,40 @@
+"""Which function spells which op. Ops that are not here have no place in an engine's graph:
+
+`experts` is rewritten by fuse_moe, and `causal_conv1d`, `ssd` and `attention` by plan_state.
+"""
+
+from __future__ import annotations
+
+from .emitter import Spelling
+from .spellings.attention import cached_attention
+from .spellings.elementwise import add, concat, embedding, relu2, shift_left, split
+from .spellings.experts import combine_experts, expand_experts, expert_linear
+from .spellings.linears import dequantize_fp8, dequantize_nvfp4, linear
+from .spellings.mamba import causal_conv1d_update, ssd_update
+from .spellings.norms import gated_rms_norm, rms_norm
+from .spellings.router import route
+
+SPELLINGS: dict[str, Spelling] = {
+    spelling.__name__: spelling
+    for spelling in (
+        add,
+        cached_attention,
+        causal_conv1d_update,
+        combine_experts,
+        concat,
+        dequantize_fp8,
+        dequantize_nvfp4,
+        embedding,
+        expand_experts,
+        expert_linear,
+        gated_rms_norm,
+        linear,
+        relu2,
+        rms_norm,
+        route,
+        shift_left,
+        split,
+        ssd_update,
+    )
+}
+"""Op name → its spelling."""

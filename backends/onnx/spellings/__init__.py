@@ -1,0 +1,1 @@
+"""How ONNX spells each IR op: one function an op."""

@@ -1,0 +1,57 @@
+"""Embedding, element-wise ops, concatenation and splitting."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as onnx
+
+from n3c.ir.program import Node
+
+from ..emitter import Emitter
+
+
+def embedding(emitter: Emitter, node: Node) -> None:
+    """Gather rows, then widen: only the rows of the tokens are read."""
+    g = emitter.graph
+    rows = g.node("Gather", emitter.operand(node, 1), emitter.operand(node, 0), axis=0)
+    emitter.bind(node.results[0], g.node("Cast", rows, to=onnx.DataType.FLOAT))
+
+
+def shift_left(emitter: Emitter, node: Node) -> None:
+    """Cut off the first token and append a zero."""
+    g = emitter.graph
+    batch, tokens = emitter.sizes(node.operand(0))
+    kept = g.node("Slice", emitter.operand(node, 0), g.i64(1), g.i64(tokens), g.i64(1))
+    emitter.bind(node.results[0], g.node("Concat", kept, g.constant(np.zeros((batch, 1), np.int64)), axis=1))
+
+
+def add(emitter: Emitter, node: Node) -> None:
+    """Add."""
+    emitter.bind(node.results[0], emitter.graph.node("Add", emitter.operand(node, 0), emitter.operand(node, 1)))
+
+
+def relu2(emitter: Emitter, node: Node) -> None:
+    """Relu, then its square as a product with itself: one kernel with what reads it."""
+    g = emitter.graph
+    positive = g.node("Relu", emitter.operand(node, 0))
+    emitter.bind(node.results[0], g.node("Mul", positive, positive))
+
+
+def concat(emitter: Emitter, node: Node) -> None:
+    """Concat along the last axis."""
+    emitter.bind(
+        node.results[0], emitter.graph.node("Concat", emitter.operand(node, 0), emitter.operand(node, 1), axis=-1)
+    )
+
+
+def split(emitter: Emitter, node: Node) -> None:
+    """Split along the last axis."""
+    g = emitter.graph
+    sizes = [emitter.sizes(result)[-1] for result in node.results]
+    operands = (emitter.operand(node, 0), g.i64(*sizes))
+    emitter.bind_results(node, g.nodes_results("Split", operands, len(sizes), "", {"axis": -1}))
+
+
+def silu(emitter: Emitter, x: onnx.Value) -> onnx.Value:
+    """Return x · sigmoid(x)."""
+    return emitter.graph.node("Mul", x, emitter.graph.node("Sigmoid", x))

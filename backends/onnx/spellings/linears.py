@@ -1,0 +1,69 @@
+"""Linears and dequantization.
+
+A decode step is bound by the bytes of the weights, so a linear is spelled as a product and a sum,
+which compiles to one kernel that reads the stored weight once and copies nothing; a MatMul of the
+same operands writes the weight out in a wider type first. `docs/engine-forms.md` has the measurements.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as onnx
+
+from n3c.ir.ops import NVFP4_BLOCK
+from n3c.ir.program import Node
+from n3c.ir.types import DType
+
+from ..emitter import DenseWeight, Emitter, Fp8Weight, Nvfp4Weight, Weight
+
+
+def dequantize_nvfp4(emitter: Emitter, node: Node) -> None:
+    """Nothing yet: the reader of the weight spells it."""
+    codes, scale, scale_2 = (emitter.operand(node, i) for i in range(3))
+    packed = node.operand(0).type.dtype is DType.I8
+    emitter.bind_weight(node.results[0], Nvfp4Weight(codes, scale, scale_2, packed))
+
+
+def dequantize_fp8(emitter: Emitter, node: Node) -> None:
+    """Nothing yet: the reader of the weight spells it."""
+    emitter.bind_weight(node.results[0], Fp8Weight(emitter.operand(node, 0), emitter.operand(node, 1)))
+
+
+def linear(emitter: Emitter, node: Node) -> None:
+    """y[b, s, n] = Σₖ x[b, s, 1, k] · w[n, k], times the tensor's scale where the weight has one."""
+    g = emitter.graph
+    weight = emitter.weight(node.operand(1))
+    column = g.node("Unsqueeze", emitter.operand(node, 0), g.i64(-2))
+    product = g.node("Mul", column, unscaled(emitter, weight))
+    y = g.node("ReduceSum", product, g.i64(-1), keepdims=0)
+    scale = tensor_scale(weight)
+    emitter.bind(node.results[0], y if scale is None else g.node("Mul", y, scale))
+
+
+def unscaled(emitter: Emitter, weight: Weight) -> onnx.Value:
+    """Return the whole weight in float32, without the scale of the tensor."""
+    g = emitter.graph
+    match weight:
+        case DenseWeight(tensor, is_f32):
+            return emitter.widened(tensor, is_f32)
+        case Fp8Weight(codes, _):
+            return g.node("DequantizeLinear", codes, g.f32(1.0))
+        case Nvfp4Weight(codes, scale, _, False):
+            return g.node("DequantizeLinear", codes, block_scales(emitter, scale), axis=-1, block_size=NVFP4_BLOCK)
+        case Nvfp4Weight():
+            raise ValueError("NVFP4 codes packed as bytes are for gathered weights only")
+
+
+def block_scales(emitter: Emitter, scale: onnx.Value) -> onnx.Value:
+    """Return E4M3 block scales in float32."""
+    return emitter.graph.node("DequantizeLinear", scale, emitter.graph.f32(1.0))
+
+
+def tensor_scale(weight: Weight) -> onnx.Value | None:
+    """Return the float32 scale of a tensor, [] or one an expert [E]."""
+    match weight:
+        case DenseWeight():
+            return None
+        case Fp8Weight(_, scale):
+            return scale
+        case Nvfp4Weight():
+            return weight.scale_2

@@ -1,0 +1,1 @@
+"""Generated PyTorch: one readable, standalone model.py."""

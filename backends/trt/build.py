@@ -1,0 +1,167 @@
+"""Build a plan from an ONNX model, in this process, on a machine with or without a GPU.
+
+The network is strongly typed: the types of the ONNX graph are the types of the kernels. Detailed
+profiling verbosity adds names to the plan and makes the builder list its kernels, which the audit
+of realised precision reads.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from n3c.backends.progress import Callback, silent
+from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
+
+from .layers import Kernel, parse_layers
+from .log import Captured, Steps, make_logger, make_monitor, make_writer
+from .targets import require
+
+_HEARTBEAT = 0.2
+"""Seconds between progress events."""
+
+Locate = Callable[[str], Span | None]
+"""Name of an ONNX node → where the spec asked for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanResult:
+    """A plan that was built."""
+
+    path: Path
+    bytes: int
+    kernels: tuple[Kernel, ...]
+    scratch_bytes: int
+    """Device memory that the plan needs besides weights, inputs and outputs."""
+    parse_seconds: float
+    seconds: float
+    """Parsing and building."""
+    warnings: tuple[str, ...]
+
+
+def build_plan(
+    model: bytes | Path,
+    plan: Path,
+    trt: Any,
+    *,
+    sm: int,
+    progress: Callback = silent,
+    locate: Locate | None = None,
+) -> PlanResult:
+    """Compile `model` (serialised ONNX, or a file of it with its external data) for `sm` into the file `plan`.
+
+    `trt` is a module of `load_trt`. N3CError where the SM is unknown (E0502), the parser (E0504) or the
+    builder (E0505) refuses, or `plan` cannot be written. After Ctrl-C the builder stops at its next step,
+    nothing is written, and KeyboardInterrupt goes on; a second Ctrl-C does not wait for the builder.
+    """
+    faults = require(sm, ())
+    if faults:
+        raise N3CError(faults, ExitCode.TARGET)
+    start = time.perf_counter()
+    captured, steps = Captured(), Steps()
+    logger = make_logger(trt, captured)
+    monitor = make_monitor(trt, steps)  # the builder only borrows it
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    steps.begin("Parsing ONNX", 0)
+    progress(steps.now())
+    parser = _parse(trt, network, logger, model, locate)
+    parsed = time.perf_counter()
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.progress_monitor = monitor
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), 0)
+    with _written(plan) as write:
+        writer = make_writer(trt, write)
+        built = _in_thread(lambda: builder.build_serialized_network_to_stream(network, config, writer), steps, progress)
+        if not built:
+            raise N3CError(_builder_faults(captured, sm, locate), ExitCode.TARGET)
+    del parser  # it owns what the network reads while it is built
+    return PlanResult(
+        plan,
+        plan.stat().st_size,
+        parse_layers(captured.listing),
+        max(captured.figures.values(), default=0),
+        parsed - start,
+        time.perf_counter() - start,
+        tuple(captured.warnings),
+    )
+
+
+def _parse(trt: Any, network: Any, logger: Any, model: bytes | Path, locate: Locate | None) -> Any:
+    """Parse `model` into `network` and return the parser."""
+    parser = trt.OnnxParser(network, logger)
+    ok = parser.parse_from_file(str(model)) if isinstance(model, Path) else parser.parse(model)
+    if ok:
+        return parser
+    faults: list[Diagnostic] = []
+    for i in range(parser.num_errors):
+        error = parser.get_error(i)
+        name = error.node_name()
+        where = f" at node `{name}` ({error.node_operator()})" if name else ""
+        faults.append(
+            Diagnostic("E0504", f"the ONNX parser refuses{where}: {_one_line(error.desc())}", locate and locate(name))
+        )
+    raise N3CError(faults or Diagnostic("E0504", "the ONNX parser cannot read the model"), ExitCode.TARGET)
+
+
+def _builder_faults(captured: Captured, sm: int, locate: Locate | None) -> list[Diagnostic]:
+    """Return the builder's errors, each at the spec line of the first node that it names."""
+    faults: list[Diagnostic] = []
+    for message in dict.fromkeys(captured.errors):
+        spans = (locate(word) for word in re.split(r"[\s(),:\[\]]+", message)) if locate else iter(())
+        span = next((span for span in spans if span is not None), None)
+        faults.append(Diagnostic("E0505", f"the TensorRT builder fails for SM {sm}: {_one_line(message)}", span))
+    return faults or [Diagnostic("E0505", f"the TensorRT builder fails for SM {sm} without saying why")]
+
+
+def _one_line(text: str, limit: int = 600) -> str:
+    return " ".join(text.split())[:limit]
+
+
+@contextmanager
+def _written(path: Path) -> Generator[Callable[[Any], int]]:
+    """Give a function that appends to a file which becomes `path` if all goes well, and else is gone."""
+    partial = path.with_name(f"{path.name}.partial")
+    failures: list[OSError] = []
+    try:
+        with partial.open("wb") as file:
+
+            def write(piece: Any) -> int:
+                try:
+                    return file.write(piece)
+                except OSError as error:  # the caller is C++, which takes 0 for a failure
+                    failures.append(error)
+                    return 0
+
+            yield write
+        partial.replace(path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        cause = failures[0] if failures else error
+        if isinstance(cause, OSError):
+            raise N3CError(Diagnostic("E0613", f"cannot write {path}: {cause}"), ExitCode.FILE) from error
+        raise
+
+
+def _in_thread(build: Callable[[], bool], steps: Steps, progress: Callback) -> bool:
+    """Run `build` in a thread and report until it is done: one compilation lasts minutes without an event."""
+    result: list[bool] = []
+    thread = threading.Thread(target=lambda: result.append(bool(build())), name="TensorRT builder", daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(_HEARTBEAT)
+            progress(steps.now())
+    except BaseException:
+        steps.cancelled = True
+        thread.join()
+        raise
+    return bool(result and result[0])

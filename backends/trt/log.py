@@ -1,0 +1,115 @@
+"""The builder's logger, monitor and writer, as subclasses made from the module that was loaded.
+
+C++ calls them, from the thread that builds: they only take notes and never raise.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from n3c.backends.progress import Progress
+
+from .layers import LISTING
+
+_ERROR, _WARNING = 1, 2
+"""Severities of ILogger: 0 internal error, 1 error, 2 warning, 3 info, 4 verbose."""
+_KEPT = 64
+"""Messages of a kind that are kept, so that a build that complains without end stays small."""
+_FIGURES = ("Max Scratch Memory: ", "Total Activation Memory: ")
+
+
+class Captured:
+    """What a build said, of all that it says: errors, warnings, memory figures and the layer listing."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+        self.warnings: list[str] = []
+        self.figures: dict[str, int] = {}
+        """Figure → bytes."""
+        self.listing = ""
+
+    def take(self, severity: int, message: str) -> None:
+        """Keep `message` if it matters."""
+        if severity <= _ERROR:
+            self._keep(self.errors, message)
+        elif severity == _WARNING:
+            self._keep(self.warnings, message)
+        elif message.startswith(LISTING):
+            self.listing = message
+        elif message.startswith(_FIGURES):
+            figure, _, rest = message.partition(": ")
+            number = rest.split(" ", 1)[0]
+            self.figures[figure] = int(number) if number.isdigit() else 0
+
+    @staticmethod
+    def _keep(kept: list[str], message: str) -> None:
+        if len(kept) < _KEPT:
+            kept.append(message)
+
+
+def make_logger(trt: Any, captured: Captured) -> Any:
+    """Return an ILogger that hands everything to `captured`."""
+
+    def log(_self: Any, severity: Any, message: str) -> None:
+        captured.take(int(severity), message)
+
+    return _subclass(trt.ILogger, "CapturingLogger", log=log)
+
+
+class Steps:
+    """Where the builder is, written by its thread and read by the one that waits, and the wish to cancel."""
+
+    def __init__(self) -> None:
+        self.cancelled = False
+        self._start = time.perf_counter()
+        self._at = ("Starting", 0, 0)
+
+    def begin(self, phase: str, total: int) -> None:
+        """A phase of `total` steps begins; phases nest, the innermost is told."""
+        self._at = (phase, 0, total)
+
+    def step(self, phase: str, done: int) -> bool:
+        """Steps of `phase` are done; return whether to go on."""
+        known, _, total = self._at
+        self._at = (phase, done, total if known == phase else 0)
+        return not self.cancelled
+
+    def now(self) -> Progress:
+        """Return the last event, with the time that has passed."""
+        return Progress(*self._at, time.perf_counter() - self._start)
+
+
+def make_monitor(trt: Any, steps: Steps) -> Any:
+    """Return an IProgressMonitor that hands everything to `steps`."""
+
+    def phase_start(_self: Any, phase: str, _parent: str | None, total: int) -> None:
+        steps.begin(phase, total)
+
+    def step_complete(_self: Any, phase: str, step: int) -> bool:
+        return steps.step(phase, step + 1)
+
+    def phase_finish(_self: Any, _phase: str) -> None:
+        return
+
+    return _subclass(
+        trt.IProgressMonitor, "Monitor", phase_start=phase_start, step_complete=step_complete, phase_finish=phase_finish
+    )
+
+
+def make_writer(trt: Any, write: Any) -> Any:
+    """Return an IStreamWriter that hands each piece of the plan to `write(bytes) -> int`."""
+
+    def write_piece(_self: Any, piece: Any) -> int:
+        return int(write(piece))
+
+    return _subclass(trt.IStreamWriter, "FileWriter", write=write_piece)
+
+
+def _subclass(base: Any, name: str, **methods: Any) -> Any:
+    """Return an instance of a subclass of an extension type, whose own `__init__` must run."""
+
+    def initialise(self: Any) -> None:
+        base.__init__(self)
+
+    return type(name, (base,), {"__init__": initialise, **methods})()

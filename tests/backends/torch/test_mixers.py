@@ -1,0 +1,231 @@
+"""The parts of a generated model: the scan, its states, the router, the experts, initialisation."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from .generated import generate, tiny_spec
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return generate(tiny_spec(), tmp_path_factory.mktemp("mixers"))
+
+
+@pytest.fixture
+def model(module: Any) -> Any:
+    torch.manual_seed(1)
+    return module.Model().eval()
+
+
+def recurrence(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """h_t = exp(dt_t A) h_(t-1) + dt_t x_t B_t^T, y_t = h_t C_t, token by token and head by head."""
+    groups, heads = B.shape[2], x.shape[2]
+    ys: list[Tensor] = []
+    hs: list[Tensor] = []
+    for b in range(x.shape[0]):
+        for i in range(heads):
+            group = i * groups // heads
+            state = h[b, i]
+            for t in range(x.shape[1]):
+                added = dt[b, t, i] * torch.outer(x[b, t, i], B[b, t, group])
+                state = state * torch.exp(dt[b, t, i] * A[i]) + added
+                ys.append(state @ C[b, t, group])
+            hs.append(state)
+    y = torch.stack(ys).view(x.shape[0], heads, x.shape[1], x.shape[3]).transpose(1, 2)
+    return y, torch.stack(hs).view_as(h)
+
+
+def scan_inputs(length: int, heads: int = 6, groups: int = 3) -> tuple[Tensor, ...]:
+    g = torch.Generator().manual_seed(length)
+    x = torch.randn(2, length, heads, 4, generator=g)
+    dt = torch.rand(2, length, heads, generator=g)
+    A = -torch.linspace(0.1, 40, heads)
+    B, C = torch.randn(2, 2, length, groups, 5, generator=g).unbind(0)
+    return x, dt, A, B, C, torch.randn(2, heads, 4, 5, generator=g)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 64])
+@pytest.mark.parametrize("length", [1, 3, 8, 13])
+def test_ssd_is_the_recurrence(module: Any, length: int, chunk: int) -> None:
+    inputs = scan_inputs(length)
+    expected_y, expected_h = recurrence(*(t.double() for t in inputs))
+    y, h = module.ssd(*inputs, chunk)
+    assert y.dtype == h.dtype == torch.float32
+    torch.testing.assert_close(y.double(), expected_y, atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(h.double(), expected_h, atol=2e-6, rtol=2e-6)
+
+
+def test_ssd_step_is_ssd(module: Any) -> None:
+    inputs = scan_inputs(1)
+    for got, expected in zip(module.ssd_step(*inputs), module.ssd(*inputs, 4), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_ssd_gradients(module: Any) -> None:
+    inputs = [t.double().requires_grad_() for t in scan_inputs(7, heads=2, groups=1)]
+    weights = torch.randn(2, 7, 2, 4, dtype=torch.float64), torch.randn(2, 2, 4, 5, dtype=torch.float64)
+
+    def gradients(y: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad((y * weights[0]).sum() + (h * weights[1]).sum(), inputs)
+
+    # The decay between two tokens passes through float32.
+    for got, expected in zip(gradients(*module.ssd(*inputs, 3)), gradients(*recurrence(*inputs)), strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_ssd_keeps_its_digits_where_decay_is_fast(module: Any) -> None:
+    """Sums of dt A reach thousands in a chunk; float32 differences of them have three digits."""
+    x, dt, _, B, C, h = scan_inputs(128, heads=2, groups=1)
+    A = torch.tensor([-128.0, -64.0])
+    expected, _ = recurrence(*(t.double() for t in (x, dt, A, B, C, h)))
+    y, _ = module.ssd(x, dt, A, B, C, h, 128)
+    torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_causality(model: Any) -> None:
+    """A later token changes nothing before it, and something from it on."""
+    ids = torch.arange(12).view(1, 12)
+    changed = ids.clone()
+    changed[0, 7] = 80
+    with torch.no_grad():
+        a, b = model(ids), model(changed)
+    torch.testing.assert_close(a.logits[:, :7], b.logits[:, :7], atol=1e-5, rtol=0)
+    assert (a.logits[:, 7:] - b.logits[:, 7:]).abs().amax(-1).min() > 1e-3
+    for k, (x, y) in enumerate(zip(a.mtp_logits, b.mtp_logits, strict=True), start=1):
+        torch.testing.assert_close(x[:, : 7 - k], y[:, : 7 - k], atol=1e-5, rtol=0)
+
+
+def test_step_of_sequences_at_different_places(model: Any) -> None:
+    """Rows of a batch may have different lengths: each then decodes as if alone."""
+    ids = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 7, 1, 8, 2, 8]])
+    alone = [model.allocate_state(1, 16) for _ in range(2)]
+    model.step(ids[:1, :5], alone[0])
+    model.step(ids[1:, :2], alone[1])
+    both = model.allocate_state(2, 16)
+    both.lengths.copy_(torch.tensor([5, 2]))
+    both.longest = 5
+    for name in ("conv", "ssm", "keys", "values"):
+        for index, tensor in getattr(both, name).items():
+            tensor.copy_(torch.cat([getattr(state, name)[index] for state in alone]))
+    got = model.step(torch.stack([ids[0, 5:], ids[1, 2:3]]), both)
+    expected = [model.step(ids[:1, 5:], alone[0]), model.step(ids[1:, 2:3], alone[1])]
+    torch.testing.assert_close(got, torch.cat(expected), atol=1e-5, rtol=1e-5)
+    assert both.lengths.tolist() == [6, 3]
+
+
+def test_state(model: Any) -> None:
+    state = model.allocate_state(3, 10)
+    assert state.lengths.tolist() == [0, 0, 0] and state.lengths.dtype == torch.int64
+    assert {i: tuple(t.shape) for i, t in state.conv.items()} == dict.fromkeys((0, 2, 6), (3, 192, 3))
+    assert {i: tuple(t.shape) for i, t in state.ssm.items()} == dict.fromkeys((0, 2, 6), (3, 8, 16, 16))
+    assert {i: tuple(t.shape) for i, t in state.keys.items()} == {3: (3, 2, 10, 24)}
+    assert all(t.dtype == torch.float32 for t in state.ssm.values())
+    with pytest.raises(ValueError, match="room for 10 more"):
+        model.step(torch.zeros(3, 11, dtype=torch.int64), state)
+    with pytest.raises(ValueError, match="3 sequences"):
+        model.step(torch.zeros(2, 1, dtype=torch.int64), state)
+    with pytest.raises(ValueError, match="3 x 0 tokens"):
+        model.step(torch.zeros(3, 0, dtype=torch.int64), state)
+
+
+def test_bfloat16_keeps_the_correction_bias_and_the_ssm_state(model: Any) -> None:
+    model.backbone.layers[1].mixer.gate.e_score_correction_bias.fill_(1.001)
+    ids = torch.arange(9).view(1, 9)
+    with torch.no_grad():
+        expected = model(ids).logits
+        model.to(torch.bfloat16)
+        got = model(ids).logits
+    bias = model.backbone.layers[1].mixer.gate.e_score_correction_bias
+    assert bias.dtype == torch.float32 and torch.equal(bias, torch.full((8,), 1.001))
+    assert got.dtype == torch.float32
+    assert (got - expected).abs().mean() < 0.05 * expected.abs().mean()
+    state = model.allocate_state(1, 9)
+    stepped = torch.cat([model.step(ids[:, t : t + 1], state) for t in range(9)], dim=1)
+    assert (stepped - got).abs().mean() < 0.05 * expected.abs().mean()
+    assert state.ssm[0].dtype == torch.float32 and state.keys[3].dtype == torch.bfloat16
+
+
+def test_autocast_leaves_router_and_scan_in_float32(model: Any) -> None:
+    mixer, calls = model.backbone.layers[1].mixer, []
+    mixer.gate.register_forward_hook(lambda _, args, out: calls.append((args[0].float(), out)))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(torch.arange(9).view(1, 9))
+    x, (experts, weights) = calls[0]
+    with torch.no_grad():
+        expected_experts, expected_weights = mixer.gate(x)
+    assert torch.equal(experts, expected_experts) and torch.equal(weights, expected_weights)
+
+
+@pytest.mark.parametrize(("inner", "width"), [(48, 32), (17, 32), (48, 11), (5, 3)])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_experts(module: Any, inner: int, width: int, tokens: int) -> None:
+    """Grouped GEMM where rows are multiples of 16 bytes, a loop elsewhere: the plain sum in both."""
+    torch.manual_seed(0)
+    config = module.Config(moe_intermediate_size=inner, moe_latent_size=width)
+    experts = module.Experts(config)
+    torch.nn.init.normal_(experts.up_proj)
+    torch.nn.init.normal_(experts.down_proj)
+    x = torch.randn(tokens, width, requires_grad=True)
+    chosen = torch.stack([torch.randperm(8)[:3] for _ in range(tokens)])
+    weights = torch.rand(tokens, 3)
+    got = experts(x, chosen, weights)
+    rows = []
+    for n in range(tokens):
+        parts = [
+            weights[n, k] * (experts.down_proj[e] @ torch.relu(experts.up_proj[e] @ x[n]) ** 2)
+            for k, e in enumerate(chosen[n].tolist())
+        ]
+        rows.append(torch.stack(parts).sum(0))
+    expected = torch.stack(rows)
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-5)
+    parameters = (x, experts.up_proj, experts.down_proj)
+    seed = torch.randn_like(got)
+    for a, b in zip(
+        torch.autograd.grad(got, parameters, seed), torch.autograd.grad(expected, parameters, seed), strict=True
+    ):
+        torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-5)
+
+
+def test_initialisation(module: Any) -> None:
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = module.Model(module.Config(hidden_size=256, initializer_range=0.02))
+    model.to_empty(device="cpu")
+    for tensor in model.state_dict().values():
+        tensor.fill_(torch.nan)
+    model.init_weights()
+    weights = model.state_dict()
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+    mamba = {k.removeprefix("backbone.layers.0.mixer."): v for k, v in weights.items()}
+    torch.testing.assert_close(mamba["A_log"].exp(), torch.arange(1.0, 9.0))
+    assert torch.equal(mamba["D"], torch.ones(8))
+    dt = torch.nn.functional.softplus(mamba["dt_bias"])
+    assert 0.000999 <= dt.min() and dt.max() <= 0.1001 and len(dt.unique()) == 8
+    bound = 1 / math.sqrt(128) / math.sqrt(8)  # Kaiming, a = sqrt(5), over sqrt(blocks)
+    assert 0.95 * bound < mamba["out_proj.weight"].abs().max() <= bound
+    for name in ("backbone.embeddings.weight", "lm_head.weight", "backbone.layers.0.mixer.in_proj.weight"):
+        assert abs(weights[name].std().item() - 0.02) < 0.001, name
+    for name, tensor in weights.items():
+        if name.endswith(("gate.weight", "experts.up_proj", "experts.down_proj", "eh_proj.weight")):
+            assert abs(tensor.std().item() - 0.02) < 0.002, name
+        elif "norm" in name:
+            assert torch.equal(tensor, torch.ones_like(tensor)), name
+        elif name.endswith("e_score_correction_bias"):
+            assert not tensor.any()
+
+
+def test_export_in_float32(tmp_path: Path) -> None:
+    """torch.export sees no grouped GEMM in float32; the traced form gives the same numbers."""
+    torch.manual_seed(2)
+    model = generate(tiny_spec("ME*", mtp=None), tmp_path).Model().eval()
+    ids = torch.arange(18).view(2, 9)
+    exported = torch.export.export(model, (ids,), strict=False).module()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,124 @@
+"""Multi-token prediction against a second form: transformers' blocks, and Megatron's rolled tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import NemotronHConfig
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHBlock
+
+from .generated import generate, tiny_spec
+
+IDS = torch.tensor([[5, 90, 2, 33, 33, 8, 61, 7, 1], [0, 96, 44, 3, 17, 17, 29, 50, 12]])
+
+
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+
+
+def block(model: Any, pattern: str, index: int) -> Any:
+    """Return transformers' block with the weights of `mtp.layers.<index>`."""
+    config = NemotronHConfig(
+        hidden_size=64,
+        hybrid_override_pattern=pattern,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=24,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        moe_intermediate_size=48,
+        moe_shared_expert_intermediate_size=80,
+        moe_latent_size=32,
+        routed_scaling_factor=2.5,
+    )
+    config._attn_implementation = "sdpa"
+    result = NemotronHBlock(config, index)
+    prefix = f"mtp.layers.{index}."
+    extra = ("enorm", "hnorm", "eh_proj", "final_layernorm")
+    weights = {k.removeprefix(prefix): v for k, v in model.state_dict().items() if k.startswith(prefix)}
+    result.load_state_dict({k: v for k, v in weights.items() if not k.startswith(extra)})
+    return result.eval()
+
+
+def roll(x: Tensor) -> Tensor:
+    """Shift one token to the left; the last place gets a token that nothing may depend on."""
+    return torch.cat([x[:, 1:], torch.full_like(x[:, :1], 11)], dim=1)
+
+
+@torch.no_grad()
+def second_form(model: Any, pattern: str, depth: int, ids: Tensor) -> list[Tensor]:
+    """Return the logits of each depth, all places [B, S, V]; the last `depth` places mean nothing."""
+    weights = model.state_dict()
+    blocks = [block(model, pattern, index) for index in range(len(pattern))]
+    h, tokens, logits = model.backbone(ids), ids, []
+    for _ in range(depth):
+        tokens = roll(tokens)
+        e = norm(weights["backbone.embeddings.weight"][tokens], weights["mtp.layers.0.enorm.weight"])
+        h = torch.cat([e, norm(h, weights["mtp.layers.0.hnorm.weight"])], dim=-1)
+        h = h @ weights["mtp.layers.0.eh_proj.weight"].T
+        for layer in blocks:
+            h = layer(h)
+        h = norm(h, weights[f"mtp.layers.{len(pattern) - 1}.final_layernorm.weight"])
+        logits.append(h @ weights["lm_head.weight"].T)
+    return logits
+
+
+@pytest.fixture(params=[("*E", 2), ("E", 3), ("*E*", 1)], ids=str)
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, str, int]:
+    pattern, depth = request.param
+    torch.manual_seed(3)
+    model = generate(tiny_spec("ME*", mtp=pattern, depth=depth), tmp_path).Model().eval()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if "norm" in name:
+                tensor.uniform_(0.5, 1.5)
+    return model, pattern, depth
+
+
+def test_logits(case: tuple[Any, str, int]) -> None:
+    model, pattern, depth = case
+    expected = second_form(model, pattern, depth, IDS)
+    with torch.no_grad():
+        got = model(IDS).mtp_logits
+    assert [logits.shape for logits in got] == [(2, 9 - k, 97) for k in range(1, depth + 1)]
+    for k, logits in enumerate(got, start=1):
+        assert logits.abs().max() > 0.1
+        assert (logits - expected[k - 1][:, : 9 - k]).abs().max() <= 1e-5
+
+
+def test_loss(case: tuple[Any, str, int]) -> None:
+    model, pattern, depth = case
+    labels = IDS.clone()
+    labels[1, 3:6] = -100
+    with torch.no_grad():
+        out = model(IDS, labels=labels)
+    main = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    losses = []
+    for k, logits in enumerate(second_form(model, pattern, depth, IDS), start=1):
+        pairs = [(logits[b, t], labels[b, t + k + 1]) for b in range(2) for t in range(9 - k - 1)]
+        scored = [F.cross_entropy(row, label) for row, label in pairs if label != -100]
+        losses.append(torch.stack(scored).mean())
+    mean = torch.stack(losses).mean()
+    torch.testing.assert_close(out.mtp_loss, mean, atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.loss, main + 0.3 * mean, atol=1e-5, rtol=0)
+
+
+def test_every_parameter_learns(case: tuple[Any, str, int]) -> None:
+    model, _, _ = case
+    model(IDS, labels=IDS).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_short_sequences(case: tuple[Any, str, int], length: int) -> None:
+    """A depth that has no token to predict from adds nothing; the loss stays finite."""
+    model, _, depth = case
+    out = model(IDS[:, :length], labels=IDS[:, :length])
+    assert len(out.mtp_logits) == min(depth, length - 1)
+    assert torch.isfinite(out.loss) and torch.isfinite(out.mtp_loss)

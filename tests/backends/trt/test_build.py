@@ -1,0 +1,164 @@
+"""Plans of a small decode graph, built for a GPU that is not there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from n3c.backends.onnx.emit import OnnxEntry, emit_entry
+from n3c.backends.onnx.graph import GraphBuilder
+from n3c.backends.progress import Progress
+from n3c.backends.trt.audit import audit
+from n3c.backends.trt.build import PlanResult, build_plan
+from n3c.backends.trt.module import load_trt
+from n3c.compiler.serving import serve
+from n3c.ir.diagnostics import ExitCode, N3CError, Span
+from n3c.ir.types import DType
+from support.specs import QUANTIZED, small_spec
+
+
+@dataclass(frozen=True)
+class Built:
+    entry: OnnxEntry
+    result: PlanResult
+    events: list[Progress]
+
+
+def decode_entry(batch: int, *, latent: bool = True) -> OnnxEntry:
+    return emit_entry(serve(small_spec(QUANTIZED, latent=latent)).program, "decode", batch=batch)
+
+
+@pytest.fixture(scope="module", params=[(1, True), (3, False)], ids=["batch 1, latent", "batch 3, standard"])
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """Every block kind and format, once as a file and once from memory."""
+    batch, latent = request.param
+    folder = tmp_path_factory.mktemp("plan")
+    entry = decode_entry(batch, latent=latent)
+    events: list[Progress] = []
+    model: bytes | Path = entry.to_bytes()
+    if batch == 1:
+        entry.save(model := folder / "decode.onnx")
+    result = build_plan(model, folder / "decode.plan", load_trt(), sm=120, progress=events.append, locate=entry.locate)
+    return Built(entry, result, events)
+
+
+def test_every_precision_is_realised(built: Built) -> None:
+    verdict = audit(built.entry.linears, built.result.kernels, built.entry.output_names, built.result.scratch_bytes)
+    assert verdict.mismatches == ()
+    assert {finding.realised for finding in verdict.findings} == {"nvfp4", "fp8", "bf16"}
+
+
+def test_the_plan_is_there_and_small(built: Built) -> None:
+    assert built.result.path.stat().st_size == built.result.bytes > 10_000
+    assert not list(built.result.path.parent.glob("*.partial"))
+    assert 0 < built.result.scratch_bytes < 1_000_000
+    assert built.result.seconds > built.result.parse_seconds > 0
+
+
+def test_every_input_is_read_by_a_kernel(built: Built) -> None:
+    read = {tensor.name for kernel in built.result.kernels for tensor in kernel.inputs}
+    written = {tensor.name for kernel in built.result.kernels for tensor in kernel.outputs}
+    caches = {name for name in built.entry.output_names if "cache" in name}
+    names = {row["name"] for row in (*built.entry.bindings, *built.entry.inputs)}
+    # a cache is updated in place, and so known by the name of its next state only
+    assert {name for name in names if "cache" not in name} <= read
+    assert built.entry.output_names <= written and caches <= read
+
+
+def test_no_kernel_attends_without_a_mask(built: Built) -> None:
+    """What `nonpad_kv_seqlen` would silently give."""
+    attention = [kernel for kernel in built.result.kernels if "mha" in kernel.name]
+    assert attention and all(any(t.dtype == "Bool" for t in kernel.inputs) for kernel in attention)
+
+
+def test_progress(built: Built) -> None:
+    assert built.events[0].phase == "Parsing ONNX"
+    assert len({event.phase for event in built.events}) > 1
+    assert [e.seconds for e in built.events] == sorted(e.seconds for e in built.events)
+    assert all(e.total == 0 or e.step <= e.total for e in built.events)
+
+
+def fails(model: bytes, plan: Path, sm: int = 120) -> N3CError:
+    with pytest.raises(N3CError) as caught:
+        build_plan(model, plan, load_trt(), sm=sm, locate=lambda name: SPAN if name.startswith("layer/") else None)
+    assert not plan.exists() and not list(plan.parent.glob("*.partial"))
+    return caught.value
+
+
+SPAN = Span("m.toml", 3, 5)
+
+
+def test_no_model(tmp_path: Path) -> None:
+    error = fails(b"no model", tmp_path / "x.plan")
+    assert (error.diagnostics[0].code, error.exit_code) == ("E0504", ExitCode.TARGET)
+
+
+def test_what_the_parser_refuses_has_a_place(tmp_path: Path) -> None:
+    g = GraphBuilder("g")
+    g.scope = "layer/"
+    x = g.input("x", DType.F32, (2, 3))
+    g.output(g.node("Reshape", x, g.i64(4)), "y", DType.F32, (4,))
+    error = fails(_bytes(g), tmp_path / "x.plan")
+    (diagnostic,) = error.diagnostics
+    assert (diagnostic.code, diagnostic.span) == ("E0504", SPAN)
+    assert "layer/Reshape" in diagnostic.message and "\n" not in diagnostic.message
+
+
+def test_what_the_builder_refuses_has_a_place(tmp_path: Path) -> None:
+    """A cache update that is not itself an output."""
+    g = GraphBuilder("g")
+    g.scope = "layer/"
+    cache, new = g.input("cache", DType.F32, (1, 2, 8, 4)), g.input("new", DType.F32, (1, 2, 1, 4))
+    written = g.node("TensorScatter", cache, new, g.input("at", DType.I64, (1,)), axis=2, mode="linear")
+    g.output(g.node("Identity", written), "y", DType.F32, (1, 2, 8, 4))
+    error = fails(_bytes(g), tmp_path / "x.plan")
+    assert error.exit_code is ExitCode.TARGET
+    assert any(d.code == "E0505" and d.span == SPAN and "network output" in d.message for d in error.diagnostics)
+
+
+def test_fp4_for_a_gpu_without_it(tmp_path: Path) -> None:
+    """`n3c check` says so first; the builder is the proof that the table is right."""
+    error = fails(decode_entry(1).to_bytes(), tmp_path / "x.plan", sm=86)
+    assert {d.code for d in error.diagnostics} == {"E0505"}
+
+
+def test_an_unknown_target(tmp_path: Path) -> None:
+    assert fails(b"", tmp_path / "x.plan", sm=90).diagnostics[0].code == "E0502"
+
+
+def test_a_plan_that_cannot_be_written(tmp_path: Path) -> None:
+    error = fails(_small(), tmp_path / "no such folder" / "x.plan")
+    assert (error.diagnostics[0].code, error.exit_code) == ("E0613", ExitCode.FILE)
+
+
+def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
+    def interrupt(event: Progress) -> None:
+        if event.phase != "Parsing ONNX":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_plan(_small(), tmp_path / "x.plan", load_trt(), sm=120, progress=interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_program_gives_a_plan_for_older_gpus_in_bf16(tmp_path: Path) -> None:
+    entry = emit_entry(serve(small_spec()).program, "decode", batch=1)
+    result = build_plan(entry.to_bytes(), tmp_path / "x.plan", load_trt(), sm=80)
+    verdict = audit(entry.linears, result.kernels, entry.output_names, result.scratch_bytes)
+    assert verdict.mismatches == ()
+
+
+def _bytes(graph: GraphBuilder) -> bytes:
+    import onnx_ir
+
+    data: bytes = onnx_ir.to_proto(graph.model("test")).SerializeToString()
+    return data
+
+
+def _small() -> bytes:
+    g = GraphBuilder("g")
+    x = g.input("x", DType.F32, (2, 3))
+    g.output(g.node("Add", x, x), "y", DType.F32, (2, 3))
+    return _bytes(g)
