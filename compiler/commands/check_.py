@@ -9,6 +9,7 @@ import click
 from n3c.compiler import options
 from n3c.compiler.checking import check
 from n3c.compiler.output import print_diagnostics, print_json, say
+from n3c.ir.diagnostics import Diagnostic
 
 
 @click.command("check", help="Find everything that would fail later, without weights, GPU or build.")
@@ -24,4 +25,8 @@ def command(spec: Path, target: str | None, sm: int, overrides: tuple[str, ...],
     if as_json:
         print_json({"ok": True, "name": name, "diagnostics": [w.as_json() for w in warnings]})
     else:
-        say(f"{spec}: ok ({name})" + (f", {len(warnings)} warnings" if warnings else ""))
+        say(f"{spec}: ok ({name})" + _counted(warnings))
+
+
+def _counted(warnings: list[Diagnostic]) -> str:
+    return f", {len(warnings)} warning{'s' if len(warnings) > 1 else ''}" if warnings else ""
