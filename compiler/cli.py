@@ -112,7 +112,7 @@ def _explained(error: BaseException) -> N3CError:
         return N3CError(Diagnostic("E0701", error.format_message(), help=usage), ExitCode.USAGE)
     if isinstance(error, ModuleNotFoundError):
         help_ = "`n3c doctor` lists what is installed; `make venv` installs everything"
-        missing = Diagnostic("E0508", f"the Python package `{error.name}` is not installed", help=help_)
+        missing = Diagnostic("E0509", f"the Python package `{error.name}` is not installed", help=help_)
         return N3CError(missing, ExitCode.TARGET)
     if isinstance(error, OSError):
         place = Span(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else None

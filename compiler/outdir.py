@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
@@ -108,7 +108,7 @@ def _has(data: object, keys: dict[str, type]) -> TypeGuard[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def replacing(out: Path, waiting: Callable[[str], None]) -> Iterator[Path]:
+def replacing(out: Path, waiting: Callable[[str], None]) -> Generator[Path]:
     """Yield an empty directory beside `out`; rename it to `out` at the end, or remove it on any error.
 
     Where another build of `out` runs, `waiting` is told so and this one begins when that has ended.
@@ -130,7 +130,7 @@ def replacing(out: Path, waiting: Callable[[str], None]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _claimed(real: Path, out: Path, waiting: Callable[[str], None]) -> Iterator[Path]:
+def _claimed(real: Path, out: Path, waiting: Callable[[str], None]) -> Generator[Path]:
     """Make `.OUT.n3c-new` under a lock, empty, and remove it in the end if it is still there."""
     folder, lock = real.with_name(f".{real.name}.n3c-new"), -1
     try:

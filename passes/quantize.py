@@ -107,14 +107,26 @@ def linear_parameters(program: Program) -> set[str]:
     """Return the names of the parameters that are weights of linears, and of nothing else."""
     weights: set[str] = set()
     others: set[str] = set()
+    kinds = {name: _weights_of_linears(function) for name, function in program.functions.items()}
     for call in program.calls():
-        function = program.functions[call.function]
-        for formal, actual in zip(function.parameters, call.parameters, strict=True):
-            for node in function.uses(formal):
-                names = [name for name, v in zip(node.op.operands, node.operands, strict=True) if v is formal]
-                linear = node.op in (ops.linear, ops.experts) and set(names) <= {"weight", "up", "down"}
-                (weights if linear else others).add(actual)
+        for kind, actual in zip(kinds[call.function], call.parameters, strict=True):
+            if kind is not None:
+                (weights if kind else others).add(actual)
     return weights - others
+
+
+def _weights_of_linears(function: Function) -> list[bool | None]:
+    """Return for each formal parameter whether only linears read it, as their weight; None: nobody reads it."""
+    kinds: list[bool | None] = []
+    for formal in function.parameters:
+        readers = [
+            node.op in (ops.linear, ops.experts) and name in ("weight", "up", "down")
+            for node in function.uses(formal)
+            for name, operand in zip(node.op.operands, node.operands, strict=True)
+            if operand is formal
+        ]
+        kinds.append(all(readers) if readers else None)
+    return kinds
 
 
 def ledger_warnings(rules: tuple[FormatRule, ...], program: Program) -> list[Diagnostic]:
@@ -192,9 +204,9 @@ def _parts(parameter: Parameter, rule: FormatRule) -> list[Parameter]:
 
 def _entry(parameter: Parameter, rule: FormatRule | None, reason: str) -> LedgerEntry:
     quantized = rule is not None and rule.format != "bf16"
-    parts = _parts(parameter, rule) if rule is not None and quantized else [parameter]
     format_ = rule.format if rule is not None and quantized else parameter.type.dtype.value
-    size = sum(part.type.bytes for part in parts)
+    stored = [type_ for _, _, type_ in _stored(parameter.type, format_)] if quantized else [parameter.type]
+    size = sum(type_.bytes for type_ in stored)
     return LedgerEntry(parameter.name, parameter.role, parameter.type.static_dims, reason, format_, size)
 
 

@@ -76,14 +76,15 @@ class OnnxEntry:
 
 
 def emit_entry(
-    program: Program, entry_point: str, *, batch: int, tokens: int = 1, progress: Step | None = None
+    program: Program, entry_point: str | EntryPoint, *, batch: int, tokens: int = 1, progress: Step | None = None
 ) -> OnnxEntry:
-    """Emit `entry_point` for `batch` sequences of `tokens` tokens each, both fixed in the graph.
+    """Emit an entry point, by name or a stage of one, for `batch` sequences of `tokens` tokens, both fixed.
 
     Static dims make plans an eighth of the size, and 3 times faster to build, than dynamic ones.
     N3CError (E0507) for an op that no spelling is registered for.
     """
-    return _Emission(program, program.entry_points[entry_point], {"B": batch, "S": tokens}).run(progress)
+    entry = program.entry_points[entry_point] if isinstance(entry_point, str) else entry_point
+    return _Emission(program, entry, {"B": batch, "S": tokens}).run(progress)
 
 
 class _Emission:
@@ -120,7 +121,7 @@ class _Emission:
             tuple(weights),
             tuple(arguments),
             tuple(results),
-            linears_of(program, self.entry.name, self.dims),
+            linears_of(program, self.entry, self.dims),
             self.spans,
         )
 

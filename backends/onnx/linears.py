@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from n3c.ir import ops
-from n3c.ir.program import Call, Node, Parameter, Program
+from n3c.ir.program import Call, EntryPoint, Node, Parameter, Program
 from n3c.ir.source import Bytes, Concat, Fp8, NegExp, Nvfp4, Source, Stack, Tensor
 from n3c.ir.types import DType
 
@@ -30,7 +30,7 @@ class Linear:
     """Weights (elements) in all."""
 
 
-def linears_of(program: Program, entry_point: str, dims: Mapping[str, int]) -> tuple[Linear, ...]:
+def linears_of(program: Program, entry: EntryPoint, dims: Mapping[str, int]) -> tuple[Linear, ...]:
     """Return the linears of an entry point in the order of its calls; merged ones once for each part.
 
     A stack of experts is one linear, named with `*` for the expert, as in
@@ -38,7 +38,7 @@ def linears_of(program: Program, entry_point: str, dims: Mapping[str, int]) -> t
     """
     return tuple(
         linear
-        for call in program.entry_points[entry_point].calls
+        for call in entry.calls
         for node in program.functions[call.function].nodes
         if node.op in (ops.linear, ops.expert_linear)
         for linear in _linears(program, call, node, dict(dims))

@@ -84,7 +84,7 @@ class Checkpoint:
             try:
                 self._handles[path] = safetensors.safe_open(str(path), framework="pt")
             except (OSError, safetensors.SafetensorError) as error:
-                raise file_error("E0602", f"not a readable safetensors file: {error}", path) from error
+                raise file_error("E0609", f"not a readable safetensors file: {error}", path) from error
         return self._handles[path]
 
     def _paths(self) -> list[Path]:

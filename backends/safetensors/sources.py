@@ -119,7 +119,9 @@ def check_fit(parameters: Iterable[Parameter], checkpoint: Checkpoint) -> None:
                     Diagnostic("E0606", f"tensor `{name}` is {list(found)}, the spec needs {list(expected)}", place)
                 )
     scales = ("_scale", "_scale_2", ".input_scale", ".k_scale", ".v_scale")
-    extra = [name for name in checkpoint if name not in wanted and not name.endswith(scales)]
+    # released checkpoints may carry an MTP block that a spec leaves out, as transformers does
+    unwanted = () if any(name.startswith("mtp.") for name in wanted) else ("mtp.",)
+    extra = [n for n in checkpoint if n not in wanted and not n.endswith(scales) and not n.startswith(unwanted)]
     faults.extend(Diagnostic("E0608", f"the spec has no place for tensor `{name}`", place) for name in extra)
     if faults:
         shown, rest = faults[:_MOST_FAULTS], len(faults) - _MOST_FAULTS

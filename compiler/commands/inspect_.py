@@ -71,9 +71,7 @@ def _print_spec(figures: dict[str, Any]) -> None:
         f" states {format_bytes(moved['states'])}, KV {format_bytes(moved['kv_cache'])})"
     )
     say(f"  intensity        {decode['flops_per_byte']} FLOPs a byte")
-    say(
-        f"  roofline         {decode['tokens_per_second_at_1_TB_per_s']:,} tokens/s for each TB/s of memory bandwidth"
-    )
+    say(f"  roofline         {decode['tokens_per_second_at_1_TB_per_s']:,} tokens/s for each TB/s of memory bandwidth")
 
 
 def _print_build(path: Path, manifest: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -100,7 +100,9 @@ def test_unreadable_specs(tmp_path: Path) -> None:
         result = n3c("check", tmp_path / name, "--json")
         assert (result.code, result.codes[0]) == (exit_code, code), name
         assert result.data["diagnostics"][0]["file"] == str(tmp_path / name)
-    assert n3c("check", tmp_path / "latin.toml").err.startswith(f"{tmp_path / 'latin.toml'}:2:12: error[E0100]: not UTF-8")
+    assert n3c("check", tmp_path / "latin.toml").err.startswith(
+        f"{tmp_path / 'latin.toml'}:2:12: error[E0100]: not UTF-8"
+    )
     for name in ("missing.toml", "x" * 300, "empty.toml/below.toml"):
         for command in ("inspect", "import", "export-config"):
             assert n3c(command, tmp_path / name, "--json").code == 6, (command, name)
@@ -141,14 +143,14 @@ def test_a_missing_package_is_the_machines_fault(tmp_path: Path, monkeypatch: py
     monkeypatch.delitem(sys.modules, "n3c.backends.torch.emit", raising=False)
     monkeypatch.setitem(sys.modules, "jinja2", None)  # as if it were not installed
     result = n3c("build", write_small(tmp_path), "--target", "torch", "-o", tmp_path / "out", "--json")
-    assert (result.code, result.codes) == (4, ["E0508"])
+    assert (result.code, result.codes) == (4, ["E0509"])
     assert not (tmp_path / "out").exists()
 
 
 @contextlib.contextmanager
-def unprivileged(folder: Path) -> Iterator[None]:
+def unprivileged(folder: Path) -> Generator[None]:
     """Act as a user who may not write to `folder`, as tests may run as root, who may do anything."""
-    os.chmod(folder, 0o555)
+    folder.chmod(0o555)
     root = os.geteuid() == 0
     if root:
         os.seteuid(65534)
@@ -157,7 +159,7 @@ def unprivileged(folder: Path) -> Iterator[None]:
     finally:
         if root:
             os.seteuid(0)
-        os.chmod(folder, 0o755)
+        folder.chmod(0o755)
 
 
 def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
@@ -198,7 +200,14 @@ def test_a_folder_without_permission() -> None:
 
 def test_bad_builds_to_inspect(tmp_path: Path) -> None:
     manifest = tmp_path / "manifest.json"
-    for text in ("", "{", "[]", '{"spec": {}}', '{"spec": {"name": 1, "sha256": 2}, "files": [], "ledger": []}', "[" * 99999):
+    for text in (
+        "",
+        "{",
+        "[]",
+        '{"spec": {}}',
+        '{"spec": {"name": 1, "sha256": 2}, "files": [], "ledger": []}',
+        "[" * 99999,
+    ):
         manifest.write_text(text, encoding="utf-8")
         result = n3c("inspect", tmp_path, "--json")
         assert (result.code, result.codes) == (6, ["E0614"])

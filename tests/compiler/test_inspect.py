@@ -86,9 +86,10 @@ def test_a_config_and_a_checkpoint_give_the_figures_of_their_spec(tmp_path: Path
     for path in (tmp_path, tmp_path / "config.json"):
         found = inspected(path)
         assert found["parameters"] == expected["parameters"]
-        assert found["flops_per_token"] == inspected("super.toml", "--context", found["decode"]["context"])[
-            "flops_per_token"
-        ]
+        assert (
+            found["flops_per_token"]
+            == inspected("super.toml", "--context", found["decode"]["context"])["flops_per_token"]
+        )
 
 
 def test_text_for_people(tmp_path: Path) -> None:
@@ -105,5 +106,11 @@ def test_text_for_people(tmp_path: Path) -> None:
 
 def test_tables() -> None:
     assert format_table(("a", "long"), [("x", "1"), ("yyy", "22")]) == "a    long\n---  ----\nx       1\nyyy    22"
-    assert [format_bytes(n) for n in (0, 999, 1000, 79.01e9, 2.5e15)] == ["0 B", "999 B", "1.00 kB", "79.01 GB", "2500.00 TB"]
+    assert [format_bytes(n) for n in (0, 999, 1000, 79.01e9, 2.5e15)] == [
+        "0 B",
+        "999 B",
+        "1.00 kB",
+        "79.01 GB",
+        "2500.00 TB",
+    ]
     assert [format_count(n) for n in (999, 1500, 120.67e9)] == ["999", "1.50K", "120.67B"]

@@ -64,7 +64,7 @@ def test_shipped_specs_round_trip(name: str) -> None:
     round_trip(load_spec(SPECS / f"{name}.toml")[0])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(specs())
 def test_random_specs_round_trip(spec: Spec) -> None:
     round_trip(spec)
@@ -83,7 +83,7 @@ def test_export_says_what_each_reader_needs() -> None:
     assert config["n_shared_experts"] == 1
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     st.lists(
         st.sampled_from(["linear_attention", "mamba", "moe", "full_attention", "attention", "mlp"]),
@@ -339,7 +339,7 @@ def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     st.sampled_from(sorted(OLD)),
     st.recursive(

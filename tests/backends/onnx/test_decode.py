@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from n3c.backends.onnx.emit import emit_entry
+from n3c.backends.onnx.stages import stages
 from n3c.backends.reference.evaluate import evaluate, zero_states
 from n3c.compiler.lower import lower
 from n3c.compiler.serving import serve
@@ -114,3 +115,22 @@ def test_linears_name_modules_inputs_and_formats() -> None:
     q, k = linears["backbone.layers.3.mixer.q_proj"], linears["backbone.layers.3.mixer.k_proj"]
     assert q.weight == k.weight and q.total == (64 + 32 + 32) * 64  # merged by fuse_moe
     assert {linear.weight for linear in entry.linears} <= set(program.parameters)
+
+
+@pytest.mark.parametrize("layers", [1, 3, 100])
+def test_stages_in_a_chain_are_the_whole(layers: int, tmp_path: Path) -> None:
+    spec = small_spec(QUANTIZED)
+    program = serve(spec).program
+    whole = program.entry_points["decode"]
+    parameters = load_parameters(program, save_tensors(random_tensors(lower(spec)), tmp_path))
+    known = {"input_ids": torch.tensor([[5], [6]]), "lengths": torch.tensor([0, 3]), **zero_states(program, 2)}
+    expected = OnnxRunner(emit_entry(program, "decode", batch=2), parameters).run(known)
+    parts = stages(program, whole, layers)
+    assert [call for part in parts for call in part.calls] == whole.calls
+    assert len(parts) == {1: 8, 3: 3, 100: 1}[layers]
+    results: dict[str, torch.Tensor] = {}
+    for part in parts:
+        entry = emit_entry(program, part, batch=2)
+        results |= OnnxRunner(entry, parameters).run(known | results)
+    for name, value in expected.items():
+        torch.testing.assert_close(results[name], value, rtol=0, atol=0)

@@ -81,7 +81,7 @@ def test_unreadable_checkpoints(tmp_path: Path) -> None:
     data = (tmp_path / "model.safetensors").read_bytes()
     for broken in (data[:-8], data[:4], b"\xff" * 64, data + b"x"):
         (tmp_path / "model.safetensors").write_bytes(broken)
-        refused(lambda: Checkpoint(tmp_path), "E0602")
+        refused(lambda: Checkpoint(tmp_path), "E0609")
 
 
 def test_sources(tmp_path: Path) -> None:
@@ -138,6 +138,12 @@ def test_fit_lists_all_that_is_wrong(tmp_path: Path) -> None:
         "`backbone.norm_f.weight` is [3], the spec needs [64]",
         "no place for tensor `surprise`",
     )
+
+
+def test_an_mtp_block_that_the_spec_leaves_out_is_no_fault(tmp_path: Path) -> None:
+    with_mtp = random_tensors(lower(small_spec()))
+    without = lower(small_spec(odd=('[mtp]\npattern = "*E"\ndepth = 2\n', "")))
+    check_fit(without.parameters.values(), save_tensors(with_mtp, tmp_path))
 
 
 def test_not_finite_weights_are_named(tmp_path: Path) -> None:

@@ -1,0 +1,96 @@
+"""What transformers' nemotron_h configuration calls each key of a spec, its default there, and aliases.
+
+Source: transformers 5.23, models/nemotron_h/configuration_nemotron_h.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .pattern import BlockKind
+from .places import Path
+
+# Spec key → (name in config.json, default of NemotronHConfig, other names in use)
+FIELDS: dict[Path, tuple[str, Any, tuple[str, ...]]] = {
+    ("model", "hidden_size"): ("hidden_size", 4096, ()),
+    ("model", "vocab_size"): ("vocab_size", 131072, ()),
+    ("model", "max_position_embeddings"): ("max_position_embeddings", 4096, ()),
+    ("model", "norm_eps"): ("layer_norm_epsilon", 1e-5, ("norm_eps", "rms_norm_eps")),
+    ("model", "tie_word_embeddings"): ("tie_word_embeddings", False, ()),
+    ("model", "initializer_range"): ("initializer_range", 0.02, ()),
+    ("model", "rescale_prenorm_residual"): ("rescale_prenorm_residual", True, ()),
+    ("model", "pad_token_id"): ("pad_token_id", 0, ()),
+    ("model", "bos_token_id"): ("bos_token_id", 1, ()),
+    ("model", "eos_token_ids"): ("eos_token_id", 2, ()),
+    ("mamba", "num_heads"): ("mamba_num_heads", 128, ()),
+    ("mamba", "head_dim"): ("mamba_head_dim", 64, ()),
+    ("mamba", "state_size"): ("ssm_state_size", 128, ("mamba_state_dim",)),
+    ("mamba", "n_groups"): ("n_groups", 8, ("mamba_n_groups", "mamba_num_groups")),
+    ("mamba", "conv_kernel"): ("conv_kernel", 4, ("mamba_d_conv",)),
+    ("mamba", "chunk_size"): ("chunk_size", 128, ("mamba_chunk_size",)),
+    ("mamba", "conv_bias"): ("use_conv_bias", True, ("mamba_conv_bias",)),
+    ("mamba", "time_step_min"): ("time_step_min", 1e-3, ("mamba_dt_min",)),
+    ("mamba", "time_step_max"): ("time_step_max", 0.1, ("mamba_dt_max",)),
+    ("mamba", "time_step_floor"): ("time_step_floor", 1e-4, ("mamba_dt_init_floor",)),
+    ("attention", "num_heads"): ("num_attention_heads", 32, ()),
+    ("attention", "num_kv_heads"): ("num_key_value_heads", 8, ()),
+    ("attention", "head_dim"): ("head_dim", 128, ("attention_head_dim",)),
+    ("moe", "num_experts"): ("n_routed_experts", 8, ("num_local_experts",)),
+    ("moe", "top_k"): ("num_experts_per_tok", 2, ()),
+    ("moe", "intermediate_size"): ("moe_intermediate_size", 7688, ()),
+    ("moe", "shared_intermediate_size"): ("moe_shared_expert_intermediate_size", 7688, ()),
+    ("moe", "latent_size"): ("moe_latent_size", None, ()),
+    ("moe", "routed_scaling_factor"): ("routed_scaling_factor", 1.0, ()),
+    ("moe", "norm_topk_prob"): ("norm_topk_prob", True, ()),
+    ("moe", "n_group"): ("n_group", 1, ()),
+    ("moe", "topk_group"): ("topk_group", 1, ()),
+    ("mlp", "intermediate_size"): ("intermediate_size", 21504, ()),
+}
+
+# Features that a spec cannot say: name → the values that mean "not used"
+UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    "use_bias": (False,),
+    "mlp_bias": (False,),
+    "attention_bias": (False,),
+    "mamba_proj_bias": (False,),
+    "attention_dropout": (0, 0.0),
+    "mlp_hidden_act": ("relu2",),
+    "mamba_hidden_act": ("silu", "swish"),
+    "block_configs": (None,),
+    "mtp_block_configs": (None,),
+}
+
+# Names that say nothing about the architecture; every other unknown name is mentioned when dropped.
+SILENT = {
+    "architectures",
+    "model_type",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "auto_map",
+    "_name_or_path",
+    "use_cache",
+    "num_logits_to_keep",
+    "output_router_logits",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "is_encoder_decoder",
+    "chunk_size_feed_forward",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "quantization_config",
+    "n3c",
+}
+PATTERNS = ("layers_block_type", "layer_types", "hybrid_override_pattern", "num_hidden_layers")
+MTP = (
+    "num_nextn_predict_layers",
+    "mtp_layers_block_type",
+    "mtp_hybrid_override_pattern",
+    "mtp_num_layers",
+    "mtp_loss_scaling_factor",
+)
+STATE_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+TABLES = {BlockKind.MAMBA: "mamba", BlockKind.ATTENTION: "attention", BlockKind.MOE: "moe", BlockKind.MLP: "mlp"}
+N3C_KEYS = ("name", "pipeline_cuts", "quantization", "training", "serving")
