@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -50,6 +49,8 @@ def _discard(stream: TextIO) -> None:
 
 def print_json(data: Mapping[str, Any]) -> None:
     """Print one JSON object on stdout."""
+    import json  # here, as `n3c check` starts faster without
+
     say(json.dumps(data, indent=2))
 
 

@@ -6,7 +6,6 @@ formats and exits (the practice of xDSL and openapi-python-client).
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
@@ -99,5 +98,7 @@ class N3CError(Exception):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
     """Return a help line that names the closest of `known`, or None where nothing is close."""
+    import difflib  # only errors need it
+
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"did you mean `{close[0]}`?" if close else None

@@ -16,6 +16,9 @@ _ERROR, _WARNING = 1, 2
 """Severities of ILogger: 0 internal error, 1 error, 2 warning, 3 info, 4 verbose."""
 _KEPT = 64
 """Messages of a kind that are kept, so that a build that complains without end stays small."""
+_SILENCE = 1.0
+"""Seconds without an event after which the builder is in its one long step, which has none."""
+COMPILING = "Compiling kernels"
 _FIGURES = ("Max Scratch Memory: ", "Total Activation Memory: ")
 
 
@@ -64,20 +67,23 @@ class Steps:
         self.cancelled = False
         self._start = time.perf_counter()
         self._at = ("Starting", 0, 0)
+        self._last = self._start
 
     def begin(self, phase: str, total: int) -> None:
         """A phase of `total` steps begins; phases nest, the innermost is told."""
-        self._at = (phase, 0, total)
+        self._at, self._last = (phase, 0, total), time.perf_counter()
 
     def step(self, phase: str, done: int) -> bool:
         """Steps of `phase` are done; return whether to go on."""
         known, _, total = self._at
-        self._at = (phase, done, total if known == phase else 0)
+        self._at, self._last = (phase, done, total if known == phase else 0), time.perf_counter()
         return not self.cancelled
 
     def now(self) -> Progress:
-        """Return the last event, with the time that has passed."""
-        return Progress(*self._at, time.perf_counter() - self._start)
+        """Return the last event, with the time that has passed; `COMPILING` where none came for a while."""
+        now = time.perf_counter()
+        at = self._at if now - self._last < _SILENCE else (COMPILING, 0, 0)
+        return Progress(*at, now - self._start)
 
 
 def make_monitor(trt: Any, steps: Steps) -> Any:

@@ -17,6 +17,8 @@ from support.specs import QUANTIZED, SPECS
 
 FIELDS = ["file", "line", "column", "code", "severity", "message", "help"]
 """The keys of a diagnostic, which the design fixes."""
+CODE = """'"]; import os'"""
+RULE = '[[quantization.rules]]\nformat = "bf16"\n'
 NVFP4 = '[quantization]\nformat = "nvfp4"\nblock = [16, 16]\n'
 
 # name → (changes to SMALL, tables behind it, code of the first error, its line or None for any)
@@ -31,14 +33,12 @@ BAD_SPECS: dict[str, tuple[list[tuple[str, str]], str, str, int | None]] = {
     "stray symbol": ([("MEM*E-ME", "MEMXE-ME")], "", "E0108", 7),
     "exploding pattern": ([("MEM*E-ME", "((((M)999)999)999)999")], "", "E0108", 7),
     "too many experts chosen": ([("top_k = 3", "top_k = 9")], "", "E0206", None),
-    "rule without a weight": ([], NVFP4 + '[[quantization.rules]]\nroles = ["mlp.up"]\nlayers = "first 1"\n'
-                              'format = "bf16"\n', "E0401", None),
+    "rule without a weight": ([], f"{NVFP4}{RULE}roles = ['mlp.up']\nlayers = 'first 1'\n", "E0401", 40),
     "indivisible K": ([("latent_size = 32", "latent_size = 40")], NVFP4.replace("[16, 16]", "[1, 16]"), "E0404", 38),
-    "code in the name": ([('name = "small"', """name = '"]; import os'""")], "", "E0111", 2),
-    "code in a role": ([], NVFP4 + "[[quantization.rules]]\nroles = ['\"]; import os']\nformat = \"bf16\"\n", "E0109", 41),
-    "code in a layer": ([], NVFP4 + "[[quantization.rules]]\nroles = ['*']\nlayers = '\"]; import os'\n"
-                        'format = "bf16"\n', "E0110", 42),
-    "code in a module": ([], NVFP4 + "[[quantization.rules]]\nmodules = ['\"]; import os']\nformat = \"bf16\"\n", "E0111", 41),
+    "code in the name": ([('name = "small"', f"name = {CODE}")], "", "E0111", 2),
+    "code in a role": ([], f"{NVFP4}{RULE}roles = [{CODE}]\n", "E0109", 42),
+    "code in a layer": ([], f"{NVFP4}{RULE}roles = ['*']\nlayers = {CODE}\n", "E0110", 43),
+    "code in a module": ([], f"{NVFP4}{RULE}modules = [{CODE}]\n", "E0111", 42),
 }  # fmt: skip
 
 

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
+
 from n3c.compiler.cli import COMMANDS
 from n3c.ir.diagnostics import ExitCode
 from support.command import n3c
@@ -38,3 +40,23 @@ def test_every_command_exit_code_and_option_is_documented() -> None:
         assert options <= set(re.findall(r"--[a-z-]+", section)), name
     for code in ExitCode:
         assert f"| {code.value} |" in text
+
+
+def test_the_examples_give_what_the_document_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "specs").symlink_to(ROOT / "specs")
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs/command-line.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```console\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    examples = [example for block in blocks for example in re.split(r"^\$ n3c ", block, flags=re.MULTILINE)[1:]]
+    assert len(examples) > 8
+    for example in examples:
+        command, _, expected = example.partition("\n")
+        result = n3c(*command.split())
+        shown = re.sub(" +", " ", result.err + result.out)
+        assert re.fullmatch(_pattern(re.sub(" +", " ", expected)), shown), f"n3c {command}\n{shown}"
+
+
+def _pattern(expected: str) -> str:
+    """Return a regular expression: a line of `…` alone is any number of lines, elsewhere it is a part of its line."""
+    lines = ("(.*\n)*?" if line == "…\n" else re.escape(line).replace("…", ".*") for line in expected.splitlines(True))
+    return "".join(lines)

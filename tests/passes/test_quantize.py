@@ -76,7 +76,6 @@ def test_the_ledger_covers_every_weight_once_with_its_bytes() -> None:
             "matches no weight",
         ),
         (table("bf16", 'roles = ["mamba.*"]\nlayers = "1"\nformat = "fp8"'), "E0401", 4, "in these layers"),
-
         (table("bf16", 'roles = ["embedding"]\nformat = "nvfp4"'), "E0403", 4, "not the weight of a linear"),
         (table("nvfp4", block="[16, 16]"), "E0405", 2, "do not divide into blocks of 16"),
     ],

@@ -13,7 +13,7 @@ import torch
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from n3c.backends.torch.emit import emit
-from n3c.specs.pattern import BlockKind, Pattern
+from n3c.specs.pattern import Pattern
 from n3c.specs.schema import Attention, Mamba, Mlp, Model, Moe, Mtp, Spec
 
 SHA256 = "0123456789abcdef" * 4
@@ -115,40 +115,3 @@ def transformers_model(config: NemotronHConfig, seed: int) -> Any:
             elif name.endswith("conv1d.bias"):
                 tensor.uniform_(-0.5, 0.5)
     return model
-
-
-def spec_of(config: NemotronHConfig, name: str = "random") -> Spec:
-    """Return the spec of a configuration of transformers, key by key."""
-    pattern = Pattern("".join(BlockKind.from_hf_name(kind).value for kind in config.layers_block_type))
-    return Spec(
-        name=name,
-        model=Model(
-            hidden_size=config.hidden_size,
-            vocab_size=config.vocab_size,
-            pattern=pattern,
-            norm_eps=config.layer_norm_epsilon,
-            initializer_range=config.initializer_range,
-        ),
-        mamba=Mamba(
-            num_heads=config.mamba_num_heads,
-            head_dim=config.mamba_head_dim,
-            state_size=config.ssm_state_size,
-            n_groups=config.n_groups,
-            conv_kernel=config.conv_kernel,
-            chunk_size=config.chunk_size,
-            conv_bias=config.use_conv_bias,
-        ),
-        attention=Attention(config.num_attention_heads, config.num_key_value_heads, config.head_dim),
-        moe=Moe(
-            num_experts=config.n_routed_experts,
-            top_k=config.num_experts_per_tok,
-            intermediate_size=config.moe_intermediate_size,
-            shared_intermediate_size=config.moe_shared_expert_intermediate_size,
-            latent_size=config.moe_latent_size,
-            routed_scaling_factor=config.routed_scaling_factor,
-            norm_topk_prob=config.norm_topk_prob,
-            n_group=config.n_group,
-            topk_group=config.topk_group,
-        ),
-        mlp=Mlp(config.intermediate_size),
-    )

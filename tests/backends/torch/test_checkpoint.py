@@ -140,7 +140,9 @@ def test_mtp_tensors_are_left_unread_where_the_spec_has_no_mtp(module: Any, save
     assert torch.equal(model.lm_head.weight, expected)
 
 
-@pytest.mark.parametrize("file", ["../outside.safetensors", "/etc/outside.safetensors", "a/b.safetensors", "a\\b.safetensors", "..", ""])
+@pytest.mark.parametrize(
+    "file", ["../outside.safetensors", "/etc/outside.safetensors", "a/b.safetensors", "a\\b.safetensors", "..", ""]
+)
 def test_an_index_cannot_name_files_elsewhere(module: Any, saved: Path, file: str) -> None:
     split(saved)
     (saved.parent / "outside.safetensors").write_bytes((saved / "part-0.safetensors").read_bytes())
@@ -152,7 +154,10 @@ def test_an_index_cannot_name_files_elsewhere(module: Any, saved: Path, file: st
         module.load_checkpoint(module.Model(), saved)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": null}}', "\x00"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": null}}', "\x00"],
+)
 def test_an_index_that_is_none(module: Any, saved: Path, text: str) -> None:
     (saved / "model.safetensors").unlink()
     (saved / "model.safetensors.index.json").write_text(text)

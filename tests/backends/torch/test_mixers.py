@@ -166,7 +166,7 @@ def test_autocast_leaves_router_and_scan_in_float32(model: Any) -> None:
 @pytest.mark.parametrize(("inner", "width"), [(48, 32), (17, 32), (48, 11), (5, 3)])
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_experts(module: Any, inner: int, width: int, tokens: int) -> None:
-    """Grouped GEMM where rows are multiples of 16 bytes, a loop elsewhere: the plain sum in both."""
+    """Grouped GEMM for many rows of whole 16 bytes, a loop elsewhere: the plain sum in both."""
     torch.manual_seed(0)
     config = module.Config(moe_intermediate_size=inner, moe_latent_size=width)
     experts = module.Experts(config)

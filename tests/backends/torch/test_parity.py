@@ -9,18 +9,23 @@ import pytest
 import torch
 from transformers import NemotronHForCausalLM
 
-from .generated import generate, random_config, spec_of, transformers_model
+from n3c.specs.convert import run_import
+
+from .generated import generate, random_config, transformers_model
 
 TOLERANCE = 1e-5
 SEEDS = range(20)
 
 
 def pair(seed: int, folder: Path) -> tuple[Any, Any, Any]:
-    """Return transformers' model, the generated module and the generated model, with equal weights."""
+    """Return transformers' model, the generated module and the generated model, with equal weights.
+
+    The way of a user: a checkpoint that transformers saved → import → generate → load.
+    """
     config = random_config(seed)
     theirs = transformers_model(config, seed)
     theirs.save_pretrained(folder / "checkpoint")
-    module = generate(spec_of(config), folder)
+    module = generate(run_import(folder / "checkpoint").spec, folder)
     ours = module.Model()
     module.load_checkpoint(ours, folder / "checkpoint")
     return theirs, module, ours.eval()

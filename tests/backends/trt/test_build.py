@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from n3c.backends.onnx.graph import GraphBuilder
 from n3c.backends.progress import Progress
 from n3c.backends.trt.audit import audit
 from n3c.backends.trt.build import PlanResult, build_plan
+from n3c.backends.trt.log import Steps
 from n3c.backends.trt.module import load_trt
 from n3c.compiler.serving import serve
 from n3c.ir.diagnostics import ExitCode, N3CError, Span
@@ -78,6 +80,20 @@ def test_progress(built: Built) -> None:
     assert len({event.phase for event in built.events}) > 1
     assert [e.seconds for e in built.events] == sorted(e.seconds for e in built.events)
     assert all(e.total == 0 or e.step <= e.total for e in built.events)
+
+
+def test_silence_is_told_as_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The builder's long step comes right after the event of another, which would be shown all the time."""
+    clock = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: clock)
+    steps = Steps()
+    steps.begin("Determining refit engines", 1)
+    clock = 0.5
+    assert steps.now() == Progress("Determining refit engines", 0, 1, 0.5)
+    clock = 7.0
+    assert steps.now() == Progress("Compiling kernels", 0, 0, 7.0)
+    assert steps.step("Next", 1)
+    assert steps.now() == Progress("Next", 1, 0, 7.0)
 
 
 def fails(model: bytes, plan: Path, sm: int = 120) -> N3CError:

@@ -44,7 +44,7 @@ class Config:
     # One symbol a residual block: M Mamba-2, * attention, E mixture of experts, - dense MLP.
     pattern: str = "MEM*E-ME"
     max_position_embeddings: int = 4096  # longest context, tokens
-    norm_eps: float = 1e-05  # epsilon of every RMSNorm
+    norm_eps: float = 1e-5  # epsilon of every RMSNorm
     initializer_range: float = 0.1  # standard deviation of fresh weights
 
     mamba_num_heads: int = 8  # H
@@ -160,7 +160,8 @@ def ssd(
     """
     batch, length, heads, channels = x.shape
     groups, state_size = B.shape[2:]
-    size, by_group = min(chunk_size, length), (groups, heads // groups)
+    by_group = (groups, heads // groups)
+    size = chunk_size if length > chunk_size else length
     pad = -length % size  # padded tokens have dt = 0: they neither decay nor add
 
     def chunks(t: Tensor, *shape: int) -> Tensor:  # [B, S, ...] -> [B, S/Q, Q, *shape]
@@ -209,6 +210,44 @@ def ssd_step(
     return (h @ C)[..., 0][:, None], h
 
 
+class CausalConv1d(nn.Module):
+    """y_t = silu(sum_k weight_k x_(t - K + 1 + k) + bias), each channel by itself, in float32.
+
+    A sum of K shifted products: for so few taps it is much faster than a general convolution.
+    """
+
+    def __init__(self, channels: int, taps: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, taps))
+        self.bias = nn.Parameter(torch.empty(channels))
+
+    def reset_parameters(self) -> None:
+        bound = 1 / math.sqrt(self.weight.shape[-1])  # as nn.Conv1d
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Tensor, window: Tensor | None = None) -> Tensor:
+        """Return y [B, S, C] of x [B, S, C]. Before x stand zeros, or `window` [B, C, K - 1], which
+        is then moved on.
+        """
+        length, (channels, _, taps) = x.shape[1], self.weight.shape
+        weight = self.weight[:, 0]  # [C, K]
+        aligned = channels % 8 == 0 and x.stride(1) % 8 == 0 and taps <= 4  # what the kernel can do
+        if conv_kernel is not None and window is None and x.is_cuda and aligned:
+            bias = self.bias
+            out: Tensor = conv_kernel(x.transpose(1, 2), weight, bias, activation="silu")
+            return out.transpose(1, 2)
+        if window is None:
+            x = F.pad(x, (0, 0, taps - 1, 0))  # [B, K - 1 + S, C]
+        else:
+            x = torch.cat([window.transpose(1, 2), x], dim=1)  # [B, K - 1 + S, C]
+            window.copy_(x[:, length:].transpose(1, 2))
+        y = weight[:, 0].float() * x[:, :length] + self.bias.float()
+        for k in range(1, taps):
+            y = torch.addcmul(y, weight[:, k].float(), x[:, k : k + length])
+        return F.silu(y).to(x.dtype)
+
+
 class GatedRMSNorm(nn.Module):
     """weight * RMSNorm(y * silu(z)): gate first, then norm over each of G groups, in float32."""
 
@@ -232,7 +271,7 @@ class Mamba2(nn.Module):
     """Mamba-2 (Dao and Gu, arXiv 2405.21060; layout of Nemotron-H, arXiv 2504.03624).
 
         z, xBC, dt = in_proj(input)
-        x, B, C = silu(conv1d(xBC))        depthwise, causal
+        x, B, C = silu(conv1d(xBC))
         dt = softplus(dt + dt_bias), A = -exp(A_log)
         y = SSD(x, dt, A, B, C) + D x
         output = out_proj(GatedRMSNorm(y, z))
@@ -245,9 +284,9 @@ class Mamba2(nn.Module):
         self.config = config
         self.index = index
         inner, channels = config.mamba_inner_size, config.mamba_conv_size
-        heads, kernel = config.mamba_num_heads, config.mamba_conv_kernel
+        heads = config.mamba_num_heads
         self.in_proj = nn.Linear(config.hidden_size, inner + channels + heads, bias=False)
-        self.conv1d = nn.Conv1d(channels, channels, kernel, groups=channels, bias=True)
+        self.conv1d = CausalConv1d(channels, config.mamba_conv_kernel)
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.A_log = nn.Parameter(torch.empty(heads))
         self.D = nn.Parameter(torch.empty(heads))
@@ -277,7 +316,7 @@ class Mamba2(nn.Module):
         heads, groups = config.mamba_num_heads, config.mamba_n_groups
         inner, shared = config.mamba_inner_size, groups * config.mamba_state_size
         z, xBC, dt = torch.split(self.in_proj(x), [inner, config.mamba_conv_size, heads], dim=-1)
-        xBC = self.convolve(xBC.transpose(1, 2), state).transpose(1, 2)  # [B, S, C]
+        xBC = self.conv1d(xBC, None if state is None else state.conv[self.index])  # [B, S, C]
         u, B, C = torch.split(xBC, [inner, shared, shared], dim=-1)
         u = u.view(batch, length, heads, -1)  # [B, S, H, P]
         B = B.view(batch, length, groups, -1)  # [B, S, G, N]
@@ -286,20 +325,6 @@ class Mamba2(nn.Module):
         y = self.scan(u, dt, B, C, state) + self.D.float()[:, None] * u  # [B, S, H, P] float32
         out: Tensor = self.out_proj(self.norm(y.flatten(-2), z))  # [B, S, H * P] -> [B, S, D]
         return out
-
-    def convolve(self, x: Tensor, state: State | None) -> Tensor:
-        """Return silu(sum_k weight_k x_(t - K + 1 + k) + bias) for x [B, C, S]."""
-        reach = self.config.mamba_conv_kernel - 1
-        if state is None and conv_kernel is not None and x.is_cuda:
-            weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
-            y: Tensor = conv_kernel(x, weight, bias, activation="silu")
-            return y
-        if state is None:
-            return F.silu(self.conv1d(F.pad(x, (reach, 0))))
-        window = state.conv[self.index]
-        x = torch.cat([window, x], dim=-1)  # [B, C, K - 1 + S]
-        window.copy_(x[..., -reach:])
-        return F.silu(self.conv1d(x))
 
     def scan(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: State | None) -> Tensor:
         """Return y of `ssd`, by the form that fits; the state, if any, is read and written."""
@@ -421,14 +446,22 @@ class Router(nn.Module):
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """Apply weight[e] [out, in] to the next counts[e] rows of x [M, in]; returns [M, out].
 
-    One grouped GEMM where its kernel can be used: bfloat16 on CUDA, any type on a CPU, rows of a
-    multiple of 16 bytes. Otherwise a loop over the experts that have rows.
+    One grouped GEMM where its kernel can be used: rows of a multiple of 16 bytes, bfloat16 or, on
+    a CPU, any type; there it visits every expert, which does not pay for a few rows. Otherwise a
+    loop over the experts that have rows, or, where a graph is traced and may not depend on
+    `counts`, each row with its own copy of the weight.
     """
+    tracing, on_cpu = torch.compiler.is_compiling(), x.device.type == "cpu"
     align = 16 // x.element_size()
-    fits = x.shape[1] % align == 0 and weight.shape[1] % align == 0
-    if fits and (x.dtype == torch.bfloat16 or x.device.type == "cpu"):
+    aligned = x.shape[1] % align == 0 and weight.shape[1] % align == 0
+    supported = x.dtype == torch.bfloat16 or (on_cpu and not tracing)
+    if aligned and supported and not (on_cpu and len(x) < len(weight)):
         ends = counts.cumsum(0, dtype=torch.int32)
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+    if tracing:
+        row = torch.arange(len(x), device=x.device)
+        expert = torch.searchsorted(counts.cumsum(0), row, right=True)
+        return (weight[expert] @ x[..., None])[..., 0]
     used = counts.nonzero().flatten().tolist()
     parts = torch.split(x, counts[used].tolist())
     return torch.cat([F.linear(part, weight[e]) for e, part in zip(used, parts, strict=True)])
@@ -451,7 +484,7 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """Return [N, L] for x [N, L], experts and weights [N, K]."""
-        expert = experts.flatten()  # [M], M = N * K: token n // K wants expert[n]
+        expert = experts.flatten()  # [M], M = N * K: row m is a choice of token m // K
         order = expert.argsort(stable=True)
         counts = torch.bincount(expert, minlength=len(self.up_proj))  # [E]
         rows = x[order // experts.shape[1]]  # [M, L], sorted by expert
@@ -569,7 +602,7 @@ class MTP(nn.Module):
         )
 
     def forward(self, h: Tensor, embedding: Tensor, state: State | None = None) -> Tensor:
-        """Return h_t [B, S, D] for the h_t before and the embeddings, [B, S, D] each."""
+        """Return the next h_t for this one and the embeddings of tokens t + k, [B, S, D] each."""
         for block in self.layers:
             h = block(h, embedding, state)
         return h
@@ -730,10 +763,10 @@ def load_checkpoint(model: Model, directory: str | Path) -> None:
 def checkpoint_files(directory: Path) -> list[Path]:
     """Return the safetensors files of a checkpoint; they all lie directly in `directory`."""
     single, index = directory / "model.safetensors", directory / INDEX_FILE
-    if not index.is_file():
-        if not single.is_file():
-            raise CheckpointError(f"{directory} has neither {single.name} nor {index.name}")
+    if single.is_file():
         return [single]
+    if not index.is_file():
+        raise CheckpointError(f"{directory} has neither {single.name} nor {index.name}")
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         # A name with a folder in it could lead out of the directory.

@@ -1,0 +1,53 @@
+"""`python -m benchmarks.build_once SPEC OUT [KEY=VALUE …]`: build one plan and print its figures as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from n3c.compiler.driver import Request, build
+from n3c.compiler.progress import Progress
+
+
+class Timed(Progress):
+    """Progress that adds up the seconds of each phase and shows nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: dict[str, float] = {}
+        self._now, self._since = "", time.perf_counter()
+
+    def phase(self, name: str) -> None:
+        """End the last phase and begin the next."""
+        now = time.perf_counter()
+        self.seconds[self._now] = self.seconds.get(self._now, 0.0) + now - self._since
+        self._now, self._since = name.split(" ")[0], now
+
+    def step(self, what: str, done: int = 0, total: int = 0) -> None:
+        """Ignore it."""
+
+
+def main() -> None:
+    """Build and print."""
+    spec, out, *overrides = sys.argv[1:]
+    timed = Timed()
+    # Loading onnx-ir and TensorRT costs the same for every size: outside of the phases that are compared.
+    import n3c.backends.trt.module
+    import n3c.compiler.engines
+
+    n3c.backends.trt.module.load_trt()
+    built = build(Request(Path(spec), "trt", Path(out), overrides), timed)
+    figures = {
+        "emit_seconds": timed.seconds["emit"],
+        "build_seconds": timed.seconds["build"],
+        "plan_bytes": sum(file["bytes"] for file in built.files if file["path"].endswith(".plan")),
+        "peak_bytes": built.as_json()["peak_rss_bytes"],
+        "mismatches": len(built.mismatches),
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""How time and memory of a decode plan grow with the layers of the model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from n3c.specs.load import load_spec
+
+TITLE = "n3c build --target trt"
+
+SPECS = Path(__file__).parents[1] / "specs"
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """One build, in a process of its own."""
+
+    layers: int
+    emit_seconds: float
+    build_seconds: float
+    """Parsing, building and auditing one plan."""
+    plan_bytes: int
+    peak_bytes: int
+    mismatches: int
+
+
+def run(quick: bool) -> Iterator[str]:
+    """Yield a table a model: the first eighth, quarter, half and all of its layers at batch 1."""
+    for name in ("super", "ultra"):
+        path = SPECS / f"{name}.toml"
+        symbols = load_spec(path)[0].model.pattern.symbols
+        parts = (8, 4) if quick else (8, 4, 2, 1)
+        yield f"\n{name}.toml, one decode plan at batch 1, cut to the first layers; peer: the smallest cut.\n"
+        yield "| layers | emit s | build s | plan MB | peak GB | s a layer | times the peer's | precision |"
+        yield "|---:|---:|---:|---:|---:|---:|---:|---|"
+        first = 0.0
+        for part in parts:
+            built = build_cut(path, symbols[: len(symbols) // part])
+            each = (built.emit_seconds + built.build_seconds) / built.layers
+            first = first or each
+            yield (
+                f"| {built.layers} | {built.emit_seconds:.2f} | {built.build_seconds:.1f} | {built.plan_bytes / 1e6:.2f} "
+                f"| {built.peak_bytes / 1e9:.2f} | {each:.3f} | {each / first:.2f} | {_verdict(built)} |"
+            )
+
+
+def _verdict(built: Built) -> str:
+    return f"{built.mismatches} not realised" if built.mismatches else "all realised"
+
+
+def build_cut(spec: Path, symbols: str) -> Built:
+    """Build the decode plan of the first layers of `spec`, whose symbols are `symbols`."""
+    training = load_spec(spec)[0].training
+    rules = training.rules if training is not None else ()
+    overrides = [f"model.pattern={symbols}", "serving.batch_sizes=[1]"]
+    # A cut may be shorter than "last 14"; training rules change nothing of a plan.
+    overrides += [f"training.rules.{i}.layers=all" for i, rule in enumerate(rules) if rule.layers != "all"]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "benchmarks.build_once", str(spec), f"{folder}/out", *overrides]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    return Built(len(symbols), **json.loads(done.stdout))
