@@ -1,12 +1,14 @@
-"""`python -m benchmarks.build_once SPEC OUT [KEY=VALUE …]`: build one plan and print its figures as JSON."""
+"""`python -m benchmarks.build_once SPEC OUT STAGES [KEY=VALUE …]`: build plans and print its figures as JSON."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
 from pathlib import Path
 
+from n3c.backends.trt.module import load_trt
 from n3c.compiler.driver import Request, build
 from n3c.compiler.progress import Progress
 
@@ -31,14 +33,12 @@ class Timed(Progress):
 
 def main() -> None:
     """Build and print."""
-    spec, out, *overrides = sys.argv[1:]
+    spec, out, stages, *overrides = sys.argv[1:]
     timed = Timed()
     # Loading onnx-ir and TensorRT costs the same for every size: outside of the phases that are compared.
-    import n3c.backends.trt.module
-    import n3c.compiler.engines
-
-    n3c.backends.trt.module.load_trt()
-    built = build(Request(Path(spec), "trt", Path(out), overrides), timed)
+    importlib.import_module("n3c.compiler.engines")
+    load_trt()
+    built = build(Request(Path(spec), "trt", Path(out), overrides, stages=int(stages)), timed)
     figures = {
         "emit_seconds": timed.seconds["emit"],
         "build_seconds": timed.seconds["build"],

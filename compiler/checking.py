@@ -32,9 +32,8 @@ def require_target(spec: Spec, served: Served, sm: int | None) -> None:
     """
     faults = list(_cache_faults(spec))
     if sm is not None:
-        faults += require(sm, ())
-        if not faults:
-            faults += [fault for name, span in _formats(spec, served).items() for fault in require(sm, [name], span)]
+        asked = _formats(spec, served)
+        faults += require(sm, ()) or [fault for name, span in asked.items() for fault in require(sm, [name], span)]
     if faults:
         raise N3CError(faults, ExitCode.TARGET)
 

@@ -41,6 +41,8 @@ class Request:
     weights: Path | None = None
     trt: Literal["rtx", "full"] = "rtx"
     sm: int = 120
+    stages: int = 1
+    """Plans that an entry point is cut into, at layer boundaries."""
 
 
 @dataclass(slots=True)

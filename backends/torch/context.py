@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import cast
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 from n3c.specs.pattern import BlockKind, Pattern
@@ -119,7 +120,7 @@ def _literal(value: object, path: str) -> str:
     if type(value) is float and math.isfinite(value):
         return re.sub(r"e\+?(-?)0*", r"e\1", repr(value))
     if type(value) is tuple:
-        items: Sequence[object] = value
+        items = cast("tuple[object, ...]", value)
         return "[" + ", ".join(_literal(item, path) for item in items) + "]"
     if isinstance(value, Pattern):
         return _symbols(value, path)

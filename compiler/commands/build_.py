@@ -26,6 +26,20 @@ from n3c.passes.pipelines import SERVING
 @click.option("--trt", type=click.Choice(["rtx", "full"]), default="rtx", show_default=True, help="Which TensorRT.")
 @options.sm
 @click.option(
+    "--weights-mode",
+    type=click.Choice(["bound"]),
+    default="bound",
+    show_default=True,
+    help="Bound: weights are inputs of the engine.",
+)
+@click.option(
+    "--stages",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Cut each entry point into this many plans, at layer boundaries.",
+)
+@click.option(
     "--print-ir-after", type=click.Choice(["lower", *SERVING, "all"]), help="Print the IR after a pass, on stderr."
 )
 @options.overrides
@@ -37,11 +51,14 @@ def command(
     weights: Path | None,
     trt: Literal["rtx", "full"],
     sm: int,
+    weights_mode: str,
+    stages: int,
     print_ir_after: str | None,
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> int:
     """Build SPEC."""
+    del weights_mode  # the one mode there is; the flag keeps command lines stable
 
     def after(name: str, program: Program) -> None:
         if print_ir_after in (name, "all"):
@@ -50,7 +67,7 @@ def command(
             tell(f"// after {name}\n{print_program(program, origins=True)}")
 
     with Progress() as progress:
-        built = build(Request(spec, target, out, overrides, weights, trt, sm), progress, after)
+        built = build(Request(spec, target, out, overrides, weights, trt, sm, stages), progress, after)
     print_diagnostics((*built.warnings, *built.mismatches))
     if as_json:
         print_json(built.as_json())

@@ -126,7 +126,25 @@ def test_bad_targets(tmp_path: Path) -> None:
             arguments += ["-o", tmp_path / "out"]
         result = n3c(*arguments, "--json")
         assert (result.code, result.codes[0]) == (exit_code, code), arguments
-    assert n3c("check", spec, "--sm", "89", "--target", "torch").code == 0
+    for target in ("torch", "onnx"):
+        assert n3c("check", spec, "--sm", "89", "--target", target).code == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_target_lacks_is_told_where_the_spec_asks_for_it(tmp_path: Path) -> None:
+    spec = write_small(tmp_path, ('kv_cache_dtype = "fp32"', 'kv_cache_dtype = "fp8"'), extra=QUANTIZED)
+    lines = spec.read_text(encoding="utf-8").splitlines()
+
+    def places(*more: str) -> list[tuple[str, str]]:
+        result = n3c("check", spec, "--json", *more)
+        assert result.code == (4 if result.data["diagnostics"] else 0)
+        return [(d["code"], lines[d["line"] - 1]) for d in result.data["diagnostics"]]
+
+    cache, fp4, fp8 = 'kv_cache_dtype = "fp8"', 'format = "nvfp4"', 'format = "fp8"'
+    assert places("--target", "torch") == []
+    assert places() == places("--target", "onnx") == [("E0508", cache)]
+    assert sorted(places("--sm", "80")) == sorted([("E0508", cache), ("E0503", fp4), ("E0503", fp8)])
+    assert n3c("build", spec, "--target", "onnx", "-o", tmp_path / "out", "--json").codes == ["E0508"]
     assert not (tmp_path / "out").exists()
 
 

@@ -13,6 +13,7 @@ import click
 import pytest
 
 from n3c.compiler import cli
+from n3c.ir.diagnostics import Diagnostic
 from support.command import PROGRAM, n3c, n3c_program, write_small
 from support.specs import QUANTIZED, SPECS
 
@@ -222,6 +223,24 @@ def test_a_fault_of_n3c_is_told_as_such_and_debug_raises_it(tmp_path: Path, monk
     assert "--debug" in result.err
     with pytest.raises(ZeroDivisionError):
         cli.run(["check", str(spec), "--debug"])
+
+
+def test_a_precision_that_is_not_realised_is_exit_code_5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def emit_engines(_: object, __: object, ___: object, folder: Path, ____: object) -> list[Diagnostic]:
+        (folder / "trt").mkdir()
+        (folder / "trt/audit.json").write_text("{}", encoding="utf-8")
+        return [Diagnostic("E0506", "`lm_head` is fp8 but the plan computes it as bf16")]
+
+    monkeypatch.setattr("n3c.compiler.engines.emit_engines", emit_engines)
+    spec, out = write_small(tmp_path), tmp_path / "out"
+    result = n3c("build", spec, "--target", "trt", "-o", out, "--json")
+    assert (result.code, result.data["ok"], result.codes) == (5, False, ["E0506"])
+    assert {file["path"] for file in result.data["files"]} == {"spec.toml", "trt/audit.json"}
+    text = n3c("build", spec, "--target", "trt", "-o", out)
+    assert text.code == 5
+    assert text.out.splitlines()[-1].startswith("FAILED: precision not realised: ")
+    assert "error[E0506]" in text.err
+    assert (out / "trt/audit.json").is_file()
 
 
 def test_an_unforeseen_file_error_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,19 +13,10 @@ from n3c.compiler.cli import run
 from n3c.compiler.lower import lower
 from n3c.specs.load import load_spec
 from support.models import random_config, transformers_model
+from support.modules import import_file
 from support.programs import load_parameters
 
 SEEDS = range(20)
-
-
-def load_module(path: Path, name: str) -> Any:
-    found = importlib.util.spec_from_file_location(name, path)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module
-    found.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -45,7 +33,7 @@ def test_checkpoint_to_logits(seed: int, tmp_path: Path) -> None:
     assert run(["import", checkpoint, "-o", spec]) == 0
     assert run(["build", spec, "--target", "torch", "--weights", checkpoint, "-o", out]) == 0
 
-    module = load_module(Path(out) / "torch" / "model.py", f"end_to_end_{seed}")
+    module = import_file(Path(out) / "torch" / "model.py")
     ours = module.Model(module.Config()).eval()
     module.load_checkpoint(ours, checkpoint)
     with torch.no_grad():

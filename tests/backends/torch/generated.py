@@ -13,7 +13,7 @@ import torch
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from n3c.backends.torch.emit import emit
-from n3c.specs.pattern import Pattern
+from n3c.specs.pattern import BlockKind, Pattern
 from n3c.specs.schema import Attention, Mamba, Mlp, Model, Moe, Mtp, Spec
 
 SHA256 = "0123456789abcdef" * 4
@@ -70,7 +70,7 @@ def random_config(seed: int) -> NemotronHConfig:
     return NemotronHConfig(
         vocab_size=r.randint(30, 120),
         hidden_size=r.choice([24, 40, 37, 64]),
-        hybrid_override_pattern=pattern,
+        layers_block_type=[BlockKind(symbol).hf_name for symbol in pattern],
         num_attention_heads=kv_heads * r.choice([1, 2, 4]),
         num_key_value_heads=kv_heads,
         head_dim=r.choice([8, 13, 32]),

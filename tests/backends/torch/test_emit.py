@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.golden import assert_golden
-from support.specs import SPECS
 
 from n3c.backends.torch.emit import emit
 from n3c.ir.diagnostics import ExitCode, N3CError
 from n3c.specs.load import load_spec
 from n3c.specs.pattern import Pattern
 from n3c.specs.schema import Mamba, Model, Spec
+from support.golden import assert_golden
+from support.specs import SPECS
 
 from .generated import SHA256, generate, tiny_spec
 
@@ -51,7 +51,17 @@ def variants() -> dict[str, Spec]:
                 pad_token_id=None,
                 eos_token_ids=tuple(range(BIG, BIG + 12)),
             ),
-            mamba=Mamba(*[BIG] * 6, conv_bias=False, time_step_min=1e-100, time_step_max=1.2345678901234567e100),
+            mamba=Mamba(
+                BIG,
+                BIG,
+                BIG,
+                BIG,
+                BIG,
+                BIG,
+                conv_bias=False,
+                time_step_min=1e-100,
+                time_step_max=1.2345678901234567e100,
+            ),
         ),
     }
     for symbols in ("M", "*", "E", "-", "M*", "E-"):

@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import NemotronHConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHBlock
 
+from n3c.specs.pattern import BlockKind
+
 from .generated import generate, tiny_spec
 
 IDS = torch.tensor([[5, 90, 2, 33, 33, 8, 61, 7, 1], [0, 96, 44, 3, 17, 17, 29, 50, 12]])
@@ -23,9 +25,10 @@ def norm(x: Tensor, weight: Tensor) -> Tensor:
 
 def block(model: Any, pattern: str, index: int) -> Any:
     """Return transformers' block with the weights of `mtp.layers.<index>`."""
+    attention: dict[str, Any] = {"attn_implementation": "sdpa"}
     config = NemotronHConfig(
         hidden_size=64,
-        hybrid_override_pattern=pattern,
+        layers_block_type=[BlockKind(symbol).hf_name for symbol in pattern],
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=24,
@@ -35,8 +38,8 @@ def block(model: Any, pattern: str, index: int) -> Any:
         moe_shared_expert_intermediate_size=80,
         moe_latent_size=32,
         routed_scaling_factor=2.5,
+        **attention,
     )
-    config._attn_implementation = "sdpa"
     result = NemotronHBlock(config, index)
     prefix = f"mtp.layers.{index}."
     extra = ("enorm", "hnorm", "eh_proj", "final_layernorm")

@@ -70,7 +70,7 @@ def test_loss_and_gradients(seed: int, tmp_path: Path) -> None:
     gradients = {name.replace("model.", "backbone.", 1): p.grad for name, p in theirs.named_parameters()}
     assert gradients.keys() == {name for name, _ in ours.named_parameters()}
     for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name], atol=2e-6, rtol=1e-4, msg=lambda m: f"{name}: {m}")
+        assert torch.allclose(parameter.grad, gradients[name], atol=2e-6, rtol=1e-4), name
 
 
 @pytest.mark.parametrize("seed", SEEDS[:3])
@@ -90,5 +90,5 @@ def test_random_configs_cover_the_variants() -> None:
     assert {c.n_group > 1 for c in configs} == {True, False}
     assert {c.use_conv_bias for c in configs} == {True, False}
     assert {c.norm_topk_prob for c in configs} == {True, False}
-    assert any("mlp" in c.layers_block_type for c in configs)
+    assert any("mlp" in (c.layers_block_type or []) for c in configs)
     assert any(c.hidden_size % 2 for c in configs)
