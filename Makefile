@@ -41,7 +41,7 @@ types: venv
 check: lint types test ## Lint, types, import layers and tests: what every commit passes.
 
 golden: venv ## Regenerate the golden files; review the diff.
-	N3C_UPDATE_GOLDEN=1 $(BIN)/pytest -q -k golden
+	N3C_UPDATE_GOLDEN=1 $(BIN)/pytest -q $$(grep -rl 'import.*assert_golden' tests --include='test_*.py')
 
 bench: venv ## Run the benchmarks and print their tables.
 	$(BIN)/python -m benchmarks

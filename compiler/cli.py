@@ -78,30 +78,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run the command line and return the exit code; users' errors never raise, unless with --debug."""
-    as_json, debug = "--json" in arguments, "--debug" in arguments
+    """Run the command line and return the exit code; nothing is raised, --debug prints tracebacks."""
+    as_json = "--json" in arguments
     try:
         result = cli.main(args=list(arguments), prog_name="n3c", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         tell(error.ctx.get_help() if error.ctx else "")
         return ExitCode.USAGE
-    except (click.ClickException, click.Abort, KeyboardInterrupt, N3CError, OSError, ModuleNotFoundError) as error:
-        if debug and not isinstance(error, click.ClickException):
-            raise
-        return print_failure(_explained(error), as_json)
     except SystemExit:  # click's answer where --help or --version has lost its reader
         return ExitCode.OK
-    except Exception as error:
-        if debug:
-            raise
-        message = f"internal error: {type(error).__name__}: {error}"
-        help_ = "this is a fault of n3c; run again with --debug and report the traceback"
-        return print_failure(N3CError(Diagnostic("E0001", message, help=help_), ExitCode.INTERNAL), as_json)
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in arguments:
+            import traceback
+
+            tell(traceback.format_exc())
+        return print_failure(_explained(error), as_json)
     return result if isinstance(result, int) else ExitCode.OK
 
 
 def _explained(error: BaseException) -> N3CError:
-    """Return what is expected to go wrong as an error with a code."""
+    """Return what was raised as an error with a code."""
     if isinstance(error, N3CError):
         return error
     if isinstance(error, click.ClickException):
@@ -115,4 +111,8 @@ def _explained(error: BaseException) -> N3CError:
     if isinstance(error, OSError):
         place = Span(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else None
         return N3CError(Diagnostic("E0616", f"file error: {error.strerror or error}", place), ExitCode.FILE)
-    return N3CError(Diagnostic("E0702", "interrupted"), ExitCode.INTERNAL)
+    if isinstance(error, (click.Abort, KeyboardInterrupt)):
+        return N3CError(Diagnostic("E0702", "interrupted"), ExitCode.INTERNAL)
+    help_ = "this is a fault of n3c; run again with --debug and report the traceback"
+    message = f"internal error: {type(error).__name__}: {error}"
+    return N3CError(Diagnostic("E0001", message, help=help_), ExitCode.INTERNAL)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from .lower import lower
 from .progress import Progress
 from .serving import Served, serve
 from .sizes import count_parameters
-from .tools import tool_versions
+from .tools import peak_rss_bytes, tool_versions
 
 TARGETS = ("torch", "onnx", "trt")
 
@@ -62,7 +61,7 @@ class Build:
             "out": str(self.out),
             "files": self.files,
             "seconds": round(self.seconds, 3),
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_rss_bytes": peak_rss_bytes(),
             "diagnostics": [d.as_json() for d in (*self.warnings, *self.mismatches)],
         }
 

@@ -42,14 +42,20 @@ def write_text(path: Path, text: str) -> None:
     try:
         if path.is_dir():
             raise IsADirectoryError(None, "Is a directory")
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
+        if path.exists() and not path.is_file():  # a device or a pipe, as /dev/stdout: to be written, never replaced
+            path.write_text(text, encoding="utf-8")
+            return
+        target = path.resolve()  # a link stays a link
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=target.parent, delete=False) as file:
             temporary = file.name
             file.write(text)
         os.chmod(temporary, 0o644)  # noqa: PTH101
-        os.replace(temporary, path)  # noqa: PTH105
-    except (OSError, ValueError) as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        os.replace(temporary, target)  # noqa: PTH105
+        temporary = None
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         message = f"cannot write {shown(str(path))}: {reason}"
         raise N3CError(Diagnostic("E0602", message, Span(str(path))), ExitCode.FILE) from None
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)

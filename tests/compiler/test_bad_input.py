@@ -216,6 +216,47 @@ def test_a_folder_without_permission() -> None:
         assert tree(folder) == before
 
 
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        (b"", "E0301"),
+        (b"[1]", "E0301"),
+        (b'{"model_type": "nemotron_h", }', "E0301"),
+        (b'{"model_type": "caf\xe9"}', "E0100"),
+        (b'{"model_type": "llama"}', "E0302"),
+        (b'{"model_type": "nemotron_h", "hybrid_override_pattern": "M"]; import os"}', "E0108"),
+        (b'{"a": 1, "a": 2}', "E0303"),
+        (b"[" * 99999, "E0301"),
+    ],
+)
+def test_bad_configs(content: bytes, code: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    before = tree(tmp_path)
+    for command in (
+        ["import", tmp_path],
+        ["import", tmp_path / "config.json", "-o", tmp_path / "spec.toml"],
+        ["inspect", tmp_path],
+    ):
+        result = n3c(*command, "--json")
+        assert (result.code, result.codes[0]) == (3, code)
+        assert result.data["diagnostics"][0]["file"] == str(tmp_path / "config.json")
+        assert result.data["diagnostics"][0]["line"] == 1
+    assert tree(tmp_path) == before
+
+
+def test_the_name_of_a_folder_never_becomes_code(tmp_path: Path) -> None:
+    folder = tmp_path / '"]; import os'
+    folder.mkdir()
+    assert n3c("export-config", write_small(tmp_path), "-o", folder / "config.json").code == 0
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del config["n3c"]  # which holds the spec's own name
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert n3c("import", folder, "-o", tmp_path / "again.toml").code == 0
+    assert n3c("build", tmp_path / "again.toml", "--target", "torch", "-o", tmp_path / "out").code == 0
+    assert 'name = "import-os"' in (tmp_path / "out/spec.toml").read_text(encoding="utf-8")
+    assert "import os\n" not in (tmp_path / "out/torch/model.py").read_text(encoding="utf-8")
+
+
 def test_bad_builds_to_inspect(tmp_path: Path) -> None:
     manifest = tmp_path / "manifest.json"
     for text in (

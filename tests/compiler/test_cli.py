@@ -212,7 +212,9 @@ def test_a_name_that_is_no_text_can_be_told(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["diagnostics"][0]["code"] == "E0601"
 
 
-def test_a_fault_of_n3c_is_told_as_such_and_debug_raises_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_n3c_is_told_as_such_and_debug_shows_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("never")
 
@@ -221,8 +223,12 @@ def test_a_fault_of_n3c_is_told_as_such_and_debug_raises_it(tmp_path: Path, monk
     result = n3c("check", spec, "--json")
     assert (result.code, result.codes) == (1, ["E0001"])
     assert "--debug" in result.err
-    with pytest.raises(ZeroDivisionError):
-        cli.run(["check", str(spec), "--debug"])
+    assert cli.run(["check", str(spec), "--debug"]) == 1
+    assert "ZeroDivisionError: never\n" in capsys.readouterr().err
+    assert cli.run(["check", str(tmp_path / "missing.toml"), "--debug"]) == 6
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback")
+    assert err.endswith("missing.toml: No such file or directory\n")
 
 
 def test_a_precision_that_is_not_realised_is_exit_code_5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

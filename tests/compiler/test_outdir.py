@@ -124,6 +124,23 @@ def test_a_link_to_the_output_stays_a_link(spec: Path, tmp_path: Path) -> None:
     assert names(tmp_path / "big") == ["manifest.json", "spec.toml", "torch"]
 
 
+def test_single_files_replace_no_device_and_no_link(spec: Path, tmp_path: Path) -> None:
+    (tmp_path / "real.json").write_text("old", encoding="utf-8")
+    (tmp_path / "link.json").symlink_to("real.json")
+    assert n3c("export-config", spec, "-o", tmp_path / "link.json").code == 0
+    assert (tmp_path / "link.json").is_symlink()
+    assert "nemotron_h" in (tmp_path / "real.json").read_text(encoding="utf-8")
+    os.mkfifo(tmp_path / "pipe")
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text(encoding="utf-8")))
+    reader.start()
+    assert n3c("export-config", spec, "-o", tmp_path / "pipe").code == 0
+    reader.join(30)
+    assert read == [(tmp_path / "real.json").read_text(encoding="utf-8")]
+    assert (tmp_path / "pipe").is_fifo()
+    assert names(tmp_path) == ["link.json", "pipe", "real.json", "small.toml"]
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
 def test_an_error_while_building_leaves_the_old_output(error: type[BaseException], tmp_path: Path) -> None:
     with outdir.replacing(tmp_path / "x/y/out", silent) as folder:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
+from n3c.specs.pattern import BlockKind
+
 
 def random_config(seed: int) -> NemotronHConfig:
     """Return a small random configuration; sizes are often odd, and every variant turns up."""
@@ -18,34 +20,33 @@ def random_config(seed: int) -> NemotronHConfig:
     kv_heads = r.choice([1, 2, 3])
     blocks = r.choices("ME*-", k=r.randint(3, 6))
     pattern = "".join(r.sample(["M", "E", "*", *blocks], k=len(blocks) + 3))
-    sizes: dict[str, Any] = {
-        "vocab_size": r.randint(30, 120),
-        "hidden_size": r.choice([24, 40, 37, 64]),
-        "hybrid_override_pattern": pattern,
-        "num_attention_heads": kv_heads * r.choice([1, 2, 4]),
-        "num_key_value_heads": kv_heads,
-        "head_dim": r.choice([8, 13, 32]),
-        "intermediate_size": r.choice([31, 64]),
-        "mamba_num_heads": groups * r.choice([1, 2, 4]),
-        "mamba_head_dim": r.choice([5, 8, 16]),
-        "ssm_state_size": r.choice([7, 16, 32]),
-        "n_groups": groups,
-        "conv_kernel": r.choice([2, 3, 4, 4]),
-        "chunk_size": r.choice([4, 7, 16, 128]),
-        "use_conv_bias": r.random() < 0.7,
-        "n_routed_experts": experts,
-        "n_group": router_groups,
-        "topk_group": topk_group,
-        "num_experts_per_tok": r.randint(1, min(4, topk_group * (experts // router_groups))),
-        "moe_intermediate_size": r.choice([17, 24, 48]),
-        "moe_shared_expert_intermediate_size": r.choice([19, 40]),
-        "moe_latent_size": r.choice([None, 16, 11]),
-        "routed_scaling_factor": r.choice([1.0, 2.5]),
-        "norm_topk_prob": r.random() < 0.7,
-        "initializer_range": 0.1,
-        "layer_norm_epsilon": r.choice([1e-5, 1e-6]),
-    }
-    return NemotronHConfig(**sizes)
+    return NemotronHConfig(
+        vocab_size=r.randint(30, 120),
+        hidden_size=r.choice([24, 40, 37, 64]),
+        layers_block_type=[BlockKind(symbol).hf_name for symbol in pattern],
+        num_attention_heads=kv_heads * r.choice([1, 2, 4]),
+        num_key_value_heads=kv_heads,
+        head_dim=r.choice([8, 13, 32]),
+        intermediate_size=r.choice([31, 64]),
+        mamba_num_heads=groups * r.choice([1, 2, 4]),
+        mamba_head_dim=r.choice([5, 8, 16]),
+        ssm_state_size=r.choice([7, 16, 32]),
+        n_groups=groups,
+        conv_kernel=r.choice([2, 3, 4, 4]),
+        chunk_size=r.choice([4, 7, 16, 128]),
+        use_conv_bias=r.random() < 0.7,
+        n_routed_experts=experts,
+        n_group=router_groups,
+        topk_group=topk_group,
+        num_experts_per_tok=r.randint(1, min(4, topk_group * (experts // router_groups))),
+        moe_intermediate_size=r.choice([17, 24, 48]),
+        moe_shared_expert_intermediate_size=r.choice([19, 40]),
+        moe_latent_size=r.choice([None, 16, 11]),
+        routed_scaling_factor=r.choice([1.0, 2.5]),
+        norm_topk_prob=r.random() < 0.7,
+        initializer_range=0.1,
+        layer_norm_epsilon=r.choice([1e-5, 1e-6]),
+    )
 
 
 def transformers_model(config: NemotronHConfig, seed: int) -> Any:

@@ -1,36 +1,23 @@
-"""What the tests of the torch backend share: random models of transformers, and generated modules."""
+"""What the tests of the torch backend share: a small spec with every block kind, and generated modules."""
 
 from __future__ import annotations
 
-import importlib.util
-import itertools
-import random
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import NemotronHConfig, NemotronHForCausalLM
-
 from n3c.backends.torch.emit import emit
-from n3c.specs.pattern import BlockKind, Pattern
+from n3c.specs.pattern import Pattern
 from n3c.specs.schema import Attention, Mamba, Mlp, Model, Moe, Mtp, Spec
+from support.modules import import_file
 
 SHA256 = "0123456789abcdef" * 4
-_numbers = itertools.count()
 
 
 def load_module(text: str, folder: Path) -> Any:
-    """Write generated code to `folder` and import it under a name of its own."""
-    name = f"generated_model_{next(_numbers)}"
-    path = folder / f"{name}.py"
+    """Write generated code to `folder` and import it."""
+    path = folder / "model.py"
     path.write_text(text)
-    found = importlib.util.spec_from_file_location(name, path)
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module  # dataclasses look their module up
-    found.loader.exec_module(module)
-    return module
+    return import_file(path)
 
 
 def generate(spec: Spec, folder: Path) -> Any:
@@ -56,62 +43,3 @@ def tiny_spec(pattern: str = "MEM*E-ME", mtp: str | None = "*E", depth: int = 2,
         mlp=Mlp(intermediate_size=96),
         mtp=Mtp(Pattern.parse(mtp), depth, 0.3) if mtp else None,
     )
-
-
-def random_config(seed: int) -> NemotronHConfig:
-    """Return a small random configuration; sizes are often odd, and every variant turns up."""
-    r = random.Random(seed)
-    groups = r.choice([1, 2, 3])
-    experts, router_groups = r.choice([(6, 1), (8, 2), (9, 3), (12, 4), (16, 1), (5, 1)])
-    topk_group = r.randint(1, router_groups)
-    kv_heads = r.choice([1, 2, 3])
-    blocks = r.choices("ME*-", k=r.randint(3, 6))
-    pattern = "".join(r.sample(["M", "E", "*", *blocks], k=len(blocks) + 3))
-    return NemotronHConfig(
-        vocab_size=r.randint(30, 120),
-        hidden_size=r.choice([24, 40, 37, 64]),
-        layers_block_type=[BlockKind(symbol).hf_name for symbol in pattern],
-        num_attention_heads=kv_heads * r.choice([1, 2, 4]),
-        num_key_value_heads=kv_heads,
-        head_dim=r.choice([8, 13, 32]),
-        intermediate_size=r.choice([31, 64]),
-        mamba_num_heads=groups * r.choice([1, 2, 4]),
-        mamba_head_dim=r.choice([5, 8, 16]),
-        ssm_state_size=r.choice([7, 16, 32]),
-        n_groups=groups,
-        conv_kernel=r.choice([2, 3, 4, 4]),
-        chunk_size=r.choice([4, 7, 16, 128]),
-        use_conv_bias=r.random() < 0.7,
-        n_routed_experts=experts,
-        n_group=router_groups,
-        topk_group=topk_group,
-        num_experts_per_tok=r.randint(1, min(4, topk_group * (experts // router_groups))),
-        moe_intermediate_size=r.choice([17, 24, 48]),
-        moe_shared_expert_intermediate_size=r.choice([19, 40]),
-        moe_latent_size=r.choice([None, 16, 11]),
-        routed_scaling_factor=r.choice([1.0, 2.5]),
-        norm_topk_prob=r.random() < 0.7,
-        initializer_range=0.1,
-        layer_norm_epsilon=r.choice([1e-5, 1e-6]),
-    )
-
-
-def transformers_model(config: NemotronHConfig, seed: int) -> Any:
-    """Return transformers' model in float32, with nothing left at ones or zeros.
-
-    transformers clamps dt at `time_step_min` in whole-sequence form only, so dt stays above it.
-    """
-    torch.manual_seed(seed)
-    model = NemotronHForCausalLM(config).eval()
-    model.set_experts_implementation("eager")  # its grouped form refuses odd sizes
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if name.endswith("dt_bias"):
-                tensor.uniform_(-1.0, 1.0)
-            elif name.endswith("e_score_correction_bias"):
-                tensor.uniform_(-0.2, 0.2)
-            elif name.endswith(("norm.weight", "norm_f.weight", ".D")):
-                tensor.uniform_(0.5, 1.5)
-            elif name.endswith("conv1d.bias"):
-                tensor.uniform_(-0.5, 0.5)
-    return model

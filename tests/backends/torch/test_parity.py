@@ -10,8 +10,9 @@ import torch
 from transformers import NemotronHForCausalLM
 
 from n3c.specs.convert import run_import
+from support.models import random_config, transformers_model
 
-from .generated import generate, random_config, transformers_model
+from .generated import generate
 
 TOLERANCE = 1e-5
 SEEDS = range(20)

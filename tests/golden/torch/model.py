@@ -705,6 +705,7 @@ class CheckpointError(Exception):
 
 MAX_SHARD_BYTES = 5_000_000_000
 READABLE_TYPES = {"F32", "F16", "BF16"}
+TENSORS_AT_ONCE = 64  # then a file is opened anew, which frees what was mapped of it
 INDEX_FILE = "model.safetensors.index.json"
 
 
@@ -753,10 +754,13 @@ def load_checkpoint(model: Model, directory: str | Path) -> None:
     if any(tensor.is_meta for tensor in tensors.values()):
         model.to_empty(device="cpu")
         tensors = named_tensors(model)
-    for path in sorted(set(found.values())):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                if name in tensors:
+    names_in: dict[Path, list[str]] = {}
+    for name in tensors:
+        names_in.setdefault(found[name], []).append(name)
+    for path, names in names_in.items():
+        for start in range(0, len(names), TENSORS_AT_ONCE):
+            with safe_open(path, framework="pt") as file:
+                for name in names[start : start + TENSORS_AT_ONCE]:
                     tensors[name].copy_(file.get_tensor(name))
 
 
