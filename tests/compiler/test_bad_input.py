@@ -202,8 +202,10 @@ def test_a_folder_without_permission() -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         folder = Path(name)
         spec = write_small(folder)
-        assert n3c("build", spec, "--target", "torch", "-o", folder / "first").code == 0  # loads every module
-        assert n3c("import", folder / "first" / "torch" / "config.json").code == 0
+        # First where it works, which loads every module: the sources may be out of that user's reach.
+        assert n3c("build", spec, "--target", "torch", "-o", folder / "first").code == 0
+        assert n3c("import", folder / "first" / "torch" / "config.json", "-o", folder / "first.toml").code == 0
+        assert n3c("export-config", spec, "-o", folder / "first.json").code == 0
         before = tree(folder)
         with unprivileged(folder):
             build = n3c("build", spec, "--target", "torch", "-o", folder / "out", "--json")
@@ -224,7 +226,7 @@ def test_a_folder_without_permission() -> None:
         (b'{"model_type": "nemotron_h", }', "E0301"),
         (b'{"model_type": "caf\xe9"}', "E0100"),
         (b'{"model_type": "llama"}', "E0302"),
-        (b'{"model_type": "nemotron_h", "hybrid_override_pattern": "M"]; import os"}', "E0108"),
+        (b'{"model_type": "nemotron_h", "hybrid_override_pattern": "M\\"]; import os"}', "E0108"),
         (b'{"a": 1, "a": 2}', "E0303"),
         (b"[" * 99999, "E0301"),
     ],
@@ -254,7 +256,7 @@ def test_the_name_of_a_folder_never_becomes_code(tmp_path: Path) -> None:
     assert n3c("import", folder, "-o", tmp_path / "again.toml").code == 0
     assert n3c("build", tmp_path / "again.toml", "--target", "torch", "-o", tmp_path / "out").code == 0
     assert 'name = "import-os"' in (tmp_path / "out/spec.toml").read_text(encoding="utf-8")
-    assert "import os\n" not in (tmp_path / "out/torch/model.py").read_text(encoding="utf-8")
+    assert '"]; import' not in (tmp_path / "out/torch/model.py").read_text(encoding="utf-8")
 
 
 def test_bad_builds_to_inspect(tmp_path: Path) -> None:

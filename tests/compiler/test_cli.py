@@ -228,7 +228,7 @@ def test_a_fault_of_n3c_is_told_as_such_and_debug_shows_where(
     assert cli.run(["check", str(tmp_path / "missing.toml"), "--debug"]) == 6
     err = capsys.readouterr().err
     assert err.startswith("Traceback")
-    assert err.endswith("missing.toml: No such file or directory\n")
+    assert err.endswith(": No such file or directory\n")
 
 
 def test_a_precision_that_is_not_realised_is_exit_code_5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,72 @@
+"""Quantize and dequantize in one step, in PyTorch: the values that a format leaves of a tensor.
+
+The equations are those of `n3c.backends.safetensors.nvfp4`, to the bit; here they also take the
+calibrated amax of activations, which has no place there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BLOCK = 16
+
+
+def nvfp4(x: Tensor, amax: float, block_rows: int = 1) -> Tensor:
+    """Return what NVFP4 leaves of x [..., N, K] float32, in blocks of `block_rows` x 16.
+
+    amax is the largest magnitude that the scale of the tensor, amax / 2688, is made for; of an
+    activation it is calibrated, and what lies above saturates.
+    """
+    import torch
+
+    if amax == 0:
+        return torch.zeros_like(x)
+    *outer, rows, columns = x.shape
+    scale_2 = torch.tensor(amax, dtype=torch.float32) / 2688
+    tiles = x.reshape(*outer, rows // block_rows, block_rows, columns // BLOCK, BLOCK)
+    block_amax = tiles.abs().amax(dim=(-3, -1), keepdim=True)
+    scale = (block_amax / (6 * scale_2)).clamp(2.0**-9, 448).to(torch.float8_e4m3fn).float()
+    scale = torch.where(block_amax == 0, 1.0, scale) * scale_2
+    return (_e2m1(tiles / scale) * scale).reshape(x.shape)
+
+
+def _e2m1(y: Tensor) -> Tensor:
+    """Round to 0, 0.5, 1, 1.5, 2, 3, 4, 6: nearest, ties to the even code, saturating."""
+    import torch
+
+    y = y.clamp(-6, 6)
+    size = y.abs()
+    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+    return (y / step).round() * step
+
+
+def fp8(x: Tensor, amax: float) -> Tensor:
+    """Return what per-tensor FP8 (E4M3, scale amax / 448) leaves of x, float32 of any shape."""
+    import torch
+
+    if amax == 0:
+        return torch.zeros_like(x)
+    scale = torch.tensor(amax, dtype=torch.float32) / 448
+    return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+
+
+def weight(w: Tensor, format_: str, block_rows: int) -> Tensor:
+    """Return what `format_` leaves of one matrix w [N, K] float32, or of each of a stack [E, N, K]."""
+    import torch
+
+    if format_ == "bf16":
+        return w.to(torch.bfloat16).float()
+    if w.dim() == 3:
+        return torch.stack([weight(matrix, format_, block_rows) for matrix in w])
+    amax = float(w.abs().max())
+    return fp8(w, amax) if format_ == "fp8" else nvfp4(w, amax, block_rows)
+
+
+def activation(x: Tensor, format_: str, amax: float) -> Tensor:
+    """Return what a linear of `format_` reads of its input x [..., K] float32, whose calibrated amax is given."""
+    if format_ == "nvfp4":
+        return nvfp4(x.reshape(-1, x.shape[-1]), amax).reshape(x.shape)
+    return fp8(x, amax) if format_ == "fp8" else x

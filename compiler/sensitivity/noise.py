@@ -1,0 +1,66 @@
+"""Sensitivity from weights alone: the noise that a format adds to what a linear computes.
+
+    score(unit, format) = Σ over its linears of  Σ_k g_k² |Δw_k|² / Σ_k g_k² |w_k|²
+
+w_k is column k of the weight and Δw what quantizing changes. g are the weights of the norm whose
+output the linear reads: E[x_k²] = g_k² after an RMSNorm, so the ratio is noise over signal at the
+output for inputs that are otherwise alike; 1 where there is no norm. Every linear counts alike,
+however many weights it has, as each writes to the residual stream once. Experts of a layer are one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from n3c.backends.safetensors.checkpoint import Checkpoint, file_error
+
+from . import fake_quant
+from .tensors import read_float
+from .units import Linear, Unit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Scores = dict[str, dict[str, float]]
+"""Unit → format → score: the harm of the format, at least 0."""
+
+Step = Callable[[str, int, int], None]
+"""Called with what is being done, how much is done and how much there is."""
+
+
+def noise_scores(units: Sequence[Unit], checkpoint: Checkpoint, block_rows: int, step: Step) -> Scores:
+    """Return the score of every unit in each of its formats; holds one matrix of the checkpoint at a time.
+
+    Raises N3CError (exit code 6) for a weight that is missing, misshapen, or not finite.
+    """
+    scores: Scores = {}
+    for done, unit in enumerate(units):
+        step(unit.name, done, len(units))
+        parts = [_ratios(linear, unit.formats, checkpoint, block_rows) for linear in unit.linears]
+        scores[unit.name] = {format_: sum(part[format_] for part in parts) for format_ in unit.formats}
+    return scores
+
+
+def _ratios(linear: Linear, formats: Sequence[str], checkpoint: Checkpoint, block_rows: int) -> dict[str, float]:
+    """Return noise over signal of one linear in each format."""
+    gain = None if linear.input_norm is None else read_float(checkpoint, linear.input_norm).square()
+    signal, noise = 0.0, dict.fromkeys(formats, 0.0)
+    for name in linear.tensors:
+        w = read_float(checkpoint, name)
+        if tuple(w.shape) != linear.shape:
+            message = f"tensor `{name}` is {list(w.shape)}, the spec needs {list(linear.shape)}"
+            raise file_error("E0606", message, checkpoint.directory)
+        energy = _energy(w, gain)
+        if not math.isfinite(energy):
+            raise file_error("E0607", f"tensor `{name}`: the weight holds NaN or infinity", checkpoint.directory)
+        signal += energy
+        for format_ in formats:
+            noise[format_] += _energy(fake_quant.weight(w, format_, block_rows) - w, gain)
+    return {format_: value / signal if signal else 0.0 for format_, value in noise.items()}
+
+
+def _energy(w: Tensor, gain: Tensor | None) -> float:
+    columns = w.double().square().sum(dim=0)
+    return float(columns.sum() if gain is None else (columns * gain).sum())
