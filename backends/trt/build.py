@@ -72,6 +72,7 @@ def build_plan(
     steps.begin("Parsing ONNX", 0)
     progress(steps.now())
     parser = _parse(trt, network, logger, model, locate)
+    _allow_decomposed_attention(trt, network)
     parsed = time.perf_counter()
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -93,6 +94,18 @@ def build_plan(
         time.perf_counter() - start,
         tuple(captured.warnings),
     )
+
+
+def _allow_decomposed_attention(trt: Any, network: Any) -> None:
+    """Let the builder spell out attention of a shape that none of its kernels takes, as head_dim 13, instead of failing.
+
+    Where it has a kernel it still takes that.
+    """
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.type == trt.LayerType.ATTENTION_OUTPUT:
+            layer.__class__ = trt.IAttentionOutputLayer  # the binding returns the base class
+            layer.attention.decomposable = True
 
 
 def _parse(trt: Any, network: Any, logger: Any, model: bytes | Path, locate: Locate | None) -> Any:

@@ -18,6 +18,7 @@ from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.compiler.serving import serve
 from n3c.specs.load import load_spec
 from support.command import n3c
+from support.models import random_config
 from support.modules import import_file
 from support.onnx_run import from_numpy, to_numpy
 from support.programs import load_parameters
@@ -105,3 +106,16 @@ def test_stages_are_plans_of_their_own(tmp_path: Path) -> None:
     whole = len(serve(load_spec(SPECS / "tiny.toml")[0]).program.ledger)
     assert 0 < len(audit["linears"]) < whole
     assert len({row["name"] for row in audit["linears"]}) == len(audit["linears"])
+
+
+@pytest.mark.parametrize("seed", range(0, 20, 4))
+def test_odd_sizes_build(seed: int, tmp_path: Path) -> None:
+    """Random configurations, with head_dim 13 and the like: every plan builds and every precision is realised."""
+    random_config(seed).save_pretrained(tmp_path)
+    assert n3c("import", tmp_path, "-o", tmp_path / "spec.toml").code == 0
+    out = tmp_path / "out"
+    result = n3c("build", tmp_path / "spec.toml", "--target", "trt", "-o", out, "--set", "serving.batch_sizes=[2]")
+    assert result.code == 0, result.err
+    audit = json.loads((out / "trt" / "audit.json").read_text())
+    assert audit["linears"]
+    assert audit["summary"]["mismatches"] == 0
