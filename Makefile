@@ -18,6 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "n3c needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[torch,trt,dev]'
+	$(BIN)/python -m compileall -q backends compiler ir passes specs
 	@touch $@
 
 build: venv ## Build SPEC (specs/super.toml) for TARGET (trt; or onnx, torch) into build/.

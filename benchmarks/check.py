@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-TITLE = "n3c check"
+TITLE = "`n3c check`"
 
 SPECS = Path(__file__).parents[1] / "specs"
 N3C = str(Path(sysconfig.get_path("scripts")) / "n3c")

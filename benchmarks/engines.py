@@ -12,7 +12,7 @@ from pathlib import Path
 
 from n3c.specs.load import load_spec
 
-TITLE = "n3c build --target trt"
+TITLE = "`n3c build --target trt`"
 
 COLUMNS = ("layers", "plans", "emit s", "build s", "CPU s", "plan MB", "peak GB", "CPU s a layer", "times the peer's",
            "precision")  # fmt: skip

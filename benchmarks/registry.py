@@ -5,5 +5,6 @@ from __future__ import annotations
 BENCHMARKS = {
     "check": "benchmarks.check",
     "engines": "benchmarks.engines",
+    "auto_quantize": "benchmarks.auto_quantize",
 }
 """Name → module, imported when it is to run."""

@@ -34,10 +34,13 @@ ROLES = (
     *(f"mtp.{role}" for role in _TRUNK if not role.startswith(("mamba.", "mlp."))),
     "mtp.eh_proj",
 )
-"""Every role that a weight can have. MTP blocks are attention and MoE only, under `mtp.`."""
+"""Every role that a rule can name. MTP blocks are attention and MoE only, under `mtp.`.
+
+Reports also know `mamba.ssm` (A_log, D, dt_bias), which has no format but its own.
+"""
 
 UNQUANTIZABLE = frozenset({"norm", "mtp.norm"})
-"""Vectors that no format but that of the model fits: norms, A_log, D, dt_bias, the router's bias."""
+"""Vectors that no format but that of the model fits."""
 
 
 def match_roles(globs: Iterable[str]) -> frozenset[str]:

@@ -28,6 +28,10 @@ class Linear:
     """Weights (elements) that one call reads: all, or those of the chosen experts."""
     total: int
     """Weights (elements) in all."""
+    shape: tuple[int, int]
+    """[N, K] of one matrix."""
+    rows: int
+    """Rows that one matrix is applied to in a call: sequences times tokens."""
 
 
 def linears_of(program: Program, entry: EntryPoint, dims: Mapping[str, int]) -> tuple[Linear, ...]:
@@ -51,11 +55,13 @@ def _linears(program: Program, call: Call, node: Node, dims: dict[str, int]) -> 
     formals = program.functions[call.function].parameters
     parameter = program.parameters[call.parameters[formals.index(codes)]]
     total = selected = weight.type.elements
+    *_, n, k = weight.type.static_dims
+    rows = prod(node.operand(0).type.bind(dims).static_dims[:2])
     if node.op is ops.expert_linear:
         chosen = node.operand(1).type.bind(dims).elements
         selected = chosen * prod(weight.type.static_dims[1:])
     for name in _modules(parameter.source):
-        yield Linear(name, _format(parameter), parameter.name, selected, total)
+        yield Linear(name, _format(parameter), parameter.name, selected, total, (n, k), rows)
 
 
 def _format(parameter: Parameter) -> str:

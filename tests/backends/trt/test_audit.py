@@ -38,7 +38,7 @@ def weight_only_matmul(format_: str) -> tuple[GraphBuilder, Linear]:
         w = g.node("DequantizeLinear", codes, g.node("DequantizeLinear", scale, g.f32(1.0)), axis=-1, block_size=16)
     wide = g.node("Transpose", g.node("Cast", w, to=16), perm=[1, 0])
     g.output(g.node("Cast", g.node("MatMul", x, wide), to=1), "y", DType.F32, (4, N))
-    return g, Linear("l", format_, "w", N * K, N * K)
+    return g, Linear("l", format_, "w", N * K, N * K, (N, K), 4)
 
 
 @pytest.mark.parametrize("format_", ["fp8", "nvfp4"])
@@ -52,7 +52,7 @@ def test_a_widened_copy_of_a_bf16_weight_is_caught(tmp_path: Path) -> None:
     wide = g.node("Cast", g.input("w", DType.BF16, (N, K)), to=1)
     y = g.node("MatMul", g.input("x", DType.F32, (4, K)), g.node("Transpose", wide, perm=[1, 0]))
     g.output(y, "y", DType.F32, (4, N))
-    assert realised(g, Linear("l", "bf16", "w", N * K, N * K), tmp_path) == "fp32"
+    assert realised(g, Linear("l", "bf16", "w", N * K, N * K, (N, K), 4), tmp_path) == "fp32"
 
 
 def test_chosen_experts_that_are_written_out_are_caught(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_chosen_experts_that_are_written_out_are_caught(tmp_path: Path) -> None:
     rows = g.node("Gather", w, g.input("i", DType.I64, (1, R)), axis=0)
     y = g.node("ReduceSum", g.node("Mul", rows, g.input("x", DType.F32, (1, 1, 1, K))), g.i64(-1), keepdims=0)
     g.output(y, "y", DType.F32, (1, R, N))
-    assert realised(g, Linear("l", "nvfp4", "w", R * N * K, E * N * K), tmp_path) == "fp32"
+    assert realised(g, Linear("l", "nvfp4", "w", R * N * K, E * N * K, (N, K), 1), tmp_path) == "fp32"
 
 
 def tensor(name: str, dtype: str, *dims: int) -> TensorInfo:
@@ -80,7 +80,7 @@ def judge(linear: Linear, *kernels: Kernel) -> tuple[str, str]:
 
 
 def test_a_retiled_copy_is_followed_to_who_computes_with_it() -> None:
-    linear = Linear("l", "nvfp4", "w", 64 * 32, 64 * 32)
+    linear = Linear("l", "nvfp4", "w", 64 * 32, 64 * 32, (64, 32), 1)
     w, tiled, y = tensor("w", "FP4E2M1", 64, 32), tensor("t", "FP4E2M1", 2, 32, 32), tensor("y", "Float", 1, 64)
     move = kernel("move", [w], [tiled])
     assert judge(linear, move, kernel("gemm", [tiled], [y])) == ("nvfp4", "gemm")
@@ -88,15 +88,23 @@ def test_a_retiled_copy_is_followed_to_who_computes_with_it() -> None:
 
 
 def test_unpacked_bytes_are_a_copy() -> None:
-    linear = Linear("l", "nvfp4", "w", 3 * 64 * 32, 8 * 64 * 32)
+    linear = Linear("l", "nvfp4", "w", 3 * 64 * 32, 8 * 64 * 32, (64, 32), 1)
     w, y = tensor("w", "Int8", 8, 64, 16), tensor("y", "Float", 3, 64)
     assert judge(linear, kernel("k", [w], [y])) == ("nvfp4", "k")
     assert judge(linear, kernel("k", [w], [tensor("i", "Int32", 3, 64, 16)]))[0] == "Int32"
     assert judge(linear, kernel("k", [w], [tensor("d", "Float", 3, 64, 32)]))[0] == "fp32"
 
 
+def test_a_result_with_as_many_elements_as_the_weight_is_no_copy() -> None:
+    """At 32 rows and an input width of 32 the result [32, 64] has as many elements as the weight [64, 32]."""
+    linear = Linear("l", "bf16", "w", 64 * 32, 64 * 32, (64, 32), 32)
+    w = tensor("w", "BFloat16", 64, 32)
+    assert judge(linear, kernel("k", [w], [tensor("y", "Float", 32, 1, 64)])) == ("bf16", "k")
+    assert judge(linear, kernel("k", [w], [tensor("d", "Float", 64, 32)])) == ("fp32", "k")
+
+
 def test_a_weight_that_nothing_reads_and_states_of_the_same_size() -> None:
-    linear = Linear("l", "bf16", "w", 64, 64)
+    linear = Linear("l", "bf16", "w", 64, 64, (8, 8), 1)
     w = tensor("w", "BFloat16", 8, 8)
     assert judge(linear, kernel("k", [tensor("v", "BFloat16", 8, 8)], [])) == ("none", "")
     assert judge(linear, kernel("k", [w], [tensor("state.next", "Float", 4, 16)])) == ("bf16", "k")
@@ -104,7 +112,7 @@ def test_a_weight_that_nothing_reads_and_states_of_the_same_size() -> None:
 
 def test_json_and_diagnostics() -> None:
     w = tensor("w", "FP8", 8, 8)
-    linears = [Linear("a", "fp8", "w", 64, 64), Linear("b", "nvfp4", "w", 64, 64)]
+    linears = [Linear("a", "fp8", "w", 64, 64, (8, 8), 1), Linear("b", "nvfp4", "w", 64, 64, (8, 8), 1)]
     verdict: Audit = audit(linears, [kernel("k", [w], [tensor("y", "Float", 8)])], (), 512)
     data = audit_json({"decode.b1.plan": verdict})
     assert data["linears"][0] == {

@@ -1,0 +1,89 @@
+"""docs/spec.md, made from the schema, so that the reference cannot fall behind."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from n3c.specs import schema
+from n3c.specs.pattern import Pattern
+from n3c.specs.roles import ROLES
+
+TABLES: tuple[tuple[str, type], ...] = (
+    ("", schema.Spec),
+    ("[model]", schema.Model),
+    ("[mamba]", schema.Mamba),
+    ("[attention]", schema.Attention),
+    ("[moe]", schema.Moe),
+    ("[mlp]", schema.Mlp),
+    ("[mtp]", schema.Mtp),
+    ("[quantization]", schema.Quantization),
+    ("[[quantization.rules]]", schema.Rule),
+    ("[training]", schema.Training),
+    ("[serving]", schema.Serving),
+)
+
+HEAD = """# Spec reference
+
+Made from `specs/schema.py` by `make golden`. A key without a default is required; a table is required where a
+pattern uses it. `n3c schema` prints the same as JSON Schema, for editors.
+
+## Patterns
+
+One symbol a residual block: `M` Mamba-2, `E` MoE, `*` attention, `-` MLP. `(ME)4` repeats a group and `M3` a symbol;
+groups nest; white space and `#` comments are free; `|` is a pipeline cut, kept for Megatron.
+
+## Rules
+
+Rules are read top-down and the last one that matches a weight decides. `roles` are globs over
+
+"""
+
+
+def reference() -> str:
+    """Return the text of docs/spec.md."""
+    roles = ", ".join(f"`{role}`" for role in ROLES)
+    return HEAD + roles + ".\n" + "".join(_table(title, cls) for title, cls in TABLES)
+
+
+def _table(title: str, cls: type) -> str:
+    hints = get_type_hints(cls)
+    rows = [
+        f"| `{field.name}` | {_type(hints[field.name], field.metadata)} | {_default(field)} | {field.metadata['doc']} |\n"
+        for field in dataclasses.fields(cls)
+        if "doc" in field.metadata and _plain(hints[field.name]) not in dict(TABLES).values()
+    ]
+    heading = f"## `{title}`" if title else "## Top level"
+    return f"\n{heading}\n\n| key | type | default | |\n|---|---|---|---|\n" + "".join(rows)
+
+
+def _plain(hint: Any) -> Any:
+    kept = [arg for arg in get_args(hint) if arg is not type(None)]
+    optional = type(None) in get_args(hint)
+    return kept[0] if optional and len(kept) == 1 else hint
+
+
+def _type(hint: Any, metadata: Any) -> str:
+    hint = _plain(hint)
+    if metadata.get("choices"):
+        return " or ".join(f"`{list(choice)}`" for choice in metadata["choices"])
+    if get_origin(hint) is Literal:
+        return ", ".join(f"`{arg}`" for arg in get_args(hint))
+    if get_origin(hint) is tuple:
+        entry = get_args(hint)[0]
+        return "array of tables" if dataclasses.is_dataclass(entry) else f"array of {_name(entry)}"
+    return _name(hint)
+
+
+def _name(hint: type) -> str:
+    names: dict[type, str] = {int: "integer", float: "number", bool: "boolean", str: "string", Pattern: "pattern"}
+    return names[hint]
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is dataclasses.MISSING:
+        return "required"
+    if field.default is None:
+        return "none"
+    value = list(field.default) if isinstance(field.default, tuple) else field.default
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
