@@ -48,11 +48,12 @@ def reference() -> str:
 
 def _table(title: str, cls: type) -> str:
     hints = get_type_hints(cls)
-    rows = [
-        f"| `{field.name}` | {_type(hints[field.name], field.metadata)} | {_default(field)} | {field.metadata['doc']} |\n"
-        for field in dataclasses.fields(cls)
-        if "doc" in field.metadata and _plain(hints[field.name]) not in dict(TABLES).values()
-    ]
+    rows: list[str] = []
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        if "doc" in field.metadata and _plain(hint) not in dict(TABLES).values():
+            cells = (f"`{field.name}`", _type(hint, field.metadata), _default(field), field.metadata["doc"])
+            rows.append(f"| {' | '.join(cells)} |\n")
     heading = f"## `{title}`" if title else "## Top level"
     return f"\n{heading}\n\n| key | type | default | |\n|---|---|---|---|\n" + "".join(rows)
 
