@@ -97,9 +97,9 @@ def build_plan(
 
 
 def _allow_decomposed_attention(trt: Any, network: Any) -> None:
-    """Let the builder spell out attention of a shape that none of its kernels takes, as head_dim 13, instead of failing.
+    """Let the builder spell out attention of a shape that none of its kernels takes, as head_dim 13.
 
-    Where it has a kernel it still takes that.
+    Without that it fails; where it has a kernel, it still takes that.
     """
     for i in range(network.num_layers):
         layer = network.get_layer(i)
