@@ -22,8 +22,8 @@ from . import outdir
 from .checking import require_target
 from .lower import lower
 from .progress import Progress
-from .serving import Served, serve
-from .sizes import count_parameters
+from .serving import Served, quantize_pass, serve
+from .sizes import count_parameters, flops_per_token
 from .tools import peak_rss_bytes, tool_versions
 
 TARGETS = ("torch", "onnx", "trt")
@@ -107,17 +107,22 @@ def build(request: Request, progress: Progress, after: Callable[[str, Program], 
 
 def _require_fit(spec: Spec, weights: Path) -> None:
     from n3c.backends.safetensors.checkpoint import Checkpoint
-    from n3c.backends.safetensors.sources import check_fit
+    from n3c.backends.safetensors.sources import check_fit, check_formats
 
-    check_fit(lower(spec).parameters.values(), Checkpoint(weights))
+    checkpoint, program = Checkpoint(weights), lower(spec)
+    check_fit(program.parameters.values(), checkpoint)
+    quantize_pass(spec).run(program)
+    check_formats(program.parameters.values(), checkpoint)
 
 
 def _emit_torch(spec: Spec, spec_sha256: str, folder: Path, progress: Progress) -> None:
     from n3c.backends.torch.emit import emit
 
+    program = lower(spec)
+    flops, next_flops = (flops_per_token(program, context, mtp=True) for context in (0, 1))
     progress.phase("emit torch")
     folder.mkdir()
-    for name, text in emit(spec, spec_sha256).items():
+    for name, text in emit(spec, spec_sha256, (flops, next_flops - flops)).items():
         (folder / name).write_text(text, encoding="utf-8")
 
 

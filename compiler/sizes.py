@@ -46,13 +46,16 @@ def count_parameters(program: Program, spec: Spec) -> Parameters:
     return Parameters(total, active, mtp, dict(sorted(by_role.items())))
 
 
-def flops_per_token(program: Program, context: int) -> int:
-    """FLOPs of one token's forward pass without MTP, attending to `context` tokens; a multiply-add is two.
+def flops_per_token(program: Program, context: int, *, mtp: bool = False) -> int:
+    """FLOPs of one token's forward pass, attending to `context` tokens; a multiply-add is two.
 
+    `mtp` adds the blocks of every prediction depth.
     Counted are linears, convolutions, the SSD recurrence and attention (4 · context · Hq · P a layer).
     """
     return sum(
-        _call_flops(program, call, context) for call in program.entry_points["forward"].calls if not _is_mtp(call)
+        _call_flops(program, call, context)
+        for call in program.entry_points["forward"].calls
+        if mtp or not _is_mtp(call)
     )
 
 

@@ -16,6 +16,9 @@ from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 from n3c.specs.pattern import BlockKind, Pattern
 from n3c.specs.schema import Moe, Spec
 
+from .numerics import training_formats
+
+MODULE = re.compile(r"[a-z_]+(\.[a-z0-9_]+)*")
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 LINE_LENGTH = 100
@@ -44,8 +47,8 @@ KINDS = (
 """The block kinds, in the order in which the generated file has them."""
 
 
-def template_context(spec: Spec, spec_sha256: str) -> dict[str, object]:
-    """Return the variables of `templates/model.py.jinja`.
+def template_context(spec: Spec, spec_sha256: str, flops_per_token: tuple[int, int]) -> dict[str, object]:
+    """Return the variables of `templates/model.py.jinja` and `templates/train.py.jinja`.
 
     Raises N3CError (E0510) where a value is not what a validated spec would hold.
     """
@@ -60,9 +63,12 @@ def template_context(spec: Spec, spec_sha256: str) -> dict[str, object]:
         "name": _matching(NAME, spec.name, "name"),
         "sha256": _matching(SHA256, spec_sha256, "sha256"),
         "summary": _summary(spec, kinds),
+        "flops_per_token": _literal(flops_per_token[0], "flops"),
+        "flops_per_token_of_context": _literal(flops_per_token[1], "flops"),
         "legend": ", ".join(f"{kind.kind.value} {kind.legend}" for kind in kinds),
         "kinds": kinds,
         "modules": modules,
+        "formats": [(_matching(MODULE, name, "training"), format_) for name, format_ in training_formats(spec)],
         "stateful": [kind.class_name for kind in kinds if kind.stateful],
         "uses": {
             "mamba": BlockKind.MAMBA in used,

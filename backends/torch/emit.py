@@ -1,4 +1,4 @@
-"""The torch backend: a spec becomes one standalone PyTorch file and its config.json."""
+"""The torch backend: a spec becomes a standalone PyTorch model, its training program and config.json."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from n3c.specs.schema import Spec
 from .context import template_context
 
 
-def emit(spec: Spec, spec_sha256: str) -> dict[str, str]:
+def emit(spec: Spec, spec_sha256: str, flops_per_token: tuple[int, int] = (0, 0)) -> dict[str, str]:
     """Return the files of `OUT/torch/`: name → text.
 
-    `model.py` needs torch and safetensors only; it is formatted, typed, and depends on nothing but
-    the arguments. `spec_sha256` is the hash of the resolved spec, 64 hexadecimal digits, and
-    stands in the header. Raises N3CError (E0510) for what a validated spec cannot hold.
+    `model.py` needs torch and safetensors only, `train.py` also the model beside it; they are formatted, typed, and
+    depend on nothing but the arguments. `numerics.py` is there where [training] asks for low precision: it emulates
+    that. `spec_sha256` is the hash of the resolved spec, 64 hexadecimal digits, and stands in the headers.
+    `flops_per_token` is what a token's forward pass costs, and what each token of context
+    adds: train.py reports FLOPs a second by it. Raises N3CError (E0510) for what a validated spec cannot hold.
     """
-    model = _environment().get_template("model.py.jinja").render(template_context(spec, spec_sha256))
-    return {"model.py": model, "config.json": json.dumps(export_config(spec), indent=2) + "\n"}
+    context = template_context(spec, spec_sha256, flops_per_token)
+    names = ["model.py", "train.py"] + (["numerics.py"] if context["formats"] else [])
+    files = {name: _environment().get_template(f"{name}.jinja").render(context) for name in names}
+    return {**files, "config.json": json.dumps(export_config(spec), indent=2) + "\n"}
 
 
 @cache

@@ -112,7 +112,7 @@ def test_all_that_is_wrong_is_named_and_nothing_is_copied(module: Any, saved: Pa
         del tensors["backbone.layers.1.mixer.experts.5.up_proj.weight"]
         tensors["backbone.layers.9.norm.weight"] = torch.ones(64)
         tensors["backbone.norm_f.weight"] = torch.ones(63)
-        tensors["backbone.embeddings.weight"] = torch.zeros(97, 64, dtype=torch.uint8)
+        tensors["backbone.embeddings.weight"] = torch.zeros(97, 64, dtype=torch.int8)
 
     rewrite(saved, change)
     model = module.Model()
@@ -122,7 +122,7 @@ def test_all_that_is_wrong_is_named_and_nothing_is_copied(module: Any, saved: Pa
     lines = str(caught.value).splitlines()
     assert lines[0] == f"{saved} does not fit the model:"
     assert sorted(line.strip() for line in lines[1:]) == [
-        "backbone.embeddings.weight: type U8, expected one of ['BF16', 'F16', 'F32']",
+        "backbone.embeddings.weight: type I8, expected one of ['BF16', 'F16', 'F32', 'F8_E4M3', 'U8']",
         "backbone.layers.1.mixer.experts.5.up_proj.weight: missing",
         "backbone.layers.9.norm.weight: unexpected, in model.safetensors",
         "backbone.norm_f.weight: shape [63], expected [64]",

@@ -19,7 +19,7 @@ from n3c.backends.torch.emit import emit
 from n3c.ir.diagnostics import ExitCode, N3CError
 from n3c.specs.load import load_spec
 from n3c.specs.pattern import Pattern
-from n3c.specs.schema import Mamba, Model, Spec
+from n3c.specs.schema import Mamba, Model, Spec, Training
 from support.golden import assert_golden
 from support.specs import SPECS
 
@@ -64,6 +64,8 @@ def variants() -> dict[str, Spec]:
             ),
         ),
     }
+    found["emulated"] = replace(tiny, training=Training("nvfp4"))
+    found["emulated_dense"] = replace(tiny_spec("M*-", mtp=None), training=Training("mxfp8"))
     for symbols in ("M", "*", "E", "-", "M*", "E-"):
         found[f"only_{''.join(hex(ord(s))[2:] for s in symbols)}"] = tiny_spec(symbols, mtp=None)
     return found
@@ -75,17 +77,20 @@ def run_tool(*arguments: str, cwd: Path | None = None) -> None:
 
 
 def test_golden() -> None:
-    for name, text in emit(tiny_spec(), SHA256).items():
+    for name, text in emit(replace(tiny_spec(), training=Training("nvfp4")), SHA256).items():
         assert_golden(f"torch/{name}", text)
 
 
 @pytest.fixture(scope="module")
 def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("generated")
-    for name, spec in variants().items():
-        (folder / f"model_{name}.py").write_text(emit(spec, SHA256)["model.py"])
-    for path in SHIPPED:
-        (folder / f"model_{path.stem.replace('-', '_')}.py").write_text(emit(load_spec(path)[0], SHA256)["model.py"])
+    shipped = {path.stem.replace("-", "_"): load_spec(path)[0] for path in SHIPPED}
+    for name, spec in (variants() | shipped).items():
+        files = emit(spec, SHA256, (BIG, BIG))
+        (folder / f"model_{name}.py").write_text(files["model.py"])
+        (folder / f"train_{name}.py").write_text(files["train.py"])
+        if "numerics.py" in files:
+            (folder / f"numerics_{name}.py").write_text(files["numerics.py"])
     return folder
 
 
@@ -94,6 +99,7 @@ def test_formatted_and_clean(generated: Path) -> None:
     rules = "A,B,C4,D2,D3,D4,E,F,I,PERF,PIE,RUF,UP,W"
     style = "D203,D205,D212,D213,D400,D401,D415"
     options = ["--isolated", "--line-length", "100", "--target-version", "py311", "--select", rules, "--ignore", style]
+    options += ["--config", "lint.isort.known-first-party = ['model', 'numerics']"]
     run_tool("ruff", "check", *options, str(generated))
 
 
@@ -101,6 +107,17 @@ def test_typed(generated: Path, request: pytest.FixtureRequest) -> None:
     cache = request.config.cache.mkdir("mypy-generated") if request.config.cache else generated / "cache"
     files = [f"model_{name}.py" for name in ("tiny", "standard", "unshared", "tied", "only_4d", "only_2a", "only_2d")]
     run_tool("mypy", "--strict", "--config-file", os.devnull, "--cache-dir", str(cache), *files, cwd=generated)
+
+
+@pytest.mark.parametrize("name", ["tiny", "only_45", "only_4d", "emulated", "emulated_dense"])
+def test_train_is_typed(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Experts and MTP, experts, neither; and with numerics.py."""
+    cache = request.config.cache.mkdir("mypy-generated") if request.config.cache else tmp_path / "cache"
+    files = emit(variants()[name], SHA256)
+    assert ("numerics.py" in files) == name.startswith("emulated")
+    for file, text in files.items():
+        (tmp_path / file).write_text(text)
+    run_tool("mypy", "--strict", "--config-file", os.devnull, "--cache-dir", str(cache), "train.py", cwd=tmp_path)
 
 
 def test_only_what_the_spec_has() -> None:

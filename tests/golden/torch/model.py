@@ -407,10 +407,12 @@ class Router(nn.Module):
         weight_i = scaling * s_i / (sum of s over the chosen)
 
     The bias balances the load without an auxiliary loss, so it only chooses and never weighs
-    (Wang et al., arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437).
+    (Wang et al., arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437). In training a router counts
+    its load and keeps its balance losses: `update_bias` uses the one, `Model.forward` the other.
     """
 
     e_score_correction_bias: Tensor
+    load: Tensor  # [E] int64, tokens that chose each expert since the last update of the bias
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -418,10 +420,14 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.moe_num_experts, config.hidden_size))
         bias = torch.empty(config.moe_num_experts, dtype=torch.float32)
         self.register_buffer("e_score_correction_bias", bias)
+        load = torch.zeros(config.moe_num_experts, dtype=torch.int64)
+        self.register_buffer("load", load, persistent=False)
+        self.balance_losses: list[Tensor] = []
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.config.initializer_range)
         nn.init.zeros_(self.e_score_correction_bias)
+        nn.init.zeros_(self.load)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         # The bias stays float32 in `model.to(torch.bfloat16)`: its steps of 1e-3 would be lost.
@@ -431,16 +437,45 @@ class Router(nn.Module):
             self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
         return self
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the chosen experts [N, K] int64 of x [N, D] and their weights [N, K] float32."""
+    def forward(self, x: Tensor, sequences: int = 1) -> tuple[Tensor, Tensor]:
+        """Return the chosen experts [N, K] int64 of x [N, D] and their weights [N, K] float32.
+
+        x holds `sequences` of equal length, one behind the other.
+        """
         config = self.config
         with torch.autocast(x.device.type, enabled=False):
             scores = F.linear(x.float(), self.weight.float()).sigmoid()  # [N, E]
         choice = scores + self.e_score_correction_bias
         experts = choice.topk(config.moe_top_k, sorted=False).indices
+        if self.training and torch.is_grad_enabled():
+            self.observe(scores.view(sequences, -1, config.moe_num_experts), experts)
         weights = scores.gather(1, experts)
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return experts, weights * config.moe_routed_scaling_factor
+
+    def observe(self, scores: Tensor, experts: Tensor) -> None:
+        """Count the load, and keep the balance loss of each sequence (DeepSeek-V3, section 2.1.2).
+
+            loss = sum_i f_i P_i    f_i = E / (K S) * (tokens that chose expert i)
+                                    P_i = mean over the tokens of s_i / (sum of s over all experts)
+
+        It is 1 where the load is even. scores [B, S, E], experts [N, K]; the mean over sequences.
+        """
+        chosen = torch.zeros_like(scores).view(-1, scores.shape[-1]).scatter(1, experts, 1.0)
+        self.load += chosen.sum(0).long()
+        share = chosen.view_as(scores).mean(1) * (scores.shape[-1] / experts.shape[1])  # f [B, E]
+        probability = (scores / (scores.sum(-1, keepdim=True) + 1e-20)).mean(1)  # P [B, E]
+        self.balance_losses.append((share * probability).sum(-1).mean())
+
+    @torch.no_grad()
+    def update_bias(self, rate: float) -> None:
+        """Prefer experts that had less than the mean load: bias += rate * sign(mean - load).
+
+        Call it after each optimizer step, with `load` summed over processes; it starts anew.
+        """
+        load = self.load.float()
+        self.e_score_correction_bias += rate * torch.sign(load.mean() - load)
+        self.load.zero_()
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -512,7 +547,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, state: State | None = None) -> Tensor:
         tokens = x.flatten(0, 1)  # [N, D]
-        experts, weights = self.gate(tokens)  # [N, K] each
+        experts, weights = self.gate(tokens, len(x))  # [N, K] each
         y = self.experts(self.fc1_latent_proj(tokens), experts, weights)  # [N, L]
         y = self.fc2_latent_proj(y).view_as(x)  # [B, S, D]
         out: Tensor = y + self.shared_experts(x)
@@ -615,6 +650,8 @@ class Output(NamedTuple):
     loss: Tensor | None  # scalar float32, with the MTP loss in it
     mtp_loss: Tensor | None  # scalar float32: mean over depths, before its scaling factor
     mtp_logits: tuple[Tensor, ...]  # depth k: [B, S - k, V] float32, t predicts token t + k + 1
+    # Scalar float32: sum over the routers, before its factor; `loss` is without it. In training.
+    balance_loss: Tensor | None = None
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -651,8 +688,15 @@ class Model(nn.Module):
         logits: Tensor = self.lm_head(x).float()
         return logits
 
+    def routers(self) -> list[Router]:
+        """Return the routers, in the order of the blocks."""
+        return [module for module in self.modules() if isinstance(module, Router)]
+
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Output:
         """Run whole sequences [B, S]. `labels` [B, S] are `input_ids`, or -100 to ignore."""
+        routers = self.routers()
+        for router in routers:
+            router.balance_losses.clear()
         h = self.backbone(input_ids)  # [B, S, D]
         logits = self.head(h)
         loss = None if labels is None else cross_entropy(logits[:, :-1], labels[:, 1:])
@@ -669,7 +713,9 @@ class Model(nn.Module):
             mtp_loss = mtp_loss + cross_entropy(ahead[:, :-1], labels[:, k + 1 :])
         mtp_loss = mtp_loss / self.config.mtp_depth
         loss = loss + self.config.mtp_loss_scaling_factor * mtp_loss
-        return Output(logits, loss, mtp_loss, tuple(mtp_logits))
+        balance = [balance for router in routers for balance in router.balance_losses]
+        balance_loss = torch.stack(balance).sum() if balance else None
+        return Output(logits, loss, mtp_loss, tuple(mtp_logits), balance_loss)
 
     def allocate_state(self, batch_size: int, max_seq_len: int) -> State:
         """Return the state before the first token, on the device and in the type of the weights."""
@@ -704,7 +750,10 @@ class CheckpointError(Exception):
 
 
 MAX_SHARD_BYTES = 5_000_000_000
-READABLE_TYPES = {"F32", "F16", "BF16"}
+SCALES_OF = {"F8_E4M3": ("_scale",), "U8": ("_scale", "_scale_2")}  # beside FP8 and NVFP4 weights
+SCALES = ("_scale", "_scale_2", ".input_scale", ".k_scale", ".v_scale")
+READABLE_TYPES = {"F32", "F16", "BF16", *SCALES_OF}
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the values of FP4 codes; bit 3 is the sign
 TENSORS_AT_ONCE = 64  # then a file is opened anew, which frees what was mapped of it
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -729,25 +778,31 @@ def load_checkpoint(model: Model, directory: str | Path) -> None:
     """Fill `model` from model.safetensors, or from the shards of model.safetensors.index.json.
 
     Names and shapes must be exactly those of the model. Types may be float32, float16 or
-    bfloat16, and are cast. Tensors are copied one at a time; a model on the meta device gets its
-    memory here, on the CPU. Raises CheckpointError, with all that is wrong, before it copies.
+    bfloat16, and are cast; weights in FP8 or NVFP4, with their scales beside them as ModelOpt
+    writes them, are dequantized. Tensors are copied one at a time; a model on the meta device gets
+    its memory here, on the CPU. Raises CheckpointError, with all that is wrong, before it copies.
     """
     directory = Path(directory)
     tensors = named_tensors(model)
     found: dict[str, Path] = {}
+    scales: dict[str, list[str]] = {}  # of each quantized weight
     problems: list[str] = []
     for path in checkpoint_files(directory):
         for name, (shape, kind) in tensor_headers(path).items():
             if name in found:
                 problems.append(f"{name}: stands in both {found[name].name} and {path.name}")
             elif name not in tensors:
-                problems.append(f"{name}: unexpected, in {path.name}")
-            elif shape != list(tensors[name].shape):
-                problems.append(f"{name}: shape {shape}, expected {list(tensors[name].shape)}")
+                if not name.endswith(SCALES):
+                    problems.append(f"{name}: unexpected, in {path.name}")
             elif kind not in READABLE_TYPES:
                 problems.append(f"{name}: type {kind}, expected one of {sorted(READABLE_TYPES)}")
+            elif shape != (expected := stored_shape(tensors[name], kind)):
+                problems.append(f"{name}: shape {shape}, expected {expected}")
+            elif kind in SCALES_OF:
+                scales[name] = [name + suffix for suffix in SCALES_OF[kind]]
             found[name] = path
-    problems += [f"{name}: missing" for name in tensors if name not in found]
+    needed = [*tensors, *(scale for names in scales.values() for scale in names)]
+    problems += [f"{name}: missing" for name in needed if name not in found]
     if problems:
         raise CheckpointError(f"{directory} does not fit the model:\n  " + "\n  ".join(problems))
 
@@ -761,7 +816,40 @@ def load_checkpoint(model: Model, directory: str | Path) -> None:
         for start in range(0, len(names), TENSORS_AT_ONCE):
             with safe_open(path, framework="pt") as file:
                 for name in names[start : start + TENSORS_AT_ONCE]:
-                    tensors[name].copy_(file.get_tensor(name))
+                    weight = file.get_tensor(name)
+                    if name in scales:
+                        beside = [read_tensor(found[scale], scale) for scale in scales[name]]
+                        weight = dequantize(weight, *beside)
+                    tensors[name].copy_(weight)
+
+
+def stored_shape(tensor: Tensor, kind: str) -> list[int]:
+    """Return the shape of a tensor on disk: two FP4 codes make a byte."""
+    *rows, columns = tensor.shape or (1,)
+    return [*rows, columns // 2] if kind == "U8" else list(tensor.shape)
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """Return one tensor of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+    return tensor
+
+
+def dequantize(codes: Tensor, scale: Tensor, scale_2: Tensor | None = None) -> Tensor:
+    """Return a quantized weight [N, K] in float32.
+
+    FP8:    w = code * scale                      codes e4m3 [N, K], scale []
+    NVFP4:  w = e2m1(code) * scale * scale_2      codes uint8 [N, K/2], the first in the low nibble,
+                                                  scale e4m3 [N, K/16], scale_2 []
+    """
+    if scale_2 is None:
+        return codes.float() * scale
+    values = torch.tensor([*E2M1, *(-value for value in E2M1)])
+    codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)  # [N, K]
+    blocks = values[codes.int()].reshape(*scale.shape, 16)  # [N, K/16, 16]
+    weight: Tensor = (blocks * scale.float()[..., None] * scale_2).flatten(-2)
+    return weight
 
 
 def checkpoint_files(directory: Path) -> list[Path]:

@@ -1,0 +1,227 @@
+"""The emulation of [training]: the quantizers against plain loops, the linears by their equations, the rules."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ml_dtypes import float4_e2m1fn, float8_e4m3fn
+from torch import Tensor
+
+from n3c.backends.torch.emit import emit
+from n3c.backends.torch.numerics import training_formats
+from n3c.specs.load import load_spec
+from n3c.specs.schema import Rule, Spec, Training
+from support.modules import import_file
+from support.specs import SPECS
+
+from .generated import SHA256, tiny_spec
+
+
+def spec_with_rules() -> Spec:
+    """Return a spec with NVFP4, MXFP8 and BF16 linears; every NVFP4 matrix divides into 16 x 16."""
+    spec = tiny_spec("MEM*E", mtp="*E")
+    rules = (
+        Rule("bf16", roles=("attention.*", "moe.latent_*", "mamba.in_proj", "mtp.*", "lm_head")),
+        Rule("mxfp8", roles=("mamba.out_proj",)),
+        Rule("bf16", roles=("*",), layers="last 1"),
+    )
+    return replace(spec, model=replace(spec.model, vocab_size=256), training=Training("nvfp4", rules=rules))
+
+
+@pytest.fixture(scope="module")
+def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any, Any]]:
+    """Return the generated model, numerics and train."""
+    folder = tmp_path_factory.mktemp("numerics")
+    for name, text in emit(spec_with_rules(), SHA256).items():
+        (folder / name).write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "model", model := import_file(folder / "model.py"))
+        patch.setitem(sys.modules, "numerics", numerics := import_file(folder / "numerics.py"))
+        yield model, numerics, import_file(folder / "train.py")
+
+
+@pytest.fixture
+def numerics(modules: tuple[Any, Any, Any]) -> Any:
+    return modules[1]
+
+
+def by_loops(x: Tensor, rows: int) -> Tensor:
+    """NVFP4 block by block, in NumPy scalars; rounding by ml_dtypes."""
+    array = x.numpy()
+    out = np.zeros_like(array)
+    one = np.float32(1)
+    scale = np.float32(2688) / np.abs(array).max()
+    for top, left in itertools.product(range(0, len(array), rows), range(0, array.shape[1], 16)):
+        block = array[top : top + rows, left : left + 16]
+        of_block = (np.abs(block).max() * (scale * (one / np.float32(6)))).astype(float8_e4m3fn).astype(np.float32)
+        decode = of_block * (one / scale)
+        if decode == 0:
+            continue
+        codes = np.clip(block * (one / decode), -6, 6).astype(float4_e2m1fn)
+        out[top : top + rows, left : left + 16] = codes.astype(np.float32) * decode
+    return torch.from_numpy(out)
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e4])
+def test_values_by_loops(numerics: Any, rows: int, size: float) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(64, 96, generator=generator) * size * torch.logspace(-3, 1, 64)[:, None]
+    x[16:32, 16:32] = 0
+    assert torch.equal(numerics.nvfp4(x, rows), by_loops(x, rows))
+    assert not numerics.nvfp4(torch.zeros(16, 16), rows).any()
+
+
+def test_every_tie_goes_to_the_even_code(numerics: Any) -> None:
+    x = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 5.01, 9.0, 0.24, 2.51])
+    expected = torch.tensor([0.0, 1, 1, 2, 2, 4, 4, 6, 6, 0, 3])
+    assert torch.equal(numerics.round_e2m1(x), expected)
+    assert torch.equal(numerics.round_e2m1(-x), -expected)
+
+
+def test_a_weight_and_its_transpose_have_the_same_values(numerics: Any) -> None:
+    weight = torch.randn(48, 80)
+    assert torch.equal(numerics.nvfp4(weight, 16).T, numerics.nvfp4(weight.T.contiguous(), 16))
+    assert not torch.equal(numerics.nvfp4(weight).T, numerics.nvfp4(weight.T.contiguous()))
+
+
+def test_stochastic_rounding_is_unbiased(numerics: Any) -> None:
+    """The mean of 20,000 draws lies within 5 standard errors; no draw leaves the two neighbours."""
+    torch.manual_seed(0)
+    x = torch.linspace(-5.9, 5.9, 61)
+    draws = torch.stack([numerics.round_e2m1(x, stochastic=True) for _ in range(20_000)])
+    error = (draws.mean(0) - x).abs()
+    assert bool((error <= 5 * draws.std(0) / 20_000**0.5 + 1e-6).all())
+    assert all(len(column.unique()) <= 2 for column in draws.T)
+    assert set(draws.unique().tolist()) <= {s * v for s in (-1, 1) for v in (0, 0.5, 1, 1.5, 2, 3, 4, 6)}
+
+
+def test_hadamard_is_orthogonal_and_spreads(numerics: Any) -> None:
+    x, y = torch.randn(5, 48), torch.randn(7, 48)
+    torch.testing.assert_close(numerics.hadamard(x) @ numerics.hadamard(y).T, x @ y.T, atol=1e-5, rtol=1e-5)
+    spread = numerics.hadamard(torch.eye(16)[3:4])
+    torch.testing.assert_close(spread.abs(), torch.full((1, 16), 0.25))
+
+
+def test_mxfp8(numerics: Any) -> None:
+    """A power of two for each 32, so that the largest fits; the rest rounds to e4m3."""
+    x = torch.randn(6, 70) * torch.logspace(-4, 4, 6)[:, None]
+    got = numerics.mxfp8(x)
+    for row, start in itertools.product(range(6), range(0, 70, 32)):
+        block = x[row, start : start + 32].numpy()
+        scale = np.float32(2) ** np.ceil(np.log2(np.abs(block).max() / np.float32(448)))
+        expected = (block / scale).astype(float8_e4m3fn).astype(np.float32) * scale
+        assert np.array_equal(got[row, start : start + 32].numpy(), expected)
+
+
+def test_linear_by_its_equations(numerics: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward, dx and dW; the draws of stochastic rounding are all 1/2 here, so both sides share them."""
+
+    def half(x: Tensor) -> Tensor:
+        return torch.full_like(x, 0.5)
+
+    monkeypatch.setattr(torch, "rand_like", half)
+    x, weight = torch.randn(3, 7, 32, requires_grad=True), torch.randn(48, 32, requires_grad=True)
+    y = numerics.linear(x, weight, "nvfp4")
+    dy = torch.randn(3, 7, 48)
+    y.backward(dy)
+    flat, down = x.detach().view(21, 32), dy.view(21, 48)
+    values = by_loops(weight.detach(), 16)
+    torch.testing.assert_close(y.detach().view(21, 48), by_loops(flat, 1) @ values.T)
+    assert x.grad is not None and weight.grad is not None
+    torch.testing.assert_close(x.grad.view(21, 32), numerics.nvfp4(down, 1, True) @ values)
+    padded = [torch.cat([t, torch.zeros(11, t.shape[1])]).T.contiguous() for t in (down, flat)]
+    left, right = (numerics.hadamard(t) for t in padded)
+    torch.testing.assert_close(weight.grad, numerics.nvfp4(left, 1, True) @ by_loops(right, 1).T)
+    exact = down.T @ flat
+    assert 0.01 < ((weight.grad - exact).norm() / exact.norm()).item() < 0.3
+
+
+def test_rules(modules: tuple[Any, Any, Any]) -> None:
+    """The last matching rule decides; the router, the convolution and the embedding never take part."""
+    formats = dict(training_formats(spec_with_rules()))
+    moe = "backbone.layers.1.mixer"
+    assert formats == {
+        "backbone.layers.0.mixer.out_proj": "mxfp8",
+        "backbone.layers.2.mixer.out_proj": "mxfp8",
+        f"{moe}.experts.up_proj": "nvfp4",
+        f"{moe}.experts.down_proj": "nvfp4",
+        f"{moe}.shared_experts.up_proj": "nvfp4",
+        f"{moe}.shared_experts.down_proj": "nvfp4",
+    }
+    model = modules[0].Model()
+    modules[1].emulate(model)
+    changed = {n for n, m in model.named_modules() if type(m).__name__.startswith("Emulated")}
+    assert changed == {name.replace(".mixer.experts.up_proj", ".mixer.experts") for name in formats} - {
+        f"{moe}.experts.down_proj"
+    }
+
+
+def test_rules_of_super() -> None:
+    """The last 14 layers, attention, latent projections and MTP are BF16; Mamba's out_proj is MXFP8."""
+    spec = load_spec(SPECS / "super.toml")[0]
+    formats = dict(training_formats(spec))
+    pattern = spec.model.pattern.symbols
+    assert {int(name.split(".")[2]) for name in formats} == {i for i, s in enumerate(pattern[:74]) if s in "ME"}
+    kinds = {(name.partition(".mixer.")[2], kind) for name, kind in formats.items()}
+    assert kinds == {
+        ("in_proj", "nvfp4"),
+        ("out_proj", "mxfp8"),
+        *((f"{part}.{half}_proj", "nvfp4") for part in ("experts", "shared_experts") for half in ("up", "down")),
+    }
+
+
+def test_experts_by_a_loop(modules: tuple[Any, Any, Any]) -> None:
+    model, numerics, _ = modules
+    torch.manual_seed(1)
+    net = model.Model()
+    numerics.emulate(net)
+    experts = net.backbone.layers[1].mixer.experts
+    x, chosen, weights = torch.randn(9, 32), torch.randint(8, (9, 2)), torch.rand(9, 2)
+    got = experts(x, chosen, weights)
+    expected = torch.zeros(9, 32)
+    for e in range(8):
+        rows, slots = (chosen == e).nonzero(as_tuple=True)
+        if len(rows):
+            inner = by_loops(x[rows], 1) @ by_loops(experts.up_proj[e].detach(), 16).T
+            y = by_loops(inner.relu().square(), 1) @ by_loops(experts.down_proj[e].detach(), 16).T
+            expected.index_add_(0, rows, y * weights[rows, slots, None])
+    torch.testing.assert_close(got.detach(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_trains(modules: tuple[Any, Any, Any], tmp_path: Path) -> None:
+    """train.py --numerics nvfp4 learns, differs from float32, and goes on to the same bits."""
+    train = modules[2]
+    (tmp_path / "text").write_bytes(b"a line that comes again and again\n" * 200)
+
+    def run(out: str, *more: str) -> dict[str, Any]:
+        given = ["--data", str(tmp_path / "text"), "--out", str(tmp_path / out), "--batch-size", "2", "--lr", "0.01"]
+        given += ["--steps", "16", "--seq-len", "32", "--val-every", "0", "--save-every", "8", *more]
+        assert train.main(given) == 0
+        line = json.loads((tmp_path / out / "metrics.jsonl").read_text().splitlines()[-1])
+        return {name: value for name, value in line.items() if not name.endswith("per_second")}
+
+    whole = run("whole", "--numerics", "nvfp4")
+    assert whole["loss"] < 3.5
+    assert whole["loss"] != run("plain")["loss"]
+    (tmp_path / "again").mkdir()
+    (tmp_path / "whole" / "checkpoints").rename(tmp_path / "again" / "checkpoints")
+    last = tmp_path / "again" / "checkpoints" / "step-000000016"
+    last.rename(last.with_name(".step-unfinished"))
+    assert run("again", "--numerics", "nvfp4", "--resume") == whole
+
+
+def test_a_matrix_that_does_not_fit(modules: tuple[Any, Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, numerics, _ = modules
+    monkeypatch.setitem(numerics.FORMATS, "backbone.layers.0.mixer.in_proj", "nvfp4")
+    with pytest.raises(ValueError, match=r"layers\.0\.mixer\.in_proj \[328, 64\] does not divide"):
+        numerics.emulate(model.Model())

@@ -1,0 +1,165 @@
+"""The generated train.py, as its users run it: learning, stopping, going on, two processes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from n3c.backends.torch.emit import emit
+from support.modules import import_file
+
+from .generated import SHA256, tiny_spec
+
+TEXT = b"".join(b"the %d quick brown foxes jump over the %d lazy dogs; " % (n % 7, n % 5) for n in range(400))
+COMMON = [
+    *("--steps", "40", "--batch-size", "4", "--seq-len", "32", "--lr", "0.01", "--save-every", "10"),
+    *("--val-every", "20", "--val-sequences", "7", "--val-fraction", "0.1"),
+]
+SPEED = {"tokens_per_second", "flops_per_second"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with model.py, train.py and a text."""
+    folder = tmp_path_factory.mktemp("train")
+    spec = tiny_spec("ME*")
+    for name, text in emit(replace(spec, model=replace(spec.model, vocab_size=256)), SHA256, (1000, 10)).items():
+        (folder / name).write_text(text)
+    (folder / "text").write_bytes(TEXT)
+    return folder
+
+
+def start(folder: Path, out: Path, *options: str, processes: int = 1) -> subprocess.Popen[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(folder / "train.py")]
+    command += ["--data", str(folder / "text"), "--out", str(out), *COMMON, *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment)
+
+
+def run(folder: Path, out: Path, *options: str, processes: int = 1) -> str:
+    """Train to the end and return what was printed."""
+    process = start(folder, out, *options, processes=processes)
+    _, printed = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    return printed
+
+
+def stop_after(process: subprocess.Popen[str], out: Path, step: int, number: int) -> int:
+    """Send a signal when `step` was done and return the exit code."""
+    deadline = time.monotonic() + 60
+    while not any(line["step"] >= step for line in metrics(out)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    return process.returncode
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    path = out / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def without_speed(out: Path) -> list[dict[str, Any]]:
+    return [{name: value for name, value in line.items() if name not in SPEED} for line in metrics(out)]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "export" / "model.safetensors")
+
+
+def checkpoints(out: Path) -> list[str]:
+    return sorted(path.name for path in (out / "checkpoints").iterdir())
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Path:
+    """Return the output of a run without interruption."""
+    run(folder, folder / "whole")
+    return folder / "whole"
+
+
+def test_loss_falls(whole: Path) -> None:
+    lines = metrics(whole)
+    assert [line["step"] for line in lines] == list(range(1, 41))
+    assert lines[0]["loss"] == pytest.approx(math.log(256), abs=1.5)
+    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"] and lines[-1]["mtp_loss"] < 0.6 * lines[0]["mtp_loss"]
+    assert all(len(line["expert_load"]) == 2 and min(line["expert_load"]) >= 1 for line in lines)
+    rate = lines[5]["tokens_per_second"]  # FLOPs: 3 times (1000 + 10 times the mean context of 16.5)
+    assert lines[5]["flops_per_second"] == pytest.approx(3 * 1165 * rate, rel=1e-3)
+    assert checkpoints(whole) == ["step-000000030", "step-000000040"]
+
+
+def test_schedule(whole: Path) -> None:
+    """Warm-up is 2 % of 40 steps, so none; the last 20 % fall by the square root to a hundredth."""
+    rates = [line["lr"] for line in metrics(whole)]
+    assert rates[:32] == [0.01] * 32
+    expected = [0.01 - 0.0099 * math.sqrt(n / 8) for n in range(1, 9)]
+    assert rates[32:] == pytest.approx(expected)
+
+
+def test_validation_by_the_exported_weights(folder: Path, whole: Path) -> None:
+    """Bits a byte, as one computes them from the export and the end of the text."""
+    module = import_file(folder / "model.py")
+    model = module.Model().eval()
+    module.load_checkpoint(model, whole / "export")
+    held_out = len(TEXT) // 10 // 32
+    count = min(7, held_out)
+    tail = torch.tensor(list(TEXT[len(TEXT) - held_out * 32 :])).view(held_out, 32)
+    rows = tail[[n * held_out // count for n in range(count)]]
+    with torch.no_grad():
+        loss = model(rows, rows).logits[:, :-1].log_softmax(-1).gather(2, rows[:, 1:, None]).mean() * -1
+    last = metrics(whole)[-1]
+    assert last["val_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert last["val_bits_per_byte"] == pytest.approx(loss.item() / math.log(2), rel=1e-5)
+
+
+def test_terminated_and_killed_runs_go_on_to_the_same_bits(folder: Path, whole: Path) -> None:
+    out = folder / "interrupted"
+    assert stop_after(start(folder, out), out, 3, signal.SIGTERM) == 143
+    assert len(checkpoints(out)) == 1 and not (out / "export").exists()
+    assert stop_after(start(folder, out, "--resume"), out, 15, signal.SIGKILL) == -signal.SIGKILL
+    assert "step-000000010" in checkpoints(out)
+    (out / "checkpoints" / ".step-000000099").mkdir()  # what a kill in the middle of writing leaves
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 17, "lo')
+    assert "going on from" in run(folder, out, "--resume")
+    assert without_speed(out) == without_speed(whole)
+    assert checkpoints(out) == checkpoints(whole)
+    ours, theirs = weights(out), weights(whole)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_two_processes_equal_one(folder: Path) -> None:
+    """FSDP2 on gloo, with accumulation; then its checkpoint goes on in one process."""
+    options = ["--steps", "6", "--save-every", "3", "--val-every", "3", "--keep", "9"]
+    one, two, then_one = folder / "one", folder / "two", folder / "then_one"
+    run(folder, one, *options)
+    run(folder, two, *options, "--accumulation", "2", processes=2)
+    shutil.copytree(two, then_one)
+    shutil.rmtree(then_one / "checkpoints" / "step-000000006")
+    run(folder, then_one, *options, "--accumulation", "2", "--resume")
+    for other in (two, then_one):
+        assert len(metrics(other)) == 6
+        for ours, theirs in zip(without_speed(one), without_speed(other), strict=True):
+            assert ours.keys() == theirs.keys() and ours["expert_load"] == theirs["expert_load"]
+            assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], abs=1e-4)
+        ours, theirs = weights(one), weights(other)
+        assert ours.keys() == theirs.keys()
+        assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-4
