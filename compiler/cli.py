@@ -18,6 +18,7 @@ COMMANDS = {
     "check": "Find everything that would fail later, without weights, GPU or build.",
     "inspect": "Count parameters, FLOPs, weight and state bytes.",
     "build": "Compile a spec to PyTorch, ONNX or TensorRT.",
+    "quantize": "Quantize a checkpoint to NVFP4 or FP8, in ModelOpt's layout.",
     "import": "Turn a Hugging Face config into a spec.",
     "export-config": "Turn a spec into a Hugging Face config.json.",
     "passes": "List the passes.",

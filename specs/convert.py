@@ -28,13 +28,16 @@ class Imported:
     warnings: tuple[Diagnostic, ...]
 
 
-def run_import(source: Path, output: Path | None = None) -> Imported:
+def run_import(source: Path, output: Path | None = None, *, formats_matter: bool = True) -> Imported:
     """Import a config.json, or a checkpoint folder with one and perhaps a hf_quant_config.json.
 
-    Writes the TOML text to `output` where given. Raises N3CError.
+    Writes the TOML text to `output` where given. Without `formats_matter` a quantization config of another
+    layout than ModelOpt's is passed over. Raises N3CError.
     """
     file = source / "config.json" if source.is_dir() else source
     config, places = parse_json(read_text(file), str(file))
+    if not formats_matter and _is_foreign(config.get("quantization_config")):
+        config = {key: value for key, value in config.items() if key != "quantization_config"}
     quantization, quantization_places = _quantization(file)
     name = _name(source.resolve().name if source.is_dir() else _stem(source))
     spec, warnings = import_config(config, places, name, quantization, quantization_places)
@@ -70,6 +73,10 @@ def _quantization(config_file: Path) -> tuple[Mapping[str, object] | None, JsonP
         message = "`quantization` must be an object"
         raise N3CError(Diagnostic("E0305", message, places.json_value("quantization")), ExitCode.SPEC)
     return cast("dict[str, object]", quantization), places
+
+
+def _is_foreign(quantization: object) -> bool:
+    return isinstance(quantization, dict) and cast("dict[str, object]", quantization).get("quant_method") != "modelopt"
 
 
 def _stem(file: Path) -> str:

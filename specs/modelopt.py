@@ -65,7 +65,7 @@ def import_quantization(config: Mapping[str, object], groups: Sequence[Group], p
         format_of, unknown = _mixed(config, groups)
     else:
         format_of, unknown = _uniform(_format(algorithm, ("quant_algo",)), config, groups)
-    return Imported(_table(groups, format_of, pattern), kv_dtype, unknown)
+    return Imported(rules_table(groups, format_of, pattern), kv_dtype, unknown)
 
 
 def _kv_cache(config: Mapping[str, object]) -> str | None:
@@ -148,7 +148,11 @@ def _uniform(
     return format_of, tuple(sorted(name for name in exact if name not in known and not name.startswith("mtp")))
 
 
-def _table(groups: Sequence[Group], format_of: Callable[[Group, str], str], pattern: Pattern) -> dict[str, Any]:
+def rules_table(groups: Sequence[Group], format_of: Callable[[Group, str], str], pattern: Pattern) -> dict[str, Any]:
+    """Return the [quantization] table, as plain values, that gives every module the format that `format_of` says.
+
+    Its rules are few: of roles, of roles in a stretch of layers, and of modules for what is left.
+    """
     roles: dict[str, Counter[str]] = {}
     by_group: list[tuple[Group, Counter[str]]] = []
     total: Counter[str] = Counter()

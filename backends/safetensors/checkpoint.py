@@ -1,4 +1,4 @@
-"""Reading a checkpoint directory: safetensors only, by tensor, memory-mapped, never outside the directory."""
+"""Reading a checkpoint directory: safetensors only, by tensor or by band, never outside the directory."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
+
+from .header import HeaderError, TensorInfo, once, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -40,8 +42,14 @@ class Checkpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._handles: dict[Path, Any] = {}
-        self._files = {name: path for path in self._paths() for name in self._open(path).keys()}  # noqa: SIM118
+        self._files: dict[str, Path] = {}
+        self._infos: dict[str, TensorInfo] = {}
+        for path in self._paths():
+            for name, info in _header(path).items():
+                if name in self._files:
+                    message = f"tensor `{name}` is in {self._files[name].name} too"
+                    raise file_error("E0609", message, path)
+                self._files[name], self._infos[name] = path, info
 
     def __contains__(self, name: object) -> bool:
         return name in self._files
@@ -53,39 +61,58 @@ class Checkpoint:
         """Return the files that hold tensors, sorted."""
         return sorted(set(self._files.values()))
 
-    def info(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """Return safetensors' name of the element type, and the shape; from the header alone."""
-        piece = self._open(self._file(name)).get_slice(name)
-        return str(piece.get_dtype()), tuple(int(d) for d in piece.get_shape())
-
-    def read(self, name: str) -> NDArray[np.generic]:
-        """Return one tensor. BF16 and FP8 come as ml_dtypes' types."""
-        path = self._file(name)
-        dtype = DTYPES.get(self.info(name)[0])
-        if dtype is None:
-            raise file_error(
-                "E0605", f"tensor `{name}` has the element type {self.info(name)[0]}, which n3c does not read", path
-            )
-        import torch  # numpy has no name for FP8: torch carries the bytes
-
-        tensor: Any = self._open(path).get_tensor(name)
-        raw: NDArray[np.uint8] = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-        return raw.view(dtype).reshape(tuple(tensor.shape))
-
-    def _file(self, name: str) -> Path:
+    def file(self, name: str) -> Path:
+        """Return the file that holds a tensor."""
         if name not in self._files:
             raise file_error("E0603", f"no tensor `{name}` in the checkpoint", self.directory)
         return self._files[name]
 
-    def _open(self, path: Path) -> Any:
-        if path not in self._handles:
-            import safetensors
+    def info(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Return safetensors' name of the element type, and the shape; from the header alone."""
+        self.file(name)
+        return self._infos[name].dtype, self._infos[name].shape
 
-            try:
-                self._handles[path] = safetensors.safe_open(str(path), framework="pt")
-            except (OSError, safetensors.SafetensorError) as error:
-                raise file_error("E0609", f"not a readable safetensors file: {error}", path) from error
-        return self._handles[path]
+    def bytes(self, name: str) -> int:
+        """Return the size of a tensor in its file."""
+        self.file(name)
+        return self._infos[name].bytes
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """Return numpy's element type of a tensor; N3CError where n3c does not read it."""
+        dtype = DTYPES.get(self.info(name)[0])
+        if dtype is None:
+            message = f"tensor `{name}` has the element type {self.info(name)[0]}, which n3c does not read"
+            raise file_error("E0605", message, self.file(name))
+        return dtype
+
+    def read(self, name: str) -> NDArray[np.generic]:
+        """Return one tensor. BF16 and FP8 come as ml_dtypes' types."""
+        return self.read_bytes(name, 0, self.bytes(name)).view(self.dtype(name)).reshape(self.info(name)[1])
+
+    def read_rows(self, name: str, first: int, last: int) -> NDArray[np.generic]:
+        """Return rows `first` to below `last` of a tensor [N, …]."""
+        _, shape = self.info(name)
+        row = self.bytes(name) // shape[0]
+        band = self.read_bytes(name, first * row, (last - first) * row)
+        return band.view(self.dtype(name)).reshape(last - first, *shape[1:])
+
+    def read_bytes(self, name: str, start: int, length: int) -> NDArray[np.uint8]:
+        """Return bytes of a tensor. They are read, not mapped: memory is bounded by what is asked for."""
+        path = self.file(name)
+        data = np.empty(length, np.uint8)
+        view, at = data.data, 0
+        try:
+            with path.open("rb", buffering=0) as file:
+                file.seek(self._infos[name].offset + start)
+                while at < length:
+                    got = file.readinto(view[at:])
+                    if not got:
+                        raise file_error("E0609", f"the file ends within tensor `{name}`", path)
+                    at += got
+        except OSError as error:
+            message = f"reading tensor `{name}` failed: {error.strerror or error}"
+            raise file_error("E0601", message, path) from error
+        return data
 
     def _paths(self) -> list[Path]:
         if not self.directory.is_dir():
@@ -96,7 +123,7 @@ class Checkpoint:
                 raise file_error("E0601", f"neither {SINGLE} nor {INDEX} in this directory", self.directory)
             return [self.directory / SINGLE]
         try:
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            shards = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=once)["weight_map"].values()
             names = sorted({str(shard) for shard in shards})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise file_error("E0604", "the index is not JSON with a `weight_map`", index) from error
@@ -106,3 +133,11 @@ class Checkpoint:
             if not (self.directory / name).is_file():
                 raise file_error("E0604", f"the index names `{name}`, which is missing", index)
         return [self.directory / name for name in names]
+
+
+def _header(path: Path) -> dict[str, TensorInfo]:
+    try:
+        return read_header(path)
+    except (OSError, HeaderError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise file_error("E0609", f"not a readable safetensors file: {reason}", path) from error

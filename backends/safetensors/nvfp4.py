@@ -58,8 +58,8 @@ def quantize(weight: NDArray[np.generic], block_rows: int) -> Nvfp4Matrix:
 
 
 def e2m1_codes(x: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Round to E2M1 codes 0…15 (bit 3 is the sign): nearest, ties to the even code, saturating at 6."""
-    clipped = np.clip(x, -E2M1_MAX, E2M1_MAX)
+    """Round to E2M1 codes 0…15 (bit 3 is the sign): nearest, ties to the even code, saturating at 6; -0.0 gives 0."""
+    clipped = np.clip(x, -E2M1_MAX, E2M1_MAX) + np.float32(0)
     return clipped.astype(ml_dtypes.float4_e2m1fn).view(np.uint8) & np.uint8(15)
 
 

@@ -123,6 +123,38 @@ def check_fit(parameters: Iterable[Parameter], checkpoint: Checkpoint) -> None:
     unwanted = () if any(name.startswith("mtp.") for name in wanted) else ("mtp.",)
     extra = [n for n in checkpoint if n not in wanted and not n.endswith(scales) and not n.startswith(unwanted)]
     faults.extend(Diagnostic("E0608", f"the spec has no place for tensor `{name}`", place) for name in extra)
+    _raise(faults, place)
+
+
+def check_formats(parameters: Iterable[Parameter], checkpoint: Checkpoint) -> None:
+    """Compare the formats of a checkpoint with those that the spec asks for; N3CError lists what differs.
+
+    `parameters` are those of the program after the pass `quantize`. A weight that is not quantized in the
+    checkpoint fits every format: it is quantized when it is read. One that is, is taken as it is.
+    """
+    faults: list[Diagnostic] = []
+    place = Span(str(checkpoint.directory))
+    for parameter in parameters:
+        source = parameter.source
+        if isinstance(source, (Nvfp4, Fp8)) and source.part != "codes":
+            continue
+        wanted, scales = "", list[str]()
+        if isinstance(source, Nvfp4):
+            wanted, scales = "U8", ["_scale", "_scale_2"]
+        elif isinstance(source, Fp8):
+            wanted, scales = "F8_E4M3", ["_scale"]
+        for name in tensor_names(source):
+            held = checkpoint.info(name)[0]
+            if held in ("U8", "F8_E4M3") and held != wanted:
+                message = f"tensor `{name}` is quantized as {held}, the spec asks for {parameter.format}"
+                faults.append(Diagnostic("E0619", message, place, help="build with the spec of that checkpoint"))
+            elif held == wanted:
+                missing = [f"{name}{scale}" for scale in scales if f"{name}{scale}" not in checkpoint]
+                faults.extend(Diagnostic("E0603", f"no tensor `{m}` in the checkpoint", place) for m in missing)
+    _raise(faults, place)
+
+
+def _raise(faults: list[Diagnostic], place: Span) -> None:
     if faults:
         shown, rest = faults[:_MOST_FAULTS], len(faults) - _MOST_FAULTS
         if rest > 0:

@@ -35,11 +35,16 @@ def command(path: Path, context: int | None, batch: int, overrides: tuple[str, .
         print_json(manifest) if as_json else _print_build(path, manifest)
         return
     if path.is_dir() or path.suffix == ".json":
-        imported = run_import(path)
+        imported = run_import(path, formats_matter=False)
         spec, warnings = imported.spec, list(imported.warnings)
     else:
         spec, warnings = load_spec(path, overrides)
     figures = inspect_spec(spec, context=context, batch=batch)
+    if path.is_dir() and any(path.glob("*.safetensors*")):
+        from n3c.backends.safetensors.checkpoint import Checkpoint
+        from n3c.backends.safetensors.inventory import inventory
+
+        figures["checkpoint"] = inventory(Checkpoint(path)).as_json()
     print_diagnostics(warnings)
     print_json(figures) if as_json else _print_spec(figures)
 
@@ -72,6 +77,14 @@ def _print_spec(figures: dict[str, Any]) -> None:
     )
     say(f"  intensity        {decode['flops_per_byte']} FLOPs a byte")
     say(f"  roofline         {decode['tokens_per_second_at_1_TB_per_s']:,} tokens/s for each TB/s of memory bandwidth")
+    if "checkpoint" in figures:
+        _print_checkpoint(figures["checkpoint"])
+
+
+def _print_checkpoint(held: dict[str, Any]) -> None:
+    say(f"\nheld by the checkpoint ({held['layout']} layout, {held['tensors']:,} tensors in {held['files']} files)\n")
+    rows = [(name, f"{entry['weights']:,}", format_bytes(entry["bytes"])) for name, entry in held["by_format"].items()]
+    say(format_table(("format", "weights", "bytes"), [*rows, ("all", "", format_bytes(held["bytes"]))]))
 
 
 def _print_build(path: Path, manifest: dict[str, Any]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import pairwise
+from typing import Any
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 
@@ -24,10 +27,8 @@ def choose(units: Sequence[Unit], scores: Scores, effective_bits: float) -> dict
     is raised to it. Raises N3CError (exit code 2) where even the cheapest formats need more bits,
     (exit code 1) for a score that is no number.
     """
+    least = require_feasible(units, effective_bits)
     total = sum(unit.weights for unit in units)
-    least = sum(unit.bits(unit.formats[0]) for unit in units) / total if total else 0.0
-    if not total or least > effective_bits:
-        raise _infeasible(least, effective_bits, bool(total))
     harm = [_monotone(unit, scores[unit.name]) for unit in units]
     limit = Fraction(effective_bits)
     slack = 0.0
@@ -38,6 +39,15 @@ def choose(units: Sequence[Unit], scores: Scores, effective_bits: float) -> dict
         if slack > 1e-3 or least > effective_bits - slack - 2e-6:
             return {unit.name: unit.formats[0] for unit in units}
         slack += 2e-6
+
+
+def require_feasible(units: Sequence[Unit], effective_bits: float) -> float:
+    """Return the bits a weight of the cheapest choice; N3CError (exit code 2) where they are more than given."""
+    total = sum(unit.weights for unit in units)
+    least = sum(unit.bits(unit.formats[0]) for unit in units) / total if total else 0.0
+    if not total or least > effective_bits:
+        raise _infeasible(least, effective_bits, bool(total))
+    return least
 
 
 def mean_bits(units: Sequence[Unit], formats: dict[str, str]) -> float:
@@ -60,26 +70,31 @@ def _monotone(unit: Unit, scores: dict[str, float]) -> list[float]:
 
 def _solve(units: Sequence[Unit], harm: Sequence[Sequence[float]], bits: float, total: int) -> list[str]:
     import numpy as np
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
 
+    scipy_optimize: Any = importlib.import_module("scipy.optimize")  # has no types
+    scipy_sparse: Any = importlib.import_module("scipy.sparse")
     sizes = [len(unit.formats) for unit in units]
     owner = np.repeat(np.arange(len(units)), sizes)
     cost = np.array([unit.bits(format_) / total for unit in units for format_ in unit.formats])
     score = np.array([value for values in harm for value in values])
     score = score / (score.max(initial=0.0) or 1.0)
-    one_each = csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))), shape=(len(units), len(owner)))
-    solution = milp(
+    one_each = scipy_sparse.csr_array(
+        (np.ones(len(owner)), (owner, np.arange(len(owner)))), shape=(len(units), len(owner))
+    )
+    solution = scipy_optimize.milp(
         score,
         integrality=np.ones(len(owner)),
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(cost[None, :], -np.inf, bits)],
+        bounds=scipy_optimize.Bounds(0, 1),
+        constraints=[
+            scipy_optimize.LinearConstraint(one_each, 1, 1),
+            scipy_optimize.LinearConstraint(cost[None, :], -np.inf, bits),
+        ],
         options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
     )
     if solution.x is None:
         raise N3CError(Diagnostic("E0409", f"no choice of formats: {solution.message}"), ExitCode.NUMERICS)
     ends = np.cumsum([0, *sizes])
-    picks = [int(np.argmax(solution.x[start:end])) for start, end in zip(ends[:-1], ends[1:], strict=True)]
+    picks = [int(np.argmax(solution.x[start:end])) for start, end in pairwise(ends)]
     return [unit.formats[pick] for unit, pick in zip(units, picks, strict=True)]
 
 

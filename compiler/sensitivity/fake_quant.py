@@ -29,8 +29,8 @@ def nvfp4(x: Tensor, amax: float, block_rows: int = 1) -> Tensor:
     tiles = x.reshape(*outer, rows // block_rows, block_rows, columns // BLOCK, BLOCK)
     block_amax = tiles.abs().amax(dim=(-3, -1), keepdim=True)
     scale = (block_amax / (6 * scale_2)).clamp(2.0**-9, 448).to(torch.float8_e4m3fn).float()
-    scale = torch.where(block_amax == 0, 1.0, scale) * scale_2
-    return (_e2m1(tiles / scale) * scale).reshape(x.shape)
+    scale = torch.where(block_amax == 0, 1.0, scale)
+    return (_e2m1(tiles / (scale * scale_2)) * scale * scale_2).reshape(x.shape)
 
 
 def _e2m1(y: Tensor) -> Tensor:

@@ -10,14 +10,18 @@ however many weights it has, as each writes to the residual stream once. Experts
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import ml_dtypes
+
 from n3c.backends.safetensors.checkpoint import Checkpoint, file_error
+from n3c.backends.safetensors.nvfp4 import dequantize
+from n3c.backends.safetensors.packing import NotFiniteError, fp8_noise, largest, nvfp4_noise, pack_nvfp4
+from n3c.passes.quantize import NVFP4_FORMATS
 
 from . import fake_quant
-from .tensors import read_float
+from .tensors import Array, as_float, read_float, read_raw
 from .units import Linear, Unit
 
 if TYPE_CHECKING:
@@ -45,22 +49,34 @@ def noise_scores(units: Sequence[Unit], checkpoint: Checkpoint, block_rows: int,
 
 def _ratios(linear: Linear, formats: Sequence[str], checkpoint: Checkpoint, block_rows: int) -> dict[str, float]:
     """Return noise over signal of one linear in each format."""
-    gain = None if linear.input_norm is None else read_float(checkpoint, linear.input_norm).square()
+    gain = None if linear.input_norm is None else read_float(checkpoint, linear.input_norm).square().double()
     signal, noise = 0.0, dict.fromkeys(formats, 0.0)
     for name in linear.tensors:
-        w = read_float(checkpoint, name)
-        if tuple(w.shape) != linear.shape:
-            message = f"tensor `{name}` is {list(w.shape)}, the spec needs {list(linear.shape)}"
-            raise file_error("E0606", message, checkpoint.directory)
-        energy = _energy(w, gain)
-        if not math.isfinite(energy):
-            raise file_error("E0607", f"tensor `{name}`: the weight holds NaN or infinity", checkpoint.directory)
-        signal += energy
+        raw = read_raw(checkpoint, name, linear.shape)
+        try:
+            largest(raw)
+        except NotFiniteError as error:
+            raise file_error("E0607", f"tensor `{name}`: {error}", checkpoint.directory) from None
+        w = as_float(raw)
+        signal += _energy(w, gain)
         for format_ in formats:
-            noise[format_] += _energy(fake_quant.weight(w, format_, block_rows) - w, gain)
+            if format_ != "bf16" or raw.dtype != ml_dtypes.bfloat16:
+                noise[format_] += _noise(raw, w, gain, format_, block_rows)
     return {format_: value / signal if signal else 0.0 for format_, value in noise.items()}
 
 
+def _noise(raw: Array, w: Tensor, gain: Tensor | None, format_: str, block_rows: int) -> float:
+    """Return Σ_k g_k² |Δw_k|², by the packing kernel where it can: it is 10 times faster."""
+    import torch
+
+    four_bit = format_ in NVFP4_FORMATS
+    if gain is None and format_ != "bf16":
+        return (nvfp4_noise(raw, block_rows) if four_bit else fp8_noise(raw))[1]
+    if four_bit:
+        return _energy(torch.from_numpy(dequantize(pack_nvfp4(raw, block_rows))) - w, gain)
+    return _energy(fake_quant.weight(w, format_, block_rows) - w, gain)
+
+
 def _energy(w: Tensor, gain: Tensor | None) -> float:
-    columns = w.double().square().sum(dim=0)
+    columns = w.square().sum(dim=0).double()
     return float(columns.sum() if gain is None else (columns * gain).sum())

@@ -112,21 +112,25 @@ def unit_name(module: str) -> str:
 def _input_norms(program: Program) -> dict[str, str]:
     """Return for each weight that multiplies the output of a norm the name of the norm's weights."""
     found: dict[str, str] = {}
+    outputs: dict[str, str] = {}  # values between calls that a norm made → its weights
     for call in program.calls():
         function = program.functions[call.function]
         actual = dict(zip((formal.name for formal in function.parameters), call.parameters, strict=True))
+        normed = {
+            id(value): outputs[name]
+            for value, name in zip(function.inputs, call.inputs, strict=True)
+            if name in outputs
+        }
         for node in function.nodes:
-            if node.op not in (ops.linear, ops.experts):
-                continue
-            made_by = node.operand(0).node
-            if made_by is None or made_by.op not in (ops.rms_norm, ops.gated_rms_norm):
-                continue
-            norm = next((o for o in made_by.operands if o is not None and o.name in actual), None)
-            weights = [
-                operand.name
-                for name, operand in zip(node.op.operands, node.operands, strict=True)
-                if name in ("weight", "up") and operand is not None and operand.name in actual
-            ]
-            if norm is not None:
-                found |= {actual[weight]: actual[norm.name] for weight in weights}
+            if node.op in (ops.rms_norm, ops.gated_rms_norm):
+                weight = node.operand(node.op.operands.index("weight"))
+                normed[id(node.results[0])] = actual[weight.name]
+            elif node.op in (ops.linear, ops.experts) and id(node.operand(0)) in normed:
+                first = node.operand(node.op.operands.index("weight" if node.op is ops.linear else "up"))
+                found.setdefault(actual[first.name], normed[id(node.operand(0))])  # the head: of the trunk, not of MTP
+        outputs |= {
+            name: normed[id(value)]
+            for value, name in zip(function.outputs, call.outputs, strict=True)
+            if id(value) in normed
+        }
     return found

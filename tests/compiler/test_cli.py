@@ -106,7 +106,7 @@ def test_json_is_all_of_stdout(tmp_path: Path) -> None:
     built = n3c("build", spec, "--target", "torch", "-o", tmp_path / "out", "--json").data
     assert built["ok"] is True
     assert built["out"] == str(tmp_path / "out")
-    assert [list(file) for file in built["files"]] == [["path", "bytes", "sha256"]] * 3
+    assert [list(file) for file in built["files"]] == [["path", "bytes", "sha256"]] * 4
     assert built["seconds"] > 0
     assert built["peak_rss_bytes"] > 10_000_000
     assert built["diagnostics"] == []

@@ -103,7 +103,7 @@ def test_what_python_leaves_beside_the_code_is_not_foreign(spec: Path, tmp_path:
     (tmp_path / "out/torch/__pycache__").mkdir()
     (tmp_path / "out/torch/__pycache__/model.cpython-311.pyc").write_bytes(b"x")
     assert n3c("build", spec, "--target", "onnx", "-o", tmp_path / "out").code == 0
-    assert names(tmp_path / "out/torch") == ["config.json", "model.py"]
+    assert names(tmp_path / "out/torch") == ["config.json", "model.py", "train.py"]
 
 
 def test_a_file_put_there_during_the_build_is_not_lost(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_a_killed_build_leaves_the_old_output_and_the_next_one_clears_up(
     assert names(tmp_path / "out") == ["manifest.json", "spec.toml", "torch"]
     build(spec, tmp_path / "out")
     assert names(tmp_path) == ["out", "small.toml"]
-    assert names(tmp_path / "out/torch") == ["config.json", "model.py"]
+    assert names(tmp_path / "out/torch") == ["config.json", "model.py", "train.py"]
 
 
 def test_a_build_killed_between_its_renames_loses_nothing(spec: Path, tmp_path: Path) -> None:

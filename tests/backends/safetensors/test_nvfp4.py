@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,11 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
 
+modelopt: Any = NVFP4QTensor
+
 
 def assert_equals_modelopt(weight: torch.Tensor) -> None:
-    expected, scale, scale_2 = NVFP4QTensor.quantize(weight.clone(), 16)
+    expected, scale, scale_2 = modelopt.quantize(weight.clone(), 16)
     ours = nvfp4.quantize(weight.float().numpy(), 1)
     np.testing.assert_array_equal(ours.codes, expected._quantized_data.numpy())
     np.testing.assert_array_equal(ours.scale.view(np.uint8), scale.view(torch.uint8).numpy())

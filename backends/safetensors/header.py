@@ -1,0 +1,142 @@
+"""The header of a safetensors file, read and written with nothing taken on trust.
+
+    8 bytes: length n of the header, little endian | n bytes of JSON | data
+
+The JSON maps a tensor's name to `dtype`, `shape` and `data_offsets` [begin, end) in the data. A reader
+that believes it can be made to read anything, so: names are given once, sizes follow from type and
+shape, and the tensors cover the data from its first byte to its last without gap or overlap
+(the rules of the format: github.com/huggingface/safetensors, README).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard, cast
+
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the format's own library."""
+
+SIZES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "F8_E4M3": 1, "F8_E5M2": 1, "U8": 1, "I8": 1, "BOOL": 1,
+}  # fmt: skip
+"""Bytes of an element."""
+
+MAX_DIM = 1 << 40
+
+
+class HeaderError(ValueError):
+    """A file that is not what safetensors files are."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor: its element type, its shape, and where its bytes begin in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def bytes(self) -> int:
+        """Return its size in the file."""
+        return math.prod(self.shape) * SIZES[self.dtype]
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Return the tensors of a file in the order of their data; HeaderError, or OSError where it cannot be read."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if len(start) < 8:
+            raise HeaderError("it ends within its first 8 bytes")
+        length = int.from_bytes(start, "little")
+        if length > min(size - 8, MAX_HEADER_BYTES):
+            raise HeaderError(f"it promises a header of {length} bytes; the file has {size}")
+        text = file.read(length)
+    return _tensors(_parse(text), 8 + length, size)
+
+
+def _parse(text: bytes) -> dict[str, object]:
+    try:
+        data: object = json.loads(text.decode("utf-8"), object_pairs_hook=once)
+    except HeaderError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise HeaderError("its header is not JSON") from error
+    if not isinstance(data, dict):
+        raise HeaderError("its header is not a JSON object")
+    return cast("dict[str, object]", data)
+
+
+def once(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    """Make a JSON object of its pairs (`object_pairs_hook`); HeaderError where a key is there twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
+        raise HeaderError(f"it has `{twice[:200]}` twice")
+    return found
+
+
+def _tensors(header: Mapping[str, object], data: int, size: int) -> dict[str, TensorInfo]:
+    spans: list[tuple[int, int, str]] = []
+    tensors: dict[str, TensorInfo] = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if not _is_entry(entry):
+            raise HeaderError(f"its header says of `{name[:200]}` what is no type, shape and offsets")
+        begin, end = entry["data_offsets"]
+        tensors[name] = info = TensorInfo(entry["dtype"], tuple(entry["shape"]), data + begin)
+        if begin < 0 or info.bytes != end - begin:
+            raise HeaderError(f"`{name[:200]}` needs {info.bytes} bytes, its offsets are {begin} to {end}")
+        spans.append((begin, end, name))
+    at = 0
+    for begin, end, name in sorted(spans):
+        if begin != at:
+            raise HeaderError(f"`{name[:200]}` begins at {begin}, but the tensor before it ends at {at}")
+        at = end
+    if data + at != size:
+        raise HeaderError(f"its tensors end at byte {data + at}, the file at {size}")
+    return {name: tensors[name] for _, _, name in sorted(spans)}
+
+
+def _is_entry(entry: object) -> TypeGuard[dict[str, Any]]:
+    if not isinstance(entry, dict):
+        return False
+    table = cast("dict[str, object]", entry)
+    offsets = table.get("data_offsets")
+    return (
+        table.get("dtype") in SIZES
+        and _is_sizes(table.get("shape"))
+        and _is_sizes(offsets)
+        and len(cast("list[int]", offsets)) == 2
+    )
+
+
+def _is_sizes(value: object) -> bool:
+    return isinstance(value, list) and all(
+        type(size) is int and 0 <= size <= MAX_DIM for size in cast("list[object]", value)
+    )
+
+
+def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
+    """Return the first bytes of a file with these tensors, name → (type, shape), data in this order.
+
+    The header is padded with blanks, so that data begins at a multiple of 8.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, (dtype, shape) in tensors.items():
+        end = at + math.prod(shape) * SIZES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,90 @@
+"""What a checkpoint holds, from its headers alone: BF16, ModelOpt's layout or compressed-tensors'.
+
+    ModelOpt            X.weight u8, X.weight_scale e4m3, X.weight_scale_2 f32 [], X.input_scale f32 []
+    compressed-tensors  X.weight_packed u8, X.weight_scale e4m3, X.weight_global_scale f32 [1], X.input_global_scale
+
+The packed bytes and block scales are the same; compressed-tensors' global scales are reciprocals
+(compressed_tensors 0.20, entrypoints/convert).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .checkpoint import Checkpoint
+
+_ROOTS = (
+    "_packed",
+    "_global_scale",
+    "_scale_2",
+    "_scale",
+    "_shape",
+    "_zero_point",
+)
+_OF_MODULE = (".input_scale", ".input_global_scale", ".k_scale", ".v_scale")
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """Counts of one checkpoint."""
+
+    layout: str
+    """`plain`, `modelopt` or `compressed-tensors`."""
+    files: int
+    tensors: int
+    bytes: int
+    by_format: dict[str, tuple[int, int]]
+    """Format → weights, and their bytes with scales."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the form of `inspect --json`, key `checkpoint`."""
+        formats = {name: {"weights": count, "bytes": size} for name, (count, size) in self.by_format.items()}
+        return {
+            "layout": self.layout,
+            "files": self.files,
+            "tensors": self.tensors,
+            "bytes": self.bytes,
+            "by_format": formats,
+        }
+
+
+def inventory(checkpoint: Checkpoint) -> Inventory:
+    """Count weights and bytes by format."""
+    parts: dict[str, dict[str, int]] = {}
+    for name in checkpoint:
+        weight, part = _split(name, checkpoint)
+        parts.setdefault(weight, {})[part] = checkpoint.bytes(name)
+    by_format: dict[str, tuple[int, int]] = {}
+    for weight, sizes in parts.items():
+        format_ = _format(weight, sizes, checkpoint)
+        count, size = by_format.get(format_, (0, 0))
+        by_format[format_] = count + 1, size + sum(sizes.values())
+    found = {part for sizes in parts.values() for part in sizes}
+    layout = "compressed-tensors" if "_packed" in found or "_global_scale" in found else "plain"
+    if layout == "plain" and "_scale" in found:
+        layout = "modelopt"
+    total = sum(checkpoint.bytes(name) for name in checkpoint)
+    return Inventory(layout, len(checkpoint.files()), len(list(checkpoint)), total, dict(sorted(by_format.items())))
+
+
+def _split(name: str, checkpoint: Checkpoint) -> tuple[str, str]:
+    """Return the weight that a tensor belongs to, and which part of it it is; the weight itself is part ``""``."""
+    for suffix in _OF_MODULE:
+        if name.endswith(suffix):
+            return f"{name.removesuffix(suffix)}.weight", suffix
+    for suffix in _ROOTS:
+        weight = name.removesuffix(suffix)
+        if weight != name and weight.endswith(".weight") and (weight in checkpoint or f"{weight}_packed" in checkpoint):
+            return weight, suffix
+    return name, ""
+
+
+def _format(weight: str, sizes: dict[str, int], checkpoint: Checkpoint) -> str:
+    activations = ".input_scale" in sizes or ".input_global_scale" in sizes
+    if "_packed" in sizes or ("_scale_2" in sizes and checkpoint.info(weight)[0] == "U8"):
+        return "nvfp4" if activations else "w4a16_nvfp4"
+    if weight not in checkpoint:
+        return "scales without a weight"
+    dtype = checkpoint.info(weight)[0]
+    return "fp8" if dtype == "F8_E4M3" and "_scale" in sizes else dtype.lower()

@@ -1,0 +1,187 @@
+"""What a quantized checkpoint will hold: every tensor, in which shard, at which byte; from headers alone.
+
+All of it is known before a weight is read, so shards can be made in any order, on several machines, and
+continued after a crash, and always come out the same. Names are ModelOpt's (`export_hf_checkpoint`):
+
+    NVFP4   X.weight u8 [N, K/2]   X.weight_scale e4m3 [N, K/16]   X.weight_scale_2 f32 []   X.input_scale f32 []
+    FP8     X.weight e4m3 [N, K]   X.weight_scale f32 []           X.input_scale f32 []
+    KV      X.k_proj.k_scale f32 []   X.v_proj.v_scale f32 []
+
+`input_scale` is there where activations were calibrated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from n3c.ir.program import Program
+from n3c.ir.source import Fp8, Nvfp4, tensor_names
+from n3c.passes.quantize import NVFP4_FORMATS
+
+from .checkpoint import Checkpoint
+from .header import SIZES, header_bytes
+from .packing import Search
+
+MAX_SHARD_BYTES = 5_000_000_000
+BLOCK = 16
+KEEP = "keep"
+"""The format of tensors that are carried over byte for byte."""
+
+Stored = tuple[str, tuple[int, ...]]
+"""Element type and shape of a stored tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One tensor of the source, and what is stored for it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    role: str
+    rule: str
+    """The deciding rule of the spec, or why there is none."""
+    format: str
+    """nvfp4, w4a16_nvfp4, fp8, or `KEEP`."""
+    block_rows: int
+    shares_scale: str
+    """Weights with the same mark get one scale, as readers merge q, k and v; empty: its own."""
+    scalars: tuple[tuple[str, float], ...]
+    """float32 tensors that are stored behind it: input_scale, k_scale, v_scale."""
+
+    @property
+    def module(self) -> str:
+        """Return the name of the linear."""
+        return self.name.removesuffix(".weight")
+
+    def stored(self) -> dict[str, Stored]:
+        """Return the tensors that are stored for it, in their order."""
+        found: dict[str, Stored]
+        if self.format in NVFP4_FORMATS:
+            *rows, columns = self.shape
+            found = {
+                self.name: ("U8", (*rows, columns // 2)),
+                f"{self.name}_scale": ("F8_E4M3", (*rows, columns // BLOCK)),
+                f"{self.name}_scale_2": ("F32", ()),
+            }
+        elif self.format == "fp8":
+            found = {self.name: ("F8_E4M3", self.shape), f"{self.name}_scale": ("F32", ())}
+        else:
+            found = {self.name: (self.dtype, self.shape)}
+        return found | {name: ("F32", ()) for name, _ in self.scalars}
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file of the result."""
+
+    file: str
+    weights: tuple[Weight, ...]
+    header: bytes
+    offsets: Mapping[str, int]
+    """Stored tensor → its first byte in the file."""
+    size: int
+
+
+def plan_weights(
+    program: Program, checkpoint: Checkpoint, input_scales: Mapping[str, float], kv_scales: Mapping[str, float]
+) -> list[Weight]:
+    """Return every tensor of `checkpoint` in the order of its files, with the format that the passes gave it.
+
+    `program` has been through the pass `quantize`. `input_scales` are by module, `kv_scales` by tensor.
+    """
+    rules = {entry.name: entry.rule for entry in program.ledger}
+    known: dict[str, tuple[str, str, str, int]] = {}
+    for parameter in program.parameters.values():
+        source, format_, rows = parameter.source, KEEP, 0
+        if isinstance(source, (Nvfp4, Fp8)):
+            if source.part != "codes":
+                continue
+            format_, rows = parameter.format, source.block_rows if isinstance(source, Nvfp4) else 0
+        for name in tensor_names(source):
+            known[name] = (parameter.role, rules.get(parameter.name, ""), format_, rows)
+    return [
+        _weight(name, checkpoint, known.get(name, ("", "not in the spec", KEEP, 0)), input_scales, kv_scales)
+        for name in checkpoint
+    ]
+
+
+def _weight(
+    name: str,
+    checkpoint: Checkpoint,
+    decided: tuple[str, str, str, int],
+    input_scales: Mapping[str, float],
+    kv_scales: Mapping[str, float],
+) -> Weight:
+    dtype, shape = checkpoint.info(name)
+    role, rule, format_, rows = decided
+    module = name.removesuffix(".weight")
+    scalars: list[tuple[str, float]] = []
+    if format_ in ("nvfp4", "fp8") and module in input_scales:
+        scalars.append((f"{module}.input_scale", input_scales[module]))
+    if name.endswith(".weight"):
+        scalars += [(f"{module}.{kv}", kv_scales[f"{module}.{kv}"]) for kv in _KV if f"{module}.{kv}" in kv_scales]
+    merged = role.removeprefix("mtp.") in _MERGED and format_ != KEEP
+    shares = f"{module.rpartition('.')[0]}:{format_}" if merged else ""
+    return Weight(name, dtype, shape, role, rule, format_, rows, shares, tuple(scalars))
+
+
+_KV = ("k_scale", "v_scale")
+_MERGED = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
+
+
+def plan_shards(weights: Sequence[Weight], max_bytes: int = MAX_SHARD_BYTES) -> list[Shard]:
+    """Cut `weights` into files of at most `max_bytes`; what is stored for one weight stays together."""
+    groups: list[list[Weight]] = [[]]
+    room = max_bytes - 8
+    for weight in weights:
+        stored = weight.stored()
+        data = sum(math.prod(shape) * SIZES[dtype] for dtype, shape in stored.values())
+        entry = sum(len(json.dumps(name)) + 120 for name in stored)  # its lines in the header, at most
+        if groups[-1] and data + entry > room:
+            groups.append([])
+            room = max_bytes - 8
+        groups[-1].append(weight)
+        room -= data + entry
+    return [_shard(number, len(groups), group) for number, group in enumerate(groups, start=1)]
+
+
+def _shard(number: int, total: int, weights: Sequence[Weight]) -> Shard:
+    tensors = {name: stored for weight in weights for name, stored in weight.stored().items()}
+    # float32 scalars behind uint8 codes would be misaligned: the widest elements first, as the format's library does
+    ordered = dict(sorted(tensors.items(), key=lambda item: -SIZES[item[1][0]]))
+    header = header_bytes(ordered)
+    offsets: dict[str, int] = {}
+    at = len(header)
+    for name, (dtype, shape) in ordered.items():
+        offsets[name] = at
+        at += math.prod(shape) * SIZES[dtype]
+    file = "model.safetensors" if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
+    return Shard(file, tuple(weights), header, offsets, at)
+
+
+def index_json(shards: Sequence[Shard]) -> dict[str, Any]:
+    """Return model.safetensors.index.json."""
+    weight_map = {name: shard.file for shard in shards for name in shard.offsets}
+    total = sum(shard.size - len(shard.header) for shard in shards)
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def fingerprint(shards: Sequence[Shard], search: Search) -> str:
+    """Return a hash of all that decides the bytes of the result, but for the weights themselves."""
+    digest = hashlib.sha256(f"n3c quantize 1 {search}".encode())
+    for line in _lines(shards):
+        digest.update(line.encode())
+    return digest.hexdigest()
+
+
+def _lines(shards: Sequence[Shard]) -> Iterator[str]:
+    for shard in shards:
+        yield f"{shard.file} {hashlib.sha256(shard.header).hexdigest()}"
+        for w in shard.weights:
+            yield f"{w.name} {w.dtype} {w.shape} {w.format} {w.block_rows} {w.shares_scale} {w.scalars} {w.rule}"

@@ -1,0 +1,264 @@
+"""Quantizing a checkpoint: plan from the headers, make the shards, read them back, rename into place.
+
+Peak memory does not depend on the checkpoint. The result depends on nothing but checkpoint, spec and
+options: one run, a run that was killed and resumed, and parts on several machines give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from n3c.ir.diagnostics import N3CError
+from n3c.ir.program import Program
+
+from .checkpoint import INDEX, Checkpoint, file_error
+from .layout import KEEP, MAX_SHARD_BYTES, Shard, Weight, fingerprint, index_json, plan_shards, plan_weights
+from .modelopt_layout import algorithm, config_json, hf_quant_config
+from .packing import Search
+from .resume import Done, WorkDirectory
+from .selfcheck import Checked, check
+from .stream import Quantizer, make_shard
+
+LEDGER = "n3c_ledger.json"
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+_REPLACED = ("config.json", "hf_quant_config.json", LEDGER)
+
+
+class Progress(Protocol):
+    """What is told of the work."""
+
+    def phase(self, name: str) -> None:
+        """Begin a phase."""
+
+    def step(self, what: str, done: int = 0, total: int = 0) -> None:
+        """Tell what the phase is at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to quantize, and how."""
+
+    source: Path
+    out: Path
+    program: Program
+    """After the pass `quantize`: its parameters say which weight gets which format."""
+    exported: Mapping[str, Any]
+    """The spec as a Hugging Face config: `specs.huggingface.export_config`."""
+    search: Search = "none"
+    input_scales: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Module → input_scale: amax of its input / 2688 for NVFP4, / 448 for FP8."""
+    kv_scales: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Tensor (`….k_proj.k_scale`) → amax / 448."""
+    kv_cache: str | None = None
+    """ "FP8" or None."""
+    resume: bool = False
+    part: tuple[int, int] = (1, 1)
+    """I of N: every N-th shard, beginning with the I-th. Only (1, 1) ends with the output in place."""
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    threads: int | None = None
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What was made."""
+
+    out: Path
+    finished: bool
+    """False where parts are left to be made or joined."""
+    weights: Sequence[Weight]
+    ledger: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    checked: list[Checked] = field(default_factory=list[Checked])
+    shards: int = 0
+    bytes: int = 0
+
+
+def quantize_checkpoint(job: Job, progress: Progress) -> Outcome:
+    """Make `job.out`; N3CError (exit code 6) where source or output is not as it should be, and then no output."""
+    checkpoint = Checkpoint(job.source)
+    config = _source_config(job.source)
+    weights = plan_weights(job.program, checkpoint, job.input_scales, job.kv_scales)
+    _require_unquantized(weights, checkpoint)
+    shards = plan_shards(weights, job.max_shard_bytes)
+    mark = fingerprint(shards, job.search)
+    outcome = Outcome(job.out, False, weights, shards=len(shards), bytes=sum(shard.size for shard in shards))
+    if _is_finished(job, mark):
+        WorkDirectory(job.out).discard()
+        outcome.ledger = json.loads((job.out / LEDGER).read_text(encoding="utf-8"))["weights"]
+        outcome.finished = True
+        return outcome
+    _require_place(job, shards)
+    work = WorkDirectory(job.out)
+    whole = job.part == (1, 1)
+    work.claim(_plan(mark, checkpoint, job), resume=job.resume, shared=not whole)
+    try:
+        done = _make(job, checkpoint, weights, shards, work, progress)
+        if not whole:
+            return outcome
+        progress.phase("check the result")
+        outcome.ledger = _ledger(shards, done)
+        _write_files(job, config, weights, shards, work.result, mark, outcome.ledger)
+        outcome.checked = check(checkpoint, Checkpoint(work.result), shards)
+    except N3CError as error:
+        if whole and any(d.code in ("E0607", "E0609", "E0618") for d in error.diagnostics):
+            work.discard()  # what is wrong is in the files: nothing of it can be continued
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        help_ = f"make space and run again with --resume; what is done is kept in {work.folder}"
+        raise file_error("E0613", f"writing the output failed: {reason}", job.out, help_) from error
+    if job.out.is_dir():
+        job.out.rmdir()  # it was empty
+    work.finish()
+    outcome.finished = True
+    return outcome
+
+
+def _make(
+    job: Job,
+    checkpoint: Checkpoint,
+    weights: Sequence[Weight],
+    shards: Sequence[Shard],
+    work: WorkDirectory,
+    progress: Progress,
+) -> dict[str, Done]:
+    """Make the shards of this part; return what is done of all."""
+    part, parts = job.part
+    mine = [shard for i, shard in enumerate(shards) if i % parts == part - 1]
+    total, at = sum(shard.size for shard in mine), 0
+
+    def wrote(count: int) -> None:
+        nonlocal at
+        at += count
+        progress.step("MB written", at // 1_000_000, max(1, total // 1_000_000))
+
+    progress.phase("quantize")
+    done = work.done({shard.file: shard.size for shard in shards})
+    threads = job.threads or len(os.sched_getaffinity(0))
+    resume = job.resume or parts == 1
+    with work.journal(job.part, resume) as journal, ThreadPoolExecutor(threads) as pool:
+        quantizer = Quantizer(checkpoint, weights, job.search)
+        for shard in mine:
+            state = done[shard.file]
+            if state.weights < len(shard.weights):
+                make_shard(shard, work.result / shard.file, state, quantizer, journal, pool, wrote)
+            else:
+                wrote(shard.size)
+    return done
+
+
+def _source_config(source: Path) -> dict[str, Any]:
+    path = source / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise file_error("E0601", f"cannot read config.json: {error.strerror or error}", path) from error
+    except ValueError as error:
+        raise file_error("E0601", "config.json is not JSON", path) from error
+    if not isinstance(config, dict):
+        raise file_error("E0601", "config.json is not a JSON object", path)
+    return config
+
+
+def _require_unquantized(weights: Sequence[Weight], checkpoint: Checkpoint) -> None:
+    for weight in weights:
+        if weight.format != KEEP and weight.dtype not in ("BF16", "F32", "F16"):
+            message = f"tensor `{weight.name}` is {weight.dtype}, not BF16 or FP32"
+            raise file_error("E0605", message, checkpoint.file(weight.name), "quantize the unquantized checkpoint")
+
+
+def _is_finished(job: Job, mark: str) -> bool:
+    """Whether the output is there already, made by this very plan: a resumed run has nothing left to do."""
+    try:
+        return job.resume and json.loads((job.out / LEDGER).read_text(encoding="utf-8"))["plan"] == mark
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _require_place(job: Job, shards: Sequence[Shard]) -> None:
+    """Raise N3CError before any work where the output is there, or has no room, or is inside the source."""
+    out, source = job.out.resolve(), job.source.resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise file_error("E0611", "the output is there already; it is left as it is", job.out, "choose another -o")
+    if out == source or source in out.parents:
+        raise file_error("E0612", "the output is inside the checkpoint, which is never written to", job.out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out.parent).free
+        kept = sum(p.stat().st_blocks * 512 for p in WorkDirectory(job.out).result.glob("*"))
+    except (OSError, ValueError) as error:
+        raise file_error("E0612", f"the output cannot be written here: {error}", job.out) from error
+    wanted = sum(shard.size for i, shard in enumerate(shards) if i % job.part[1] == job.part[0] - 1)
+    if wanted > free + kept:
+        message = f"the output needs {wanted / 1e9:.1f} GB, the disk has {(free + kept) / 1e9:.1f} GB left"
+        raise file_error("E0613", message, job.out, "make space, or choose another -o")
+
+
+def _plan(mark: str, checkpoint: Checkpoint, job: Job) -> dict[str, Any]:
+    files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in checkpoint.files()]
+    return {"schema": 1, "plan": mark, "source": files, "max_shard_bytes": job.max_shard_bytes}
+
+
+def _ledger(shards: Sequence[Shard], done: Mapping[str, Done]) -> list[dict[str, Any]]:
+    """Return a line for each weight: its rule, format, bytes, and the noise of packing."""
+    lines: list[dict[str, Any]] = []
+    for shard in shards:
+        figures = done[shard.file].figures
+        for weight in shard.weights:
+            line: dict[str, Any] = {
+                "name": weight.name,
+                "role": weight.role,
+                "shape": list(weight.shape),
+                "rule": weight.rule,
+                "format": weight.dtype.lower() if weight.format == KEEP else weight.format,
+                "bytes": sum(_ELEMENT.get(dtype, 8) * math.prod(shape) for dtype, shape in weight.stored().values()),
+            }
+            if weight.format != KEEP:
+                signal, noise, other = figures[weight.name]
+                line |= {"algorithm": algorithm(weight), "sqnr_db": _decibels(signal, noise)}
+                if weight.block_rows:
+                    line["block"] = [weight.block_rows, 16]
+                    if weight.shape[0] % (17 - weight.block_rows) == 0:
+                        line[f"sqnr_db_{17 - weight.block_rows}x16"] = _decibels(signal, other)
+            lines.append(line)
+    return lines
+
+
+_ELEMENT = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1, "I32": 4}
+
+
+def _decibels(signal: float, noise: float) -> float | None:
+    """Return 10 · log10(signal / noise); None where there is no noise, or no signal."""
+    return round(10 * math.log10(signal / noise), 3) if signal > 0 and noise > 0 else None
+
+
+def _write_files(
+    job: Job,
+    config: Mapping[str, Any],
+    weights: Sequence[Weight],
+    shards: Sequence[Shard],
+    folder: Path,
+    mark: str,
+    ledger: Sequence[Mapping[str, Any]],
+) -> None:
+    for path in sorted(job.source.iterdir()):
+        ours = path.name in _REPLACED or path.name.startswith(".")
+        if path.is_file() and not ours and not path.name.endswith(_WEIGHT_FILES):
+            shutil.copyfile(path, folder / path.name)
+    files: dict[str, Mapping[str, Any]] = {
+        "config.json": config_json(config, job.exported, weights, job.kv_cache),
+        "hf_quant_config.json": hf_quant_config(weights, job.kv_cache),
+        INDEX: index_json(shards),
+        LEDGER: {"schema": 1, "plan": mark, "search": job.search, "weights": ledger},
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        with (folder / name).open("rb") as file:
+            os.fsync(file.fileno())

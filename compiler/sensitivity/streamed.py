@@ -1,0 +1,96 @@
+"""The generated PyTorch model of a spec with the weights of one part at a time, so that it needs no room for all."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from n3c.backends.safetensors.checkpoint import Checkpoint
+from n3c.backends.torch.emit import emit
+from n3c.specs.dump import dump_spec
+from n3c.specs.schema import Spec
+
+from .tensors import read_float
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+
+BATCH_TOKENS = 4096
+"""Most tokens that a part computes at once: bounds the memory of activations inside a block."""
+
+
+class StreamedModel:
+    """A generated model on the meta device; `loaded` gives a part its weights, in float32, and takes them again."""
+
+    def __init__(self, spec: Spec, checkpoint: Checkpoint) -> None:
+        import torch
+
+        self.spec = spec
+        self.checkpoint = checkpoint
+        self.generated = self.generate(spec)
+        with torch.device("meta"):
+            self.model: Any = self.generated.Model()
+        self.model.requires_grad_(False)
+        self.model.eval()
+
+    @staticmethod
+    def generate(spec: Spec) -> Any:
+        """Write the generated module of `spec` to a temporary folder and import it."""
+        text = dump_spec(spec)
+        sha256 = hashlib.sha256(text.encode()).hexdigest()
+        name = f"n3c_generated_{sha256[:16]}"
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.py"
+            path.write_text(emit(spec, sha256)["model.py"], encoding="utf-8")
+            found = importlib.util.spec_from_file_location(name, path)
+            if found is None or found.loader is None:
+                raise RuntimeError(f"{path} cannot be imported")
+            module = importlib.util.module_from_spec(found)
+            sys.modules[name] = module  # dataclasses look their module up
+            found.loader.exec_module(module)
+        return module
+
+    @property
+    def blocks(self) -> list[str]:
+        """The names of the residual blocks, in order."""
+        return [f"backbone.layers.{i}" for i in range(len(self.spec.model.pattern))]
+
+    @contextmanager
+    def loaded(self, *names: str) -> Iterator[list[Any]]:
+        """Fill parts of the model, by name; N3CError (exit code 6) where the checkpoint does not fit them."""
+        parts = [self.model.get_submodule(name) for name in names]
+        try:
+            for name, part in zip(names, parts, strict=True):
+                self._fill(name, part)
+            yield parts
+        finally:
+            for part in parts:
+                part.to(device="meta")
+
+    def _fill(self, name: str, part: Module) -> None:
+        import torch
+
+        part.to_empty(device="cpu")
+        tensors: dict[str, Tensor] = self.generated.named_tensors(part)
+        with torch.no_grad():
+            for inner, tensor in tensors.items():
+                tensor.copy_(read_float(self.checkpoint, f"{name}.{inner}", tuple(tensor.shape)))
+
+    @property
+    def head_parts(self) -> tuple[str, ...]:
+        """The parts that logits need, from the output of the last block on."""
+        head = "backbone.embeddings" if self.spec.model.tie_word_embeddings else "lm_head"
+        return ("backbone.norm_f", head)
+
+
+def batches(ids: Tensor, tokens: int | None = None) -> list[slice]:
+    """Return slices of the sequences of `ids` [N, L], each of at most `tokens` (BATCH_TOKENS) or one sequence."""
+    size = max(1, (tokens or BATCH_TOKENS) // ids.shape[1])
+    return [slice(start, start + size) for start in range(0, len(ids), size)]
