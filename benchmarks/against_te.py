@@ -43,13 +43,16 @@ def load_reference(wheel: Path, folder: Path) -> Any:
         def __init__(self, *, rowwise: bool, columnwise: bool) -> None:
             self.rowwise_usage, self.columnwise_usage = rowwise, columnwise
 
+    def is_custom(_: object) -> bool:
+        return True
+
     stubs: dict[str, dict[str, Any]] = {
         "transformer_engine": {"__path__": []},
         PACKAGE: {"__path__": []},
         f"{PACKAGE}.custom_recipes": {"__path__": [str(folder / PACKAGE.replace(".", "/") / "custom_recipes")]},
         f"{PACKAGE}.quantized_tensor": {"QuantizedTensorStorage": Storage, "Quantizer": Quantizer},
         f"{PACKAGE}.tensor": {"__path__": []},
-        f"{PACKAGE}.tensor.utils": {"is_custom": lambda _: True},
+        f"{PACKAGE}.tensor.utils": {"is_custom": is_custom},
     }
     for name, content in stubs.items():
         module = types.ModuleType(name)

@@ -14,7 +14,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -182,8 +182,8 @@ def quantize(
 def dequantized(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     """Return a weight of a quantized checkpoint in float32."""
     if f"{name}_scale_2" in checkpoint:
-        parts = (checkpoint.read(f"{name}{suffix}") for suffix in ("", "_scale", "_scale_2"))
-        codes, scale, scale_2 = parts
+        codes, scale = checkpoint.read(name).view(np.uint8), checkpoint.read(f"{name}_scale")
+        scale_2 = np.float32(checkpoint.read(f"{name}_scale_2").item())
         return torch.from_numpy(nvfp4.dequantize(nvfp4.Nvfp4Matrix(codes, scale, scale_2)))
     value = torch.from_numpy(checkpoint.read(name).astype(np.float32))
     return value * float(checkpoint.read(f"{name}_scale")) if f"{name}_scale" in checkpoint else value
@@ -221,7 +221,7 @@ class Evaluated:
         return total / self.test[:, 1:].numel()
 
     @contextmanager
-    def quantized(self, formats: Mapping[Linear, str], written: Checkpoint | None) -> Iterator[None]:
+    def quantized(self, formats: Mapping[Linear, str], written: Checkpoint | None) -> Generator[None]:
         """Compute with these formats while inside."""
         handles: list[Any] = []
         stacks: dict[int, tuple[str, float]] = {}
@@ -284,7 +284,7 @@ def fixed_choices(spec: Spec, units: list[Unit]) -> dict[str, dict[str, str]]:
             return "bf16"
         return "fp8" if role == "mamba.out_proj" else "nvfp4"
 
-    policies = {
+    policies: dict[str, Callable[[str, int], str]] = {
         "uniform NVFP4": lambda _role, _layer: "nvfp4",
         "uniform FP8": lambda _role, _layer: "fp8",
         "list of Nano's release (attention, the Mamba layers that feed it, head BF16)": nano,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
+import os
 import statistics
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +25,13 @@ from torch import Tensor
 
 from n3c.backends.safetensors import nvfp4
 from n3c.backends.safetensors.packing import Array, Search, block_maxima, nvfp4_scale_2, pack_nvfp4, pack_nvfp4_rows
+from n3c.compiler.tools import version
 
 from .synthetic import write_checkpoint
 
 TITLE = "n3c quantize"
-CORES = torch.get_num_threads()
+CORES = len(os.sched_getaffinity(0))
+_INSTALL = "`pip install --constraint constraints.txt '.[bench]'`, as `make bench` does"
 
 
 def run(quick: bool) -> Iterator[str]:
@@ -52,7 +57,12 @@ def _speed(quick: bool) -> Iterator[str]:
             torch.randn(1856, 2688, generator=generator).mul_(0.02).bfloat16() for _ in range(experts)
         ],
     }
-    yield "Seconds for BF16 weights already in memory; best of interleaved runs. GB/s are of BF16 read.\n"
+    peers = ", ".join(f"{name} {version(name) or 'not installed'}" for name in ("numba", "nvidia-modelopt", "torchao"))
+    yield f"Peers and compiler: {peers}." + ("" if version("torchao") else f" For torchao: {_INSTALL}.")
+    yield (
+        "BF16 weights already in memory, best of interleaved runs; GB/s are of BF16 read. All allocate what they"
+        " return. memcpy is PyTorch's `copy_` of the BF16 source into memory that is there already.\n"
+    )
     yield "| weights | implementation | threads | ms | GB/s | times ModelOpt | share of memcpy |"
     yield "|---|---|---:|---:|---:|---:|---:|"
     for name, tensors in sets.items():
@@ -66,7 +76,7 @@ def _speed(quick: bool) -> Iterator[str]:
                 )
 
 
-def _contestants(tensors: list[Tensor], threads: int) -> dict[str, Callable[[], None]]:
+def _contestants(tensors: list[Tensor], threads: int) -> dict[str, Callable[[], object]]:
     warnings.simplefilter("ignore")
     modelopt = importlib.import_module("modelopt.torch.quantization.qtensor.nvfp4_tensor").NVFP4QTensor
     arrays, copies = [as_array(t) for t in tensors], [torch.empty_like(t) for t in tensors]
@@ -74,44 +84,35 @@ def _contestants(tensors: list[Tensor], threads: int) -> dict[str, Callable[[], 
 
     def ours(block_rows: int, search: Search = "none") -> None:
         if len(arrays) > 1:
-            list(pool.map(lambda a: pack_nvfp4(a, block_rows, search), arrays))
+            list(pool.map(partial(pack_nvfp4, block_rows=block_rows, search=search), arrays))
             return
         weight, rows = arrays[0], arrays[0].shape[0] // (4 * threads)
         bands = [weight[at : at + rows] for at in range(0, weight.shape[0], rows)]
         maxima = list(pool.map(block_maxima, bands))
         scale_2 = nvfp4_scale_2(max(amax for _, amax in maxima), search)
-        list(
-            pool.map(
-                lambda band, most: pack_nvfp4_rows(band, most[0], scale_2, block_rows, search, measure=False),
-                bands,
-                maxima,
-            )
-        )
+        pack = partial(pack_nvfp4_rows, scale_2=scale_2, block_rows=block_rows, search=search, measure=False)
+        list(pool.map(pack, bands, [most for most, _ in maxima]))
 
     def memcpy() -> None:
         for source, copy in zip(tensors, copies, strict=True):
             copy.copy_(source)
 
-    found: dict[str, Callable[[], None]] = {
+    found: dict[str, Callable[[], object]] = {
         "n3c 1x16": lambda: ours(1),
         "n3c 16x16": lambda: ours(16),
         "n3c 1x16 --search mse": lambda: ours(1, "mse"),
-        "ModelOpt": lambda: [modelopt.quantize(t, 16) for t in tensors] and None,
+        "ModelOpt": lambda: [modelopt.quantize(t, 16) for t in tensors],
     }
-    try:
+    if version("torchao"):
+        logging.disable(logging.WARNING)  # it tells of CUDA libraries that it does not find
         torchao = importlib.import_module("torchao.prototype.mx_formats.nvfp4_tensor")
-    except ImportError:
-        return found | {"memcpy": memcpy}
-
-    def ao() -> None:
-        for tensor in tensors:
-            scale = torchao.per_tensor_amax_to_scale(tensor.abs().max())
-            torchao.NVFP4Tensor.to_nvfp4(tensor, per_tensor_scale=scale)
-
-    return found | {"torchao": ao, "memcpy": memcpy}
+        logging.disable(logging.NOTSET)
+        tensor_scale, to_nvfp4 = torchao.per_tensor_amax_to_scale, torchao.NVFP4Tensor.to_nvfp4
+        found["torchao"] = lambda: [to_nvfp4(t, per_tensor_scale=tensor_scale(t.abs().max())) for t in tensors]
+    return found | {"memcpy": memcpy}
 
 
-def _best(contestants: dict[str, Callable[[], None]], *, runs: int, threads: int) -> dict[str, float]:
+def _best(contestants: dict[str, Callable[[], object]], *, runs: int, threads: int) -> dict[str, float]:
     torch.set_num_threads(threads)
     try:
         seconds: dict[str, list[float]] = {who: [] for who in contestants}

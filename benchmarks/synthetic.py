@@ -35,7 +35,7 @@ def write_checkpoint(folder: Path, pattern: str, experts: int = 128) -> int:
     del config["n3c"]
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     noise = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
-    random = memoryview(noise.view(torch.uint8).numpy())
+    random = noise.view(torch.uint8).numpy().data
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     room = SHARD_BYTES
     for name, shape in shapes.items():

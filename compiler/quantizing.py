@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Severity, Span, did_you_mean
 from n3c.passes.base import run_pipeline
+from n3c.passes.quantize import Quantize
 from n3c.specs.convert import run_import
 from n3c.specs.huggingface import export_config
 from n3c.specs.load import load_spec, parse_spec
@@ -18,6 +19,8 @@ from n3c.specs.schema import BLOCKS, Format, Quantization, Spec
 
 from .lower import lower
 from .progress import Progress
+from .sensitivity.published import note as published_note
+from .sensitivity.published import published_formats
 from .serving import quantize_pass
 from .tools import peak_rss_bytes
 
@@ -44,6 +47,27 @@ class Options:
     """Module → scale of its input: amax / 2688 for NVFP4, amax / 448 for FP8."""
     kv_scales: Mapping[str, float] = field(default_factory=dict[str, float])
     """`….k_proj.k_scale`, `….v_proj.v_scale` → amax / 448."""
+    rule_names: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Path of a rule (`quantization.rules.0`) → what the ledger calls it besides."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The spec to quantize by."""
+
+    spec: Spec
+    warnings: Sequence[Diagnostic]
+    defaults: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Path of a rule → its name, where the formats are the published ones because nothing says any."""
+    place: str = ""
+    """The file that says no formats."""
+
+    def names_for(self, spec: Spec) -> tuple[Mapping[str, str], list[Diagnostic]]:
+        """Return the rules' names and the note about them where `spec` still has the default formats, else nothing."""
+        table = spec.quantization
+        if not self.defaults or table is None or table != self.spec.quantization:
+            return {}, []
+        return self.defaults, [published_note(table, self.defaults, self.place)]
 
 
 @dataclass(slots=True)
@@ -81,28 +105,45 @@ class Quantized:
 
 
 def chosen_spec(
-    spec: Path | None, weights: Path, fmt: str | None, block: str | None, overrides: Sequence[str] = ()
-) -> tuple[Spec, list[Diagnostic]]:
+    spec: Path | None,
+    weights: Path,
+    fmt: str | None,
+    block: str | None,
+    overrides: Sequence[str] = (),
+    *,
+    calibrated: bool = False,
+) -> Chosen:
     """Return the spec, of the file or of the checkpoint's config, with --fmt and --block in its [quantization].
 
-    `fmt` is the format of every linear that no rule names. Raises N3CError: exit code 3 for the spec
-    and for a wrong value, 6 for a checkpoint without config.
+    `fmt` is the format of every linear that no rule names. Where neither spec nor config say any formats, they
+    are the published ones (`sensitivity/published.py`). `calibrated`: whether there will be activation scales.
+    Raises N3CError: exit code 3 for the spec and for a wrong value, 6 for a checkpoint without config.
     """
     if fmt is not None and fmt not in FORMATS:
         raise _wrong("--fmt", fmt, FORMATS)
     if block is not None and block not in BLOCK_NAMES:
         raise _wrong("--block", block, BLOCK_NAMES)
+    place = weights / "config.json" if spec is None else spec
+    silent = not any(override.startswith("quantization") for override in overrides)
     if spec is not None:
         found, warnings = load_spec(spec, overrides)
+        silent = silent and found.quantization is None
     else:
         if not weights.is_dir():
             message = "no directory with a checkpoint"
             raise N3CError(Diagnostic("E0601", message, Span(str(weights))), ExitCode.FILE)
         imported = run_import(weights)
         found, warnings = imported.spec, list(imported.warnings)
+        silent = silent and not imported.says_formats
         if overrides:
-            found, _ = parse_spec(imported.text, str(weights / "config.json"), overrides)
-    return _with_formats(found, cast("Format | None", fmt), block), warnings
+            found, _ = parse_spec(imported.text, str(place), overrides)
+    if not silent:
+        return Chosen(_with_formats(found, cast("Format | None", fmt), block), warnings)
+    rows = BLOCK_NAMES[block or "1x16"]
+    table, names = published_formats(found, cast("Format", fmt or "nvfp4"), rows, calibrated=calibrated)
+    # The places of an imported table's rules say nothing of these.
+    spans = {path: span for path, span in found.spans.items() if path.partition(".")[0] != "quantization"}
+    return Chosen(dataclasses.replace(found, quantization=table, spans=spans), warnings, names, str(place))
 
 
 def _wrong(option: str, value: str, known: Iterable[str]) -> N3CError:
@@ -151,7 +192,7 @@ def quantize(spec: Spec, options: Options, progress: Progress) -> Quantized:
         spec = weight_only(spec)
     program = lower(spec)
     check_fit(program.parameters.values(), Checkpoint(options.weights))
-    run_pipeline(program, [quantize_pass(spec)], None)
+    run_pipeline(program, [_named(quantize_pass(spec), options.rule_names)], None)
     fp8_cache = spec.serving.kv_cache_dtype == "fp8" or bool(options.kv_scales)
     job = Job(
         source=options.weights,
@@ -167,7 +208,16 @@ def quantize(spec: Spec, options: Options, progress: Progress) -> Quantized:
         max_shard_bytes=options.max_shard_bytes or MAX_SHARD_BYTES,
     )
     outcome = quantize_checkpoint(job, progress)
-    return Quantized(outcome, _uncalibrated(outcome), progress.elapsed)
+    return Quantized(outcome, [*_uncalibrated(outcome), *_disagreeing(outcome)], progress.elapsed)
+
+
+def _named(pass_: Quantize, names: Mapping[str, str]) -> Quantize:
+    """Return the pass with names behind the paths of its rules, as the ledger is to tell them."""
+    rules = (
+        dataclasses.replace(rule, path=f"{rule.path} ({names[rule.path]})") if rule.path in names else rule
+        for rule in pass_.rules
+    )
+    return dataclasses.replace(pass_, rules=tuple(rules))
 
 
 def _uncalibrated(outcome: Outcome) -> list[Diagnostic]:
@@ -178,13 +228,34 @@ def _uncalibrated(outcome: Outcome) -> list[Diagnostic]:
         if weight.format in ("w4a16_nvfp4", "nvfp4", "fp8")
         and not any(name.endswith(".input_scale") for name, _ in weight.scalars)
     )
-    help_ = "--calibration or --activation-scales gives them"
     place = Span(str(outcome.out))
     found: list[Diagnostic] = []
     if four := lacking["w4a16_nvfp4"] + lacking["nvfp4"]:
         message = f"{four} NVFP4 linears have no input_scale: the checkpoint says W4A16_NVFP4 of them"
+        help_ = "--calibration or --activation-scales gives them"
         found.append(Diagnostic("W0621", message, place, Severity.WARNING, help_))
     if lacking["fp8"]:
-        message = f"{lacking['fp8']} FP8 linears have no input_scale, which readers of static FP8 need"
+        message = (
+            f"{lacking['fp8']} FP8 linears have no input_scale: vLLM and SGLang load them without a word and compute"
+            " nonsense, as they only know FP8 with a static scale of the input"
+        )
+        help_ = "give --calibration or --activation-scales, or their rules another format (bf16, w4a16_nvfp4)"
         found.append(Diagnostic("W0621", message, place, Severity.WARNING, help_))
     return found
+
+
+def _disagreeing(outcome: Outcome) -> list[Diagnostic]:
+    """Return a warning about linears of different formats that readers merge into one."""
+    merged: dict[str, set[str]] = {}
+    for weight in outcome.weights:
+        parent, _, name = weight.module.rpartition(".")
+        if name in ("q_proj", "k_proj", "v_proj"):
+            merged.setdefault(f"{parent}.{{q,k,v}}_proj", set()).add(weight.format)
+        elif parent.rpartition(".")[0].endswith(".experts"):
+            merged.setdefault(parent.rpartition(".")[0], set()).add(weight.format)
+    wrong = [name for name, formats in merged.items() if len(formats) > 1]
+    if not wrong:
+        return []
+    message = f"`{wrong[0]}` has linears of different formats" + (f", and {len(wrong) - 1} more" * (len(wrong) > 1))
+    help_ = "n3c reads them; vLLM and SGLang merge q, k and v, and all experts of a layer, and need one format for each"
+    return [Diagnostic("W0623", message, Span(str(outcome.out)), Severity.WARNING, help_)]

@@ -26,6 +26,8 @@ class Imported:
     spec: Spec
     text: str
     warnings: tuple[Diagnostic, ...]
+    says_formats: bool
+    """Whether the config said the formats; where not, [quantization] is the published policy, or missing."""
 
 
 def run_import(source: Path, output: Path | None = None, *, formats_matter: bool = True) -> Imported:
@@ -44,7 +46,10 @@ def run_import(source: Path, output: Path | None = None, *, formats_matter: bool
     text = dump_spec(spec)
     if output is not None:
         write_text(output, text)
-    return Imported(spec, text, tuple(warnings))
+    own = config.get("n3c")
+    says_formats = quantization is not None or "quantization_config" in config
+    says_formats |= isinstance(own, dict) and "quantization" in own
+    return Imported(spec, text, tuple(warnings), says_formats)
 
 
 def run_export_config(spec: Spec, output: Path | None = None) -> str:

@@ -5,8 +5,10 @@ float32 in a buffer of K elements that stays in the first cache, so a BF16 weigh
 float32. Every loop is one that LLVM turns into vector code; nothing is reassociated, so results are the
 same on every machine. All functions release the GIL: callers share rows among threads.
 
-E2M1 is rounded by adding and subtracting 2²² (2²³, 2²⁴), whose unit in the last place is the grid's
-0.5 (1, 2): nearest, ties to even, as IEEE rounds.
+Packing divides no weight: for each of the 256 block scales the bits of the largest weight that still gets each
+code are found once (`bounds_of`), and a weight's code is the number of bounds that its bits are above, 16
+weights an instruction. Where errors are summed, E2M1 is rounded by adding and subtracting 2²² (2²³, 2²⁴),
+whose unit in the last place is the grid's 0.5 (1, 2): nearest, ties to even, as IEEE rounds.
 """
 
 # pyright: reportUntypedFunctionDecorator=false, reportUnknownMemberType=false
@@ -31,6 +33,7 @@ def compiled(function: F) -> F:
 Bits = NDArray[np.uint16] | NDArray[np.uint32]
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
+Bounds = NDArray[np.int32]
 
 BLOCK = 16
 E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
@@ -39,7 +42,8 @@ E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.fl
 _HALF, _ONE, _TWO = np.float32(2**22), np.float32(2**23), np.float32(2**24)  # with the units 0.5, 1 and 2
 _MOST = np.float32(2**23 + 7)
 _F0, _F2, _F4, _F6, _F8 = np.float32(0), np.float32(2), np.float32(4), np.float32(6), np.float32(8)
-_INV2 = np.float32(0.5)
+_F05, _DENORMAL = np.float32(0.5), np.float32(2**-149)
+_BETWEEN = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5], np.float32)  # halfway from each code to the next
 _E4M3_TINY, _E4M3_NORMAL, _E4M3_MAX = np.float32(2**-9), np.float32(2**-6), np.float32(448)
 _UNIT_2_9, _512 = np.float32(2**14), np.float32(512)  # 2¹⁴ has the unit 2⁻⁹ in the last place
 
@@ -148,56 +152,159 @@ def rounded(a: np.float32) -> np.float32:
 
 
 @compiled
+def passes(quotient: np.float32, bound: int) -> bool:
+    """Whether a quotient ≥ 0 is rounded to a code above `bound` (0…6), or is not zero (`bound` 7)."""
+    if bound == 7:
+        return bool(quotient > _F0)
+    between = _BETWEEN[bound]
+    return bool(quotient > between if bound % 2 == 0 else quotient >= between)  # a tie goes to the even code
+
+
+@compiled
+def bounds_of(table: Floats, shift: int, out: Bounds) -> None:
+    """Write what weights are compared with instead of being divided: `out` [256, 8].
+
+    For the step `table[s]`, `out[s, c]` is the largest weight that gets a code of at most `c`, as the bits of
+    its magnitude without the lowest `shift` (16: BF16, 0: float32); `out[s, 7]` the largest whose quotient
+    vanishes. −1 where there is none. Quotients order as weights do, so the division that the format asks for
+    is done here, around each bound, and nowhere else.
+    """
+    w = np.empty(1, np.float32)
+    bits = w.view(np.uint32)
+    infinity = np.int64(0x7F800000) >> shift
+    for s in range(256):
+        step = table[s]
+        for c in range(8):
+            if not step > _F0:  # underflow: w / 0 saturates, and ModelOpt gives 0 / 0 the code 7
+                out[s, c] = 0 if c == 7 else -1
+                continue
+            w[0] = _BETWEEN[c] * step if c < 7 else (_DENORMAL * step) * _F05
+            least = np.int64(bits[0]) >> shift  # near the least weight that passes
+            bits[0] = np.uint32(least << shift)
+            if passes(w[0] / step, c):
+                while least > 0:
+                    bits[0] = np.uint32((least - 1) << shift)
+                    if not passes(w[0] / step, c):
+                        break
+                    least -= 1
+            else:
+                while least < infinity:
+                    least += 1
+                    bits[0] = np.uint32(least << shift)
+                    if passes(w[0] / step, c):
+                        break
+            out[s, c] = least - 1
+
+
+@compiled
+def codes_bf16(row: Bits, scales: Bytes, bounds: Bounds, codes: NDArray[np.uint16]) -> None:
+    """Write the E2M1 code of each of a row's BF16 weights: how many bounds it is above, and its sign."""
+    for b in range(scales.size):
+        s = np.int64(scales[b])
+        b0, b1, b2, b3 = np.int16(bounds[s, 0]), np.int16(bounds[s, 1]), np.int16(bounds[s, 2]), np.int16(bounds[s, 3])
+        b4, b5, b6, b7 = np.int16(bounds[s, 4]), np.int16(bounds[s, 5]), np.int16(bounds[s, 6]), np.int16(bounds[s, 7])
+        for j in range(16):
+            w = row[16 * b + j]
+            m = np.int16(w & np.uint16(0x7FFF))
+            above = np.uint16(m > b0) + np.uint16(m > b1) + np.uint16(m > b2) + np.uint16(m > b3)
+            above = above + np.uint16(m > b4) + np.uint16(m > b5) + np.uint16(m > b6)
+            sign = np.uint16(w >> np.uint16(12)) & np.uint16(8) if m > b7 else np.uint16(0)
+            codes[16 * b + j] = np.uint16(np.uint16(above) | sign)
+
+
+@compiled
+def codes_float32(row: Bits, scales: Bytes, bounds: Bounds, codes: NDArray[np.uint16]) -> None:
+    """Write the E2M1 code of each of a row's float32 weights."""
+    for b in range(scales.size):
+        s = np.int64(scales[b])
+        b0, b1, b2, b3 = bounds[s, 0], bounds[s, 1], bounds[s, 2], bounds[s, 3]
+        b4, b5, b6, b7 = bounds[s, 4], bounds[s, 5], bounds[s, 6], bounds[s, 7]
+        for j in range(16):
+            w = row[16 * b + j]
+            m = np.int32(w & np.uint32(0x7FFFFFFF))
+            above = np.uint32(m > b0) + np.uint32(m > b1) + np.uint32(m > b2) + np.uint32(m > b3)
+            above = above + np.uint32(m > b4) + np.uint32(m > b5) + np.uint32(m > b6)
+            sign = np.uint32(w >> np.uint32(28)) & np.uint32(8) if m > b7 else np.uint32(0)
+            codes[16 * b + j] = np.uint16(np.uint32(above) | sign)
+
+
+@compiled
+def pack_pairs(pairs: NDArray[np.uint32], out: Bytes) -> None:
+    """Write two codes a byte; `pairs` are codes of 16 bits, two at a time."""
+    for i in range(out.size):
+        out[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint32(12)))
+
+
+@compiled
 def pack_rows(bits: Bits, scales: Bytes, table: Floats, out: Bytes) -> None:
     """Write the packed codes e2m1(w / step), two a byte: `out` [N, K/2].
 
     `scales` [N, K/16] are E4M3 codes and `table` [256] their steps, f32(code) · scale_2.
     """
     rows, columns = bits.shape
-    w, shifted, codes = np.empty(columns, np.float32), np.empty(columns, np.float32), np.empty(columns, np.uint8)
-    w_bits, shifted_bits, pairs = w.view(np.uint32), shifted.view(np.uint32), codes.view(np.uint16)
-    w_blocks, shifted_blocks = w.reshape(-1, 16), shifted.reshape(-1, 16)
+    bounds, codes = np.empty((256, 8), np.int32), np.empty(columns, np.uint16)
+    pairs = codes.view(np.uint32)
+    bounds_of(table, 16 if bits.itemsize == 2 else 0, bounds)
     for r in range(rows):
-        widen(bits[r], w, w_bits)
-        for b in range(columns // 16):
-            step, block, to = table[scales[r, b]], w_blocks[b], shifted_blocks[b]
-            for j in range(16):
-                y = block[j] / step
-                a = abs(y)
-                # the codes are concave in a: the least of the lines 2a, a + 2 and a/2 + 4, each rounded to an
-                # integer by adding 2²³, whose float32 has that integer in its lowest bits
-                code, middle, coarse = a + a + _ONE, (a + _ONE) + _F2, (a * _INV2 + _ONE) + _F4
-                code = code if code < middle else middle
-                code = code if code < coarse else coarse
-                code = code if code < _MOST else _MOST
-                to[j] = code + (_F8 if y < _F0 else _F0)
-        for i in range(columns):
-            codes[i] = np.uint8(shifted_bits[i])
-        for i in range(columns // 2):
-            out[r, i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
+        if bits.itemsize == 2:
+            codes_bf16(bits[r], scales[r], bounds, codes)
+        else:
+            codes_float32(bits[r], scales[r], bounds, codes)
+        pack_pairs(pairs, out[r])
 
 
 @compiled
-def add_noise(bits: Bits, scales: Bytes, table: Floats, sums: NDArray[np.float64]) -> None:
-    """Add Σ w² and Σ (dequantized − w)² of these rows to `sums` [2]; always in the same order."""
+def errors(w_blocks: Floats, scales: Bytes, table: Floats, error: Floats) -> None:
+    """Write |e2m1(w / step)| · step − |w| of one row; both [K/16, 16].
+
+    The code c is concave in a = |w| / step: the least of the lines 2a, a + 2 and a/2 + 4, each rounded to an
+    integer by adding 2²³. The value is convex in c: the largest of c/2, c − 2 and 2c − 8.
+    """
+    for b in range(scales.size):
+        step, block, to = table[scales[b]], w_blocks[b], error[b]
+        for j in range(16):
+            magnitude = abs(block[j])
+            a = magnitude / step
+            c, middle, coarse = a + a + _ONE, (a + _ONE) + _F2, (a * _F05 + _ONE) + _F4
+            c = c if c < middle else middle
+            c = c if c < coarse else coarse
+            c = (c if c < _MOST else _MOST) - _ONE
+            value, middle, coarse = c * _F05, c - _F2, c + c - _F8
+            value = value if value > middle else middle
+            to[j] = (value if value > coarse else coarse) * step - magnitude
+
+
+@compiled
+def add_squares(x: Floats, sums: NDArray[np.float64]) -> None:
+    """Add x² to `sums`, both [K]."""
+    for i in range(x.size):
+        value = np.float64(x[i])
+        sums[i] += value * value
+
+
+@compiled
+def signal(bits: Bits) -> float:
+    """Return Σ w²; always added in the same order."""
     rows, columns = bits.shape
-    w, step = np.empty(columns, np.float32), np.empty(columns, np.float32)
+    w, sums = np.empty(columns, np.float32), np.zeros(columns, np.float64)
     w_bits = w.view(np.uint32)
-    signal, noise = np.zeros(16, np.float64), np.zeros(16, np.float64)
     for r in range(rows):
         widen(bits[r], w, w_bits)
-        fill_steps(scales[r], table, step)
-        for i in range(columns):
-            magnitude = abs(w[i])
-            step[i] = rounded(magnitude / step[i]) * step[i] - magnitude
-        for b in range(columns // 16):
-            for j in range(16):
-                x, e = np.float64(w[16 * b + j]), np.float64(step[16 * b + j])
-                signal[j] += x * x
-                noise[j] += e * e
-    for j in range(16):
-        sums[0] += signal[j]
-        sums[1] += noise[j]
+        add_squares(w, sums)
+    return float(sums.sum())
+
+
+@compiled
+def noise(bits: Bits, scales: Bytes, table: Floats) -> float:
+    """Return Σ (dequantized − w)²; always added in the same order. Scales and table as of `pack_rows`."""
+    rows, columns = bits.shape
+    w, error, sums = np.empty(columns, np.float32), np.empty(columns, np.float32), np.zeros(columns, np.float64)
+    w_bits, w_blocks, error_blocks = w.view(np.uint32), w.reshape(-1, 16), error.reshape(-1, 16)
+    for r in range(rows):
+        widen(bits[r], w, w_bits)
+        errors(w_blocks, scales[r], table, error_blocks)
+        add_squares(error, sums)
+    return float(sums.sum())
 
 
 @compiled

@@ -3,8 +3,12 @@
 `hf_quant_config.json` and `quantization_config` of config.json say the same. One algorithm for all is
 written with the modules that it leaves out; several with one key for each quantized module, routed experts
 one by one, since not every reader understands a key for all experts of a layer. Names are full names of
-linears: vLLM also takes an excluded name as a part of another one. No name carries the suffix
-that ModelOpt 0.47 appends by mistake under transformers 5.
+linears, as vLLM also takes an excluded name as a part of another one; where all routed experts of a layer are
+left out, so is `….mixer.experts`, the only name that SGLang asks for. No name carries the suffix that
+ModelOpt 0.47 appends by mistake under transformers 5.
+
+Block types are spelt `mamba`, `attention`, `mlp`, `moe`: the spelling of transformers 5 (`linear_attention`) is
+refused by SGLang and taken for another kind of layer by TensorRT Edge-LLM; transformers reads both.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ _SHAPE_KEYS = (
     "mtp_hybrid_override_pattern",
     "mtp_layers_block_type",
 )
+_BLOCK_TYPES = {"linear_attention": "mamba", "full_attention": "attention"}
+"""Spelling of transformers 5 → that which every reader knows."""
 _NEVER = ("embedding", "moe.router", "mtp.moe.router")
 """Not linears to any reader: never listed as left out."""
 
@@ -66,19 +72,25 @@ def quantization(weights: Sequence[Weight], kv_cache: str | None) -> dict[str, A
 
 
 def left_out(weights: Sequence[Weight]) -> list[str]:
-    """Return the linears and convolutions that are not quantized, sorted."""
-    return sorted(
-        (
-            weight.module
-            for weight in weights
-            if weight.format == KEEP
-            and weight.name.endswith(".weight")
-            and len(weight.shape) > 1
-            and weight.role not in _NEVER
-            and not weight.name.endswith("embeddings.weight")
-        ),
-        key=_natural,
-    )
+    """Return the linears and convolutions that are not quantized, and the layers whose experts are not, sorted."""
+    kept = {
+        weight.module
+        for weight in weights
+        if weight.format == KEEP
+        and weight.name.endswith(".weight")
+        and len(weight.shape) > 1
+        and weight.role not in _NEVER
+        and not weight.name.endswith("embeddings.weight")
+    }
+    experts = {parent for module in kept if (parent := _experts(module))}
+    quantized = {_experts(weight.module) for weight in weights if weight.format != KEEP}
+    return sorted(kept | (experts - quantized), key=_natural)
+
+
+def _experts(module: str) -> str:
+    """Return the `….experts` that a routed expert's linear belongs to; empty for another linear."""
+    parent = module.rpartition(".")[0].rpartition(".")[0]
+    return parent if parent.endswith(".experts") else ""
 
 
 def _by_layer(item: tuple[str, str]) -> list[str]:
@@ -143,4 +155,7 @@ def config_json(
     for key, value in exported.items():
         if key in _SHAPE_KEYS:
             config.setdefault(key, value)
+    for key in ("layers_block_type", "mtp_layers_block_type"):
+        if isinstance(config.get(key), list):
+            config[key] = [_BLOCK_TYPES.get(kind, kind) for kind in config[key]]
     return config | {"quantization_config": quantization_config(weights, kv_cache), "n3c": exported["n3c"]}

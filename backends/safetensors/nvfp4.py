@@ -58,8 +58,11 @@ def quantize(weight: NDArray[np.generic], block_rows: int) -> Nvfp4Matrix:
 
 
 def e2m1_codes(x: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Round to E2M1 codes 0…15 (bit 3 is the sign): nearest, ties to the even code, saturating at 6; -0.0 gives 0."""
-    clipped = np.clip(x, -E2M1_MAX, E2M1_MAX) + np.float32(0)
+    """Round to E2M1 codes 0…15 (bit 3 is the sign): nearest, ties to the even code, saturating at 6; -0.0 gives 0.
+
+    NaN, the quotient 0 / 0 where a scale underflowed, gives 7 as in ModelOpt; its value is 0 with that scale.
+    """
+    clipped = np.clip(np.nan_to_num(x, nan=E2M1_MAX), -E2M1_MAX, E2M1_MAX) + np.float32(0)
     return clipped.astype(ml_dtypes.float4_e2m1fn).view(np.uint8) & np.uint8(15)
 
 

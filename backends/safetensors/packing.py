@@ -111,13 +111,11 @@ def pack_nvfp4_rows(
     kernel.pack_rows(bits, scales, table, codes)
     if not measure:
         return Packed(codes, scales)
-    sums, other = np.zeros(2), np.zeros(2)
-    kernel.add_noise(bits, scales, table, sums)
-    other_rows = 17 - block_rows
+    other, other_rows = 0.0, 17 - block_rows
     if rows % other_rows == 0:
         other_scales, _ = _scales(bits, other_maxima, scale_2, other_rows, search)
-        kernel.add_noise(bits, other_scales, table, other)
-    return Packed(codes, scales, float(sums[0]), float(sums[1]), float(other[1]))
+        other = kernel.noise(bits, other_scales, table)
+    return Packed(codes, scales, kernel.signal(bits), kernel.noise(bits, scales, table), other)
 
 
 def _scales(

@@ -9,8 +9,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
+from n3c.ir.ops import CACHE_MAX
 from n3c.ir.program import Parameter
-from n3c.ir.source import Bytes, Concat, Fp8, NegExp, Nvfp4, Source, Stack, Tensor, tensor_names
+from n3c.ir.source import (
+    Bytes,
+    CacheScale,
+    Concat,
+    Dequantized,
+    Fp8,
+    NegExp,
+    Nvfp4,
+    Rounded,
+    Source,
+    Stack,
+    Tensor,
+    tensor_names,
+)
 from n3c.ir.types import DType
 
 from . import nvfp4
@@ -67,6 +81,16 @@ def _evaluate(source: Source, checkpoint: Checkpoint) -> Array:
             return _each_matrix(operand, checkpoint, lambda name: _nvfp4(checkpoint, name, part, block_rows))
         case Fp8(operand, part):
             return _each_matrix(operand, checkpoint, lambda name: _fp8(checkpoint, name, part))
+        case Rounded(operand):
+            return _evaluate(operand, checkpoint).astype(ml_dtypes.bfloat16).astype(np.float32)
+        case CacheScale(name):
+            held = checkpoint.read(name).astype(np.float32) * np.float32(448 / CACHE_MAX) if name in checkpoint else 1
+            return np.asarray(held, np.float32).reshape(())
+        case Dequantized(Nvfp4() as codes):
+            rows = codes.block_rows
+            return _each_matrix(codes.operand, checkpoint, lambda name: _dequantized_nvfp4(checkpoint, name, rows))
+        case Dequantized(codes):
+            return _each_matrix(codes.operand, checkpoint, lambda name: _dequantized_fp8(checkpoint, name))
 
 
 def _each_matrix(source: Source, checkpoint: Checkpoint, part: Callable[[str], Array]) -> Array:
@@ -95,6 +119,15 @@ def _fp8(checkpoint: Checkpoint, name: str, part: str) -> Array:
         raise file_error("E0607", f"tensor `{name}`: the weight holds NaN or infinity", checkpoint.directory)
     scale = amax / E4M3_MAX if amax > 0 else np.float32(1)
     return np.asarray(scale) if part == "scale" else (weight / scale).astype(ml_dtypes.float8_e4m3fn)
+
+
+def _dequantized_nvfp4(checkpoint: Checkpoint, name: str, block_rows: int) -> Array:
+    codes, scale, scale_2 = (_nvfp4(checkpoint, name, part, block_rows) for part in ("codes", "scale", "scale_2"))
+    return nvfp4.dequantize(nvfp4.Nvfp4Matrix(codes.view(np.uint8), scale, np.float32(scale_2.reshape(()))))
+
+
+def _dequantized_fp8(checkpoint: Checkpoint, name: str) -> Array:
+    return _fp8(checkpoint, name, "codes").astype(np.float32) * _fp8(checkpoint, name, "scale").astype(np.float32)
 
 
 def check_fit(parameters: Iterable[Parameter], checkpoint: Checkpoint) -> None:
@@ -146,8 +179,10 @@ def check_formats(parameters: Iterable[Parameter], checkpoint: Checkpoint) -> No
         for name in tensor_names(source):
             held = checkpoint.info(name)[0]
             if held in ("U8", "F8_E4M3") and held != wanted:
-                message = f"tensor `{name}` is quantized as {held}, the spec asks for {parameter.format}"
-                faults.append(Diagnostic("E0619", message, place, help="build with the spec of that checkpoint"))
+                stored, asked = ("NVFP4" if held == "U8" else "FP8"), parameter.format or "bf16"
+                message = f"tensor `{name}` is stored as {stored}, the spec asks for {asked}"
+                file = Span(str(checkpoint.file(name)))
+                faults.append(Diagnostic("E0619", message, file, help="build with the spec of that checkpoint"))
             elif held == wanted:
                 missing = [f"{name}{scale}" for scale in scales if f"{name}{scale}" not in checkpoint]
                 faults.extend(Diagnostic("E0603", f"no tensor `{m}` in the checkpoint", place) for m in missing)

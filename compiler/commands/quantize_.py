@@ -88,12 +88,15 @@ def command(
     from n3c.compiler.sensitivity.prepare import prepare  # loads numpy, which --help does not need
 
     with Progress() as progress:
-        chosen, warnings = chosen_spec(spec, weights, fmt, block, overrides)
-        prepared = prepare(chosen, weights, request, progress, BLOCK_NAMES.get(block or ""))
+        calibrated = request.calibration is not None or request.activation_scales is not None
+        chosen = chosen_spec(spec, weights, fmt, block, overrides, calibrated=calibrated)
+        prepared = prepare(chosen.spec, weights, request, progress, BLOCK_NAMES.get(block or ""))
+        names, notes = chosen.names_for(prepared.spec)
         scales = prepared.scales
-        how = Options(weights, out, search, resume, part, max_shard_size, scales.inputs, scales.cache)
+        how = Options(weights, out, search, resume, part, max_shard_size, scales.inputs, scales.cache, names)
         quantized = quantize(prepared.spec, how, progress)
-    print_diagnostics((*warnings, *prepared.warnings, *quantized.warnings))
+        quantized.warnings[:0] = [*chosen.warnings, *notes, *prepared.warnings]
+    print_diagnostics(quantized.warnings)
     print_json(quantized.as_json() | prepared.as_json()) if as_json else _print(quantized, part)
 
 

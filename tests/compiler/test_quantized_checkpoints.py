@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,17 @@ from transformers import NemotronHConfig
 
 from n3c.backends.safetensors import nvfp4
 from n3c.backends.safetensors.checkpoint import Checkpoint
+from n3c.backends.safetensors.sources import load
 from n3c.backends.torch.emit import emit
+from n3c.compiler.serving import serve
+from n3c.ir.source import Fp8, Nvfp4, tensor_names
 from n3c.specs.convert import run_import
 from n3c.specs.load import load_spec
-from support.checkpoints import as_bytes, policy_spec, write_checkpoint
+from support.checkpoints import POLICY, as_bytes, policy_spec, write_checkpoint
 from support.command import n3c
 from support.models import transformers_model
 from support.modules import import_file
+from support.specs import SMALL
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -41,6 +46,12 @@ roles = ["mamba.out_proj"]
 format = "fp8"
 """
 """What NVFP4_DEFAULT_CFG quantizes of a nemotron_h, with out_proj in FP8."""
+
+LINEAR_ROLES = (
+    *("mamba.in_proj", "mamba.out_proj", "mlp.up", "mlp.down", "lm_head", "moe.router"),
+    *(f"attention.{part}_proj" for part in "qkvo"),
+    *("moe.latent_up", "moe.latent_down", "moe.experts.up", "moe.experts.down", "moe.shared.up", "moe.shared.down"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -96,11 +107,14 @@ def test_every_byte_is_that_of_modelopts_export(exported: tuple[Path, Path], tmp
 
 
 def test_both_configs_say_what_the_tensors_are(exported: tuple[Path, Path], tmp_path: Path) -> None:
-    assert n3c("quantize", "--fmt", "nvfp4", "--weights", exported[0], "-o", tmp_path / "out").code == 0
+    (tmp_path / "spec.toml").write_text(run_import(exported[0]).text)
+    result = n3c("quantize", tmp_path / "spec.toml", "--weights", exported[0], "-o", tmp_path / "out")
+    assert result.code == 0
+    assert "4 FP8 linears have no input_scale: vLLM and SGLang load them without a word" in result.err
     config = json.loads((tmp_path / "out/config.json").read_text())
     hf = json.loads((tmp_path / "out/hf_quant_config.json").read_text())["quantization"]
     assert config["hybrid_override_pattern"] == "ME*-"
-    assert config["layers_block_type"] == ["linear_attention", "moe", "full_attention", "mlp"]
+    assert config["layers_block_type"] == ["mamba", "moe", "attention", "mlp"]
     assert config["num_hidden_layers"] == 4
     assert config["quantization_config"]["quant_method"] == "modelopt"
     assert hf["quant_algo"] == config["quantization_config"]["quant_algo"] == "MIXED_PRECISION"
@@ -211,6 +225,84 @@ def test_build_takes_it_as_it_is(quantized: Path, tmp_path: Path) -> None:
     arguments = ("--target", "onnx", "--weights", quantized / "out", "-o", tmp_path / "b", "--json", "--set", other)
     bad = n3c("build", quantized / "spec.toml", *arguments)
     assert (bad.code, set(bad.codes)) == (6, {"E0619"})
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.fixture(scope="module")
+def few_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a quantized checkpoint of one block of each kind, `out`, and its spec."""
+    folder = tmp_path_factory.mktemp("few")
+    text = SMALL.replace("MEM*E-ME", "ME*-").replace('[mtp]\npattern = "*E"\ndepth = 2\n', "")
+    text = text.replace("[serving]\n", "[serving]\nbatch_sizes = [1]\ndraft_tokens = 0\n")
+    (folder / "source.toml").write_text(text + POLICY.replace('"mtp.*", ', ""), encoding="utf-8")
+    spec, _ = load_spec(folder / "source.toml")
+    write_checkpoint(folder / "source", spec)
+    assert n3c("quantize", "--weights", folder / "source", "-o", folder / "out").code == 0
+    assert n3c("import", folder / "out", "-o", folder / "spec.toml").code == 0
+    return folder
+
+
+def test_tensorrt_takes_it_as_it_is(few_layers: Path, tmp_path: Path) -> None:
+    spec, weights, out = few_layers / "spec.toml", few_layers / "out", tmp_path / "built"
+    result = n3c("build", spec, "--target", "trt", "--weights", weights, "-o", out, "--json")
+    assert result.code == 0, result.err
+    assert (out / "trt/decode.b1.plan").stat().st_size > 10_000
+
+    ledger = json.loads((weights / "n3c_ledger.json").read_text())["weights"]
+    held = {
+        line["name"]: line["format"]
+        for line in ledger
+        if line["role"] in LINEAR_ROLES and line["name"].endswith(".weight")
+    }
+    assert set(held.values()) == {"w4a16_nvfp4", "fp8", "bf16"}
+    bound: dict[str, str] = {}
+    for row in json.loads((out / "trt/bindings.json").read_text())["weights"]:
+        if not row["name"].endswith(("_scale", "_scale_2")):
+            for name in _named(row["source"]):
+                bound[name] = row["dtype"]
+    dtypes = {"w4a16_nvfp4": ("f4e2m1", "i8"), "fp8": ("f8e4m3",), "bf16": ("bf16",)}
+    for name, format_ in held.items():
+        assert bound[name] in dtypes[format_], name
+
+    audit = json.loads((out / "trt/audit.json").read_text())
+    assert audit["summary"]["mismatches"] == 0
+    one_expert = {name.replace("experts.0.", "experts.*."): format_ for name, format_ in held.items()}
+    for row in audit["linears"]:
+        assert row["requested"] == row["realised"] == one_expert[f"{row['name']}.weight"], row["name"]
+
+
+def test_engines_are_fed_the_stored_bytes(few_layers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is quantized again: codes and scales of every weight are those of the checkpoint."""
+    monkeypatch.setattr(nvfp4, "quantize", None)
+    spec, _ = load_spec(few_layers / "spec.toml")
+    checkpoint = Checkpoint(few_layers / "out")
+    quantized = 0
+    for parameter in serve(spec).program.parameters.values():
+        if isinstance(parameter.source, (Nvfp4, Fp8)):
+            suffix = {"codes": "", "scale": "_scale", "scale_2": "_scale_2"}[parameter.source.part]
+            stored = [checkpoint.read(f"{name}{suffix}").tobytes() for name in tensor_names(parameter.source)]
+            assert load(parameter, checkpoint).tobytes() == b"".join(stored), parameter.name
+            quantized += 1
+    assert quantized == 38
+
+
+def _named(source: str) -> list[str]:
+    """Return the tensors that a `source` of bindings.json names."""
+    stack = re.search(r"stack\((\S+), (\d+)\)", source)
+    if stack is not None:
+        return [stack[1].replace("*", str(i)) for i in range(int(stack[2]))]
+    return re.findall(r"[a-z][\w.]*\.weight", source)
+
+
+@pytest.mark.parametrize("target", ["onnx", "trt"])
+def test_another_format_than_that_of_the_checkpoint_is_refused(few_layers: Path, tmp_path: Path, target: str) -> None:
+    arguments = ("--target", target, "--weights", few_layers / "out", "-o", tmp_path / "b", "--json")
+    changed = ("--set", "quantization.format=fp8")
+    result = n3c("build", few_layers / "spec.toml", *arguments, *changed)
+    assert (result.code, result.codes[0]) == (6, "E0619")
+    first = result.data["diagnostics"][0]
+    assert re.fullmatch(r"tensor `backbone\.layers\S+` is stored as NVFP4, the spec asks for fp8", first["message"])
+    assert first["file"] == str(few_layers / "out/model.safetensors")
     assert not (tmp_path / "b").exists()
 
 

@@ -18,7 +18,7 @@ from n3c.compiler.lower import lower
 from n3c.compiler.serving import serve
 from n3c.ir.diagnostics import ExitCode, N3CError
 from n3c.ir.program import Parameter
-from n3c.ir.source import Bytes, Concat, NegExp, Nvfp4, Stack, Tensor
+from n3c.ir.source import Bytes, CacheScale, Concat, NegExp, Nvfp4, Stack, Tensor
 from n3c.ir.types import DType, TensorType
 from support.programs import random_tensors, save_tensors
 from support.specs import QUANTIZED, small_spec
@@ -97,6 +97,7 @@ def test_sources(tmp_path: Path) -> None:
     joined = value(Concat((Tensor("e.0.w"), Tensor("e.1.w"))), DType.F32, 32, 32)
     np.testing.assert_array_equal(joined[16:], tensors["e.1.w"].numpy())
     np.testing.assert_allclose(value(NegExp(Tensor("log")), DType.F32, 2), [-1, -np.e], rtol=1e-6)
+    assert value(CacheScale("nobody.k_scale"), DType.F32) == 1
     codes = value(Nvfp4(Stack("e.*.w", 3), "codes", 1), DType.F4E2M1, 3, 16, 32)
     assert codes.shape == (3, 16, 16)
     as_bytes = value(Bytes(Nvfp4(Stack("e.*.w", 3), "codes", 1)), DType.I8, 3, 16, 16)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from n3c.backends.safetensors import nvfp4, packing
+from n3c.backends.safetensors import kernel, nvfp4, packing
 from n3c.backends.safetensors.packing import NotFiniteError, Search, pack_nvfp4
 
 with warnings.catch_warnings():
@@ -154,6 +154,29 @@ def test_the_kernel_is_the_numpy_form(block_rows: int, dtype: torch.dtype) -> No
         assert ours.scale_2 == expected.scale_2
         np.testing.assert_array_equal(ours.scale.view(np.uint8), expected.scale.view(np.uint8), make.__name__)
         np.testing.assert_array_equal(ours.codes, expected.codes, make.__name__)
+
+
+@pytest.mark.parametrize("scale_2", [1e-45, 1e-40, 3.1e-6, 1.0, 1e35])
+def test_every_bf16_value_gets_the_code_of_its_quotient(scale_2: float) -> None:
+    """All finite values with a sample of block scales, and float32 values beside the bounds between codes."""
+    finite = np.arange(0x7F80, dtype=np.uint16)
+    every = np.concatenate([finite, finite | np.uint16(0x8000)])[None, :]
+    table = kernel.E4M3 * np.float32(scale_2)
+    for code in (1, 2, 7, 8, 9, 56, 61, 90, 125, 126):
+        check_codes(every, code, table)
+        between = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, 1e-45], np.float32) * table[code]
+        near = between.view(np.int32)[:, None] + np.arange(-8, 8, dtype=np.int32)
+        check_codes(np.clip(near, 0, 0x7F7FFFFF).astype(np.uint32).reshape(1, -1), code, table)
+
+
+def check_codes(bits: kernel.Bits, code: int, table: kernel.Floats) -> None:
+    scales = np.full((1, bits.shape[1] // 16), code, np.uint8)
+    out = np.empty((1, bits.shape[1] // 2), np.uint8)
+    kernel.pack_rows(bits, scales, table, out)
+    w = bits.view(ml_dtypes.bfloat16 if bits.dtype == np.uint16 else np.float32).astype(np.float32)
+    with np.errstate(all="ignore"):
+        expected = nvfp4.pack(nvfp4.e2m1_codes(w / table[code]))
+    np.testing.assert_array_equal(out, expected, f"block scale {code}")
 
 
 def relative_error(weight: packing.Array, matrix: nvfp4.Nvfp4Matrix) -> float:

@@ -62,4 +62,4 @@ def test_the_scores_are_those_of_autoquantize(saved: SavedModel, ids: Tensor) ->
     }
     sensitivity = measure(saved.spec, Checkpoint(saved.folder), silent, ids=ids)
     ours = {name: scores["fp8"] * ids.numel() for name, scores in sensitivity.scores.items()}
-    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert ours == pytest.approx(theirs, rel=5e-5)  # float32 sums in another order
