@@ -63,7 +63,7 @@ class _Importer:
         main, mtp = self.pattern(), self.mtp()
         if main is not None:
             self.cuts(main, own)
-            self.fields(main, mtp)
+            self.fields(main, mtp, own)
         self.unsupported()
         self.dead()
         if main is None:
@@ -186,7 +186,7 @@ class _Importer:
 
     # Sizes
 
-    def fields(self, main: Pattern, mtp: Pattern | None) -> None:
+    def fields(self, main: Pattern, mtp: Pattern | None, own: Mapping[str, Any]) -> None:
         tables = {"model"} | {TABLES[kind] for kind in (*main, *(mtp or ()))}
         assumed: list[str] = []
         for path, (name, default, aliases) in FIELDS.items():
@@ -204,6 +204,9 @@ class _Importer:
             else:
                 self.places.names[path] = (given[0],)
             value: Any = self.config[given[0]] if given else default
+            if path == ("mamba", "time_step_min") and "time_step_min" in own:
+                # Weights that model.py saved: transformers' key then keeps it from bounding dt.
+                value, self.places.names[path] = own["time_step_min"], ("n3c", "time_step_min")
             if path == ("attention", "num_kv_heads") and value is None:
                 value = self.raw["attention"].get("num_heads")
             if path == ("model", "eos_token_ids"):

@@ -93,4 +93,4 @@ MTP = (
 )
 STATE_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 TABLES = {BlockKind.MAMBA: "mamba", BlockKind.ATTENTION: "attention", BlockKind.MOE: "moe", BlockKind.MLP: "mlp"}
-N3C_KEYS = ("name", "pipeline_cuts", "quantization", "training", "serving")
+N3C_KEYS = ("name", "pipeline_cuts", "quantization", "training", "serving", "time_step_min")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from typing import cast
 
@@ -59,6 +59,7 @@ def template_context(spec: Spec, spec_sha256: str, flops_per_token: tuple[int, i
     modules = [kind.template for kind in kinds if kind.kind is not BlockKind.MLP]
     if shared or BlockKind.MLP in used:
         modules.insert(0, "mlp.jinja")  # the shared expert is an MLP, too
+    shared_out = _shared_out(used, shared)
     return {
         "name": _matching(NAME, spec.name, "name"),
         "sha256": _matching(SHA256, spec_sha256, "sha256"),
@@ -69,12 +70,18 @@ def template_context(spec: Spec, spec_sha256: str, flops_per_token: tuple[int, i
         "kinds": kinds,
         "modules": modules,
         "formats": [(_matching(MODULE, name, "training"), format_) for name, format_ in training_formats(spec)],
+        "one_dimensional": spec.training is not None and spec.training.block == (1, 16),
         "stateful": [kind.class_name for kind in kinds if kind.stateful],
         "uses": {
             "mamba": BlockKind.MAMBA in used,
+            "attention": BlockKind.ATTENTION in used,
             "moe": BlockKind.MOE in used,
             "mtp": spec.mtp is not None,
         },
+        "shared_out": shared_out,
+        "imported": sorted(["Config", "Model", *shared_out], key=lambda name: (not name.isupper(), name)),  # as isort
+        "divided": _divided(used, shared),
+        "wrapped": spec.mtp is not None or (BlockKind.MOE in used and not shared),  # transformers lacks that
         "tied": spec.model.tie_word_embeddings,
         "rescale": spec.model.rescale_prenorm_residual,
         "hf_kinds": ", ".join(f'"{kind.kind.value}": "{kind.kind.hf_name}"' for kind in kinds),
@@ -87,6 +94,31 @@ def template_context(spec: Spec, spec_sha256: str, flops_per_token: tuple[int, i
         "mtp": _literals(spec.mtp, "mtp") if spec.mtp else {},
         "mtp_pattern_lines": _pattern_lines(spec.mtp.pattern) if spec.mtp else [],
     }
+
+
+def _shared_out(used: Set[BlockKind], shared_expert: bool) -> list[str]:
+    """Return the classes of model.py that tensor-parallel processes share out."""
+    pairs = (
+        ("Attention", BlockKind.ATTENTION in used),
+        ("Experts", BlockKind.MOE in used),
+        ("Mamba2", BlockKind.MAMBA in used),
+        ("MLP", BlockKind.MLP in used or shared_expert),
+    )
+    return [name for name, there in pairs if there]
+
+
+def _divided(used: Set[BlockKind], shared_expert: bool) -> list[str]:
+    """Return the sizes of Config that tensor parallelism divides."""
+    pairs = (
+        ("attention_num_heads", BlockKind.ATTENTION in used),
+        ("attention_num_kv_heads", BlockKind.ATTENTION in used),
+        ("mamba_num_heads", BlockKind.MAMBA in used),
+        ("mamba_n_groups", BlockKind.MAMBA in used),
+        ("moe_intermediate_size", BlockKind.MOE in used),
+        ("moe_shared_intermediate_size", shared_expert),
+        ("mlp_intermediate_size", BlockKind.MLP in used),
+    )
+    return [name for name, there in pairs if there]
 
 
 def _moe_flags(moe: Moe) -> dict[str, object]:

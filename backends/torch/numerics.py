@@ -8,7 +8,7 @@ from n3c.specs.modules import Group, module_groups
 from n3c.specs.roles import match_roles, select_layers
 from n3c.specs.schema import Rule, Spec
 
-NOT_LINEAR = frozenset({"embedding", "mamba.conv1d", "moe.router", "mtp.moe.router"})
+NOT_LINEAR = frozenset({"embedding", "mamba.conv1d", "moe.router", "mtp.mamba.conv1d", "mtp.moe.router"})
 """What has no low-precision form in training; the router is float32."""
 
 

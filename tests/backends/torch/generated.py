@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import signal
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from n3c.backends.torch.emit import emit
+from n3c.backends.torch.emit import TRAINER, emit
 from n3c.specs.pattern import Pattern
 from n3c.specs.schema import Attention, Mamba, Mlp, Model, Moe, Mtp, Spec
 from support.modules import import_file
@@ -22,6 +28,33 @@ def load_module(text: str, folder: Path) -> Any:
 
 def generate(spec: Spec, folder: Path) -> Any:
     return load_module(emit(spec, SHA256)["model.py"], folder)
+
+
+def write_generated(spec: Spec, folder: Path) -> None:
+    for name, text in emit(spec, SHA256, (1000, 10)).items():
+        (folder / name).write_text(text)
+
+
+@contextmanager
+def imported(folder: Path) -> Generator[SimpleNamespace]:
+    """Import model.py, the trainer's files and numerics.py, for a while; signals are put back as they were."""
+    names = [
+        name.removesuffix(".py")
+        for name in ("model.py", *TRAINER, "numerics.py", "blackwell.py")
+        if (folder / name).exists()
+    ]
+    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    sys.path.insert(0, str(folder))
+    try:
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    finally:
+        sys.path.remove(str(folder))
+        for name in names:
+            sys.modules.pop(name, None)
+        sys.modules.update(before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def tiny_spec(pattern: str = "MEM*E-ME", mtp: str | None = "*E", depth: int = 2, **moe: Any) -> Spec:

@@ -219,7 +219,9 @@ def test_a_failed_save_leaves_the_old_checkpoint(module: Any, saved: Path, monke
 def test_the_saved_config_is_that_of_the_spec(saved: Path) -> None:
     config = json.loads((saved / "config.json").read_text())
     expected = export_config(tiny_spec())
-    assert config.pop("dtype") == "float32" and config.pop("n3c") == {"name": "tiny-test"}
+    assert config.pop("dtype") == "float32"
+    assert config.pop("n3c") == {"name": "tiny-test", "time_step_min": 0.001}
+    assert config.pop("time_step_min") == 1e-12  # by which transformers would bound dt
     assert config == {name: expected[name] for name in config}
     assert config["mtp_num_layers"] == 2
     imported = run_import(saved).spec

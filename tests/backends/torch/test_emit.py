@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from n3c.backends.torch.emit import emit
+from n3c.backends.torch.emit import TRAINER, emit
 from n3c.ir.diagnostics import ExitCode, N3CError
 from n3c.specs.load import load_spec
 from n3c.specs.pattern import Pattern
@@ -87,10 +87,8 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shipped = {path.stem.replace("-", "_"): load_spec(path)[0] for path in SHIPPED}
     for name, spec in (variants() | shipped).items():
         files = emit(spec, SHA256, (BIG, BIG))
-        (folder / f"model_{name}.py").write_text(files["model.py"])
-        (folder / f"train_{name}.py").write_text(files["train.py"])
-        if "numerics.py" in files:
-            (folder / f"numerics_{name}.py").write_text(files["numerics.py"])
+        for file in ("model.py", *TRAINER, *({"numerics.py", "modeling_n3c.py"} & files.keys())):
+            (folder / f"{file.removesuffix('.py')}_{name}.py").write_text(files[file])
     return folder
 
 
@@ -99,7 +97,8 @@ def test_formatted_and_clean(generated: Path) -> None:
     rules = "A,B,C4,D2,D3,D4,E,F,I,PERF,PIE,RUF,UP,W"
     style = "D203,D205,D212,D213,D400,D401,D415"
     options = ["--isolated", "--line-length", "100", "--target-version", "py311", "--select", rules, "--ignore", style]
-    options += ["--config", "lint.isort.known-first-party = ['model', 'numerics']"]
+    ours = [file.removesuffix(".py") for file in ("model.py", "numerics.py", "blackwell.py", *TRAINER)]
+    options += ["--config", f"lint.isort.known-first-party = {ours}"]
     run_tool("ruff", "check", *options, str(generated))
 
 

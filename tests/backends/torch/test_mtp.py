@@ -71,6 +71,58 @@ def second_form(model: Any, pattern: str, depth: int, ids: Tensor) -> list[Tenso
     return logits
 
 
+def by_positions(model: Any, pattern: str, depth: int, ids: list[int], h: Tensor) -> list[list[Tensor]]:
+    """Return the logits [V] of each depth and position of one sequence, by loops over positions, heads and experts.
+
+    `h` [S, D] is the backbone's output. Nothing is shared with the generated code but the weights.
+    """
+    w = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    hs, logits = list(h.double()), []
+    for k in range(1, depth + 1):
+        xs = []
+        for t in range(len(ids) - k):
+            e = norm(w["backbone.embeddings.weight"][ids[t + k]], w["mtp.layers.0.enorm.weight"])
+            merged = torch.cat([e, norm(hs[t], w["mtp.layers.0.hnorm.weight"])])
+            xs.append(w["mtp.layers.0.eh_proj.weight"] @ merged)
+        for i, symbol in enumerate(pattern):
+            block = {n.removeprefix(f"mtp.layers.{i}."): v for n, v in w.items() if n.startswith(f"mtp.layers.{i}.")}
+            normed = [norm(x, block["norm.weight"]) for x in xs]
+            added = (
+                attention_by_positions(block, normed) if symbol == "*" else [moe_by_experts(block, x) for x in normed]
+            )
+            xs = [x + y for x, y in zip(xs, added, strict=True)]
+        hs = [norm(x, w[f"mtp.layers.{len(pattern) - 1}.final_layernorm.weight"]) for x in xs]
+        logits.append([w["lm_head.weight"] @ x for x in hs])
+    return logits
+
+
+def attention_by_positions(w: dict[str, Tensor], xs: list[Tensor]) -> list[Tensor]:
+    """4 query heads of 24 channels on 2 key heads."""
+    qs, ks, vs = ([w[f"mixer.{name}_proj.weight"] @ x for x in xs] for name in "qkv")
+    ys = []
+    for t in range(len(xs)):
+        heads = []
+        for i in range(4):
+            q, shared = qs[t][24 * i : 24 * i + 24], slice(24 * (i // 2), 24 * (i // 2) + 24)
+            scores = torch.stack([(q @ ks[j][shared]) / 24**0.5 for j in range(t + 1)]).exp()
+            heads.append(sum(scores[j] * vs[j][shared] for j in range(t + 1)) / scores.sum())
+        ys.append(w["mixer.o_proj.weight"] @ torch.cat(heads))
+    return ys
+
+
+def moe_by_experts(w: dict[str, Tensor], x: Tensor) -> Tensor:
+    """3 of 8 latent experts, scaled by 2.5, and the shared one."""
+    scores = [1 / (1 + (-(row @ x)).exp()) for row in w["mixer.gate.weight"]]
+    biased = [float(s + b) for s, b in zip(scores, w["mixer.gate.e_score_correction_bias"], strict=True)]
+    chosen = sorted(range(8), key=lambda e: -biased[e])[:3]
+    latent, routed = w["mixer.fc1_latent_proj.weight"] @ x, torch.zeros(32, dtype=torch.float64)
+    for e in chosen:
+        inner = (w["mixer.experts.up_proj"][e] @ latent).clamp(min=0) ** 2
+        routed = routed + 2.5 * scores[e] / sum(scores[c] for c in chosen) * (w["mixer.experts.down_proj"][e] @ inner)
+    shared = (w["mixer.shared_experts.up_proj.weight"] @ x).clamp(min=0) ** 2
+    return w["mixer.fc2_latent_proj.weight"] @ routed + w["mixer.shared_experts.down_proj.weight"] @ shared
+
+
 @pytest.fixture(params=[("*E", 2), ("E", 3), ("*E*", 1)], ids=str)
 def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, str, int]:
     pattern, depth = request.param
@@ -92,6 +144,20 @@ def test_logits(case: tuple[Any, str, int]) -> None:
     for k, logits in enumerate(got, start=1):
         assert logits.abs().max() > 0.1
         assert (logits - expected[k - 1][:, : 9 - k]).abs().max() <= 1e-5
+
+
+def test_logits_by_positions(case: tuple[Any, str, int]) -> None:
+    model, pattern, depth = case
+    with torch.no_grad():
+        model.state_dict()["mtp.layers.0.hnorm.weight"].mul_(3)
+        for name, tensor in model.state_dict().items():
+            if name.endswith("e_score_correction_bias"):
+                tensor.uniform_(-0.2, 0.2)
+        got, h = model(IDS).mtp_logits, model.backbone(IDS)
+        for b in range(2):
+            expected = by_positions(model, pattern, depth, IDS[b].tolist(), h[b])
+            for k in range(depth):
+                assert (got[k][b] - torch.stack(expected[k])).abs().max() <= 1e-5
 
 
 def test_loss(case: tuple[Any, str, int]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +19,9 @@ from n3c.backends.torch.emit import emit
 from n3c.backends.torch.numerics import training_formats
 from n3c.specs.load import load_spec
 from n3c.specs.schema import Rule, Spec, Training
-from support.modules import import_file
 from support.specs import SPECS
 
-from .generated import SHA256, tiny_spec
+from .generated import SHA256, imported, tiny_spec, write_generated
 
 
 def spec_with_rules() -> Spec:
@@ -41,12 +39,9 @@ def spec_with_rules() -> Spec:
 def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any, Any]]:
     """Return the generated model, numerics and train."""
     folder = tmp_path_factory.mktemp("numerics")
-    for name, text in emit(spec_with_rules(), SHA256).items():
-        (folder / name).write_text(text)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "model", model := import_file(folder / "model.py"))
-        patch.setitem(sys.modules, "numerics", numerics := import_file(folder / "numerics.py"))
-        yield model, numerics, import_file(folder / "train.py")
+    write_generated(spec_with_rules(), folder)
+    with imported(folder) as found:
+        yield found.model, found.numerics, found.train
 
 
 @pytest.fixture
@@ -144,6 +139,28 @@ def test_linear_by_its_equations(numerics: Any, monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(weight.grad, numerics.nvfp4(left, 1, True) @ by_loops(right, 1).T)
     exact = down.T @ flat
     assert 0.01 < ((weight.grad - exact).norm() / exact.norm()).item() < 0.3
+
+
+def test_linear_without_its_ingredients(numerics: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One-dimensional blocks for W and for its transpose, no transform, rounding to nearest: all by plain loops."""
+    for name in ("DISABLE_2D_QUANTIZATION", "DISABLE_RHT", "DISABLE_STOCHASTIC_ROUNDING"):
+        assert getattr(numerics, name) is False  # what the spec says
+        monkeypatch.setattr(numerics, name, True)
+    x, weight = torch.randn(32, 48, requires_grad=True), torch.randn(64, 48, requires_grad=True)
+    dy = torch.randn(32, 64)
+    y = numerics.linear(x, weight, "nvfp4")
+    y.backward(dy)
+    values, turned = (by_loops(t.detach().contiguous(), 1) for t in (weight, weight.T))
+    torch.testing.assert_close(y.detach(), by_loops(x.detach(), 1) @ values.T)
+    torch.testing.assert_close(x.grad, by_loops(dy, 1) @ turned.T)
+    operands = [by_loops(t.T.contiguous(), 1) for t in (dy, x.detach())]
+    torch.testing.assert_close(weight.grad, operands[0] @ operands[1].T)
+
+
+def test_block_of_the_spec() -> None:
+    one = replace(spec_with_rules(), training=Training("nvfp4", (1, 16)))
+    for spec, said in ((spec_with_rules(), "False"), (one, "True")):
+        assert f"DISABLE_2D_QUANTIZATION = {said}" in emit(spec, SHA256)["numerics.py"]
 
 
 def test_rules(modules: tuple[Any, Any, Any]) -> None:

@@ -57,8 +57,13 @@ def test_logits(seed: int, tmp_path: Path) -> None:
     assert (chunked - expected).abs().max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("seed", SEEDS[:6])
+@pytest.mark.parametrize("seed", SEEDS)
 def test_loss_and_gradients(seed: int, tmp_path: Path) -> None:
+    """The largest error of a gradient is at most 1e-4 of its largest entry.
+
+    Where that is next to nothing (of a router's weight, if one expert is chosen and its weight is 1), what counts is
+    the noise of float32 beside the largest gradient of all.
+    """
     theirs, _, ours = pair(seed, tmp_path)
     ids = tokens(ours, 3, 19)
     labels = ids.clone()
@@ -70,8 +75,11 @@ def test_loss_and_gradients(seed: int, tmp_path: Path) -> None:
     loss.backward()
     gradients = {name.replace("model.", "backbone.", 1): p.grad for name, p in theirs.named_parameters()}
     assert gradients.keys() == {name for name, _ in ours.named_parameters()}
+    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
     for name, parameter in ours.named_parameters():
-        assert torch.allclose(parameter.grad, gradients[name], atol=2e-6, rtol=1e-4), name
+        expected = gradients[name]
+        error = float((parameter.grad - expected).abs().max())
+        assert error <= 1e-4 * float(expected.abs().max()) + 1e-7 * largest, name
 
 
 @pytest.mark.parametrize("seed", SEEDS[:3])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -18,10 +20,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from n3c.backends.torch.emit import emit
 from support.modules import import_file
 
-from .generated import SHA256, tiny_spec
+from .generated import imported, tiny_spec, write_generated
 
 TEXT = b"".join(b"the %d quick brown foxes jump over the %d lazy dogs; " % (n % 7, n % 5) for n in range(400))
 COMMON = [
@@ -36,22 +37,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with model.py, train.py and a text."""
     folder = tmp_path_factory.mktemp("train")
     spec = tiny_spec("ME*")
-    for name, text in emit(replace(spec, model=replace(spec.model, vocab_size=256)), SHA256, (1000, 10)).items():
-        (folder / name).write_text(text)
+    write_generated(replace(spec, model=replace(spec.model, vocab_size=256)), folder)
     (folder / "text").write_bytes(TEXT)
     return folder
+
+
+def arguments(folder: Path, out: Path, *options: str) -> list[str]:
+    return ["--data", str(folder / "text"), "--out", str(out), *COMMON, *options]
 
 
 def start(folder: Path, out: Path, *options: str, processes: int = 1) -> subprocess.Popen[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *(launcher if processes > 1 else []), str(folder / "train.py")]
-    command += ["--data", str(folder / "text"), "--out", str(out), *COMMON, *options]
+    command += arguments(folder, out, *options)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment)
 
 
 def run(folder: Path, out: Path, *options: str, processes: int = 1) -> str:
-    """Train to the end and return what was printed."""
+    """Train to the end and return what was printed. One process is this one: it starts at once."""
+    if processes == 1:
+        printed_here = io.StringIO()
+        with imported(folder) as program, contextlib.redirect_stderr(printed_here):
+            code = program.train.main(arguments(folder, out, *options))
+        assert code == 0, printed_here.getvalue()
+        return printed_here.getvalue()
     process = start(folder, out, *options, processes=processes)
     _, printed = process.communicate(timeout=120)
     assert process.returncode == 0, printed
@@ -145,21 +155,97 @@ def test_terminated_and_killed_runs_go_on_to_the_same_bits(folder: Path, whole: 
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_two_processes_equal_one(folder: Path) -> None:
-    """FSDP2 on gloo, with accumulation; then its checkpoint goes on in one process."""
-    options = ["--steps", "6", "--save-every", "3", "--val-every", "3", "--keep", "9"]
-    one, two, then_one = folder / "one", folder / "two", folder / "then_one"
-    run(folder, one, *options)
-    run(folder, two, *options, "--accumulation", "2", processes=2)
-    shutil.copytree(two, then_one)
-    shutil.rmtree(then_one / "checkpoints" / "step-000000006")
-    run(folder, then_one, *options, "--accumulation", "2", "--resume")
-    for other in (two, then_one):
-        assert len(metrics(other)) == 6
-        for ours, theirs in zip(without_speed(one), without_speed(other), strict=True):
-            assert ours.keys() == theirs.keys() and ours["expert_load"] == theirs["expert_load"]
-            assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
-            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], abs=1e-4)
-        ours, theirs = weights(one), weights(other)
-        assert ours.keys() == theirs.keys()
-        assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-4
+SHORT = ["--steps", "4", "--save-every", "2", "--val-every", "2", "--keep", "9", "--lr", "0.001"]
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path) -> Path:
+    """Return the output of a short run in one process."""
+    run(folder, folder / "one", *SHORT)
+    return folder / "one"
+
+
+def assert_same_run(ours: Path, theirs: Path, weight_tolerance: float) -> None:
+    """Compare losses to 1e-5, and the exported weights: Adam makes steps of lr of the smallest gradients."""
+    assert len(metrics(ours)) == len(metrics(theirs)) == 4
+    for line, other in zip(without_speed(ours), without_speed(theirs), strict=True):
+        assert line.keys() == other.keys() and line["expert_load"] == other["expert_load"]
+        for name in ("loss", "mtp_loss", "balance_loss", "val_loss"):
+            assert line.get(name) == pytest.approx(other.get(name), abs=1e-5)
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], abs=1e-4)
+    left, right = weights(ours), weights(theirs)
+    assert left.keys() == right.keys()
+    assert max(float((left[name] - right[name]).abs().max()) for name in left) < weight_tolerance
+
+
+def goes_on_in_one(folder: Path, out: Path) -> Path:
+    """Go on from step 2 of `out` in one process, in another folder, which is returned."""
+    other = out.with_name(f"{out.name}_then_one")
+    shutil.copytree(out, other)
+    shutil.rmtree(other / "checkpoints" / "step-000000004")
+    assert "going on from" in run(folder, other, *SHORT, "--resume", "--no-activation-checkpointing")
+    return other
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--accumulation", "2", "--no-async-checkpoints"],
+        ["--expert-parallel", "2", "--activation-checkpointing"],
+        ["--tensor-parallel", "2"],
+    ],
+    ids=["data", "expert", "tensor"],
+)
+def test_two_processes_equal_one(folder: Path, one: Path, options: list[str], request: pytest.FixtureRequest) -> None:
+    """On gloo: FSDP2, experts shared out, blocks shared out; then the checkpoint goes on in one process."""
+    two = folder / f"two_{request.node.callspec.id}"
+    run(folder, two, *SHORT, *options, processes=2)
+    assert_same_run(one, two, 1e-4)
+    if "--accumulation" not in options:  # which is not free to change
+        assert_same_run(one, goes_on_in_one(folder, two), 1e-4)
+
+
+@pytest.mark.slow
+def test_four_processes_equal_one(folder: Path, one: Path) -> None:
+    """Data x expert x tensor: 1 x 2 x 2, then 2 x 2 x 1 from its checkpoint, then one process."""
+    four = folder / "four"
+    run(folder, four, *SHORT, "--expert-parallel", "2", "--tensor-parallel", "2", processes=4)
+    assert_same_run(one, four, 1e-4)
+    shutil.rmtree(four / "checkpoints" / "step-000000004")
+    run(folder, four, *SHORT, "--expert-parallel", "2", "--resume", processes=4)
+    assert_same_run(one, four, 1e-4)
+    assert_same_run(one, goes_on_in_one(folder, four), 1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_go_on_to_the_same_bits(folder: Path) -> None:
+    """SIGTERM to torchrun reaches the processes at different times; they save after the same step."""
+    whole, out = folder / "two_whole", folder / "two_stopped"
+    options = ["--expert-parallel", "2"]
+    run(folder, whole, *options, processes=2)
+    assert stop_after(start(folder, out, *options, processes=2), out, 3, signal.SIGTERM) != 0
+    assert len(checkpoints(out)) == 1 and checkpoints(out)[0].startswith("step-")
+    run(folder, out, *options, "--resume", processes=2)
+    assert without_speed(out) == without_speed(whole)
+    ours, theirs = weights(out), weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--expert-parallel", "3"], "2 processes do not divide into 3 expert-parallel x 1 tensor-parallel"),
+        (["--weights", "broken"], "the weight backbone.layers.2.mixer.o_proj.weight was not finite before the step"),
+    ],
+)
+def test_two_processes_fail_together(folder: Path, options: list[str], message: str) -> None:
+    """Each says the same and ends with the same code; torchrun ends with its own."""
+    module = import_file(folder / "model.py")
+    model = module.Model()
+    torch.nn.init.constant_(model.backbone.layers[2].mixer.o_proj.weight, torch.nan)
+    module.save_checkpoint(model, folder / "broken")
+    process = start(folder, folder / "failed", *options, processes=2)
+    _, printed = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert printed.count(f"error: {message}") == 2 or printed.count(message) >= 2

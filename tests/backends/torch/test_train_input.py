@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
+import ast
+import errno
+import io
+import json
+import os
 import resource
-import signal
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from n3c.backends.torch.emit import emit
-from support.modules import import_file
+from n3c.backends.torch.emit import TRAINER, emit
+from n3c.specs.schema import Training
 
-from .generated import SHA256, tiny_spec
+from .generated import SHA256, imported, tiny_spec, write_generated
 
 TEXT = b"a small text, again and again; " * 40
 
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Import a generated train.py with its model.py."""
-    folder = tmp_path_factory.mktemp("train")
+    """Import the generated training program."""
     spec = tiny_spec("ME*", mtp=None)
-    for name, text in emit(replace(spec, model=replace(spec.model, vocab_size=256)), SHA256).items():
-        (folder / name).write_text(text)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "model", import_file(folder / "model.py"))
-        yield import_file(folder / "train.py")
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    folder = tmp_path_factory.mktemp("train")
+    write_generated(replace(spec, model=replace(spec.model, vocab_size=256)), folder)
+    with imported(folder) as modules:
+        yield modules
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def arguments(data: Path, out: Path, *more: str) -> list[str]:
 def failure(train: Any, capsys: pytest.CaptureFixture[str], code: int, *given: str) -> str:
     """Run the command line, which must fail with `code`, and return its one line of error."""
     capsys.readouterr()
-    assert train.main(given) == code
+    assert train.train.main(given) == code
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     return lines[0].removeprefix("error: ")
@@ -101,6 +102,9 @@ def test_empty_folder(train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--settings", "none.toml"], "none.toml cannot be read"),
         (["--numerics", "fp64"], "--numerics fp64 is none of float32, bf16"),
         (["--warmup", "0.9"], "--warmup and --decay together"),
+        (["--document-separator", "256"], "--document-separator 256 is not from -1 to 255"),
+        (["--expert-parallel", "0"], "--expert-parallel must be at least 1"),
+        (["--expert-parallel", "2"], "--expert-parallel 2: start it with torchrun"),
     ],
 )
 def test_bad_usage(
@@ -113,7 +117,7 @@ def test_bad_usage(
 def test_settings_file(train: Any, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "settings.toml"
     path.write_text(f'data = "{text}"\nout = "o"\nsteps = 9\nlr = 1\nnumerics = "bf16"\n')
-    settings = train.parse_settings(["--settings", str(path), "--steps", "5", "--numerics", "float32"])
+    settings = train.settings.parse_settings("", ["--settings", str(path), "--steps", "5", "--numerics", "float32"])
     assert (settings.steps, settings.lr, settings.numerics, settings.data) == (5, 1.0, "float32", str(text))
     path.write_text('step = 1\nlr = "fast"\nsteps = 3\ndata = "d"\nout = "o"\n')
     said = failure(train, capsys, 2, "--settings", str(path))
@@ -124,7 +128,7 @@ def test_an_earlier_run_is_not_mixed_in(
     train: Any, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = arguments(text, tmp_path / "out")
-    assert train.main(given) == 0
+    assert train.train.main(given) == 0
     assert "add --resume, or choose another --out" in failure(train, capsys, 6, *given)
     assert "lr 0.001, now 0.5" in failure(train, capsys, 6, *given, "--resume", "--lr", "0.5")
     assert "the checkpoint has done 2 steps" in failure(train, capsys, 2, *given, "--resume", "--steps", "1")
@@ -136,20 +140,21 @@ def test_an_earlier_run_is_not_mixed_in(
     assert "cannot be read" in failure(train, capsys, 6, *given, "--resume")
 
 
-def test_full_disk(train: Any, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("when", ["--async-checkpoints", "--no-async-checkpoints"])
+def test_full_disk(train: Any, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], when: str) -> None:
     """A checkpoint that does not fit leaves the one before it, and the run can go on from that."""
     out = tmp_path / "out"
-    assert train.main(arguments(text, out)) == 0
+    assert train.train.main(arguments(text, out)) == 0
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        said = failure(train, capsys, 6, *arguments(text, out, "--resume", "--steps", "4"))
+        said = failure(train, capsys, 6, *arguments(text, out, "--resume", "--steps", "4", when))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "step-000000003 cannot be written: " in said and "File too large" in said
     assert said.endswith(f"the last good checkpoint is {out}/checkpoints/step-000000002")
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-000000001", "step-000000002"]
-    assert train.main(arguments(text, out, "--resume", "--steps", "4")) == 0
+    assert train.train.main(arguments(text, out, "--resume", "--steps", "4")) == 0
 
 
 def test_a_loss_that_is_not_finite(
@@ -157,15 +162,19 @@ def test_a_loss_that_is_not_finite(
 ) -> None:
     """It stops, says which module's output was the first, and keeps the checkpoint."""
     out, bad = tmp_path / "out", tmp_path / "bad"
-    assert train.main(arguments(text, out)) == 0
-    model = train.Model()
-    with torch.no_grad():
-        model.backbone.layers[1].mixer.shared_experts.up_proj.weight[0, 0] = torch.inf
-    train.save_checkpoint(model, bad)
-    said = failure(train, capsys, 5, *arguments(text, tmp_path / "other", "--weights", str(bad)))
-    module = "backbone.layers.1.mixer.shared_experts.up_proj"
-    assert said.startswith("step 1: loss ") and f"the output of {module} is the first that is not finite" in said
-    assert "there is no checkpoint yet" in said
+    assert train.train.main(arguments(text, out)) == 0
+    model = train.model.Model()
+    broken = model.backbone.layers[1].mixer.shared_experts.up_proj.weight
+    for value, where in (
+        (torch.inf, "the weight {}.weight was not finite before the step"),
+        (1e38, "the output of {} is the first that is not finite"),
+    ):
+        with torch.no_grad():
+            broken.fill_(value)
+        train.model.save_checkpoint(model, bad)
+        said = failure(train, capsys, 5, *arguments(text, tmp_path / f"other{value}", "--weights", str(bad)))
+        assert said.startswith("step 1: loss ") and said.endswith("there is no checkpoint yet")
+        assert where.format("backbone.layers.1.mixer.shared_experts.up_proj") in said
 
     def overflow(optimizer: torch.optim.Optimizer, closure: None = None) -> None:
         first = optimizer.param_groups[0]["params"][0]
@@ -193,7 +202,7 @@ def test_reads_every_form_alike(train: Any, tmp_path: Path) -> None:
     (tmp_path / "texts" / "1").write_bytes(bytes(ids[:301].tolist()))
     (tmp_path / "texts" / "2").write_bytes(bytes(ids[301:].tolist()))
     for path in tmp_path.iterdir():
-        tokens = train.Tokens(path, 256)
+        tokens = train.data.Tokens(path, 256)
         assert tokens.count == 1000
         for start, length in ((0, 1000), (299, 2), (300, 1), (990, 10)):
             assert tokens.read(start, length).tolist() == ids[start : start + length].tolist(), path
@@ -202,21 +211,21 @@ def test_reads_every_form_alike(train: Any, tmp_path: Path) -> None:
 def test_epochs_are_shuffled_windows(train: Any, tmp_path: Path) -> None:
     """Each epoch reads every window once, in an order of its own that depends on the seed alone."""
     np.save(tmp_path / "ids.npy", np.arange(64))
-    tokens = train.Tokens(tmp_path / "ids.npy", 256)
-    windows = train.Windows(tokens, 0, 64, 8, seed=3)
+    tokens = train.data.Tokens(tmp_path / "ids.npy", 256)
+    windows = train.data.Windows(tokens, 0, 64, 8, seed=3)
     epochs = [[windows.shuffled(e * 8 + n).tolist() for n in range(8)] for e in range(2)]
     for epoch in epochs:
         assert sorted(x for window in epoch for x in window) == list(range(64))
     assert epochs[0] != epochs[1]
-    other = train.Windows(tokens, 0, 64, 8, seed=4)
+    other = train.data.Windows(tokens, 0, 64, 8, seed=4)
     assert [other.shuffled(n).tolist() for n in range(8)] != epochs[0]
 
 
 def test_groups_of_the_optimizer(train: Any, tmp_path: Path) -> None:
     """Norms, biases, SSM vectors and embeddings do not decay; every parameter is in one group."""
-    model = train.Model()
-    settings = train.parse_settings(["--data", "d", "--out", "o", "--steps", "1"])
-    groups = train.build_optimizer(model, settings).param_groups
+    model = train.model.Model()
+    settings = train.settings.parse_settings("", ["--data", "d", "--out", "o", "--steps", "1"])
+    groups = train.optimizer.build_optimizer(model, settings).param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed, others = ({names[id(p)].rpartition("layers.")[2] for p in group["params"]} for group in groups)
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
@@ -224,3 +233,216 @@ def test_groups_of_the_optimizer(train: Any, tmp_path: Path) -> None:
     assert {"0.mixer.in_proj.weight", "1.mixer.gate.weight", "1.mixer.experts.up_proj", "lm_head.weight"} <= decayed
     vectors = ("A_log", "D", "dt_bias", "conv1d.bias", "norm.weight")
     assert {f"0.mixer.{name}" for name in vectors} | {"backbone.embeddings.weight", "0.norm.weight"} <= others
+
+
+def test_documents(train: Any) -> None:
+    """A separator is the last token of its document."""
+    ids = torch.tensor([[7, 3, 3, 5, 3], [3, 1, 1, 1, 1]])
+    assert train.data.documents_of(ids, -1) is None
+    assert train.data.documents_of(ids, 3).tolist() == [[0, 0, 1, 2, 2], [0, 1, 1, 1, 1]]
+
+
+def test_document_separator(train: Any, text: Path, tmp_path: Path) -> None:
+    """The first loss, and validation, are those of the fresh model with documents."""
+    run = arguments(text, tmp_path / "out", "--document-separator", str(ord(" ")), "--val-every", "1", "--steps", "1")
+    assert train.train.main(run) == 0
+    line = json.loads((tmp_path / "out" / "metrics.jsonl").read_text())
+    settings = train.settings.parse_settings("", run)
+    model = train.weights.build_model(settings, train.world.World(0, 1, torch.device("cpu")), None)
+    windows, held_out = train.data.open_data(settings)
+    ids = torch.stack([windows.shuffled(n) for n in range(2)])
+    documents = train.data.documents_of(ids, ord(" "))
+    assert documents.max() > 0
+    assert line["loss"] == pytest.approx(model(ids, ids, documents).loss.item(), abs=1e-6)
+    assert line["loss"] != pytest.approx(model(ids, ids).loss.item(), abs=1e-4)
+    train.model.load_checkpoint(model, tmp_path / "out" / "export")
+    rows = torch.stack([held_out.read(n) for n in range(held_out.per_epoch)])
+    documents = train.data.documents_of(rows, ord(" "))
+    losses = -model(rows, None, documents).logits.log_softmax(-1)[:, :-1].gather(2, rows[:, 1:, None])[..., 0]
+    assert line["val_loss"] == pytest.approx(losses[documents[:, 1:] == documents[:, :-1]].mean().item(), abs=1e-5)
+
+
+def test_weights_depend_on_the_seed_and_the_name_alone(train: Any) -> None:
+    def weights(seed: str) -> dict[str, torch.Tensor]:
+        torch.rand(7)  # what was drawn before does not matter
+        given = ["--data", "d", "--out", "o", "--steps", "1", "--seed", seed]
+        world = train.world.World(0, 1, torch.device("cpu"))
+        model: torch.nn.Module = train.weights.build_model(train.settings.parse_settings("", given), world, None)
+        return model.state_dict()
+
+    first, again, other = weights("1"), weights("1"), weights("2")
+    assert first.keys() == train.model.Model().state_dict().keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    name = "backbone.layers.0.mixer.in_proj.weight"
+    assert first[name].std() == pytest.approx(0.1, rel=0.05)  # initializer_range
+    assert not torch.equal(first[name], other[name])
+    assert not torch.equal(first["lm_head.weight"], first["backbone.embeddings.weight"])
+
+
+def test_weights_of_a_checkpoint(train: Any, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Block by block, they are what `load_checkpoint` reads; the routers' loads begin at zero."""
+    whole = train.model.Model()
+    whole.routers()[0].e_score_correction_bias.uniform_()
+    train.model.save_checkpoint(whole, tmp_path / "released")
+    given = ["--data", "d", "--out", "o", "--steps", "1", "--weights", str(tmp_path / "released")]
+    world = train.world.World(0, 1, torch.device("cpu"))
+    model = train.weights.build_model(train.settings.parse_settings("", given), world, None)
+    expected = whole.state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    assert not any(router.load.any() for router in model.routers())
+    (tmp_path / "released" / "model.safetensors").unlink()
+    said = failure(train, capsys, 6, *arguments(text, tmp_path / "out", "--weights", str(tmp_path / "released")))
+    assert "has neither model.safetensors nor" in said
+
+
+class Written(Future[None]):
+    """A checkpoint that is on the disk when one waits for it."""
+
+    def __init__(self, path: Path, log: list[str]) -> None:
+        super().__init__()
+        self.path, self.log = path, log
+        log.append(f"begin {path.name}")
+
+    def result(self, timeout: float | None = None) -> None:
+        self.path.mkdir()
+        self.log.append(f"end {self.path.name}")
+
+
+def test_one_checkpoint_at_a_time(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saving again waits for the one before; until `finish` nothing has the name of a checkpoint."""
+    log: list[str] = []
+
+    def begin(_: object, checkpoint_id: Path, **__: object) -> Written:
+        return Written(checkpoint_id, log)
+
+    monkeypatch.setattr(train.checkpointing, "async_save", begin)
+    settings = train.settings.parse_settings("", ["--data", "d", "--out", "o", "--steps", "1"])
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    world = train.world.World(0, 1, torch.device("cpu"))
+    store = train.checkpointing.Checkpoints(tmp_path / "store", 2, world)
+    for step in (1, 2):
+        store.save(model, optimizer, settings, step)
+        assert [path.name for path in store.all()] == [f"step-{n:09d}" for n in range(1, step)]
+        assert not store.ready()
+    assert log == [f"{what} .step-{n:09d}" for what, n in (("begin", 1), ("end", 1), ("begin", 2))]
+    # A process that starts now, as after a kill, finds the first checkpoint only.
+    assert [path.name for path in train.checkpointing.Checkpoints(tmp_path / "store", 2, world).all()] == [
+        "step-000000001"
+    ]
+    store.finish()
+    assert len(store.all()) == 2
+
+
+def test_no_space_left(
+    train: Any, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer of the distributed checkpoint itself meets a full disk, in the background."""
+    out = tmp_path / "out"
+    assert train.train.main(arguments(text, out)) == 0
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    said = failure(train, capsys, 6, *arguments(text, out, "--resume", "--steps", "4"))
+    assert "step-000000003 cannot be written: [Errno 28] No space left on device" in said
+    assert said.endswith(f"the last good checkpoint is {out}/checkpoints/step-000000002")
+    assert len(list((out / "checkpoints").iterdir())) == 2
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_terminal(train: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rich: bool) -> None:
+    """A progress line by rich where it is installed; else plain lines, as in a file."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "200")
+    if not rich:
+        monkeypatch.setitem(sys.modules, "rich.progress", None)
+    assert train.train.main(arguments(text, tmp_path / "out", "--peak-tflops", "0.001")) == 0
+    shown = terminal.getvalue()
+    assert ("2/2" in shown) == rich and ("2 of 2" in shown) == (not rich)
+    assert all(name in shown for name in ("loss", "expert load", "tokens/s", "MFU"))
+    line = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["mfu"] == pytest.approx(line["flops_per_second"] / 1e9, abs=1e-4)
+
+
+def test_tensorboard(
+    train: Any, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every number of a step under its name; an error where TensorBoard is asked for and not installed."""
+    found: list[tuple[str, float, int]] = []
+
+    class SummaryWriter:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            assert (folder, purge_step) == (str(tmp_path / "out" / "tensorboard"), 1)
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            found.append((name, value, step))
+
+        def close(self) -> None:
+            found.append(("closed", 0.0, 0))
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    assert train.train.main(arguments(text, tmp_path / "out", "--tensorboard")) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert {(name, line["step"]) for line in lines for name in ("loss", "lr", "tokens_per_second")} <= {
+        (name, step) for name, _, step in found
+    }
+    assert found[-1][0] == "closed"
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    said = failure(train, capsys, 2, *arguments(text, tmp_path / "other", "--tensorboard"))
+    assert said.startswith("--tensorboard needs the package tensorboard")
+
+
+def test_needs_torch_and_safetensors_only() -> None:
+    """What the files import at once; rich and TensorBoard only when they are used."""
+    files = emit(replace(tiny_spec(), training=Training("nvfp4")), SHA256)
+    ours = {name.removesuffix(".py") for name in files}
+    roots = set[str]()
+    for name in ("model.py", *TRAINER, "numerics.py", "blackwell.py"):
+        for node in ast.parse(files[name]).body:
+            if isinstance(node, ast.Import):
+                roots |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                roots.add((node.module or "").partition(".")[0])
+    assert roots - ours - sys.stdlib_module_names == {"torch", "safetensors"}
+
+
+class Mesh:
+    """As much of a DeviceMesh as its size."""
+
+    def __init__(self, size: int) -> None:
+        self.count = size
+
+    def __getitem__(self, _: str) -> Mesh:
+        return self
+
+    def size(self) -> int:
+        return self.count
+
+
+def test_sizes_that_do_not_divide(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them at once; 8 experts, 4 heads, 2 key-value heads, 8 Mamba-2 heads in 2 groups, widths 48 and 80."""
+    require, meshes = train.parallelize.require_divisible, train.parallelize.Meshes
+    with pytest.raises(ValueError, match="8") as error:
+        require(train.model.Config(), meshes(Mesh(3), Mesh(3), Mesh(3)))
+    assert str(error.value).split("; ") == [
+        "attention_num_heads 4 does not divide by 3 tensor-parallel processes",
+        "attention_num_kv_heads 2 does not divide by 3 tensor-parallel processes",
+        "mamba_num_heads 8 does not divide by 3 tensor-parallel processes",
+        "mamba_n_groups 2 does not divide by 3 tensor-parallel processes",
+        "moe_shared_intermediate_size 80 does not divide by 3 tensor-parallel processes",
+        "moe_num_experts 8 does not divide by 3 expert-parallel processes",
+    ]
+    require(train.model.Config(), meshes(Mesh(2), Mesh(2), Mesh(2)))
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 6)
+    with pytest.raises(ValueError, match="6 processes do not divide into 2 expert-parallel x 2 tensor-parallel"):
+        meshes.over_all("cpu", expert=2, tensor=2)

@@ -23,7 +23,8 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class State:
     lengths: Tensor  # [B] int64, tokens taken in so far
     max_seq_len: int  # most tokens that fit, L
     longest: int = 0  # the largest of `lengths`, on the host: no step waits for the device
-    conv: dict[int, Tensor] = field(default_factory=dict)  # Mamba-2: [B, C, K - 1], last inputs
+    conv: dict[int, Tensor] = field(default_factory=dict)  # Mamba-2: [B, K - 1, C], last inputs
     ssm: dict[int, Tensor] = field(default_factory=dict)  # Mamba-2: [B, H, P, N] float32
     keys: dict[int, Tensor] = field(default_factory=dict)  # attention: [B, J, L, C]
     values: dict[int, Tensor] = field(default_factory=dict)  # attention: [B, J, L, C]
@@ -117,6 +120,19 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), [x.shape[-1]], self.weight.float(), self.eps).to(x.dtype)
 
 
+def float32_products(x: Tensor) -> AbstractContextManager[None]:
+    """Keep autocast, where it is on, from matrix products of float32 tensors."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def new_document(documents: Tensor) -> Tensor:
+    """Return [B, S] bool: the tokens before which another document of the sequence ends."""
+    return F.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
+
+
 class MLP(nn.Module):
     """down(relu(up(x))^2), without a gate (squared ReLU: So et al., arXiv 2109.08668)."""
 
@@ -125,7 +141,9 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(size, inner_size, bias=False)
         self.down_proj = nn.Linear(inner_size, size, bias=False)
 
-    def forward(self, x: Tensor, state: State | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, state: State | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         y: Tensor = self.down_proj(F.relu(self.up_proj(x)).square())
         return y
 
@@ -144,8 +162,19 @@ scan_kernel = optional_kernel("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_
 conv_kernel = optional_kernel("causal_conv1d", "causal_conv1d_fn")
 
 
+FORGET = -1e4  # log of a decay after which nothing is left
+NOTHING = -80.0  # log of the least decay that is told from none
+
+
 def ssd(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk_size: int
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    chunk_size: int,
+    documents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scan a sequence by chunks: state space duality (Dao and Gu, arXiv 2405.21060, section 6).
 
@@ -156,64 +185,184 @@ def ssd(
 
     x [B, S, H, P], dt [B, S, H], A [H] < 0, B and C [B, S, G, N], state h_0 [B, H, P, N], all
     float32 -> y [B, S, H, P], h after the last token [B, H, P, N]. Head i reads group i // R of
-    B and C, where R = H / G. Chunks have Q tokens.
+    B and C, where R = H / G. Chunks have Q tokens. Where `documents` [B, S] changes, h starts anew
+    from zeros; h_0 belongs to the first document.
     """
     batch, length, heads, channels = x.shape
     groups, state_size = B.shape[2:]
     by_group = (groups, heads // groups)
-    size = chunk_size if length > chunk_size else length
+    size = min(chunk_size, length)
     pad = -length % size  # padded tokens have dt = 0: they neither decay nor add
 
     def chunks(t: Tensor, *shape: int) -> Tensor:  # [B, S, ...] -> [B, S/Q, Q, *shape]
-        return F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)).view(batch, -1, size, *shape)
+        t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) if pad else t
+        return t.reshape(batch, -1, size, *shape)
 
-    u = chunks(x * dt[..., None], *by_group, channels)  # [B, S/Q, Q, G, R, P]
-    B, C = chunks(B, groups, state_size), chunks(C, groups, state_size)  # [B, S/Q, Q, G, N]
-    # Differences of these sums matter; in float32 they would lose all digits where decay is fast.
-    log_decay = chunks(dt * A, *by_group).double().cumsum(2)  # [B, S/Q, Q, G, R]
-
-    # 1. Inside a chunk, token j reaches token i >= j decayed by all steps between them.
-    span = log_decay.movedim(2, -1)  # [B, S/Q, G, R, Q]
-    future = torch.ones(size, size, dtype=torch.bool, device=x.device).triu(1)
-    reach = (span[..., :, None] - span[..., None, :]).float()  # [B, S/Q, G, R, Q, Q]
-    decay = reach.masked_fill(future, -torch.inf).exp()
-    scores = torch.einsum("bcign,bcjgn->bcgij", C, B)  # [B, S/Q, G, Q, Q]
-    y = torch.einsum("bcgrij,bcjgrp->bcigrp", scores[:, :, :, None] * decay, u)
-
-    # 2. What each chunk adds to the state: its tokens, decayed up to its end.
-    to_end = (log_decay[:, :, -1:] - log_decay).float().exp()
-    added = torch.einsum("bcjgn,bcjgrp->bcgrpn", B, u * to_end[..., None])
-
-    # 3. The state before each chunk; the only sequential part.
-    h = state.view(batch, *by_group, channels, state_size)  # [B, G, R, P, N]
-    before = []
-    whole = log_decay[:, :, -1].float().exp()[..., None, None]  # [B, S/Q, G, R, 1, 1]
-    for decay_of_chunk, added_by_chunk in zip(whole.unbind(1), added.unbind(1), strict=True):
-        before.append(h)
-        h = h * decay_of_chunk + added_by_chunk
-
-    # 4. What the state before the chunk gives to each of its tokens.
-    carried = torch.einsum("bcign,bcgrpn->bcigrp", C, torch.stack(before, 1))
-    y = y + carried * log_decay.float().exp()[..., None]
+    log_decay = dt * A  # [B, S, H]
+    if documents is not None:
+        log_decay = log_decay + FORGET * new_document(documents)[..., None]
+    y: Tensor
+    h: Tensor
+    y, h = ChunkedScan.apply(  # type: ignore[no-untyped-call]
+        chunks(x * dt[..., None], *by_group, channels),
+        chunks(log_decay, *by_group),
+        chunks(B, groups, state_size),
+        chunks(C, groups, state_size),
+        state.view(batch, *by_group, channels, state_size),
+    )
     return y.flatten(3, 4).flatten(1, 2)[:, :length], h.flatten(1, 2)
 
 
-def ssd_step(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The same recurrence for one token: S = 1 in the shapes of `ssd`."""
-    x, dt = x[:, 0, :, :, None], dt[:, 0, :, None, None]  # [B, H, P, 1], [B, H, 1, 1]
-    heads_of_group = x.shape[1] // B.shape[2]
-    B = B[:, 0].repeat_interleave(heads_of_group, dim=1)[:, :, None]  # [B, H, 1, N]
-    C = C[:, 0].repeat_interleave(heads_of_group, dim=1)[..., None]  # [B, H, N, 1]
-    h = state * (dt * A[:, None, None]).exp() + dt * x * B  # [B, H, P, N]
-    return (h @ C)[..., 0][:, None], h
+class ChunkedScan(torch.autograd.Function):
+    """h_t = exp(a_t) h_(t-1) + u_t B_t^T, y_t = h_t C_t, with the gradient written out.
+
+    u [B, S/Q, Q, G, R, P], a [B, S/Q, Q, G, R], B and C [B, S/Q, Q, G, N], h_0 [B, G, R, P, N] ->
+    y like u, h after the last token like h_0. Autograd would keep what is [Q, Q] three times.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, a: Tensor, B: Tensor, C: Tensor, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        B, C = B.movedim(2, 3), C.movedim(2, 3)  # [B, S/Q, G, Q, N]
+        within, to_end, from_start = decays(a)
+
+        # 1. Inside a chunk, token j reaches token i >= j decayed by all steps between them.
+        scores = C @ B.mT  # [B, S/Q, G, Q, Q]
+        y = (scores[:, :, :, None] * within) @ by_head(u)  # [B, S/Q, G, R, Q, P]
+
+        # 2. What each chunk adds to the state: its tokens, decayed up to its end.
+        added = merged(u * to_end[..., None]).mT @ B  # [B, S/Q, G, R * P, N]
+        added = added.view(*u.shape[:2], *state.shape[1:])
+
+        # 3. The state before each chunk, and after the last; the only sequential part.
+        h = torch.cat([state[:, None], added], dim=1)  # [B, S/Q + 1, G, R, P, N]
+        whole = from_start[:, :, -1, :, :, None, None]  # [B, S/Q, G, R, 1, 1]
+        for c in range(whole.shape[1]):
+            h[:, c + 1].addcmul_(h[:, c], whole[:, c])
+
+        # 4. What the state before the chunk gives to each of its tokens.
+        carried = C @ h[:, :-1].flatten(3, 4).mT  # [B, S/Q, G, Q, R * P]
+        carried = carried.movedim(3, 2).reshape(u.shape).mul_(from_start[..., None])
+        ctx.save_for_backward(u, B, C, within, to_end, from_start, h, carried)
+        return carried + y.movedim(4, 2), h[:, -1].clone()  # [B, S/Q, Q, G, R, P]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor, ...]:
+        u, B, C, within, to_end, from_start, h, carried = ctx.saved_tensors
+        dy_by_head, whole = by_head(dy), from_start[:, :, -1, :, :, None, None]
+
+        # 4 and 3: the gradient of the state after each chunk, from the last to the first.
+        dcarried = merged(dy * from_start[..., None])  # [B, S/Q, G, Q, R * P]
+        dC = dcarried @ h[:, :-1].flatten(3, 4)  # [B, S/Q, G, Q, N]
+        dh = torch.cat([(dcarried.mT @ C).view_as(h[:, 1:]), dstate[:, None]], dim=1)
+        for c in reversed(range(whole.shape[1])):
+            dh[:, c].addcmul_(dh[:, c + 1], whole[:, c])
+
+        # 2.
+        dadded = dh[:, 1:].flatten(3, 4).contiguous()  # [B, S/Q, G, R * P, N]
+        dB = merged(u * to_end[..., None]) @ dadded
+        du = (B @ dadded.mT).movedim(3, 2).reshape(u.shape).mul_(to_end[..., None])
+        to_later = (du * u).sum(-1).double()  # [B, S/Q, Q, G, R]
+
+        # 1.
+        scores = (C @ B.mT)[:, :, :, None]  # [B, S/Q, G, 1, Q, Q]
+        du += ((scores * within).mT @ dy_by_head).movedim(4, 2)
+        dscores = (dy_by_head @ by_head(u).mT).mul_(within)  # [B, S/Q, G, R, Q, Q]
+        by_pair = dscores.sum(3)  # [B, S/Q, G, Q, Q]
+        dC += by_pair @ B
+        dB += by_pair.mT @ C
+
+        # a_t scales all that passes from tokens before t to t and those after it: inside the chunk,
+        # from the state before it, to the state after it, and from the one to the other.
+        inside = dscores.mul_(scores).double()
+        arriving = (inside.sum(-1) - inside.sum(-2)).movedim(4, 2)  # [B, S/Q, Q, G, R]
+        arriving += (dy * carried).sum(-1)
+        da = arriving.flip(2).cumsum(2).flip(2) + to_later.cumsum(2) - to_later
+        da += ((dh[:, 1:] * h[:, :-1]).sum((-1, -2)) * from_start[:, :, -1])[:, :, None]
+        return du, da.to(u.dtype), dB.movedim(3, 2), dC.movedim(3, 2), dh[:, 0]
+
+
+def decays(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the decay between the tokens of a chunk, to its end, and from its start.
+
+    a [B, S/Q, Q, G, R] -> [B, S/Q, G, R, Q, Q], whose row i has what is left of token j at token
+    i, and twice [B, S/Q, Q, G, R].
+    """
+    # Differences of these sums matter; in float32 they would lose all digits where decay is fast.
+    total = a.double().cumsum(2)
+    span = total.movedim(2, -1)  # [B, S/Q, G, R, Q]
+    between = (span[..., :, None] - span[..., None, :]).to(a.dtype)
+    # exp is ten times slower where its result is below the normal floats, 1e-38.
+    within = between.clamp_(NOTHING, 0).exp_().tril_()
+    to_end = (total[:, :, -1:] - total).to(a.dtype).clamp_(min=NOTHING).exp_()
+    return within, to_end, total.to(a.dtype).clamp_(min=NOTHING).exp_()
+
+
+def by_head(t: Tensor) -> Tensor:
+    """[B, S/Q, Q, G, R, P] -> [B, S/Q, G, R, Q, P]."""
+    return t.movedim(2, 4).contiguous()
+
+
+def merged(t: Tensor) -> Tensor:
+    """[B, S/Q, Q, G, R, P] -> [B, S/Q, G, Q, R * P]."""
+    return t.flatten(4).movedim(2, 3).contiguous()
+
+
+def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Tensor:
+    """Return y of `ssd` for one token, S = 1 in its shapes, and move `state` on in place."""
+    batch, _, groups, state_size = B.shape
+    state *= (dt * A).exp().transpose(1, 2)[..., None]  # [B, H, 1, 1]
+    h = state.view(batch * groups, -1, state_size)  # [B * G, R * P, N]
+    u = (x * dt[..., None]).reshape(batch * groups, -1, 1)
+    h.addcmul_(u, B.reshape(batch * groups, 1, -1))
+    # In this order: with h first, the matrix product of one column is several times slower.
+    y = torch.bmm(C.reshape(batch * groups, 1, -1), h.mT)  # [B * G, 1, R * P]
+    return y.view_as(x)
+
+
+class ShiftedSum(torch.autograd.Function):
+    """y_t = sum_k weight_k x_(t - K + 1 + k) + bias, summed and differentiated in place.
+
+    x [B, S, C], weight [K, C], bias [C] -> y [B, S, C] in the type of the weight. Tokens of
+    another document, where `documents` [B, S] tells them apart, are read as zeros.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, documents: Tensor | None
+    ) -> Tensor:
+        y = torch.addcmul(bias, x, weight[-1])
+        for back in range(1, len(weight)):
+            y[:, back:].addcmul_(visible(x[:, :-back], documents, back), weight[-1 - back])
+        ctx.save_for_backward(x, weight, documents)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, documents = ctx.saved_tensors
+        dx = dy * weight[-1]
+        dweight = [(dy * x).sum((0, 1))]
+        for back in range(1, len(weight)):
+            ahead = visible(dy[:, back:], documents, back)  # [B, S - back, C]
+            dx[:, :-back].addcmul_(ahead, weight[-1 - back])
+            dweight.append((ahead * x[:, :-back]).sum((0, 1)))
+        return dx, torch.stack(dweight[::-1]), dy.sum((0, 1)), None
+
+
+def visible(x: Tensor, documents: Tensor | None, back: int) -> Tensor:
+    """Return x [B, S - back, C], with zeros where `back` tokens on is another document."""
+    if documents is None:
+        return x
+    return x * (documents[:, back:] == documents[:, :-back])[..., None]
 
 
 class CausalConv1d(nn.Module):
     """y_t = silu(sum_k weight_k x_(t - K + 1 + k) + bias), each channel by itself, in float32.
 
-    A sum of K shifted products: for so few taps it is much faster than a general convolution.
+    For so few taps a sum of K shifted products is much faster than a general convolution.
     """
 
     def __init__(self, channels: int, taps: int) -> None:
@@ -226,25 +375,32 @@ class CausalConv1d(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, x: Tensor, window: Tensor | None = None) -> Tensor:
-        """Return y [B, S, C] of x [B, S, C]. Before x stand zeros, or `window` [B, C, K - 1], which
-        is then moved on.
+    def forward(
+        self, x: Tensor, window: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
+        """Return y [B, S, C] of x [B, S, C].
+
+        Before x stand zeros, or `window` [B, K - 1, C], which is then moved on. Where `documents`
+        [B, S] changes, the tokens before are read as zeros.
         """
         length, (channels, _, taps) = x.shape[1], self.weight.shape
-        weight = self.weight[:, 0]  # [C, K]
         aligned = channels % 8 == 0 and x.stride(1) % 8 == 0 and taps <= 4  # what the kernel can do
         if conv_kernel is not None and window is None and x.is_cuda and aligned:
-            bias = self.bias
-            out: Tensor = conv_kernel(x.transpose(1, 2), weight, bias, activation="silu")
+            weight, bias = self.weight[:, 0], self.bias
+            out: Tensor = conv_kernel(
+                x.transpose(1, 2), weight, bias, seq_idx=documents, activation="silu"
+            )
             return out.transpose(1, 2)
-        if window is None:
-            x = F.pad(x, (0, 0, taps - 1, 0))  # [B, K - 1 + S, C]
+        weight = self.weight[:, 0].float().t()  # [K, C]
+        if window is not None:
+            x = torch.cat([window, x], dim=1)  # [B, K - 1 + S, C]
+            window.copy_(x[:, length:])
+        y: Tensor
+        if window is not None and length == 1:
+            y = (x * weight).sum(1, keepdim=True) + self.bias.float()
         else:
-            x = torch.cat([window.transpose(1, 2), x], dim=1)  # [B, K - 1 + S, C]
-            window.copy_(x[:, length:].transpose(1, 2))
-        y = weight[:, 0].float() * x[:, :length] + self.bias.float()
-        for k in range(1, taps):
-            y = torch.addcmul(y, weight[:, k].float(), x[:, k : k + length])
+            y = ShiftedSum.apply(x, weight, self.bias.float(), documents)  # type: ignore[no-untyped-call]
+            y = y[:, -length:]
         return F.silu(y).to(x.dtype)
 
 
@@ -306,42 +462,56 @@ class Mamba2(nn.Module):
 
     def allocate(self, state: State) -> None:
         config, batch = self.config, len(state.lengths)
-        window = (batch, config.mamba_conv_size, config.mamba_conv_kernel - 1)
+        window = (batch, config.mamba_conv_kernel - 1, config.mamba_conv_size)
         shape = (batch, config.mamba_num_heads, config.mamba_head_dim, config.mamba_state_size)
         state.conv[self.index] = self.in_proj.weight.new_zeros(window)
         state.ssm[self.index] = self.in_proj.weight.new_zeros(shape, dtype=torch.float32)
 
-    def forward(self, x: Tensor, state: State | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, state: State | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         config, (batch, length, _) = self.config, x.shape
         heads, groups = config.mamba_num_heads, config.mamba_n_groups
         inner, shared = config.mamba_inner_size, groups * config.mamba_state_size
         z, xBC, dt = torch.split(self.in_proj(x), [inner, config.mamba_conv_size, heads], dim=-1)
-        xBC = self.conv1d(xBC, None if state is None else state.conv[self.index])  # [B, S, C]
+        window = None if state is None else state.conv[self.index]
+        xBC = self.conv1d(xBC, window, documents)  # [B, S, C]
         u, B, C = torch.split(xBC, [inner, shared, shared], dim=-1)
         u = u.view(batch, length, heads, -1)  # [B, S, H, P]
         B = B.view(batch, length, groups, -1)  # [B, S, G, N]
         C = C.view(batch, length, groups, -1)  # [B, S, G, N]
         dt = F.softplus(dt.float() + self.dt_bias.float())  # [B, S, H]
-        y = self.scan(u, dt, B, C, state) + self.D.float()[:, None] * u  # [B, S, H, P] float32
+        y = self.scan(u, dt, B, C, state, documents)  # [B, S, H, P] float32
+        y = torch.addcmul(y, self.D.float()[:, None], u)
         out: Tensor = self.out_proj(self.norm(y.flatten(-2), z))  # [B, S, H * P] -> [B, S, D]
         return out
 
-    def scan(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: State | None) -> Tensor:
+    def scan(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        B: Tensor,
+        C: Tensor,
+        state: State | None,
+        documents: Tensor | None,
+    ) -> Tensor:
         """Return y of `ssd`, by the form that fits; the state, if any, is read and written."""
         A = -self.A_log.float().exp()
         size = self.config.mamba_chunk_size
         h = None if state is None else state.ssm[self.index]
         y: Tensor
         if scan_kernel is not None and x.is_cuda and (h is None or x.shape[1] > 1):
-            y, after = scan_kernel(x, dt, A, B, C, size, initial_states=h, return_final_states=True)
+            y, after = scan_kernel(
+                x, dt, A, B, C, size, initial_states=h, seq_idx=documents, return_final_states=True
+            )
         else:
             x, B, C = x.float(), B.float(), C.float()
-            before = x.new_zeros(*x[:, 0].shape, B.shape[-1]) if h is None else h
-            with torch.autocast(x.device.type, enabled=False):
-                if x.shape[1] == 1:
-                    y, after = ssd_step(x, dt, A, B, C, before)
-                else:
-                    y, after = ssd(x, dt, A, B, C, before, size)
+            with float32_products(x):
+                if h is not None and x.shape[1] == 1:
+                    return ssd_step(x, dt, A, B, C, h)
+                before = x.new_zeros(*x[:, 0].shape, B.shape[-1]) if h is None else h
+                # Any size gives the same y; without the kernel, 64 tokens are the fastest.
+                y, after = ssd(x, dt, A, B, C, before, min(size, 64), documents)
         if h is not None:
             h.copy_(after)
         return y
@@ -372,17 +542,22 @@ class Attention(nn.Module):
         state.keys[self.index] = weight.new_zeros(shape)
         state.values[self.index] = weight.new_zeros(shape)
 
-    def forward(self, x: Tensor, state: State | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, state: State | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         batch, length, _ = x.shape
         q = self.q_proj(x).view(batch, length, self.num_heads, self.head_dim)  # [B, S, H, C]
         k = self.k_proj(x).view(batch, length, self.num_kv_heads, self.head_dim)  # [B, S, J, C]
         v = self.v_proj(x).view(batch, length, self.num_kv_heads, self.head_dim)  # [B, S, J, C]
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, S, C]
-        if state is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        else:
+        if state is not None:
             k, v, mask = self.remember(k, v, state)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        elif documents is not None:
+            mask = documents[:, None, :, None] == documents[:, None, None, :]  # [B, 1, S, S]
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.tril(), enable_gqa=True)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         out: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))  # [B, S, H * C] -> [B, S, D]
         return out
 
@@ -423,6 +598,7 @@ class Router(nn.Module):
         load = torch.zeros(config.moe_num_experts, dtype=torch.int64)
         self.register_buffer("load", load, persistent=False)
         self.balance_losses: list[Tensor] = []
+        self.recomputing = False  # in a backward pass that runs the forward pass again
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.config.initializer_range)
@@ -443,7 +619,7 @@ class Router(nn.Module):
         x holds `sequences` of equal length, one behind the other.
         """
         config = self.config
-        with torch.autocast(x.device.type, enabled=False):
+        with float32_products(x):
             scores = F.linear(x.float(), self.weight.float()).sigmoid()  # [N, E]
         choice = scores + self.e_score_correction_bias
         experts = choice.topk(config.moe_top_k, sorted=False).indices
@@ -462,10 +638,12 @@ class Router(nn.Module):
         It is 1 where the load is even. scores [B, S, E], experts [N, K]; the mean over sequences.
         """
         chosen = torch.zeros_like(scores).view(-1, scores.shape[-1]).scatter(1, experts, 1.0)
-        self.load += chosen.sum(0).long()
         share = chosen.view_as(scores).mean(1) * (scores.shape[-1] / experts.shape[1])  # f [B, E]
         probability = (scores / (scores.sum(-1, keepdim=True) + 1e-20)).mean(1)  # P [B, E]
-        self.balance_losses.append((share * probability).sum(-1).mean())
+        loss = (share * probability).sum(-1).mean()
+        if not self.recomputing:
+            self.load += chosen.sum(0).long()
+            self.balance_losses.append(loss)
 
     @torch.no_grad()
     def update_bias(self, rate: float) -> None:
@@ -478,28 +656,75 @@ class Router(nn.Module):
         self.load.zero_()
 
 
+@contextmanager
+def recomputation(module: nn.Module) -> Iterator[None]:
+    """Let the routers of `module` count nothing: they have seen these tokens before."""
+    routers = [router for router in module.modules() if isinstance(router, Router)]
+    for router in routers:
+        router.recomputing = True
+    try:
+        yield
+    finally:
+        for router in routers:
+            router.recomputing = False
+
+
+# torch.compile knows the grouped GEMM in bfloat16 only; as operators of its own it takes any type.
+@torch.library.custom_op("n3c::grouped_mm", mutates_args=())
+def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Apply weight[e] [out, in] to the rows of x [M, in] from ends[e - 1] to ends[e] [E] int32."""
+    return F.grouped_mm(x, weight.mT, offs=ends)
+
+
+@torch.library.custom_op("n3c::grouped_mm_backward", mutates_args=())
+def grouped_mm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, ends: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and weight for that of the product, dy [M, out]."""
+    return F.grouped_mm(dy, weight, offs=ends), F.grouped_mm(dy.mT, x, offs=ends)
+
+
+def keep_operands(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *grouped_mm_backward(dy.contiguous(), *ctx.saved_tensors), None
+
+
+grouped_mm.register_fake(lambda x, weight, ends: x.new_empty(x.shape[0], weight.shape[1]))
+grouped_mm_backward.register_fake(
+    lambda dy, x, weight, ends: (x.new_empty(x.shape), weight.new_empty(weight.shape))
+)
+grouped_mm.register_autograd(differentiate, setup_context=keep_operands)
+
+
+def grouped_kernel_takes(x: Tensor, weight: Tensor) -> bool:
+    """Tell whether a grouped GEMM can be used for x [M, in] and weight [E, out, in].
+
+    It takes rows of a multiple of 16 bytes in bfloat16 or, on a CPU, in any type; `torch.export`
+    shall have nothing but plain operators, of which it is one in bfloat16 only.
+    """
+    align = 16 // x.element_size()
+    aligned = x.shape[1] % align == 0 and weight.shape[1] % align == 0
+    plain = x.dtype == torch.bfloat16
+    return aligned and (plain or (x.device.type == "cpu" and not torch.compiler.is_exporting()))
+
+
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """Apply weight[e] [out, in] to the next counts[e] rows of x [M, in]; returns [M, out].
 
-    One grouped GEMM where its kernel can be used: rows of a multiple of 16 bytes, bfloat16 or, on
-    a CPU, any type; there it visits every expert, which does not pay for a few rows. Otherwise a
-    loop over the experts that have rows, or, where a graph is traced and may not depend on
-    `counts`, each row with its own copy of the weight.
+    A grouped GEMM where there is one, and else a loop over the experts that have rows.
     """
-    tracing, on_cpu = torch.compiler.is_compiling(), x.device.type == "cpu"
-    align = 16 // x.element_size()
-    aligned = x.shape[1] % align == 0 and weight.shape[1] % align == 0
-    supported = x.dtype == torch.bfloat16 or (on_cpu and not tracing)
-    if aligned and supported and not (on_cpu and len(x) < len(weight)):
+    if grouped_kernel_takes(x, weight):
         ends = counts.cumsum(0, dtype=torch.int32)
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
-    if tracing:
-        row = torch.arange(len(x), device=x.device)
-        expert = torch.searchsorted(counts.cumsum(0), row, right=True)
-        return (weight[expert] @ x[..., None])[..., 0]
-    used = counts.nonzero().flatten().tolist()
-    parts = torch.split(x, counts[used].tolist())
-    return torch.cat([F.linear(part, weight[e]) for e, part in zip(used, parts, strict=True)])
+        if x.dtype == torch.bfloat16 or not torch.compiler.is_compiling():
+            return F.grouped_mm(x, weight.mT, offs=ends)
+        y: Tensor = grouped_mm(x, weight, ends)
+        return y
+    used = [(e, rows) for e, rows in enumerate(counts.tolist()) if rows]
+    parts = torch.split(x, [rows for _, rows in used])
+    return torch.cat([F.linear(part, weight[e]) for (e, _), part in zip(used, parts, strict=True)])
 
 
 class Experts(nn.Module):
@@ -519,14 +744,38 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """Return [N, L] for x [N, L], experts and weights [N, K]."""
+        up, down = self.up_proj.to(x.dtype), self.down_proj.to(x.dtype)
+        in_graph, on_cpu = torch.compiler.is_compiling(), x.device.type == "cpu"
+        # An exported graph takes any number of rows, so it must not ask for it.
+        few = on_cpu and not torch.compiler.is_exporting() and experts.numel() < up.shape[0]
+        if few or (in_graph and not grouped_kernel_takes(x, up)):
+            return (weights[..., None] * by_row(x, experts, up, down)).sum(1).to(x.dtype)
         expert = experts.flatten()  # [M], M = N * K: row m is a choice of token m // K
         order = expert.argsort(stable=True)
-        counts = torch.bincount(expert, minlength=len(self.up_proj))  # [E]
-        rows = x[order // experts.shape[1]]  # [M, L], sorted by expert
-        rows = F.relu(grouped_linear(rows, self.up_proj.to(x.dtype), counts)).square()  # [M, I]
-        rows = grouped_linear(rows, self.down_proj.to(x.dtype), counts)  # [M, L]
-        rows = rows[order.argsort()].view(*experts.shape, -1)  # [N, K, L]
-        return (rows * weights[..., None]).sum(1).to(x.dtype)
+        counts = expert.new_zeros(up.shape[0])  # [E]
+        counts.scatter_add_(0, expert, torch.ones_like(expert))
+        rows = x.index_select(0, order // experts.shape[1])  # [M, L], sorted by expert
+        rows = F.relu(grouped_linear(rows, up, counts)).square()  # [M, I]
+        rows = grouped_linear(rows, down, counts)  # [M, L]
+        rows = rows.index_select(0, order.argsort()).view(*experts.shape, -1)  # [N, K, L]
+        return (weights[..., None] * rows).sum(1).to(x.dtype)
+
+
+def by_row(x: Tensor, experts: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Apply down[e] relu(up[e] x_n)^2 for each choice e of each token: [N, L], [N, K] -> [N, K, L].
+
+    Decoding on a CPU, a product with a vector for each beats sorting a few of them. A graph cannot
+    ask which experts were chosen: there each choice gets its own copy of the weights.
+    """
+    if torch.compiler.is_compiling():
+        inner = F.relu(x[:, None, None] @ up[experts].mT).square()  # [N, K, 1, I]
+        return (inner @ down[experts].mT)[:, :, 0]
+    rows = [
+        torch.mv(down[e], F.relu(torch.mv(up[e], token)).square())
+        for token, chosen in zip(x, experts.tolist(), strict=True)
+        for e in chosen
+    ]
+    return torch.stack(rows).view(*experts.shape, -1)
 
 
 class MoE(nn.Module):
@@ -545,9 +794,11 @@ class MoE(nn.Module):
         self.fc2_latent_proj = nn.Linear(config.moe_latent_size, config.hidden_size, bias=False)
         self.shared_experts = MLP(config.hidden_size, config.moe_shared_intermediate_size)
 
-    def forward(self, x: Tensor, state: State | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, state: State | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         tokens = x.flatten(0, 1)  # [N, D]
-        experts, weights = self.gate(tokens, len(x))  # [N, K] each
+        experts, weights = self.gate(tokens, x.shape[0])  # [N, K] each
         y = self.experts(self.fc1_latent_proj(tokens), experts, weights)  # [N, L]
         y = self.fc2_latent_proj(y).view_as(x)  # [B, S, D]
         out: Tensor = y + self.shared_experts(x)
@@ -562,7 +813,30 @@ MIXERS: dict[str, Callable[[Config, int], nn.Module]] = {
 }
 
 
-class Block(nn.Module):
+class Recomputable(nn.Module):
+    """A block that may forget its activations and compute them again in the backward pass.
+
+    That is activation checkpointing (Chen et al., arXiv 1604.06174): where `gradient_checkpointing`
+    is set, what lies between two blocks is all that is kept. A subclass has `compute`.
+    """
+
+    gradient_checkpointing = False
+    compute: Callable[..., Tensor]
+
+    def forward(self, x: Tensor, *inputs: Tensor | State | None) -> Tensor:
+        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return self.compute(x, *inputs)
+        y: Tensor = checkpoint(
+            self.compute,
+            x,
+            *inputs,
+            use_reentrant=False,
+            context_fn=lambda: (nullcontext(), recomputation(self)),
+        )
+        return y
+
+
+class Block(Recomputable):
     """x + mixer(norm(x)): each symbol of the pattern is one such block, with one mixer."""
 
     def __init__(self, config: Config, symbol: str, index: int) -> None:
@@ -570,8 +844,10 @@ class Block(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mixer = MIXERS[symbol](config, index)
 
-    def forward(self, x: Tensor, state: State | None = None) -> Tensor:
-        y: Tensor = x + self.mixer(self.norm(x), state)
+    def compute(
+        self, x: Tensor, state: State | None = None, documents: Tensor | None = None
+    ) -> Tensor:
+        y: Tensor = x + self.mixer(self.norm(x), state, documents)
         return y
 
 
@@ -584,16 +860,18 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(Block(config, s, i) for i, s in enumerate(config.pattern))
         self.norm_f = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def forward(self, input_ids: Tensor, state: State | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, state: State | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         """Return the hidden states [B, S, D], after the last norm, of `input_ids` [B, S]."""
         x = self.embeddings(input_ids)
         for block in self.layers:
-            x = block(x, state)
+            x = block(x, state, documents)
         y: Tensor = self.norm_f(x)
         return y
 
 
-class MTPBlock(nn.Module):
+class MTPBlock(Recomputable):
     """One block of the prediction step. The first merges the step's inputs, the last normalises."""
 
     def __init__(self, config: Config, symbol: str, index: int, first: bool, last: bool) -> None:
@@ -609,11 +887,13 @@ class MTPBlock(nn.Module):
         if last:
             self.final_layernorm = RMSNorm(size, eps)
 
-    def forward(self, x: Tensor, embedding: Tensor, state: State | None = None) -> Tensor:
+    def compute(
+        self, x: Tensor, embedding: Tensor, state: State | None, documents: Tensor | None
+    ) -> Tensor:
         if self.first:
             merged = torch.cat([self.enorm(embedding), self.hnorm(x)], dim=-1)  # [B, S, 2 D]
             x = self.eh_proj(merged)
-        x = x + self.mixer(self.norm(x), state)
+        x = x + self.mixer(self.norm(x), state, documents)
         return self.final_layernorm(x) if self.last else x
 
 
@@ -636,10 +916,16 @@ class MTP(nn.Module):
             for i, symbol in enumerate(pattern)
         )
 
-    def forward(self, h: Tensor, embedding: Tensor, state: State | None = None) -> Tensor:
+    def forward(
+        self,
+        h: Tensor,
+        embedding: Tensor,
+        state: State | None = None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
         """Return the next h_t for this one and the embeddings of tokens t + k, [B, S, D] each."""
         for block in self.layers:
-            h = block(h, embedding, state)
+            h = block(h, embedding, state, documents)
         return h
 
 
@@ -654,10 +940,19 @@ class Output(NamedTuple):
     balance_loss: Tensor | None = None
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the labels that are not -100, 0 where there are none. [B, S, V], [B, S] -> []."""
-    total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-    return total / (labels != -100).sum().clamp(min=1)
+def cross_entropy(logits: Tensor, labels: Tensor, ahead: int, documents: Tensor | None) -> Tensor:
+    """Return the mean loss [] of the tokens that lie `ahead` in the same document.
+
+    Labels of -100 do not count; without any other the loss is 0.
+    logits [B, S - ahead + 1, V], labels and documents [B, S].
+    """
+    targets = labels[:, ahead:]
+    if documents is not None:
+        targets = targets.masked_fill(documents[:, ahead:] != documents[:, :-ahead], -100)
+    # One target more, as cutting the logits would copy them.
+    targets = F.pad(targets, (0, 1), value=-100)  # [B, S - ahead + 1]
+    total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    return total / (targets != -100).sum().clamp(min=1)
 
 
 class Model(nn.Module):
@@ -671,17 +966,17 @@ class Model(nn.Module):
         self.mtp = MTP(self.config)
         self.init_weights()
 
-    @torch.no_grad()
     def init_weights(self) -> None:
         """Fill every parameter and buffer, also after `to_empty`, as the published models were."""
+        self.apply(self.init_module)  # children first, so that a mixer may refill its projections
 
-        def fill(module: nn.Module) -> None:
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=self.config.initializer_range)
-            elif callable(reset := getattr(module, "reset_parameters", None)):
-                reset()
-
-        self.apply(fill)  # children first, so that a mixer may refill its projections
+    @torch.no_grad()
+    def init_module(self, module: nn.Module) -> None:
+        """Fill what belongs to a module itself, not to its children."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        elif callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
 
     def head(self, x: Tensor) -> Tensor:
         """Return logits [B, S, V] float32 for x [B, S, D]."""
@@ -692,25 +987,47 @@ class Model(nn.Module):
         """Return the routers, in the order of the blocks."""
         return [module for module in self.modules() if isinstance(module, Router)]
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Output:
-        """Run whole sequences [B, S]. `labels` [B, S] are `input_ids`, or -100 to ignore."""
+    def activation_checkpointing_enable(self, enabled: bool = True) -> None:
+        """Keep only what lies between blocks; compute the rest again in the backward pass."""
+        for module in self.modules():
+            if isinstance(module, Recomputable):
+                module.gradient_checkpointing = enabled
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> Output:
+        """Run whole sequences [B, S]. `labels` [B, S] are `input_ids`, or -100 to ignore.
+
+        Sequences may be packed: where `document_ids` [B, S] changes from one token to the next,
+        another document begins, and nothing passes from the one to the other, neither state nor
+        attention nor loss: each document gives what it would alone.
+        `mtp_logits` mean nothing where token t + k is one of another document.
+        """
+        documents = None  # [B, S] int32, 0 for the first of a sequence, 1 for the next, ...
+        if document_ids is not None:
+            documents = new_document(document_ids).cumsum(1, dtype=torch.int32)
         routers = self.routers()
         for router in routers:
             router.balance_losses.clear()
-        h = self.backbone(input_ids)  # [B, S, D]
+        h = self.backbone(input_ids, documents=documents)  # [B, S, D]
         logits = self.head(h)
-        loss = None if labels is None else cross_entropy(logits[:, :-1], labels[:, 1:])
+        loss = None if labels is None else cross_entropy(logits, labels, 1, documents)
 
         mtp_logits: list[Tensor] = []
         for k in range(1, min(self.config.mtp_depth, input_ids.shape[1] - 1) + 1):
-            h = self.mtp(h[:, :-1], self.backbone.embeddings(input_ids[:, k:]))  # [B, S - k, D]
+            embedding = self.backbone.embeddings(input_ids[:, k:])  # [B, S - k, D]
+            left = None if documents is None else documents[:, :-k]
+            h = self.mtp(h[:, :-1], embedding, documents=left)  # [B, S - k, D]
             mtp_logits.append(self.head(h))
         if loss is None or labels is None:
             return Output(logits, None, None, tuple(mtp_logits))
 
         mtp_loss = torch.zeros_like(loss)
         for k, ahead in enumerate(mtp_logits, start=1):
-            mtp_loss = mtp_loss + cross_entropy(ahead[:, :-1], labels[:, k + 1 :])
+            mtp_loss = mtp_loss + cross_entropy(ahead, labels, k + 1, documents)
         mtp_loss = mtp_loss / self.config.mtp_depth
         loss = loss + self.config.mtp_loss_scaling_factor * mtp_loss
         balance = [balance for router in routers for balance in router.balance_losses]
@@ -734,7 +1051,7 @@ class Model(nn.Module):
         T = 1 decodes, T > 1 is a chunk of the prompt or a draft to verify. Updates `state`.
         """
         batch, length = input_ids.shape
-        if batch != len(state.lengths) or not 1 <= length <= state.max_seq_len - state.longest:
+        if batch != state.lengths.shape[0] or not 1 <= length <= state.max_seq_len - state.longest:
             raise ValueError(
                 f"got {batch} x {length} tokens; the state is for {len(state.lengths)} sequences "
                 f"and has room for {state.max_seq_len - state.longest} more tokens of each"
@@ -756,15 +1073,17 @@ READABLE_TYPES = {"F32", "F16", "BF16", *SCALES_OF}
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the values of FP4 codes; bit 3 is the sign
 TENSORS_AT_ONCE = 64  # then a file is opened anew, which frees what was mapped of it
 INDEX_FILE = "model.safetensors.index.json"
+NO_CLAMP = 1e-12  # a time step so small changes no float32
+CODE = ("model.py", "modeling_n3c.py")  # what transformers runs with trust_remote_code
 
 
-def named_tensors(model: Model) -> dict[str, Tensor]:
-    """Return every tensor of the model, without a copy, under its name on disk.
+def named_tensors(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """Return every tensor of the model, or of its part `prefix`, uncopied, by its name on disk.
 
     `mixer.experts.up_proj` [E, I, L] is E tensors there: `mixer.experts.<e>.up_proj.weight` [I, L].
     """
     tensors: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in model.state_dict(prefix=prefix).items():
         mixer, stacked, projection = name.rpartition(".experts.")
         if stacked:
             for expert, weight in enumerate(tensor.unbind(0)):
@@ -782,10 +1101,25 @@ def load_checkpoint(model: Model, directory: str | Path) -> None:
     writes them, are dequantized. Tensors are copied one at a time; a model on the meta device gets
     its memory here, on the CPU. Raises CheckpointError, with all that is wrong, before it copies.
     """
+    stored = find_tensors(model, directory)
+    if any(tensor.is_meta for tensor in named_tensors(model).values()):
+        model.to_empty(device="cpu")
+    copy_tensors(named_tensors(model), stored)
+
+
+class Stored(NamedTuple):
+    """Where the tensors of a checkpoint lie."""
+
+    files: dict[str, Path]
+    scales: dict[str, list[str]]  # names, of each quantized weight
+
+
+def find_tensors(model: Model, directory: str | Path) -> Stored:
+    """Look through the files of a checkpoint; CheckpointError where they do not fit the model."""
     directory = Path(directory)
     tensors = named_tensors(model)
     found: dict[str, Path] = {}
-    scales: dict[str, list[str]] = {}  # of each quantized weight
+    scales: dict[str, list[str]] = {}
     problems: list[str] = []
     for path in checkpoint_files(directory):
         for name, (shape, kind) in tensor_headers(path).items():
@@ -805,20 +1139,22 @@ def load_checkpoint(model: Model, directory: str | Path) -> None:
     problems += [f"{name}: missing" for name in needed if name not in found]
     if problems:
         raise CheckpointError(f"{directory} does not fit the model:\n  " + "\n  ".join(problems))
+    return Stored(found, scales)
 
-    if any(tensor.is_meta for tensor in tensors.values()):
-        model.to_empty(device="cpu")
-        tensors = named_tensors(model)
+
+def copy_tensors(tensors: dict[str, Tensor], stored: Stored) -> None:
+    """Fill `tensors`, by their names on disk, from a checkpoint: one at a time, cast."""
     names_in: dict[Path, list[str]] = {}
     for name in tensors:
-        names_in.setdefault(found[name], []).append(name)
+        names_in.setdefault(stored.files[name], []).append(name)
     for path, names in names_in.items():
         for start in range(0, len(names), TENSORS_AT_ONCE):
             with safe_open(path, framework="pt") as file:
                 for name in names[start : start + TENSORS_AT_ONCE]:
                     weight = file.get_tensor(name)
-                    if name in scales:
-                        beside = [read_tensor(found[scale], scale) for scale in scales[name]]
+                    if name in stored.scales:
+                        scales = stored.scales[name]
+                        beside = [read_tensor(stored.files[scale], scale) for scale in scales]
                         weight = dequantize(weight, *beside)
                     tensors[name].copy_(weight)
 
@@ -885,12 +1221,16 @@ def save_checkpoint(model: Model, directory: str | Path) -> None:
 
     They are written to a temporary folder that then takes the place of `directory`: a folder
     that is not there yet, or is empty, or holds an earlier checkpoint and nothing else.
+    The code goes with it where modeling_n3c.py lies beside this file: transformers then has the
+    whole model with `trust_remote_code`, and its own `nemotron_h` without.
     """
     directory = Path(directory).resolve()
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory} is not a folder")
+    code = [path for name in CODE if (path := Path(__file__).with_name(name)).is_file()]
+    replaceable = ("config.json", *CODE)
     for path in directory.iterdir() if directory.exists() else ():
-        if path.name != "config.json" and not path.match("model*.safetensors*"):
+        if path.name not in replaceable and not path.match("model*.safetensors*"):
             raise CheckpointError(f"{directory} holds {path.name}, which would be lost")
     shards: list[dict[str, Tensor]] = [{}]
     room = MAX_SHARD_BYTES
@@ -915,8 +1255,12 @@ def save_checkpoint(model: Model, directory: str | Path) -> None:
             size = sum(tensor.nbytes for shard in shards for tensor in shard.values())
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
             (folder / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
-        text = json.dumps(huggingface_config(model), indent=2)
-        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        config = huggingface_config(model)
+        if len(code) == len(CODE):
+            config["auto_map"] = {"AutoModelForCausalLM": "modeling_n3c.N3CForCausalLM"}
+            for path in code:
+                shutil.copyfile(path, folder / path.name)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         folder.chmod(0o755)
         if directory.exists():
             earlier = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
@@ -931,7 +1275,12 @@ def save_checkpoint(model: Model, directory: str | Path) -> None:
 
 
 def huggingface_config(model: Model) -> dict[str, object]:
-    """Return config.json as the `NemotronHConfig` of transformers reads it."""
+    """Return config.json as the `NemotronHConfig` of transformers reads it.
+
+    transformers bounds dt by `time_step_min` in the forward pass, but not in decoding; this model
+    never does, nor does mamba_ssm by default. So that key turns the bound off, and what it says of
+    fresh weights stands under `n3c`.
+    """
     config = model.config
     name = "tiny-test"
     kinds = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}
@@ -959,7 +1308,7 @@ def huggingface_config(model: Model) -> dict[str, object]:
         "conv_kernel": config.mamba_conv_kernel,
         "chunk_size": config.mamba_chunk_size,
         "use_conv_bias": True,
-        "time_step_min": config.mamba_time_step_min,
+        "time_step_min": NO_CLAMP,
         "time_step_max": config.mamba_time_step_max,
         "time_step_floor": config.mamba_time_step_floor,
         "num_attention_heads": config.attention_num_heads,
@@ -981,5 +1330,5 @@ def huggingface_config(model: Model) -> dict[str, object]:
         "mtp_layers_block_type": [kinds[symbol] for symbol in config.mtp_pattern],
         "mtp_num_layers": config.mtp_depth,
         "mtp_loss_scaling_factor": config.mtp_loss_scaling_factor,
-        "n3c": {"name": name},
+        "n3c": {"name": name, "time_step_min": config.mamba_time_step_min},
     }

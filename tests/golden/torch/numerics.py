@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import Experts, Model
+from model import Experts
 
 # What is not here computes in the type of the weights.
 FORMATS = {
@@ -70,6 +70,11 @@ FORMATS = {
     "mtp.layers.1.mixer.shared_experts.up_proj": "nvfp4",
     "mtp.layers.1.mixer.shared_experts.down_proj": "nvfp4",
 }
+
+# Transformer Engine's names: what an ablation, or another recipe, turns off.
+DISABLE_2D_QUANTIZATION = False  # weights in blocks of 1 x 16: W and W^T get other values
+DISABLE_RHT = False
+DISABLE_STOCHASTIC_ROUNDING = False
 
 BLOCK = 16
 FP4_MAX, FP8_MAX = 6.0, 448.0
@@ -132,6 +137,9 @@ class Nvfp4Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        if DISABLE_2D_QUANTIZATION:
+            ctx.save_for_backward(x, nvfp4(weight.T.contiguous()).T)
+            return (nvfp4(x) @ nvfp4(weight).T).to(x.dtype)
         values = nvfp4(weight, rows=BLOCK)  # of W and of its transpose
         ctx.save_for_backward(x, values)
         return (nvfp4(x) @ values.T).to(x.dtype)
@@ -139,11 +147,14 @@ class Nvfp4Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         (dy,), (x, values) = gradients, ctx.saved_tensors
-        dx = nvfp4(dy, stochastic=True) @ values
+        stochastic = not DISABLE_STOCHASTIC_ROUNDING
+        dx = nvfp4(dy, stochastic=stochastic) @ values
         tokens = (0, -len(x) % BLOCK)  # zeros fill the last block of tokens
-        by_token = hadamard(F.pad(dy.float().T, tokens).contiguous())  # [M, N]
-        inputs = hadamard(F.pad(x.float().T, tokens).contiguous())  # [K, N]
-        dw = nvfp4(by_token, stochastic=True) @ nvfp4(inputs).T
+        by_token = F.pad(dy.float().T, tokens).contiguous()  # [M, N]
+        inputs = F.pad(x.float().T, tokens).contiguous()  # [K, N]
+        if not DISABLE_RHT:
+            by_token, inputs = hadamard(by_token), hadamard(inputs)
+        dw = nvfp4(by_token, stochastic=stochastic) @ nvfp4(inputs).T
         return dx.to(x.dtype), dw
 
 
@@ -199,11 +210,14 @@ class EmulatedExperts(Experts):
         return (rows * weights[..., None]).sum(1).to(x.dtype)
 
 
-def emulate(model: Model) -> None:
-    """Give every linear of FORMATS its numerics. ValueError where a matrix does not fit them."""
-    for name, module in model.named_modules():
+def emulate(part: nn.Module, part_name: str = "") -> None:
+    """Give every linear of FORMATS its numerics. ValueError where a matrix does not fit them.
+
+    `part` is the model, or its part of that name.
+    """
+    for name, module in part.named_modules(prefix=part_name):
         if isinstance(module, Experts):
-            up, down = (FORMATS.get(f"{name}.{part}", "bf16") for part in ("up_proj", "down_proj"))
+            up, down = (FORMATS.get(f"{name}.{side}_proj", "bf16") for side in ("up", "down"))
             if up == down == "bf16":
                 continue
             require_blocks(f"{name}.up_proj", module.up_proj, up)

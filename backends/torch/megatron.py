@@ -1,0 +1,145 @@
+"""A spec in the words of Megatron-core: the pattern, and which modules train in which precision.
+
+Names of modules and matchers: Megatron-LM, megatron/core/quantization and megatron/core/models/hybrid (0.19.2).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import pairwise
+
+from n3c.specs.modules import module_groups
+from n3c.specs.pattern import BlockKind, to_megatron
+from n3c.specs.schema import Spec
+
+from .numerics import NOT_LINEAR, training_formats
+
+MODULES = {
+    "mamba.in_proj": "*mixer.in_proj",
+    "mamba.out_proj": "*mixer.out_proj",
+    "attention.q_proj": "*.linear_qkv",
+    "attention.k_proj": "*.linear_qkv",
+    "attention.v_proj": "*.linear_qkv",
+    "attention.o_proj": "*.linear_proj",
+    "moe.latent_down": "*mlp.fc1_latent_proj",
+    "moe.latent_up": "*mlp.fc2_latent_proj",
+    "moe.experts.up": "*mlp.experts.linear_fc1",
+    "moe.experts.down": "*mlp.experts.linear_fc2",
+    "moe.shared.up": "*mlp.shared_experts.linear_fc1",
+    "moe.shared.down": "*mlp.shared_experts.linear_fc2",
+    "mlp.up": "*.mlp.linear_fc1",
+    "mlp.down": "*.mlp.linear_fc2",
+    "mtp.eh_proj": "mtp.*eh_proj",
+}
+"""The glob that names the modules of a role; inside MTP they begin with `mtp.`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Which linears train in which format, as Megatron-core's quantization recipe says it."""
+
+    format: str
+    """That of every linear which nothing else names: nvfp4, mxfp8 or bf16."""
+    first: int
+    """Layers at the start that are wholly BF16."""
+    last: int
+    """Layers at the end that are."""
+    matchers: tuple[tuple[str, str], ...]
+    """(glob over module names, format); the first that matches decides."""
+    mtp_in_bf16: bool
+
+
+def megatron_pattern(spec: Spec) -> str:
+    """Return `--hybrid-layer-pattern`: `|` at the cuts of the spec's pattern, `/` before each prediction step."""
+    mtp = spec.mtp
+    return to_megatron(spec.model.pattern, mtp.pattern if mtp else None, mtp.depth if mtp else 1)
+
+
+def precision(spec: Spec) -> Precision:
+    """Return the precision of training; `gaps` tells whether that is all that the spec asks for."""
+    by_role, low = _formats(spec)
+    total = len(spec.model.pattern)
+    first, last = (min(low), total - 1 - max(low)) if low else (0, 0)
+    inner = range(first, total - last)
+    chosen: dict[str, str] = {}
+    for role, formats in by_role.items():
+        shown = {format_ for layer, format_ in formats.items() if layer is None or layer in inner}
+        if shown:
+            chosen[role] = min(shown)
+    training = spec.training
+    base = training.format if training and training.format != "bf16" else "bf16"
+    if base == "bf16":  # only rules ask for low precision
+        base = next((format_ for format_ in ("nvfp4", "mxfp8") if format_ in chosen.values()), "bf16")
+    mtp = {role: format_ for role, format_ in chosen.items() if role.startswith("mtp.")}
+    mtp_in_bf16 = all(format_ == "bf16" for format_ in mtp.values())
+    matchers: dict[str, str] = {}
+    if base != "bf16":
+        if mtp and mtp_in_bf16:
+            matchers["mtp.*"] = "bf16"
+        else:
+            matchers |= {_glob(role): format_ for role, format_ in mtp.items()}
+        trunk = [(role, format_) for role, format_ in chosen.items() if role not in mtp]
+        matchers |= {_glob(role): format_ for role, format_ in trunk if format_ != base}
+    return Precision(base, first, last, tuple(matchers.items()), mtp_in_bf16)
+
+
+def gaps(spec: Spec) -> list[str]:
+    """Return what Megatron-Bridge's provider and recipe cannot say of this spec, in words for the user."""
+    found: list[str] = []
+    kinds = {kind for pattern in (spec.model.pattern, spec.mtp and spec.mtp.pattern) for kind in pattern or ()}
+    mamba, moe = spec.mamba, spec.moe
+    if BlockKind.MAMBA in kinds and mamba is not None and (mamba.conv_kernel != 4 or not mamba.conv_bias):
+        found.append("its convolution has 4 taps and a bias (mamba.conv_kernel, mamba.conv_bias)")
+    if BlockKind.MOE in kinds and moe is not None:
+        if moe.norm_topk_prob != (moe.top_k > 1):
+            found.append("it divides the chosen scores by their sum if and only if top_k > 1 (moe.norm_topk_prob)")
+        if moe.n_group > 1 and moe.top_k // moe.topk_group != 2:
+            found.append("it chooses groups by their best top_k / topk_group experts, model.py by two (moe.n_group)")
+    stages = (0, *spec.model.pattern.stages, len(spec.model.pattern))
+    if any(first == last for first, last in pairwise(stages)):
+        found.append("a pipeline stage of the pattern has no layer")
+    return found + _precision_gaps(spec)
+
+
+def _precision_gaps(spec: Spec) -> list[str]:
+    found: list[str] = []
+    by_role, low = _formats(spec)
+    formats = dict(training_formats(spec))
+    if "lm_head" in formats:
+        found.append("its output layer is BF16 (lm_head)")
+    globs: dict[str, set[str]] = defaultdict(set)
+    for role, of_layer in by_role.items():
+        inner = range(min(low), max(low) + 1) if low else range(0)
+        globs[_glob(role)] |= {format_ for layer, format_ in of_layer.items() if layer is None or layer in inner}
+    several = sorted(glob for glob, found_ in globs.items() if len(found_) > 1)
+    if several:
+        found.append(f"between the BF16 layers at both ends, each of {', '.join(several)} has one format ([training])")
+    table = spec.training
+    if table is not None and any(
+        rule.format == "nvfp4" and rule.block not in (None, table.block) for rule in table.rules
+    ):
+        found.append("all NVFP4 weights have blocks of one shape (training.rules.block)")
+    return found
+
+
+def _formats(spec: Spec) -> tuple[dict[str, dict[int | None, str]], list[int]]:
+    """Return role → layer → format, and the trunk layers that have a linear in low precision."""
+    formats = dict(training_formats(spec))
+    by_role: dict[str, dict[int | None, str]] = defaultdict(dict)
+    low: set[int] = set()
+    mtp = spec.mtp.pattern if spec.mtp else None
+    for group in module_groups(spec.model.pattern, mtp, spec.moe, spec.model.tie_word_embeddings):
+        if group.role in NOT_LINEAR or group.role == "lm_head":
+            continue
+        format_ = formats.get(group.name.replace(".{}", ""), "bf16")
+        by_role[group.role][group.layer] = format_
+        if format_ != "bf16" and group.layer is not None:
+            low.add(group.layer)
+    return by_role, sorted(low)
+
+
+def _glob(role: str) -> str:
+    if role in MODULES:
+        return MODULES[role]
+    return "mtp." + MODULES[role.removeprefix("mtp.")]

@@ -1,0 +1,258 @@
+"""What save_checkpoint writes, read by transformers: its own nemotron_h, and the emitted wrapper with MTP."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, NemotronHForCausalLM, dynamic_module_utils
+
+from n3c.backends.torch.emit import emit
+from n3c.specs.convert import run_import
+from n3c.specs.schema import Spec
+from support.modules import import_file
+
+from .generated import SHA256, tiny_spec
+
+IDS = torch.randint(97, (2, 13), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let transformers copy remote code to a folder of the tests."""
+    folder = str(tmp_path_factory.mktemp("modules"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", folder)
+        patch.syspath_prepend(folder)
+        yield
+
+
+def build(spec: Spec, folder: Path) -> Any:
+    """Write all files of a spec, as `n3c build` does, and import model.py."""
+    folder.mkdir()
+    for name, text in emit(spec, SHA256).items():
+        (folder / name).write_text(text)
+    return import_file(folder / "model.py")
+
+
+def trained(module: Any) -> Any:
+    """Return a model whose time steps have left the range of fresh ones, as training lets them."""
+    torch.manual_seed(0)
+    model = module.Model().eval()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith("dt_bias"):
+                tensor.uniform_(-14.0, 1.0)
+            elif name.endswith("e_score_correction_bias"):
+                tensor.uniform_(-0.2, 0.2)
+            elif "norm" in name:
+                tensor.uniform_(0.5, 1.5)
+    return model
+
+
+@pytest.fixture
+def module(tmp_path: Path) -> Any:
+    return build(tiny_spec(), tmp_path / "torch")
+
+
+@pytest.fixture
+def saved(module: Any, tmp_path: Path) -> tuple[Any, Path]:
+    model = trained(module)
+    module.save_checkpoint(model, tmp_path / "saved")
+    return model, tmp_path / "saved"
+
+
+def wrapped(folder: Path, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
+
+
+def native(folder: Path) -> Any:
+    """Return transformers' own model, which it takes where it may run no code of the folder."""
+    model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager").eval()
+    assert isinstance(model, NemotronHForCausalLM)
+    return model
+
+
+def greedy(model: Any, prompt: Tensor, count: int) -> Tensor:
+    """Return `prompt` [B, S] and `count` tokens more, by Model.step."""
+    state, ids, new = model.allocate_state(len(prompt), prompt.shape[1] + count), prompt, prompt
+    for _ in range(count):
+        new = model.step(new, state)[:, -1:].argmax(-1)
+        ids = torch.cat([ids, new], 1)
+    return ids
+
+
+def test_transformers_own_nemotron_h(saved: tuple[Any, Path]) -> None:
+    """Without trust_remote_code: equal logits, whole and cached, though dt is below the fresh minimum."""
+    model, folder = saved
+    theirs = native(folder)
+    with torch.no_grad():
+        expected = model(IDS).logits
+        assert (theirs(IDS).logits - expected).abs().max() <= 1e-5
+        got = theirs.generate(IDS, max_new_tokens=6, do_sample=False, eos_token_id=None)
+        assert torch.equal(got, greedy(model, IDS, 6))
+        for block in theirs.model.layers:
+            if hasattr(block.mixer, "time_step_limit"):
+                block.mixer.time_step_limit = (1e-3, float("inf"))  # what the key of fresh weights would do
+        assert (theirs(IDS).logits - expected).abs().max() > 1e-3
+
+
+def test_the_spec_comes_back(saved: tuple[Any, Path]) -> None:
+    config = json.loads((saved[1] / "config.json").read_text())
+    assert config["time_step_min"] == 1e-12 and config["n3c"]["time_step_min"] == 1e-3
+    assert run_import(saved[1]).spec.mamba == tiny_spec().mamba
+
+
+def test_wrapper(saved: tuple[Any, Path]) -> None:
+    model, folder = saved
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "model.py",
+        "model.safetensors",
+        "modeling_n3c.py",
+    ]
+    assert AutoConfig.from_pretrained(folder, trust_remote_code=True).mtp_num_layers == 2
+    theirs = wrapped(folder)
+    assert type(theirs).__name__ == "N3CForCausalLM"
+    assert theirs.state_dict().keys() == model.state_dict().keys()
+    labels = IDS.clone()
+    labels[0, :4] = -100
+    with torch.no_grad():
+        expected = model(IDS, labels)
+        got = theirs(IDS, labels=labels)
+    assert torch.equal(got.logits, expected.logits) and got.past_key_values is None
+    assert torch.equal(got.loss, expected.loss) and torch.equal(got.mtp_loss, expected.mtp_loss)
+    as_tuple = theirs(IDS, labels=labels, return_dict=False)
+    assert torch.equal(as_tuple[0], expected.loss)
+
+
+def test_generate(saved: tuple[Any, Path]) -> None:
+    model, folder = saved
+    theirs = wrapped(folder)
+    options: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = greedy(model, IDS, 9)
+    assert torch.equal(theirs.generate(IDS, **options), expected)
+    assert torch.equal(theirs.generate(IDS, use_cache=False, **options), expected)
+    first = theirs.generate(IDS, **(options | {"max_new_tokens": 4}), return_dict_in_generate=True)
+    more = theirs.generate(first.sequences, past_key_values=first.past_key_values, **(options | {"max_new_tokens": 5}))
+    assert torch.equal(more, expected)
+    beams = theirs.generate(IDS, num_beams=3, **options)
+    assert torch.equal(beams, theirs.generate(IDS, num_beams=3, use_cache=False, **options))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding(saved: tuple[Any, Path], side: str) -> None:
+    """A row of a padded batch gives what it gives alone."""
+    model, folder = saved
+    theirs = wrapped(folder)
+    mask = torch.ones_like(IDS)
+    pad = slice(0, 5) if side == "left" else slice(8, 13)
+    mask[1, pad] = 0
+    short = IDS[1:, 5:] if side == "left" else IDS[1:, :8]
+    ids = torch.cat([IDS[:1], IDS[1:].masked_fill(mask[1:] == 0, 3)])
+    with torch.no_grad():
+        whole = theirs(ids, attention_mask=mask).logits
+        cached = theirs(ids, attention_mask=mask, use_cache=True).logits
+        expected = model(IDS[:1]).logits, model(short).logits
+    for logits in (whole, cached):
+        torch.testing.assert_close(logits[:1], expected[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(logits[1:, mask[1].bool()], expected[1], atol=1e-5, rtol=0)
+    if side == "left":
+        options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
+        got = theirs.generate(ids, attention_mask=mask, **options)
+        assert torch.equal(got[0], greedy(model, IDS[:1], 5)[0])
+        assert torch.equal(got[1, 5:], greedy(model, short, 5)[0])
+
+
+def test_packed_documents(saved: tuple[Any, Path]) -> None:
+    model, folder = saved
+    documents = (torch.arange(13) >= 6).long().expand(2, -1)
+    theirs = wrapped(folder)
+    with torch.no_grad():
+        expected = model(IDS, IDS, documents)
+        got = theirs(IDS, labels=IDS, seq_idx=documents)
+    assert torch.equal(got.loss, expected.loss) and not torch.equal(got.loss, model(IDS, IDS).loss)
+
+
+def test_save_pretrained(saved: tuple[Any, Path], module: Any, tmp_path: Path) -> None:
+    """What the wrapper saves has the released names: for itself, for model.py and for transformers' own code."""
+    model, folder = saved
+    wrapped(folder).save_pretrained(tmp_path / "again")
+    copy = module.Model().eval()
+    module.load_checkpoint(copy, tmp_path / "again")
+    for name, tensor in copy.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    theirs = native(tmp_path / "again")
+    with torch.no_grad():
+        expected = model(IDS).logits
+        assert torch.equal(wrapped(tmp_path / "again")(IDS).logits, expected)
+        assert (theirs(IDS).logits - expected).abs().max() <= 1e-5
+
+
+def test_in_training(saved: tuple[Any, Path]) -> None:
+    """Gradients with and without transformers' activation_checkpointing_enable; bfloat16 keeps the router's bias."""
+    model, folder = saved
+    theirs = wrapped(folder).train()
+    model.train()(IDS, IDS).loss.backward()
+    theirs.activation_checkpointing_enable()
+    assert all(block.gradient_checkpointing for block in (*theirs.backbone.layers, *theirs.mtp.layers))
+    out = theirs(IDS, labels=IDS)
+    out.loss.backward()
+    assert out.balance_loss > 0
+    for name, parameter in model.named_parameters():
+        assert torch.equal(theirs.get_parameter(name).grad, parameter.grad), name
+    half = wrapped(folder, dtype=torch.bfloat16)
+    gate = half.backbone.layers[1].mixer.gate
+    assert gate.weight.dtype == torch.bfloat16 and gate.e_score_correction_bias.dtype == torch.float32
+    assert not gate.load.any()
+
+
+def test_fresh_and_incomplete_weights(saved: tuple[Any, Path], module: Any) -> None:
+    """Where weights are missing, they are fresh ones."""
+    from safetensors.torch import load_file, save_file
+
+    _, folder = saved
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    fresh = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    dt = torch.nn.functional.softplus(fresh.backbone.layers[0].mixer.dt_bias)
+    assert dt.min() > 0.0009 and dt.max() < 0.11
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {n: t for n, t in weights.items() if not n.startswith("mtp.")}, folder / "model.safetensors", {"format": "pt"}
+    )
+    theirs = wrapped(folder)
+    assert torch.equal(theirs.lm_head.weight, weights["lm_head.weight"])
+    assert torch.equal(theirs.mtp.layers[0].enorm.weight, torch.ones(64))
+    assert 0.05 < theirs.mtp.layers[1].mixer.experts.up_proj.std() < 0.15
+
+
+@pytest.mark.parametrize("kind", ["unshared", "tied", "attention"])
+def test_other_specs(kind: str, tmp_path: Path) -> None:
+    """No shared expert, which transformers cannot say; tied embeddings; blocks without a Mamba state."""
+    spec = {
+        "unshared": tiny_spec("ME*", mtp=None, shared_intermediate_size=0),
+        "tied": replace(tiny_spec(), model=replace(tiny_spec().model, tie_word_embeddings=True)),
+        "attention": tiny_spec("*-E", mtp="-E", latent_size=None),
+    }[kind]
+    module = build(spec, tmp_path / "torch")
+    model = trained(module)
+    module.save_checkpoint(model, tmp_path / "saved")
+    module.save_checkpoint(model, tmp_path / "saved")  # over its own code, too
+    theirs = wrapped(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(theirs(IDS).logits, model(IDS).logits)
+    got = theirs.generate(IDS, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(got, greedy(model, IDS, 5))
+
+
+def test_no_wrapper_where_transformers_has_it_all(tmp_path: Path) -> None:
+    module = build(tiny_spec(mtp=None), tmp_path / "torch")
+    assert not (tmp_path / "torch" / "modeling_n3c.py").exists()
+    module.save_checkpoint(module.Model(), tmp_path / "saved")
+    assert "auto_map" not in json.loads((tmp_path / "saved" / "config.json").read_text())
