@@ -12,13 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from n3c.ir.diagnostics import Diagnostic
+from n3c.backends.trt.targets import Flavour
+from n3c.ir.diagnostics import Diagnostic, Severity
 from n3c.ir.program import Program
 from n3c.specs.dump import dump_spec
 from n3c.specs.load import load_spec
 from n3c.specs.schema import Spec
 
 from . import outdir
+from .buildable import require_request
 from .checking import require_target
 from .lower import lower
 from .progress import Progress
@@ -38,10 +40,14 @@ class Request:
     out: Path | None = None
     overrides: Sequence[str] = ()
     weights: Path | None = None
-    trt: Literal["rtx", "full"] = "rtx"
-    sm: int = 120
+    trt: Flavour = "rtx"
+    sms: tuple[int, ...] = (120,)
+    """GPU architectures that each plan is for."""
     stages: int = 1
     """Plans that an entry point is cut into, at layer boundaries."""
+    entries: tuple[str, ...] = ()
+    """Entry points to build; none means all that the model has."""
+    weights_mode: Literal["bound", "embedded"] = "bound"
 
 
 @dataclass(slots=True)
@@ -53,6 +59,8 @@ class Build:
     seconds: float = 0.0
     warnings: list[Diagnostic] = field(default_factory=list[Diagnostic])
     mismatches: list[Diagnostic] = field(default_factory=list[Diagnostic])
+    traffic: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Of each entry point at each batch size the bytes that it moves and must move, as in audit.json."""
 
     def as_json(self) -> dict[str, Any]:
         """Return the form of `n3c build --json`."""
@@ -62,6 +70,7 @@ class Build:
             "files": self.files,
             "seconds": round(self.seconds, 3),
             "peak_rss_bytes": peak_rss_bytes(),
+            "traffic": self.traffic,
             "diagnostics": [d.as_json() for d in (*self.warnings, *self.mismatches)],
         }
 
@@ -78,8 +87,9 @@ def build(request: Request, progress: Progress, after: Callable[[str, Program], 
 
     progress.phase("passes")
     served = serve(spec, after)
-    if request.target == "trt":
-        require_target(spec, served, request.sm)
+    if request.target != "torch":
+        require_request(spec, served, request)
+        require_target(spec, request.sms if request.target == "trt" else (), request.trt)
     if request.weights is not None:
         _require_fit(spec, request.weights)
 
@@ -92,11 +102,11 @@ def build(request: Request, progress: Progress, after: Callable[[str, Program], 
         )
         (folder / "spec.toml").write_text(resolved, encoding="utf-8")
         if request.target == "torch":
-            _emit_torch(spec, spec_sha256, folder / "torch", progress)
+            built.warnings += _emit_torch(spec, spec_sha256, folder / "torch", progress)
         else:
             from .engines import emit_engines
 
-            built.mismatches = emit_engines(request, spec, served, folder, progress)
+            built.mismatches, built.traffic = emit_engines(request, spec, spec_sha256, served, folder, progress)
         progress.phase("manifest")
         manifest = _manifest(spec, spec_sha256, served, folder)
         (folder / outdir.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -115,8 +125,9 @@ def _require_fit(spec: Spec, weights: Path) -> None:
     check_formats(program.parameters.values(), checkpoint)
 
 
-def _emit_torch(spec: Spec, spec_sha256: str, folder: Path, progress: Progress) -> None:
+def _emit_torch(spec: Spec, spec_sha256: str, folder: Path, progress: Progress) -> list[Diagnostic]:
     from n3c.backends.torch.emit import emit
+    from n3c.backends.torch.megatron import gaps
 
     program = lower(spec)
     flops, next_flops = (flops_per_token(program, context, mtp=True) for context in (0, 1))
@@ -124,6 +135,8 @@ def _emit_torch(spec: Spec, spec_sha256: str, folder: Path, progress: Progress) 
     folder.mkdir()
     for name, text in emit(spec, spec_sha256, (flops, next_flops - flops)).items():
         (folder / name).write_text(text, encoding="utf-8")
+    why = [f"no Megatron files: in Megatron-Bridge, {gap}" for gap in gaps(spec)]
+    return [Diagnostic("W0519", text, severity=Severity.WARNING) for text in why]
 
 
 def _manifest(spec: Spec, spec_sha256: str, served: Served, folder: Path) -> dict[str, Any]:

@@ -226,6 +226,30 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
+def verify_files(out: Path, manifest: dict[str, Any]) -> list[Diagnostic]:
+    """Return an E0640 for each file of `manifest` that is missing from `out`, cut or altered.
+
+    Reads every file; sizes are compared first. Nothing outside of `out` is read, whatever the manifest says.
+    """
+    faults: list[Diagnostic] = []
+    for file in manifest["files"]:
+        path = out / file["path"]
+        try:
+            if not path.resolve().is_relative_to(out.resolve()) or not path.is_file():
+                reason = "no such file in the output"
+            elif path.stat().st_size != file["bytes"]:
+                reason = f"{path.stat().st_size} bytes instead of {file['bytes']}"
+            elif sha256_file(path) != file.get("sha256"):
+                reason = "another SHA-256"
+            else:
+                continue
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error)
+        message = f"`{file['path']}` is not what was built: {reason}"
+        faults.append(Diagnostic("E0640", message, Span(str(path)), help="build it again"))
+    return faults
+
+
 def described_files(directory: Path) -> list[dict[str, Any]]:
     """Return path, bytes and sha256 of every file below `directory`, sorted by path."""
     return [

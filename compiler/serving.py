@@ -12,8 +12,9 @@ from n3c.passes.base import Pass, PassReport, run_pipeline
 from n3c.passes.cleanup import Cleanup
 from n3c.passes.fuse_moe import FuseMoe
 from n3c.passes.pipelines import SERVING
-from n3c.passes.plan_state import PlanState, StatePlan, state_plan
+from n3c.passes.plan_state import PlanState
 from n3c.passes.quantize import FormatRule, Quantize, ledger_warnings
+from n3c.passes.state_plan import StatePlan, state_plan
 from n3c.specs.pattern import Pattern
 from n3c.specs.roles import select_layers
 from n3c.specs.schema import Rule, Spec
@@ -25,7 +26,7 @@ STATE_DTYPES = {"fp32": DType.F32, "fp16": DType.F16, "bf16": DType.BF16, "fp8":
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A program with the entry point `decode`, and what the passes said."""
+    """A program with the entry points of serving, and what the passes said."""
 
     program: Program
     plan: StatePlan
@@ -71,6 +72,8 @@ def serving_passes(spec: Spec) -> list[Pass]:
             kv_dtype=STATE_DTYPES[serving.kv_cache_dtype],
             ssm_dtype=STATE_DTYPES[serving.ssm_state_dtype],
             conv_dtype=STATE_DTYPES[serving.conv_state_dtype],
+            prefill_chunk=serving.prefill_chunk,
+            draft_tokens=serving.draft_tokens,
         ),
         "cleanup": Cleanup(),
     }

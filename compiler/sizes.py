@@ -10,6 +10,7 @@ from n3c.ir.program import Call, Program
 from n3c.specs.schema import Spec
 
 from .lower import lower
+from .room import rooms
 from .serving import Served, serve
 
 
@@ -81,7 +82,9 @@ def decode_bytes(served: Served, spec: Spec, batch: int, context: int) -> dict[s
     Routed experts count as top_k a sequence, but never more than all of them.
     """
     weights = embedding = 0
-    for parameter in served.program.parameters.values():
+    program = served.program
+    for name in {name: None for call in program.entry_points["decode"].calls for name in call.parameters}:
+        parameter = program.parameters[name]
         size = parameter.type.bytes
         if parameter.role.startswith("moe.experts.") and spec.moe is not None:
             size = size * min(spec.moe.num_experts, batch * spec.moe.top_k) // spec.moe.num_experts
@@ -121,6 +124,8 @@ def inspect_spec(spec: Spec, *, context: int | None = None, batch: int = 1) -> d
             "bytes_per_request": plan.bytes_per_request,
             "ssm_bytes_per_request": plan.ssm_bytes,
             "conv_bytes_per_request": plan.conv_bytes,
+            "mtp_kv_bytes_per_token": plan.mtp_kv_bytes_per_token,
+            "snapshots": plan.snapshots(),
         },
         "decode": {
             "context": context,
@@ -128,8 +133,8 @@ def inspect_spec(spec: Spec, *, context: int | None = None, batch: int = 1) -> d
             "bytes": moved,
             "flops": flops * batch,
             "flops_per_byte": round(flops * batch / moved["total"], 2),
-            "memory_bytes": sum(by_format.values())
-            + batch * (plan.bytes_per_request + context * plan.kv_bytes_per_token),
+            "memory_bytes": sum(by_format.values()) + batch * plan.bytes_at(context),
             "tokens_per_second_at_1_TB_per_s": round(batch * 1e12 / moved["total"], 1),
         },
+        "fits": [room.as_json() for room in rooms(spec, served, context, batch)],
     }

@@ -12,18 +12,22 @@ E experts, R experts a token (top_k). Arithmetic is float32 whatever the storage
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 from .types import Dim, DType, TensorType
 
 Attribute = int | float | bool | str | tuple[int, ...]
 Types = tuple[TensorType, ...]
+T = TypeVar("T")
 
 NVFP4_BLOCK = 16
 """Elements along K that share one E4M3 scale."""
+CACHE_MAX = 352.0
+"""Largest value in an FP8 cache. E4M3 reaches 448, but two codes beyond 352 are no finite FP16 number, as which
+engines write them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,8 +42,12 @@ class OpDef:
     rule: Callable[..., TensorType | Types]
     flops: Callable[[list[TensorType | None], Types, Mapping[str, Attribute]], int] | None
 
-    def infer(self, operands: list[TensorType | None], attributes: Mapping[str, Attribute]) -> Types:
-        """Return the result types; ValueError where the operands or attributes do not fit."""
+    def infer(self, operands: Sequence[TensorType | None], attributes: Mapping[str, Attribute]) -> Types:
+        """Return the result types; ValueError where the operands or attributes do not fit.
+
+        Optional operands at the end may be left out.
+        """
+        operands = self.padded(operands)
         if len(operands) != len(self.operands):
             raise ValueError(f"{self.name} takes {len(self.operands)} operands, not {len(operands)}")
         for name, operand in zip(self.operands, operands, strict=True):
@@ -49,6 +57,11 @@ class OpDef:
             raise ValueError(f"{self.name} has attributes {sorted(self.attributes)}, not {sorted(attributes)}")
         results = self.rule(*operands, **attributes)
         return results if isinstance(results, tuple) else (results,)
+
+    def padded(self, operands: Sequence[T | None]) -> list[T | None]:
+        """Return `operands` with None for the optional ones that are left out at the end."""
+        missing = self.operands[len(operands) :]
+        return [*operands, *(None for name in missing if name in self.optional)]
 
 
 OPS: dict[str, OpDef] = {}
@@ -103,6 +116,13 @@ def embedding(ids: TensorType, table: TensorType) -> TensorType:
 def shift_left(ids: TensorType) -> TensorType:
     """y[b, s] = ids[b, s + 1], and 0 at the last place: the next token of each, i64 [B, S]."""
     return ids
+
+
+@op()
+def last_token(x: TensorType, counts: TensorType) -> TensorType:
+    """y[b, 0] = x[b, counts[b] - 1], and x[b, 0] where counts[b] = 0: x [B, S, D], counts i64 [B] → [B, 1, D]."""
+    _require(len(x.dims) == 3 and counts == TensorType(DType.I64, x.dims[:1]), f"counts {counts} do not fit {x}")
+    return TensorType(x.dtype, (x.dims[0], 1, x.dims[2]))
 
 
 # -------------------------------------------------------------------------------------- element-wise
@@ -270,7 +290,8 @@ def combine_experts(y: TensorType, weights: TensorType) -> TensorType:
 
 
 def _conv_flops(operands: Any, results: Types, attributes: Any) -> int:
-    return 2 * _elements(results[0]) * int(operands[-2].dims[-1])
+    weight = next(operand for operand in operands[1:] if operand is not None and operand.dims[1:2] == (1,))
+    return 2 * _elements(results[0]) * int(weight.dims[-1])
 
 
 @op(flops=_conv_flops)
@@ -286,17 +307,27 @@ def causal_conv1d(x: TensorType, weight: TensorType, bias: TensorType | None = N
 
 @op(flops=_conv_flops)
 def causal_conv1d_update(
-    x: TensorType, window: TensorType, weight: TensorType, bias: TensorType | None = None
+    x: TensorType,
+    window: TensorType,
+    weight: TensorType,
+    bias: TensorType | None = None,
+    counts: TensorType | None = None,
 ) -> Types:
-    """causal_conv1d of the tokens that follow a window, and the window after them.
+    """causal_conv1d of the tokens that follow a window, and the window after the first `counts` of them.
 
-    x [B, S, C], window [B, C, W - 1] (the last W - 1 inputs, oldest first) → [B, S, C], window.
+    x [B, S, C], window [B, C, W - 1] (the last W - 1 inputs, oldest first), counts i64 [B] in 0…S, S where
+    left out → [B, S, C], window. What comes behind the counted tokens does not change the window.
     """
     causal_conv1d.infer([x, weight, bias], {})
     width = weight.dims[-1]
     _require(isinstance(width, int), "the convolution needs a static width")
     _require(window.dims == (x.dims[0], x.dims[-1], int(width) - 1), f"window {window} does not fit {x} and {weight}")
+    _require_counts(counts, x)
     return x, window
+
+
+def _require_counts(counts: TensorType | None, x: TensorType) -> None:
+    _require(counts is None or counts == TensorType(DType.I64, x.dims[:1]), f"counts {counts} do not fit {x}")
 
 
 def _ssd_flops(operands: Any, results: Types, attributes: Any) -> int:
@@ -345,12 +376,21 @@ def ssd_update(
     D: TensorType,
     dt_bias: TensorType,
     state: TensorType,
+    counts: TensorType | None = None,
     *,
     n_groups: int,
+    chunk_size: int,
 ) -> Types:
-    """Continue ssd from a state, and return the state after the last token: h as [B, H, P, N]."""
-    ssd.infer([x, dt, A, B, C, D, dt_bias], {"n_groups": n_groups, "chunk_size": 1})
+    """Continue ssd from a state, and return the state after the first `counts` tokens: h as [B, H, P, N].
+
+    counts i64 [B] in 0…S, S where left out. A token behind them has δ = 0, so it leaves h as it is; its y
+    is of no use. In pieces of `chunk_size` tokens, with cᵢ = Σⱼ≤ᵢ δⱼ A:
+    y[s] = exp(cₛ) h C[s] + Σᵢ≤ₛ exp(cₛ - cᵢ) δᵢ (C[s]·B[i]) x[i] + D x[s];
+    h' = exp(c) h + Σᵢ exp(c - cᵢ) δᵢ x[i] ⊗ B[i].
+    """
+    ssd.infer([x, dt, A, B, C, D, dt_bias], {"n_groups": n_groups, "chunk_size": chunk_size})
     _require(len(state.dims) == 4 and state.dims[:2] == (x.dims[0], A.dims[0]), f"state {state} does not fit {x}")
+    _require_counts(counts, x)
     return x, state
 
 
@@ -371,26 +411,56 @@ def attention(q: TensorType, k: TensorType, v: TensorType, *, num_heads: int, nu
 
 
 @op()
+def write_cache(
+    new: TensorType,
+    cache: TensorType,
+    lengths: TensorType,
+    counts: TensorType | None = None,
+    scale: TensorType | None = None,
+) -> TensorType:
+    """cache[b, :, lengths[b] + s] = new[b, s] for s < counts[b], as far as the cache reaches.
+
+    new [B, S, Hkv·P], cache [B, Hkv, M, P] of capacity M, lengths i64 [B]: tokens already there, counts
+    i64 [B] in 0…S, S where left out. Values are rounded to the type of the cache; with a scale f32 [] the
+    cache holds new / scale (of an FP8 cache), clamped to ±352.
+    """
+    _require(len(cache.dims) == 4 and cache.dims[0] == new.dims[0], f"cache {cache} does not fit {new}")
+    sizes = [d for d in (new.dims[-1], cache.dims[1], cache.dims[3]) if isinstance(d, int)]
+    _require(len(sizes) == 3 and sizes[0] == sizes[1] * sizes[2], f"cache {cache} does not fit {new}")
+    _require(lengths == TensorType(DType.I64, new.dims[:1]), f"lengths {lengths} do not fit {new}")
+    _require_counts(counts, new)
+    _require(scale is None or scale == TensorType(DType.F32, ()), f"the scale of a cache is f32[], not {scale}")
+    return cache
+
+
+@op()
 def cached_attention(
     q: TensorType,
-    k: TensorType,
-    v: TensorType,
     k_cache: TensorType,
     v_cache: TensorType,
     lengths: TensorType,
+    key_positions: TensorType,
+    k_scale: TensorType | None = None,
+    v_scale: TensorType | None = None,
     *,
     num_heads: int,
     num_kv_heads: int,
-) -> Types:
-    """Write k and v at positions lengths[b]… of the caches, then attend causally to all that is filled.
+) -> TensorType:
+    """Attend with token s of sequence b to the places 0…lengths[b] + s of the caches.
 
-    caches [B, Hkv, M, P] of capacity M, lengths i64 [B]: tokens already there → y, caches after. Keys
-    and values are rounded to the type of the cache before they are used.
+    q [B, S, Hq·P], caches [B, Hkv, M, P], which hold the new tokens already, lengths i64 [B]: tokens before
+    them → [B, S, Hq·P]. key_positions i64 [L] = 0…L - 1 with lengths[b] + S ≤ L ≤ M: places behind it are
+    not read, so that the cost follows L. What an FP8 cache holds is multiplied with its scale.
     """
-    attention.infer([q, k, v], {"num_heads": num_heads, "num_kv_heads": num_kv_heads})
     _require(k_cache == v_cache, f"caches {k_cache} and {v_cache} differ")
     _require(
         len(k_cache.dims) == 4 and k_cache.dims[:2] == (q.dims[0], num_kv_heads), f"cache {k_cache} does not fit {q}"
     )
+    sizes = [d for d in (q.dims[-1], k_cache.dims[-1]) if isinstance(d, int)]
+    _require(len(sizes) == 2 and sizes[0] == num_heads * sizes[1], f"{q} has not {num_heads} heads of {k_cache}")
+    _require(num_heads % num_kv_heads == 0, f"{num_heads} heads over {num_kv_heads} key/value heads")
     _require(lengths == TensorType(DType.I64, q.dims[:1]), f"lengths {lengths} do not fit {q}")
-    return q, k_cache, v_cache
+    _require(key_positions.dtype is DType.I64 and len(key_positions.dims) == 1, f"key_positions are {key_positions}")
+    for scale in (k_scale, v_scale):
+        _require(scale is None or scale == TensorType(DType.F32, ()), f"the scale of a cache is f32[], not {scale}")
+    return q

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from .diagnostics import Span
 from .ops import Attribute, OpDef
-from .source import Source
+from .source import Bytes, Source
 from .types import TensorType
 
 
@@ -99,11 +99,12 @@ class Function:
         at: int | None = None,
     ) -> list[Value]:
         """Append a node, or insert it at `at`, and return its results; ValueError where it does not type."""
+        operands = op.padded(operands)
         types = op.infer([v.type if v else None for v in operands], attributes or {})
         if len(types) != len(names):
             raise ValueError(f"{op.name} gives {len(types)} results, not {len(names)}")
         results = [Value(self.fresh(name), type_) for name, type_ in zip(names, types, strict=True)]
-        node = Node(op, list(operands), dict(attributes or {}), results, origin)
+        node = Node(op, operands, dict(attributes or {}), results, origin)
         for result in results:
             result.node = node
         self.nodes.insert(len(self.nodes) if at is None else at, node)
@@ -177,15 +178,20 @@ class Parameter:
     """The format that the spec asks for: bf16, fp8, nvfp4 or w4a16_nvfp4."""
     origin: Origin = Origin()
 
+    @property
+    def memory(self) -> str:
+        """What tells parameters of the same bytes: the source, whatever type the bytes are bound as."""
+        return str(self.source.operand if isinstance(self.source, Bytes) else self.source)
+
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What a request keeps between tokens. The dim `B` counts sequences."""
+    """What a request keeps between tokens. The dim `B` counts sequences, `S` the tokens of a call that wait."""
 
     name: str
     type: TensorType
     kind: str
-    """`kv`, `conv` or `ssm`."""
+    """`kv`, `conv`, `ssm`, or `pending`: operands of tokens that are not accepted yet."""
     layer: int
 
 
@@ -212,6 +218,8 @@ class EntryPoint:
     inputs: dict[str, TensorType]
     calls: list[Call]
     outputs: list[str]
+    tokens: int = 1
+    """Tokens of each sequence that a call takes when it serves: the size of dim `S`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +247,10 @@ class Program:
     entry_points: dict[str, EntryPoint] = field(default_factory=dict[str, EntryPoint])
     ledger: tuple[LedgerEntry, ...] = ()
     """Filled by the pass `quantize`: every weight once."""
+
+    def memories(self) -> Iterator[Parameter]:
+        """Yield the parameters, but of several that are the same bytes in different types the first only."""
+        yield from {p.memory: p for p in reversed(self.parameters.values())}.values()
 
     def calls(self) -> Iterator[Call]:
         """Yield the calls of every entry point."""

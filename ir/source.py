@@ -87,11 +87,41 @@ class Bytes:
         return f"bytes({self.operand})"
 
 
-Source = Tensor | Stack | Concat | NegExp | Nvfp4 | Fp8 | Bytes
+@dataclass(frozen=True, slots=True)
+class Dequantized:
+    """What quantized codes mean, in float32: the exact product of codes and scales."""
+
+    codes: Nvfp4 | Fp8
+
+    def __str__(self) -> str:
+        return f"dequantized({self.codes})"
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """A weight that is deployed in BF16, in float32: rounded, where the checkpoint holds more digits."""
+
+    operand: Source
+
+    def __str__(self) -> str:
+        return f"rounded({self.operand})"
+
+
+@dataclass(frozen=True, slots=True)
+class CacheScale:
+    """Scale of an FP8 cache: what the checkpoint holds (amax / 448) times 448/352, so that 352 is amax; else 1."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"cache_scale({self.name})"
+
+
+Source = Tensor | Stack | Concat | NegExp | Nvfp4 | Fp8 | Bytes | Dequantized | Rounded | CacheScale
 
 
 def tensor_names(source: Source) -> Iterator[str]:
-    """Yield the checkpoint tensors that `source` reads, in order."""
+    """Yield the checkpoint tensors that `source` needs, in order."""
     match source:
         case Tensor(name):
             yield name
@@ -101,5 +131,9 @@ def tensor_names(source: Source) -> Iterator[str]:
         case Concat(parts):
             for part in parts:
                 yield from tensor_names(part)
-        case NegExp(operand) | Nvfp4(operand) | Fp8(operand) | Bytes(operand):
+        case NegExp(operand) | Nvfp4(operand) | Fp8(operand) | Bytes(operand) | Rounded(operand):
             yield from tensor_names(operand)
+        case Dequantized(codes):
+            yield from tensor_names(codes)
+        case CacheScale():
+            return  # a checkpoint may do without

@@ -2,13 +2,18 @@
 
 Patterns, in each function:
 1. `experts` → expand_experts, expert_linear(up), relu2, expert_linear(down), combine_experts: the
-   gather dispatch of decode, which reads only the chosen experts' weights.
+   gather dispatch of entry points of few tokens, which reads only the chosen experts' weights. In the
+   entry points of `batched` the op stays as it is: a chunk of tokens meets nearly every expert, so all
+   of them are computed at once. A function that both kinds call becomes two.
 2. NVFP4 codes read by an expert_linear become bytes of two codes: the same memory, in a type that
-   engines can gather by expert (FP4 tensors cannot be gathered).
+   engines can gather by expert (FP4 tensors cannot be gathered). What stays batched reads them as FP4
+   under the name `….fp4`.
 3. linears of one input whose weights are both stored in BF16 (router and latent_down; q, k and v) →
-   one linear and a split. Quantized weights are not merged: each has a scale of its own.
+   one linear and a split. Quantized weights are not merged: each has a scale of its own. They merge
+   alike in every entry point, so that all read one copy.
 
-After quantize, as formats decide what may merge; before plan_state, which does not look at linears.
+After quantize, as formats decide what may merge; after plan_state, which makes the entry points;
+before cleanup, which would take parts of what merges away.
 """
 
 from __future__ import annotations
@@ -17,11 +22,13 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from n3c.ir import ops
-from n3c.ir.program import Function, Node, Parameter, Program, Value
+from n3c.ir.program import Call, Function, Node, Parameter, Program, Value
 from n3c.ir.source import Bytes, Concat
 from n3c.ir.types import DType, TensorType
 
 CODES_A_BYTE = 2
+FP4 = ".fp4"
+"""Behind the name of codes that are bound as FP4 while others bind the same bytes as i8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +39,15 @@ class FuseMoe:
 
     merge_linears: bool = True
     """Whether pattern 3 is applied."""
+    batched: tuple[str, ...] = ("prefill",)
+    """Entry points whose experts are computed all at once."""
 
     def run(self, program: Program) -> bool:
         """Rewrite functions and, with them, the parameters that their calls bind."""
+        kept = self._batched(program)
         changed = False
         for function in program.functions.values():
-            for node in [n for n in function.nodes if n.op is ops.experts]:
+            for node in [n for n in function.nodes if n.op is ops.experts and function.name not in kept]:
                 _gather(function, node)
                 changed = True
             for codes in _gathered_codes(function):
@@ -47,6 +57,38 @@ class FuseMoe:
                 _merge(program, function, group)
                 changed = True
         return changed
+
+    def _batched(self, program: Program) -> set[str]:
+        """Return the functions whose experts stay, after giving the batched entry points functions of their own."""
+        kept: set[str] = set()
+        others = {c.function for e in program.entry_points.values() if e.name not in self.batched for c in e.calls}
+        for entry in [program.entry_points[name] for name in self.batched if name in program.entry_points]:
+            for call in entry.calls:
+                function = program.functions[call.function]
+                if not any(node.op is ops.experts for node in function.nodes):
+                    continue
+                if function.name in others:
+                    name = f"{function.name}.{entry.name}"
+                    if name not in program.functions:
+                        program.functions[name] = function.clone(name)
+                    call.function = name
+                kept.add(call.function)
+                _as_fp4(program, program.functions[call.function], call)
+        return kept
+
+
+def _as_fp4(program: Program, function: Function, call: Call) -> None:
+    """Bind the codes of experts under a name of their own, since others bind the same bytes as i8."""
+    for node in function.nodes:
+        if node.op is ops.experts:
+            for weight in (node.operand(3), node.operand(4)):
+                if weight.node is not None and weight.node.op is ops.dequantize_nvfp4:
+                    index = function.parameters.index(weight.node.operand(0))
+                    old = program.parameters[call.parameters[index]]
+                    if not old.name.endswith(FP4):
+                        made = replace(old, name=old.name + FP4, origin=old.origin.by(FuseMoe.name))
+                        program.parameters[made.name] = made
+                        call.parameters[index] = made.name
 
 
 def _gather(function: Function, node: Node) -> None:

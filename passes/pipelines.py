@@ -2,15 +2,15 @@
 
 `SERVING` is the pipeline of every deployed entry point:
   quantize    first: formats decide what may merge and how experts are packed
-  fuse_moe    before plan_state, while every function still is a plain function of its input
-  plan_state  gives functions their states
-  cleanup     last: merged weights leave their parts behind, and decode drops multi-token prediction
+  plan_state  makes the entry points, and gives functions their states
+  fuse_moe    after plan_state: the dispatch of experts depends on the entry point
+  cleanup     last: merged weights leave their parts behind, and prefill needs only the caches of multi-token prediction
 Training runs none: generated code carries its own numerics.
 """
 
 from __future__ import annotations
 
-SERVING = ("quantize", "fuse_moe", "plan_state", "cleanup")
+SERVING = ("quantize", "plan_state", "fuse_moe", "cleanup")
 
 PASSES = {
     "quantize": "n3c.passes.quantize:Quantize",

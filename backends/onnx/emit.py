@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,22 @@ from typing import Any
 import onnx_ir as onnx
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
-from n3c.ir.program import Call, EntryPoint, Function, Program
-from n3c.ir.types import TensorType
+from n3c.ir.program import Call, EntryPoint, Function, Parameter, Program
+from n3c.ir.types import DType, TensorType
+from n3c.passes.pack import packed
+from n3c.passes.widen import widened
 
 from .bindings import Binding
-from .emitter import Emitter
+from .emitter import Emitter, Rendering
 from .graph import GraphBuilder
 from .linears import Linear, linears_of
 from .registry import SPELLINGS
 
 PRODUCER = "n3c"
+DYNAMIC = -1
+"""In the shape of a binding: a length that is chosen at every call."""
+USUAL = 8192
+"""Places of the caches that kernels are chosen for, where there are so many."""
 Step = Callable[[str, int, int], None]
 """Called with the label of a call that is emitted, and how many of how many are."""
 
@@ -40,6 +46,10 @@ class OnnxEntry:
     linears: tuple[Linear, ...]
     spans: Mapping[str, Span]
     """Label of a call (the first part of its nodes' names) → the spec line of its block."""
+    parameters: tuple[Parameter, ...]
+    """What the weights are, in their order: `n3c.backends.safetensors.sources.load` gives the values."""
+    dynamic_inputs: Mapping[str, tuple[int, int, int]]
+    """Inputs of one dim that is chosen at every call → its least, usual and greatest size."""
 
     @property
     def bindings(self) -> list[dict[str, Any]]:
@@ -76,22 +86,37 @@ class OnnxEntry:
 
 
 def emit_entry(
-    program: Program, entry_point: str | EntryPoint, *, batch: int, tokens: int = 1, progress: Step | None = None
+    program: Program,
+    entry_point: str | EntryPoint,
+    *,
+    batch: int,
+    tokens: int | None = None,
+    rendering: Rendering = "engine",
+    as_bytes: Collection[DType] = (),
+    progress: Step | None = None,
 ) -> OnnxEntry:
-    """Emit an entry point, by name or a stage of one, for `batch` sequences of `tokens` tokens, both fixed.
+    """Emit an entry point, by name or a stage of one, for `batch` sequences of `tokens` tokens (its own), both fixed.
 
-    Static dims make plans an eighth of the size, and 3 times faster to build, than dynamic ones.
+    Static dims make plans an eighth of the size, and 3 times faster to build, than dynamic ones. The
+    rendering `float32` has dequantized weights and float32 states, and runs in ONNX Runtime on a CPU.
+    Weights of the types `as_bytes` (FP4, FP8: what a GPU lacks) are bound as bytes and decoded by tables.
     N3CError (E0507) for an op that no spelling is registered for.
     """
     entry = program.entry_points[entry_point] if isinstance(entry_point, str) else entry_point
-    return _Emission(program, entry, {"B": batch, "S": tokens}).run(progress)
+    if rendering == "float32":
+        program, entry = widened(program, entry)
+    elif as_bytes:
+        program, entry = packed(program, entry, as_bytes)
+    dims = {"B": batch, "S": tokens or entry.tokens}
+    return _Emission(program, entry, dims, rendering).run(progress)
 
 
 class _Emission:
-    def __init__(self, program: Program, entry: EntryPoint, dims: dict[str, int]) -> None:
+    def __init__(self, program: Program, entry: EntryPoint, dims: dict[str, int], rendering: Rendering) -> None:
         self.program, self.entry, self.dims = program, entry, dims
         self.graph = GraphBuilder(f"{program.name}.{entry.name}")
-        self.emitter = Emitter(self.graph, dims)
+        wide = all(state.type.dtype is DType.F32 for state in program.states.values())
+        self.emitter = Emitter(self.graph, dims, rendering, wide=wide)
         self.values: dict[str, onnx.Value] = {}
         self.types: dict[str, TensorType] = {}
         self.next_states: dict[str, onnx.Value] = {}
@@ -102,16 +127,20 @@ class _Emission:
         states = [name for call in calls for name in call.states]
         names = dict.fromkeys(name for call in calls for name in call.parameters)
         arguments = [self.argument(name, type_, "input", name) for name, type_ in self.entry.inputs.items()]
-        arguments += [self.argument(name, program.states[name].type, "state", name) for name in states]
+        for name in states:
+            type_ = program.states[name].type
+            arguments.append(self.argument(name, bound_as(type_), "state", name))
+            if bound_as(type_) != type_:
+                arguments.append(self.argument(f"{name}.view", type_, "view", name))
         parameters = [program.parameters[name] for name in names]
-        weights = [self.argument(p.name, p.type, "weight", str(p.source)) for p in parameters]
+        weights = [self.argument(p.name, p.type, "weight", str(p.source), p.memory) for p in parameters]
         for i, call in enumerate(calls):
             self.call(call)
             if progress is not None:
                 progress(call.label, i + 1, len(calls))
         results = [self.result(n, self.values[n], self.types[n], "output", n) for n in self.entry.outputs]
         results += [
-            self.result(f"{name}.next", self.next_states[name], program.states[name].type, "state", name)
+            self.result(f"{name}.next", self.next_states[name], bound_as(program.states[name].type), "state", name)
             for name in states
         ]
         return OnnxEntry(
@@ -121,15 +150,27 @@ class _Emission:
             tuple(weights),
             tuple(arguments),
             tuple(results),
-            linears_of(program, self.entry, self.dims),
+            linears_of(program, self.entry, self.dims, wide=self.emitter.wide),
             self.spans,
+            tuple(parameters),
+            self.dynamic(),
         )
 
-    def argument(self, name: str, type_: TensorType, kind: str, source: str) -> Binding:
+    def argument(self, name: str, type_: TensorType, kind: str, source: str, memory: str = "") -> Binding:
         """Declare a graph input."""
-        static = type_.bind(self.dims)
-        self.values[name] = self.graph.input(name, static.dtype, static.static_dims)
-        return Binding(name, kind, static.dtype.value, static.static_dims, source)
+        bound = type_.bind(self.dims)
+        self.values[name] = self.graph.input(name, bound.dtype, bound.dims)
+        shape = tuple(d if isinstance(d, int) else DYNAMIC for d in bound.dims)
+        return Binding(name, kind, bound.dtype.value, shape, source, memory)
+
+    def dynamic(self) -> dict[str, tuple[int, int, int]]:
+        """Return least, usual and greatest length of each dynamic input: what is attended to."""
+        names = [
+            name for name, type_ in self.entry.inputs.items() if not isinstance(type_.bind(self.dims).dims[0], int)
+        ]
+        states = [self.program.states[name] for call in self.entry.calls for name in call.states]
+        capacity = max((s.type.bind(self.dims).static_dims[2] for s in states if s.kind == "kv"), default=0)
+        return {name: (self.dims["S"], max(self.dims["S"], min(USUAL, capacity)), capacity) for name in names}
 
     def result(self, name: str, value: onnx.Value, type_: TensorType, kind: str, source: str) -> Binding:
         """Declare a graph output."""
@@ -146,6 +187,11 @@ class _Emission:
         formals = (*function.inputs, *function.parameters, *function.states)
         for formal, actual in zip(formals, (*call.inputs, *call.parameters, *call.states), strict=True):
             self.emitter.bind(formal, self.values[actual])
+        for formal, actual in zip(function.states, call.states, strict=True):
+            if f"{actual}.view" in self.values:
+                self.emitter.bind_view(formal, self.values[f"{actual}.view"])
+        for formal, actual in zip(function.parameters, call.parameters, strict=True):
+            self.emitter.bind_format(formal, self.program.parameters[actual].format)
         self.nodes(function)
         for name, value in zip(call.outputs, function.outputs, strict=True):
             self.values[name] = self.emitter.get(value)
@@ -163,3 +209,12 @@ class _Emission:
                     Diagnostic("E0507", message, node.origin.span, help="run the serving passes first"), ExitCode.TARGET
                 )
             spelling(self.emitter, node)
+
+
+def bound_as(type_: TensorType) -> TensorType:
+    """Return the type in which an engine updates a state: two FP8 codes as one FP16 element, others as they are."""
+    if type_.dtype is not DType.F8E4M3:
+        return type_
+    last = type_.dims[-1]
+    assert isinstance(last, int)
+    return type_.with_dtype(DType.F16).with_last(last // 2)

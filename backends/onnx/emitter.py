@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import onnx_ir as onnx
 
@@ -25,6 +26,10 @@ class Nvfp4Weight:
     """FLOAT [] or [E]."""
     packed: bool
     """Whether codes are bytes."""
+    packed_scale: bool = False
+    """Whether block scales are bytes."""
+    w4a4: bool = False
+    """Whether the format quantizes activations too, where there are many rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,8 @@ class Fp8Weight:
     """FLOAT8E4M3FN [..., N, K]."""
     scale: onnx.Value
     """FLOAT [] or [E]."""
+    packed: bool = False
+    """Whether codes are bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +55,37 @@ class DenseWeight:
 Weight = Nvfp4Weight | Fp8Weight | DenseWeight
 
 
+Rendering = Literal["engine", "float32"]
+"""For whom a graph is: `engine` for TensorRT, `float32` for a CPU: no narrow types, plain matrix products."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What a call wrote into an FP8 cache, for the attention of the same call."""
+
+    before: onnx.Value
+    """The cache as FLOAT8E4M3FN [B, H, M, P], to be read at the places before the call's tokens only."""
+    values: onnx.Value
+    """The call's rows as the cache holds them, float32 [B, H, S, P]."""
+
+
 class Emitter:
     """What a spelling works with. `dims` gives each symbolic dim its size."""
 
-    def __init__(self, graph: GraphBuilder, dims: dict[str, int]) -> None:
+    def __init__(
+        self, graph: GraphBuilder, dims: dict[str, int], rendering: Rendering = "engine", *, wide: bool = True
+    ) -> None:
         self.graph = graph
         self.dims = dims
+        self.rendering: Rendering = rendering
+        self.wide = wide
+        """Whether matrix products over many rows take activations in float32 rather than in BF16."""
+        self._formats: dict[int, str] = {}
+        self._views: dict[int, onnx.Value] = {}
+        self._written: dict[int, Rows] = {}
         self._values: dict[int, onnx.Value] = {}
         self._weights: dict[int, Weight] = {}
-        self._shared: dict[tuple[object, ...], onnx.Value] = {}
+        self._shared: dict[tuple[object, ...], Sequence[onnx.Value]] = {}
 
     def bind(self, value: Value, made: onnx.Value) -> None:
         """Let `made` stand for `value`."""
@@ -70,6 +99,30 @@ class Emitter:
     def bind_weight(self, value: Value, weight: Weight) -> None:
         """Let a weight that is not dequantized stand for `value`."""
         self._weights[id(value)] = weight
+
+    def bind_format(self, value: Value, format_: str) -> None:
+        """Note the format that the spec asks of a formal parameter."""
+        self._formats[id(value)] = format_
+
+    def format(self, value: Value) -> str:
+        """Return the format of a formal parameter, `bf16` where none was noted."""
+        return self._formats.get(id(value), "bf16")
+
+    def bind_view(self, value: Value, view: onnx.Value) -> None:
+        """Note the same bytes of a formal state in the type that the IR says."""
+        self._views[id(value)] = view
+
+    def view(self, value: Value) -> onnx.Value:
+        """Return a formal state in the type that the IR says, where it is bound as another one too."""
+        return self._views[id(value)]
+
+    def bind_written(self, value: Value, rows: Rows) -> None:
+        """Note what a call wrote to make `value` of a cache."""
+        self._written[id(value)] = rows
+
+    def written(self, value: Value) -> Rows | None:
+        """Return what a call wrote to make `value`, where it must not be read back."""
+        return self._written.get(id(value))
 
     def get(self, value: Value) -> onnx.Value:
         """Return what stands for `value`; KeyError if only a quantized weight does."""
@@ -95,7 +148,15 @@ class Emitter:
         """Return `made` as float32, which it already is if `is_f32`."""
         return made if is_f32 else self.graph.node("Cast", made, to=onnx.DataType.FLOAT)
 
+    def activation(self, x: onnx.Value) -> onnx.Value:
+        """Return float32 x in the type of matrix products."""
+        return x if self.wide else self.graph.node("Cast", x, to=onnx.DataType.BFLOAT16)
+
     def shared(self, key: tuple[object, ...], make: Callable[[], onnx.Value]) -> onnx.Value:
+        """Return what `make` made the first time that `key` was asked for."""
+        return self.shared_many(key, lambda: (make(),))[0]
+
+    def shared_many(self, key: tuple[object, ...], make: Callable[[], Sequence[onnx.Value]]) -> Sequence[onnx.Value]:
         """Return what `make` made the first time that `key` was asked for."""
         if key not in self._shared:
             self._shared[key] = make()

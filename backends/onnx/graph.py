@@ -33,8 +33,8 @@ class GraphBuilder:
         self._constants: dict[tuple[str, tuple[int, ...], bytes], onnx.Value] = {}
         self._taken: set[str] = set()
 
-    def input(self, name: str, dtype: DType, dims: Sequence[int]) -> onnx.Value:
-        """Declare a graph input of exactly that name."""
+    def input(self, name: str, dtype: DType, dims: Sequence[int | str]) -> onnx.Value:
+        """Declare a graph input of exactly that name; a named dim is dynamic."""
         self._taken.add(name)
         value = onnx.val(name, ONNX_DTYPES[dtype], tuple(dims))
         self.inputs.append(value)
@@ -85,13 +85,23 @@ class GraphBuilder:
         return self.constant(np.array(numbers, np.int64))
 
     def model(self, producer: str) -> onnx.Model:
-        """Return the finished model."""
+        """Return the finished model, without the nodes and constants that no output needs."""
+        needed = {id(value) for value in self.outputs}
+        nodes: list[onnx.Node] = []
+        for node in reversed(self.nodes):
+            if any(id(result) in needed for result in node.outputs):
+                needed.update(id(value) for value in node.inputs)
+                nodes.append(node)
+        for node in self.nodes:
+            if not any(id(result) in needed for result in node.outputs):
+                for i in range(len(node.inputs)):
+                    node.replace_input_with(i, None)
         graph = onnx.Graph(
             self.inputs,
             self.outputs,
-            nodes=self.nodes,
-            initializers=list(self._constants.values()),
-            opset_imports={"": OPSET},
+            nodes=reversed(nodes),
+            initializers=[value for value in self._constants.values() if id(value) in needed],
+            opset_imports={"": OPSET} | ({"trt": 1} if any(node.domain == "trt" for node in nodes) else {}),
             name=self.name,
         )
         return onnx.Model(graph, ir_version=IR_VERSION, producer_name=producer)

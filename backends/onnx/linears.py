@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from math import prod
 
 from n3c.ir import ops
-from n3c.ir.program import Call, EntryPoint, Node, Parameter, Program
-from n3c.ir.source import Bytes, Concat, Fp8, NegExp, Nvfp4, Source, Stack, Tensor
+from n3c.ir.program import Call, EntryPoint, Node, Parameter, Program, Value
+from n3c.ir.source import Bytes, CacheScale, Concat, Dequantized, Fp8, NegExp, Nvfp4, Rounded, Source, Stack, Tensor
 from n3c.ir.types import DType
+
+from .forms import FEW_ROWS
 
 _UNQUANTIZED = {DType.F32: "fp32", DType.F16: "fp16", DType.BF16: "bf16"}
 
@@ -32,10 +34,21 @@ class Linear:
     """[N, K] of one matrix."""
     rows: int
     """Rows that one matrix is applied to in a call: sequences times tokens."""
+    widened: str = ""
+    """The format that the graph itself dequantizes the weight to, once a call, for a matrix product; else empty."""
+
+    @property
+    def expected(self) -> str:
+        """The format in which kernels must read the weight for the graph to be realised."""
+        return self.widened or self.requested
 
 
-def linears_of(program: Program, entry: EntryPoint, dims: Mapping[str, int]) -> tuple[Linear, ...]:
+def linears_of(
+    program: Program, entry: EntryPoint, dims: Mapping[str, int], *, wide: bool = False
+) -> tuple[Linear, ...]:
     """Return the linears of an entry point in the order of its calls; merged ones once for each part.
+
+    `wide` says that matrix products are float32 ones.
 
     A stack of experts is one linear, named with `*` for the expert, as in
     `backbone.layers.1.mixer.experts.*.up_proj`.
@@ -44,13 +57,21 @@ def linears_of(program: Program, entry: EntryPoint, dims: Mapping[str, int]) -> 
         linear
         for call in entry.calls
         for node in program.functions[call.function].nodes
-        if node.op in (ops.linear, ops.expert_linear)
-        for linear in _linears(program, call, node, dict(dims))
+        for weight in _weights(node)
+        for linear in _linears(program, call, node, weight, dict(dims), wide)
     )
 
 
-def _linears(program: Program, call: Call, node: Node, dims: dict[str, int]) -> Iterator[Linear]:
-    weight = node.operand(node.op.operands.index("weight"))
+def _weights(node: Node) -> list[Value]:
+    """Return the weights of a node that applies linears."""
+    if node.op in (ops.linear, ops.expert_linear):
+        return [node.operand(node.op.operands.index("weight"))]
+    return [node.operand(3), node.operand(4)] if node.op is ops.experts else []
+
+
+def _linears(
+    program: Program, call: Call, node: Node, weight: Value, dims: dict[str, int], wide: bool
+) -> Iterator[Linear]:
     codes = weight if weight.node is None else weight.node.operand(0)
     formals = program.functions[call.function].parameters
     parameter = program.parameters[call.parameters[formals.index(codes)]]
@@ -60,8 +81,18 @@ def _linears(program: Program, call: Call, node: Node, dims: dict[str, int]) -> 
     if node.op is ops.expert_linear:
         chosen = node.operand(1).type.bind(dims).elements
         selected = chosen * prod(weight.type.static_dims[1:])
+    product = node.op is ops.experts or (node.op is ops.linear and rows > FEW_ROWS)
+    widened = _widened(parameter, wide) if product else ""
     for name in _modules(parameter.source):
-        yield Linear(name, _format(parameter), parameter.name, selected, total, (n, k), rows)
+        yield Linear(name, _format(parameter), parameter.name, selected, total, (n, k), rows, widened)
+
+
+def _widened(parameter: Parameter, wide: bool) -> str:
+    """Return to what a matrix product has the weight dequantized, where it does not take the stored type."""
+    if parameter.type.dtype in _UNQUANTIZED and not (wide and parameter.type.dtype is DType.BF16):
+        return ""
+    taken = parameter.type.dtype is not DType.I8 and parameter.format in ("nvfp4", "fp8")
+    return "" if taken else "fp32" if wide else "bf16"
 
 
 def _format(parameter: Parameter) -> str:
@@ -76,5 +107,9 @@ def _modules(source: Source) -> Iterator[str]:
         case Concat(parts):
             for part in parts:
                 yield from _modules(part)
-        case NegExp(operand) | Nvfp4(operand) | Fp8(operand) | Bytes(operand):
+        case NegExp(operand) | Nvfp4(operand) | Fp8(operand) | Bytes(operand) | Rounded(operand):
             yield from _modules(operand)
+        case Dequantized(codes):
+            yield from _modules(codes)
+        case CacheScale():
+            pass

@@ -1,15 +1,16 @@
 """Which function spells which op. Ops that are not here have no place in an engine's graph:
 
-`experts` is rewritten by fuse_moe, and `causal_conv1d`, `ssd` and `attention` by plan_state.
+`causal_conv1d`, `ssd` and `attention` are rewritten by plan_state.
 """
 
 from __future__ import annotations
 
 from .emitter import Spelling
-from .spellings.attention import cached_attention
-from .spellings.elementwise import add, concat, embedding, relu2, shift_left, split
+from .spellings.attention import cached_attention, write_cache
+from .spellings.elementwise import add, concat, embedding, last_token, relu2, shift_left, split
 from .spellings.experts import combine_experts, expand_experts, expert_linear
-from .spellings.linears import dequantize_fp8, dequantize_nvfp4, linear
+from .spellings.gemm import experts, linear
+from .spellings.linears import dequantize_fp8, dequantize_nvfp4
 from .spellings.mamba import causal_conv1d_update, ssd_update
 from .spellings.norms import gated_rms_norm, rms_norm
 from .spellings.router import route
@@ -27,7 +28,9 @@ SPELLINGS: dict[str, Spelling] = {
         embedding,
         expand_experts,
         expert_linear,
+        experts,
         gated_rms_norm,
+        last_token,
         linear,
         relu2,
         rms_norm,
@@ -35,6 +38,7 @@ SPELLINGS: dict[str, Spelling] = {
         shift_left,
         split,
         ssd_update,
+        write_cache,
     )
 }
 """Op name → its spelling."""

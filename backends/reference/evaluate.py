@@ -76,9 +76,13 @@ def evaluate_function(
     return [known[id(v)] for v in function.outputs], [known[id(v)] for v in function.next_states]
 
 
-def zero_states(program: Program, batch: int) -> dict[str, Tensor]:
-    """Return the states of `batch` fresh requests."""
-    return {name: zeros(state.type.bind({"B": batch})) for name, state in program.states.items()}
+def zero_states(program: Program, batch: int, entry_point: str | None = None) -> dict[str, Tensor]:
+    """Return the states of `batch` fresh requests: all, or those that one entry point uses."""
+    verify = program.entry_points.get("verify")
+    dims = {"B": batch, "S": verify.tokens if verify else 1}
+    calls = program.entry_points[entry_point].calls if entry_point else list(program.calls())
+    used = {name for call in calls for name in call.states}
+    return {name: zeros(state.type.bind(dims)) for name, state in program.states.items() if name in used}
 
 
 def zeros(type_: TensorType) -> Tensor:

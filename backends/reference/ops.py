@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from n3c.ir.ops import CACHE_MAX
+
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 
 
@@ -26,6 +28,10 @@ def embedding(ids: Tensor, table: Tensor) -> Tensor:
 
 def shift_left(ids: Tensor) -> Tensor:
     return F.pad(ids[:, 1:], (0, 1))
+
+
+def last_token(x: Tensor, counts: Tensor) -> Tensor:
+    return x[torch.arange(x.shape[0]), (counts - 1).clamp(min=0)].unsqueeze(1)
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
@@ -114,10 +120,15 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return causal_conv1d_update(x, window, weight, bias)[0]
 
 
-def causal_conv1d_update(x: Tensor, window: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def causal_conv1d_update(
+    x: Tensor, window: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     columns = torch.cat((window.float(), x.transpose(1, 2)), dim=-1)
     y = F.conv1d(columns, weight.float(), bias.float() if bias is not None else None, groups=weight.shape[0])
-    return F.silu(y).transpose(1, 2), columns[..., -window.shape[-1] :].to(window.dtype)
+    first = torch.full_like(columns[:, 0, 0], x.shape[1], dtype=torch.int64) if counts is None else counts
+    places = first[:, None, None] + torch.arange(window.shape[-1])
+    kept = columns.gather(2, places.expand(window.shape))
+    return F.silu(y).transpose(1, 2), kept.to(window.dtype)
 
 
 def ssd(
@@ -134,7 +145,7 @@ def ssd(
 ) -> Tensor:
     heads = A.shape[0]
     state = x.new_zeros(x.shape[0], heads, x.shape[-1] // heads, B.shape[-1] // n_groups)
-    return ssd_update(x, dt, A, B, C, D, dt_bias, state, n_groups=n_groups)[0]
+    return ssd_update(x, dt, A, B, C, D, dt_bias, state, n_groups=n_groups, chunk_size=chunk_size)[0]
 
 
 def ssd_update(
@@ -146,12 +157,16 @@ def ssd_update(
     D: Tensor,
     dt_bias: Tensor,
     state: Tensor,
+    counts: Tensor | None = None,
     *,
     n_groups: int,
+    chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     heads = A.shape[0]
     u = _unflatten(x, heads, -1)
     delta = F.softplus(dt + dt_bias)
+    if counts is not None:
+        delta = delta * (torch.arange(x.shape[1]) < counts[:, None])[..., None]
     b, c = (_unflatten(t, n_groups, -1).repeat_interleave(heads // n_groups, dim=2) for t in (B, C))
     h, outputs = state.float(), list[Tensor]()
     for s in range(x.shape[1]):
@@ -163,41 +178,50 @@ def ssd_update(
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, num_heads: int, num_kv_heads: int) -> Tensor:
     batch, tokens, width = k.shape
-    cache = k.new_zeros(batch, num_kv_heads, tokens, width // num_kv_heads)
-    lengths = torch.zeros(batch, dtype=torch.int64)
-    return cached_attention(q, k, v, cache, cache, lengths, num_heads=num_heads, num_kv_heads=num_kv_heads)[0]
+    empty, none = k.new_zeros(batch, num_kv_heads, tokens, width // num_kv_heads), torch.zeros(batch, dtype=torch.int64)
+    keys, values = write_cache(k, empty, none), write_cache(v, empty, none)
+    places = torch.arange(tokens)
+    return cached_attention(q, keys, values, none, places, num_heads=num_heads, num_kv_heads=num_kv_heads)
+
+
+def write_cache(
+    new: Tensor, cache: Tensor, lengths: Tensor, counts: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
+    _, heads, capacity, _ = cache.shape
+    after = cache.clone()
+    rows = _unflatten(new if scale is None else new / scale, heads, -1).transpose(1, 2)
+    if cache.dtype is torch.float8_e4m3fn:
+        rows = rows.clamp(-CACHE_MAX, CACHE_MAX)
+    for b in range(len(lengths)):
+        start = int(lengths[b])
+        count = min(new.shape[1] if counts is None else int(counts[b]), capacity - start)
+        after[b, :, start : start + count] = rows[b, :, :count].to(cache.dtype)
+    return after
 
 
 def cached_attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     lengths: Tensor,
+    key_positions: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     *,
     num_heads: int,
     num_kv_heads: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    tokens, capacity = q.shape[1], k_cache.shape[2]
-    rows = torch.arange(q.shape[0])[:, None]
-    places = lengths[:, None] + torch.arange(tokens)
+) -> Tensor:
+    places = lengths[:, None] + torch.arange(q.shape[1])
+    visible = key_positions <= places[..., None]
 
-    def write(cache: Tensor, new: Tensor) -> Tensor:
-        cache = cache.clone()
-        cache[rows, :, places] = _unflatten(new, num_kv_heads, -1).to(cache.dtype)
-        return cache
+    def read(cache: Tensor, scale: Tensor | None) -> Tensor:
+        filled = cache[:, :, : len(key_positions)].float()
+        return (filled if scale is None else filled * scale).repeat_interleave(num_heads // num_kv_heads, dim=1)
 
-    keys, values = write(k_cache, k), write(v_cache, v)
-    visible = torch.arange(capacity) <= places[..., None]
-    group = num_heads // num_kv_heads
-    y = F.scaled_dot_product_attention(
-        _unflatten(q, num_heads, -1).transpose(1, 2),
-        keys.float().repeat_interleave(group, dim=1),
-        values.float().repeat_interleave(group, dim=1),
-        attn_mask=visible[:, None],
-    )
-    return y.transpose(1, 2).flatten(-2), keys, values
+    heads = _unflatten(q, num_heads, -1).transpose(1, 2)
+    keys, values = read(k_cache, k_scale), read(v_cache, v_scale)
+    y = F.scaled_dot_product_attention(heads, keys, values, attn_mask=visible[:, None])
+    return y.transpose(1, 2).flatten(-2)
 
 
 EVALUATORS: Mapping[str, Callable[..., Any]] = {
@@ -205,6 +229,7 @@ EVALUATORS: Mapping[str, Callable[..., Any]] = {
     for f in (
         embedding,
         shift_left,
+        last_token,
         add,
         relu2,
         concat,
@@ -224,6 +249,7 @@ EVALUATORS: Mapping[str, Callable[..., Any]] = {
         ssd,
         ssd_update,
         attention,
+        write_cache,
         cached_attention,
     )
 }

@@ -32,11 +32,13 @@ class Finding:
     realised: str
     """A format, or `none` where no kernel reads the weight."""
     kernel: str
+    expected: str
+    """What the graph asks of kernels: the requested format, or the wider one that it dequantizes the weight to."""
 
     @property
     def ok(self) -> bool:
-        """Whether the requested precision is realised."""
-        return self.requested == self.realised
+        """Whether the plan does what the graph asks, or better: without the copy that the graph allows."""
+        return self.realised in (self.requested, self.expected)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ class Audit:
         """Return one E0506 a mismatch (exit code 5)."""
         return [
             Diagnostic(
-                "E0506", f"`{f.name}` is {f.requested} but the plan computes it as {f.realised} in kernel {f.kernel}"
+                "E0506", f"`{f.name}` is {f.expected} but the plan computes it as {f.realised} in kernel {f.kernel}"
             )
             for f in self.mismatches
         ]
@@ -90,12 +92,16 @@ def _judge(linear: Linear, readers: Mapping[str, Sequence[Kernel]], engine_outpu
             ]
             wider = next((t for t, bits in copies if bits > width), None)
             if wider is not None:
-                return Finding(linear.name, linear.requested, _STORED.get(wider.dtype, wider.dtype), kernel.name)
+                return _finding(linear, _STORED.get(wider.dtype, wider.dtype), kernel.name)
             pending.extend(t.name for t, _ in copies if t.name not in seen)
             seen.update(t.name for t, _ in copies)
             if not copies and realised == "none":
                 realised, where = _format(stored, linear), kernel.name
-    return Finding(linear.name, linear.requested, realised, where)
+    return _finding(linear, realised, where)
+
+
+def _finding(linear: Linear, realised: str, kernel: str) -> Finding:
+    return Finding(linear.name, linear.requested, realised, kernel, linear.expected)
 
 
 def _bits_a_weight(tensor: TensorInfo, linear: Linear) -> int | None:
@@ -119,13 +125,22 @@ def _bits_a_weight(tensor: TensorInfo, linear: Linear) -> int | None:
 def _format(stored: TensorInfo, linear: Linear) -> str:
     if linear.requested in NVFP4_FORMATS and (stored.dtype in _PACKED or stored.dtype == "FP4E2M1"):
         return linear.requested
+    if linear.requested == "fp8" and stored.dtype in ("Int8", "UInt8"):
+        return linear.requested
     return _STORED.get(stored.dtype, stored.dtype)
 
 
 def audit_json(audits: Mapping[str, Audit]) -> dict[str, Any]:
     """Return `audit.json` for the plans of `audits` (file name → audit)."""
     rows = [
-        {"name": f.name, "requested": f.requested, "realised": f.realised, "kernel": f.kernel, "plan": plan}
+        {
+            "name": f.name,
+            "requested": f.requested,
+            "expected": f.expected,
+            "realised": f.realised,
+            "kernel": f.kernel,
+            "plan": plan,
+        }
         for plan, verdict in audits.items()
         for f in verdict.findings
     ]

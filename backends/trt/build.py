@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +21,17 @@ from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 
 from .layers import Kernel, parse_layers
 from .log import Captured, Steps, make_logger, make_monitor, make_writer
-from .targets import require
+from .module import flavour_of
+from .targets import named, require
 
 _HEARTBEAT = 0.2
 """Seconds between progress events."""
 
 Locate = Callable[[str], Span | None]
 """Name of an ONNX node → where the spec asked for it."""
+
+Range = tuple[int, int, int]
+"""The least, usual and largest length of a dynamic input."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +54,19 @@ def build_plan(
     plan: Path,
     trt: Any,
     *,
-    sm: int,
+    sms: Sequence[int],
+    ranges: Mapping[str, Range] | None = None,
     progress: Callback = silent,
     locate: Locate | None = None,
 ) -> PlanResult:
-    """Compile `model` (serialised ONNX, or a file of it with its external data) for `sm` into the file `plan`.
+    """Compile `model` (serialised ONNX, or a file of it with its external data) for `sms` into the file `plan`.
 
-    `trt` is a module of `load_trt`. N3CError where the SM is unknown (E0502), the parser (E0504) or the
-    builder (E0505) refuses, or `plan` cannot be written. After Ctrl-C the builder stops at its next step,
-    nothing is written, and KeyboardInterrupt goes on; a second Ctrl-C does not wait for the builder.
+    `trt` is a module of `load_trt`. `ranges` gives each input [L] of dynamic length its least, usual and
+    largest L. N3CError where there is no such target (E0502, E0503), the parser (E0504) or the builder
+    (E0505) refuses, or `plan` cannot be written. After Ctrl-C the builder stops at its next step, nothing
+    is written, and KeyboardInterrupt goes on; a second Ctrl-C does not wait for the builder.
     """
-    faults = require(sm, ())
+    faults = require(sms, flavour_of(trt))
     if faults:
         raise N3CError(faults, ExitCode.TARGET)
     start = time.perf_counter()
@@ -77,13 +83,17 @@ def build_plan(
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.progress_monitor = monitor
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), 0)
+    _set_targets(trt, config, sms)
+    if ranges:
+        profile = builder.create_optimization_profile()
+        for name, lengths in ranges.items():
+            profile.set_shape(name, *((length,) for length in lengths))
+        config.add_optimization_profile(profile)
     with _written(plan) as write:
         writer = make_writer(trt, write)
         built = _in_thread(lambda: builder.build_serialized_network_to_stream(network, config, writer), steps, progress)
         if not built:
-            raise N3CError(_builder_faults(captured, sm, locate), ExitCode.TARGET)
+            raise N3CError(_builder_faults(captured, sms, locate), ExitCode.TARGET)
     del parser  # it owns what the network reads while it is built
     return PlanResult(
         plan,
@@ -94,6 +104,20 @@ def build_plan(
         time.perf_counter() - start,
         tuple(captured.warnings),
     )
+
+
+def _set_targets(trt: Any, config: Any, sms: Sequence[int]) -> None:
+    """Say which GPUs the plan is for.
+
+    TensorRT-RTX compiles for any of its own; TensorRT for the one that is there, or with that for every
+    later architecture too, which is the nearest that it has to a list.
+    """
+    if hasattr(trt, "ComputeCapability"):
+        config.num_compute_capabilities = len(sms)
+        for i, sm in enumerate(sms):
+            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), i)
+    elif len(sms) > 1:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
 
 
 def _allow_decomposed_attention(trt: Any, network: Any) -> None:
@@ -125,14 +149,16 @@ def _parse(trt: Any, network: Any, logger: Any, model: bytes | Path, locate: Loc
     raise N3CError(faults or Diagnostic("E0504", "the ONNX parser cannot read the model"), ExitCode.TARGET)
 
 
-def _builder_faults(captured: Captured, sm: int, locate: Locate | None) -> list[Diagnostic]:
+def _builder_faults(captured: Captured, sms: Sequence[int], locate: Locate | None) -> list[Diagnostic]:
     """Return the builder's errors, each at the spec line of the first node that it names."""
     faults: list[Diagnostic] = []
     for message in dict.fromkeys(captured.errors):
         spans = (locate(word) for word in re.split(r"[\s(),:\[\]]+", message)) if locate else iter(())
         span = next((span for span in spans if span is not None), None)
-        faults.append(Diagnostic("E0505", f"the TensorRT builder fails for SM {sm}: {_one_line(message)}", span))
-    return faults or [Diagnostic("E0505", f"the TensorRT builder fails for SM {sm} without saying why")]
+        faults.append(
+            Diagnostic("E0505", f"the TensorRT builder fails for SM {named(sms)}: {_one_line(message)}", span)
+        )
+    return faults or [Diagnostic("E0505", f"the TensorRT builder fails for SM {named(sms)} without saying why")]
 
 
 def _one_line(text: str, limit: int = 600) -> str:

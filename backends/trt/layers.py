@@ -7,8 +7,8 @@ logger the builder lists every compiled layer with all its tensors; this module 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from math import prod
 
 LISTING = "Layers:"
@@ -28,13 +28,23 @@ BITS = {
 }
 """TensorRT's name of an element type → bits of one element."""
 
-SYNCHRONISATION = ("signal", "wait")
-"""Layer types that only order streams."""
+SYNCHRONISATION = ("signal", "wait", "shape_call")
+"""Layer types that order streams or compute shapes on the host: no kernels."""
 
 _TENSOR = re.compile(
-    r"\{ Name: (?P<name>.*?), Dimensions: \[(?P<dims>[\d,]*)\](?:, Strides: \[(?P<strides>[\d,-]*)\])?"
+    r"\{ Name: (?P<name>.*?), Dimensions: \[(?P<dims>[\d,-]*)\](?:, Strides: \[(?P<strides>[\d,-]*)\])?"
     r".*?Datatype: (?P<dtype>\w+)"
 )
+_NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
+
+_REDUCING = (
+    "Attention", "CumSum", "Gemm", "MatMul", "ReduceMax", "ReduceMean", "ReduceSum",
+    "RMSNormalization", "Softmax", "TopK"
+)  # fmt: skip
+"""ONNX operators whose results depend on more than one element of an operand."""
+
+DYNAMIC = -1
+"""A dim that the engine learns when it runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +53,28 @@ class TensorInfo:
 
     name: str
     dims: tuple[int, ...]
+    """Sizes, `DYNAMIC` where one is not known."""
     strides: tuple[int, ...]
     dtype: str
 
     @property
+    def dynamic(self) -> bool:
+        """Whether a dim is not known."""
+        return DYNAMIC in self.dims
+
+    @property
     def elements(self) -> int:
-        """Number of elements."""
+        """Number of elements; meaningless where a dim is not known."""
         return prod(self.dims)
 
     @property
     def bytes(self) -> int:
-        """Size in bytes, packed."""
+        """Size in bytes, packed; meaningless where a dim is not known."""
         return (self.elements * BITS[self.dtype] + 7) // 8
+
+    def resolved(self, length: int) -> TensorInfo:
+        """Return the tensor with `length` for the dims that are not known."""
+        return replace(self, dims=tuple(length if d == DYNAMIC else d for d in self.dims)) if self.dynamic else self
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +87,20 @@ class Kernel:
     tactic: str
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
+    constants: tuple[TensorInfo, ...] = ()
+    """What the plan itself holds: tables, masks, positions."""
+    nodes: tuple[str, ...] = ()
+    """Names of the ONNX nodes that it computes, where the builder says so."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The calls that it computes, by their labels (`backbone.layers.3`), each once."""
+        return tuple(dict.fromkeys(node.partition("/")[0] for node in self.nodes if "/" in node))
+
+    @property
+    def reduces(self) -> bool:
+        """Whether it may read more than it writes: it sums, or does what we do not know."""
+        return not self.nodes or any(node.rpartition("/")[2].partition(".")[0] in _REDUCING for node in self.nodes)
 
 
 def parse_layers(listing: str) -> tuple[Kernel, ...]:
@@ -86,6 +120,8 @@ def _layers(listing: str) -> Iterator[Kernel]:
             tactic[1] if tactic else "",
             tuple(_tensors(_list(rest, "Inputs"))),
             tuple(_tensors(_list(rest, "Outputs"))),
+            tuple(_tensors(_list(rest, "Constants"))) if "Constants: [" in rest else (),
+            tuple(_NODE.findall(rest)),
         )
 
 
@@ -109,17 +145,3 @@ def _tensors(text: str) -> Iterator[TensorInfo]:
 
 def _integers(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in text.split(",") if number)
-
-
-def traffic(kernels: tuple[Kernel, ...], touched: Mapping[str, int] | None = None) -> dict[str, int]:
-    """Return the bytes that kernels read and write, by kernel type.
-
-    `touched` gives, for engine tensors of which only a part is moved (gathered experts, caches written
-    in place), the bytes that count instead of the whole.
-    """
-    moved: dict[str, int] = {}
-    for kernel in kernels:
-        tensors = (*kernel.inputs, *kernel.outputs)
-        size = sum(touched[t.name] if touched and t.name in touched else t.bytes for t in tensors)
-        moved[kernel.type] = moved.get(kernel.type, 0) + size
-    return moved

@@ -6,11 +6,11 @@ This is the one place that imports either. Both are untyped extension modules, h
 from __future__ import annotations
 
 import importlib
-from typing import Any, Literal
+from typing import Any
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 
-Flavour = Literal["rtx", "full"]
+from .targets import Flavour
 
 _MODULES: dict[Flavour, tuple[str, str, str]] = {
     "rtx": ("tensorrt_rtx", "tensorrt-rtx", "TensorRT-RTX"),
@@ -30,6 +30,11 @@ def load_trt(flavour: Flavour = "rtx") -> Any:
             ),
             ExitCode.TARGET,
         ) from error
+
+
+def flavour_of(trt: Any) -> Flavour:
+    """Return which one a module of `load_trt` is."""
+    return "full" if trt.__name__ == _MODULES["full"][0] else "rtx"
 
 
 def version(trt: Any) -> str:

@@ -1,65 +1,87 @@
-"""GPU targets: which streaming multiprocessor (SM) versions a plan can be built for, and what each can store.
+"""GPU targets: which streaming multiprocessor (SM) versions a plan can be built for, and what each computes with.
 
-Standard library only: `n3c check --sm` asks here without loading TensorRT. The table is that of
-`tensorrt_rtx.ComputeCapability`; the formats are those that its builder accepts for each SM
-(others fail there with "HW-specific datatypes").
+Standard library only: `n3c check --sm` asks here without loading TensorRT. TensorRT-RTX builds for the
+GPUs of `tensorrt_rtx.ComputeCapability`, for several in one plan, and needs none of them; its builder
+refuses a type that one of them lacks ("HW-specific datatypes"). TensorRT builds for the GPU at hand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from n3c.ir.diagnostics import Diagnostic, Span
+from n3c.ir.types import DType
+
+Flavour = Literal["rtx", "full"]
 
 NVFP4_FORMATS = ("nvfp4", "w4a16_nvfp4")
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One SM version."""
+    """One SM version, and which narrow types its kernels know."""
 
     sm: int
     title: str
-    fp8: bool
-    fp4: bool
+    bf16: bool = True
+    fp8: bool = True
+    fp4: bool = True
+    flavours: tuple[Flavour, ...] = ("rtx", "full")
 
-    def stores(self, format_: str) -> bool:
-        """Whether weights of `format_` (as in specs: nvfp4, w4a16_nvfp4, fp8, bf16) can be read here."""
-        if format_ in NVFP4_FORMATS:
-            return self.fp4
-        return self.fp8 or format_ != "fp8"
+    @property
+    def lacks(self) -> frozenset[DType]:
+        """The types that its kernels do not know."""
+        known = {DType.BF16: self.bf16, DType.F8E4M3: self.fp8, DType.F4E2M1: self.fp4}
+        return frozenset(dtype for dtype, there in known.items() if not there)
 
 
 TARGETS: dict[int, Target] = {
     target.sm: target
     for target in (
-        Target(75, "Turing, RTX 20", fp8=False, fp4=False),
+        Target(75, "Turing, RTX 20", bf16=False, fp8=False, fp4=False),
         Target(80, "Ampere, A100", fp8=False, fp4=False),
         Target(86, "Ampere, RTX 30", fp8=False, fp4=False),
-        Target(89, "Ada, RTX 40", fp8=True, fp4=False),
-        Target(120, "Blackwell, RTX 50 and RTX PRO", fp8=True, fp4=True),
-        Target(121, "Blackwell, GB10", fp8=True, fp4=True),
+        Target(89, "Ada, RTX 40", fp4=False),
+        Target(90, "Hopper, H100 and H200", fp4=False, flavours=("full",)),
+        Target(100, "Blackwell, B200", flavours=("full",)),
+        Target(120, "Blackwell, RTX 50 and RTX PRO"),
+        Target(121, "Blackwell, GB10"),
     )
 }
 """SM version → target."""
 
+PORTABLE = (80, 86, 89, 120, 121)
+"""What `--sm portable` stands for: every GPU of TensorRT-RTX that n3c's plans can run on."""
 
-def require(sm: int, formats: Iterable[str], span: Span | None = None) -> list[Diagnostic]:
-    """Return what is wrong with building weights of `formats` for `sm`: nothing, E0502 or E0503s."""
-    target = TARGETS.get(sm)
-    if target is None:
-        known = ", ".join(f"{t.sm} ({t.title})" for t in TARGETS.values())
-        return [Diagnostic("E0502", f"no target SM {sm}", span, help=f"known: {known}")]
+
+def lacking(sms: Sequence[int]) -> frozenset[DType]:
+    """Return the types that at least one of `sms`, which must be known, lacks: a plan for all does without."""
+    return frozenset[DType]().union(*(TARGETS[sm].lacks for sm in sms))
+
+
+def require(sms: Sequence[int], flavour: Flavour = "rtx", span: Span | None = None) -> list[Diagnostic]:
+    """Return what is wrong with building for `sms`: nothing, or an E0502 or E0503 for each.
+
+    E0502: no such target, or not with this TensorRT. E0503: it has no BF16, in which every model stores
+    its norms. FP4 and FP8 are never in the way: where a GPU lacks them, tables decode the codes.
+    """
     faults: list[Diagnostic] = []
-    for format_ in dict.fromkeys(formats):
-        if not target.stores(format_):
-            able = ", ".join(str(t.sm) for t in TARGETS.values() if t.stores(format_))
-            kind = "FP4" if format_ in NVFP4_FORMATS else "FP8"
-            message = f"SM {sm} ({target.title}) has no {kind} type for `{format_}` weights"
-            faults.append(
-                Diagnostic(
-                    "E0503", message, span, help=f"build for SM {able}, or choose another format in [quantization]"
-                )
-            )
+    for sm in dict.fromkeys(sms):
+        target = TARGETS.get(sm)
+        if target is None or flavour not in target.flavours:
+            known = ", ".join(f"{t.sm} ({t.title})" for t in TARGETS.values() if flavour in t.flavours)
+            title = {"rtx": "TensorRT-RTX", "full": "TensorRT"}[flavour]
+            what = f"no target SM {sm}" if target is None else f"{title} has no target SM {sm} ({target.title})"
+            faults.append(Diagnostic("E0502", what, span, help=f"known: {known}"))
+        elif DType.BF16 in target.lacks:
+            message = f"SM {sm} ({target.title}) has no BF16 type, in which norms and other weights are stored"
+            able = ", ".join(str(t.sm) for t in TARGETS.values() if t.bf16 and flavour in t.flavours)
+            faults.append(Diagnostic("E0503", message, span, help=f"build for SM {able}"))
     return faults
+
+
+def named(sms: Sequence[int]) -> str:
+    """Return `sms` as the command line writes them: `80,86`."""
+    return ",".join(map(str, sms))

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
+from n3c.backends.trt.targets import Flavour
 from n3c.compiler import options
 from n3c.compiler.driver import TARGETS, Build, Request, build
 from n3c.compiler.output import print_diagnostics, print_json, say, tell
 from n3c.compiler.progress import Progress
+from n3c.compiler.table import format_bytes
 from n3c.ir.diagnostics import ExitCode
 from n3c.ir.program import Program
 from n3c.passes.pipelines import SERVING
+
+ENTRIES = ("prefill", "decode", "verify", "draft")
 
 
 @click.command("build", help="Compile SPEC to PyTorch code, ONNX graphs or TensorRT plans.")
@@ -23,14 +27,21 @@ from n3c.passes.pipelines import SERVING
     "-o", "--output", "out", type=click.Path(path_type=Path), help="Output directory (default: build/<name>)."
 )
 @click.option("--weights", type=click.Path(path_type=Path), help="Checkpoint directory; its tensors must fit the spec.")
-@click.option("--trt", type=click.Choice(["rtx", "full"]), default="rtx", show_default=True, help="Which TensorRT.")
-@options.sm
+@options.trt
+@options.sms
 @click.option(
     "--weights-mode",
-    type=click.Choice(["bound"]),
+    type=click.Choice(["bound", "embedded"]),
     default="bound",
     show_default=True,
-    help="Bound: weights are inputs of the engine.",
+    help="Bound: weights are inputs of the engine. Embedded: constants in graph and plan; needs --weights.",
+)
+@click.option(
+    "--entry",
+    "entries",
+    type=click.Choice(ENTRIES),
+    multiple=True,
+    help="Build this entry point only; may repeat. Default: all.",
 )
 @click.option(
     "--stages",
@@ -49,16 +60,16 @@ def command(
     target: str,
     out: Path | None,
     weights: Path | None,
-    trt: Literal["rtx", "full"],
-    sm: int,
-    weights_mode: str,
+    trt: Flavour,
+    sms: tuple[int, ...],
+    weights_mode: Literal["bound", "embedded"],
+    entries: tuple[str, ...],
     stages: int,
     print_ir_after: str | None,
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> int:
     """Build SPEC."""
-    del weights_mode  # the one mode there is; the flag keeps command lines stable
 
     def after(name: str, program: Program) -> None:
         if print_ir_after in (name, "all"):
@@ -67,7 +78,8 @@ def command(
             tell(f"// after {name}\n{print_program(program, origins=True)}")
 
     with Progress() as progress:
-        built = build(Request(spec, target, out, overrides, weights, trt, sm, stages), progress, after)
+        request = Request(spec, target, out, overrides, weights, trt, sms, stages, entries, weights_mode)
+        built = build(request, progress, after)
     print_diagnostics((*built.warnings, *built.mismatches))
     if as_json:
         print_json(built.as_json())
@@ -79,6 +91,24 @@ def command(
 def _print(built: Build) -> None:
     for file in built.files:
         say(f"{file['bytes']:>12,}  {built.out / file['path']}")
+    if built.traffic:
+        say(_traffic(built.traffic))
     peak = built.as_json()["peak_rss_bytes"] / 2**30
     verdict = "FAILED: precision not realised" if built.mismatches else "ok"
     say(f"{verdict}: {built.out} in {built.seconds:.1f} s, peak memory {peak:.2f} GiB")
+
+
+def _traffic(entries: dict[str, Any]) -> str:
+    """Return what a step of each entry point moves over what it must: in all, by layer kind, and the worst kernel."""
+    lines: list[str] = []
+    for entry, found in entries.items():
+        moved, ideal = format_bytes(found["bytes"]), format_bytes(found["ideal"])
+        weighty = (item for item in found["by_kind"].items() if item[1]["ideal"] > found["ideal"] / 100)
+        kinds = ", ".join(f"{kind} {m['ratio']:.2f}" for kind, m in weighty)
+        lines.append(
+            f"{entry:<12} moves {moved} at {found['context']:,} tokens, {found['ratio']:.3f}x of {ideal} ({kinds})"
+        )
+        worst = found["worst"][0]
+        place = f"{worst['kernel'].removeprefix('__myl_')} of {worst['layer'] or worst['kind']}"
+        lines.append(f"{'':<12} worst: {format_bytes(worst['bytes'])} for {format_bytes(worst['ideal'])} in {place}")
+    return "\n".join(lines)

@@ -63,11 +63,18 @@ def _print_spec(figures: dict[str, Any]) -> None:
     say(f"FLOPs a token      {figures['flops_per_token']:,} at {decode['context']:,} tokens of context\n")
     formats = [(format_, format_bytes(size)) for format_, size in figures["weights"]["by_format"].items()]
     say(format_table(("format", "weights"), [*formats, ("all", format_bytes(figures["weights"]["bytes"]))]))
-    say(f"\nKV cache           {state['kv_bytes_per_token']:,} bytes a token")
+    mtp = state["mtp_kv_bytes_per_token"]
+    say(f"\nKV cache           {state['kv_bytes_per_token']:,} bytes a token" + (f", MTP block {mtp:,}" if mtp else ""))
     say(
         f"states a request   {state['bytes_per_request']:,} bytes"
         f" (SSM {state['ssm_bytes_per_request']:,}, convolution {state['conv_bytes_per_request']:,})"
     )
+    snapshots = state["snapshots"]
+    if snapshots["draft_tokens"]:
+        say(
+            f"drafted tokens     {snapshots['pending_bytes']:,} bytes a request for {snapshots['draft_tokens']}"
+            f" (full copies of the states would be {snapshots['full_copies_bytes']:,})"
+        )
     moved = decode["bytes"]
     say(f"\ndecode at batch {decode['batch']}, {decode['context']:,} tokens of context")
     say(f"  memory           {format_bytes(decode['memory_bytes'])}")
@@ -77,8 +84,25 @@ def _print_spec(figures: dict[str, Any]) -> None:
     )
     say(f"  intensity        {decode['flops_per_byte']} FLOPs a byte")
     say(f"  roofline         {decode['tokens_per_second_at_1_TB_per_s']:,} tokens/s for each TB/s of memory bandwidth")
+    say(f"\nwhat fits, {decode['batch']} x {decode['context']:,} tokens\n")
+    say(format_fits(figures["fits"]))
     if "checkpoint" in figures:
         _print_checkpoint(figures["checkpoint"])
+
+
+def format_fits(fits: list[dict[str, Any]]) -> str:
+    """Lay out what each size of card takes."""
+    rows = [
+        (
+            f"{room['gpu_gb']} GB ({room['cards']})",
+            "yes" if room["fits"] else "no",
+            f"{room['longest_context']:,}",
+            f"{room['most_requests']:,}",
+            str(room["gpus"]),
+        )
+        for room in fits
+    ]
+    return format_table(("GPU", "fits", "longest context", "most requests", "GPUs needed"), rows)
 
 
 def _print_checkpoint(held: dict[str, Any]) -> None:

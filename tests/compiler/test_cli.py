@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -102,18 +103,18 @@ def test_usage_errors(arguments: list[str]) -> None:
 
 def test_json_is_all_of_stdout(tmp_path: Path) -> None:
     spec = write_small(tmp_path)
-    assert list(n3c("check", spec, "--json").data) == ["ok", "name", "diagnostics"]
+    assert {"ok", "name", "sms", "forms", "diagnostics"} <= set(n3c("check", spec, "--json").data)
     built = n3c("build", spec, "--target", "torch", "-o", tmp_path / "out", "--json").data
     assert built["ok"] is True
     assert built["out"] == str(tmp_path / "out")
-    assert [list(file) for file in built["files"]] == [["path", "bytes", "sha256"]] * 4
+    assert all(list(file) == ["path", "bytes", "sha256"] for file in built["files"])
     assert built["seconds"] > 0
     assert built["peak_rss_bytes"] > 10_000_000
-    assert built["diagnostics"] == []
+    assert not [found for found in built["diagnostics"] if found["severity"] == "error"]
     manifest = n3c("inspect", tmp_path / "out", "--json").data
     assert {"schema", "spec", "tools", "passes", "parameters", "ledger", "state_plan", "files"} <= set(manifest)
     assert manifest["files"] == built["files"]
-    assert [entry["name"] for entry in manifest["passes"]] == ["quantize", "fuse_moe", "plan_state", "cleanup"]
+    assert [entry["name"] for entry in manifest["passes"]] == ["quantize", "plan_state", "fuse_moe", "cleanup"]
     assert list(manifest["passes"][0]) == ["name", "seconds", "changed"]
     assert list(manifest["ledger"][0]) == ["name", "role", "shape", "rule", "format", "bytes"]
     exported = n3c("export-config", spec, "--json").data
@@ -151,7 +152,7 @@ def test_print_ir_after_all_shows_every_stage_once(tmp_path: Path) -> None:
     result = n3c("build", spec, "--target", "torch", "-o", tmp_path / "out", "--print-ir-after", "all", "--json")
     assert result.data["ok"] is True
     headings = [line for line in result.err.splitlines() if line.startswith("// after ")]
-    assert headings == [f"// after {n}" for n in ("lower", "quantize", "fuse_moe", "plan_state", "cleanup")]
+    assert headings == [f"// after {n}" for n in ("lower", "quantize", "plan_state", "fuse_moe", "cleanup")]
 
 
 def test_overrides_reach_every_command(tmp_path: Path) -> None:
@@ -232,10 +233,11 @@ def test_a_fault_of_n3c_is_told_as_such_and_debug_shows_where(
 
 
 def test_a_precision_that_is_not_realised_is_exit_code_5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def emit_engines(_: object, __: object, ___: object, folder: Path, ____: object) -> list[Diagnostic]:
+    def emit_engines(*arguments: Any) -> tuple[list[Diagnostic], dict[str, Any]]:
+        folder = arguments[4]
         (folder / "trt").mkdir()
         (folder / "trt/audit.json").write_text("{}", encoding="utf-8")
-        return [Diagnostic("E0506", "`lm_head` is fp8 but the plan computes it as bf16")]
+        return [Diagnostic("E0506", "`lm_head` is fp8 but the plan computes it as bf16")], {}
 
     monkeypatch.setattr("n3c.compiler.engines.emit_engines", emit_engines)
     spec, out = write_small(tmp_path), tmp_path / "out"

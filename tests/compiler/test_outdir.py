@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from n3c.backends.torch.emit import TRAINER
 from n3c.compiler import outdir
 from n3c.ir.diagnostics import N3CError
 from support.command import n3c, n3c_program, tree, write_small
@@ -100,10 +101,12 @@ def test_foreign_files_are_refused_and_untouched(foreign: str, spec: Path, tmp_p
 
 def test_what_python_leaves_beside_the_code_is_not_foreign(spec: Path, tmp_path: Path) -> None:
     build(spec, tmp_path / "out")
+    written = names(tmp_path / "out/torch")
     (tmp_path / "out/torch/__pycache__").mkdir()
     (tmp_path / "out/torch/__pycache__/model.cpython-311.pyc").write_bytes(b"x")
     assert n3c("build", spec, "--target", "onnx", "-o", tmp_path / "out").code == 0
-    assert names(tmp_path / "out/torch") == ["config.json", "model.py", "train.py"]
+    assert names(tmp_path / "out/torch") == written
+    assert {"config.json", "model.py", *TRAINER} <= set(written)
 
 
 def test_a_file_put_there_during_the_build_is_not_lost(tmp_path: Path) -> None:
@@ -233,7 +236,7 @@ def test_a_killed_build_leaves_the_old_output_and_the_next_one_clears_up(
     assert names(tmp_path / "out") == ["manifest.json", "spec.toml", "torch"]
     build(spec, tmp_path / "out")
     assert names(tmp_path) == ["out", "small.toml"]
-    assert names(tmp_path / "out/torch") == ["config.json", "model.py", "train.py"]
+    assert {"config.json", "model.py", *TRAINER} <= set(names(tmp_path / "out/torch"))
 
 
 def test_a_build_killed_between_its_renames_loses_nothing(spec: Path, tmp_path: Path) -> None:
@@ -277,3 +280,31 @@ def test_two_targets_built_at_once_are_both_there(spec: Path, tmp_path: Path) ->
     assert [process.wait(60) for process in running] == [0, 0]
     assert names(tmp_path) == ["out", "small.toml"]
     assert names(tmp_path / "out") == ["manifest.json", "onnx", "spec.toml", "torch"]
+
+
+def test_files_are_verified_against_the_manifest(spec: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert n3c("build", spec, "--target", "onnx", "-o", out).code == 0
+    manifest = outdir.read_manifest(out)
+    assert manifest is not None and outdir.verify_files(out, manifest) == []
+    content = (out / "onnx/decode.onnx").read_bytes()
+    for changed, reason in [
+        (content[:-1], f"{len(content) - 1} bytes instead of {len(content)}"),
+        (b"x" + content[1:], "another SHA-256"),
+    ]:
+        (out / "onnx/decode.onnx").write_bytes(changed)
+        (fault,) = outdir.verify_files(out, manifest)
+        assert (fault.code, fault.message) == ("E0640", f"`onnx/decode.onnx` is not what was built: {reason}")
+    (out / "onnx/decode.onnx").write_bytes(content)
+    (out / "spec.toml").unlink()
+    assert [f.message for f in outdir.verify_files(out, manifest)] == [
+        "`spec.toml` is not what was built: no such file in the output"
+    ]
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "../secret", "a\0b", "onnx", "x" * 300])
+def test_a_manifest_that_names_what_is_no_file_of_the_build(path: str, tmp_path: Path) -> None:
+    (tmp_path / "out" / "onnx").mkdir(parents=True)
+    (tmp_path / "secret").write_bytes(b"")
+    manifest = {"files": [{"path": path, "bytes": 0, "sha256": ""}]}
+    assert [f.code for f in outdir.verify_files(tmp_path / "out", manifest)] == ["E0640"]

@@ -62,7 +62,7 @@ class Recorded(progress.Progress):
 def test_emission_and_builder_report_what_they_are_at(tmp_path: Path) -> None:
     spec = write_small(tmp_path, ONE_LAYER, ("[serving]", "[serving]\nbatch_sizes = [1]"))
     shown = Recorded()
-    built = build(Request(spec, "trt", tmp_path / "out"), shown)
+    built = build(Request(spec, "trt", tmp_path / "out", entries=("decode",)), shown)
     assert shown.phases == ["load", "passes", "emit decode.b1", "build decode.b1.plan", "manifest"]
     emitted = [(what, done, total) for phase, what, done, total in shown.steps if phase.startswith("emit")]
     assert [done for _, done, _ in emitted] == list(range(1, len(emitted) + 1))

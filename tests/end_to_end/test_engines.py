@@ -25,6 +25,7 @@ from support.programs import load_parameters
 from support.specs import SPECS
 
 TOKENS, BATCH = 16, 4
+PLACES = {"key_positions": torch.arange(TOKENS)}
 OFF = ("--set", "quantization.format=bf16", "--set", "quantization.rules=[]")
 
 
@@ -37,7 +38,8 @@ def build(tmp_path: Path, *overrides: str) -> tuple[Path, Any, Path]:
     model = module.Model().to(torch.bfloat16).float().eval()  # weights that BF16 holds exactly
     checkpoint = tmp_path / "checkpoint"
     module.save_checkpoint(model, checkpoint)
-    result = n3c("build", spec, "--target", "trt", "--weights", checkpoint, "-o", out, "--json", *overrides)
+    arguments = ("--weights", checkpoint, "--entry", "decode", "-o", out, "--json")
+    result = n3c("build", spec, "--target", "trt", *arguments, *overrides)
     assert result.code == 0, result.err
     assert (out / "torch" / "model.py").is_file()  # the other target is still there
     return out, model, checkpoint
@@ -55,7 +57,7 @@ def decode(out: Path, parameters: dict[str, Tensor], ids: Tensor) -> Tensor:
     states = {row.name: torch.zeros(row.shape) for row in inputs if row.kind == "state"}
     logits: list[Tensor] = []
     for t in range(ids.shape[1]):
-        values = states | {"input_ids": ids[:, t : t + 1], "lengths": torch.full((BATCH,), t)}
+        values = states | PLACES | {"input_ids": ids[:, t : t + 1], "lengths": torch.full((BATCH,), t)}
         found: Any = session.run(None, feeds | {row.name: to_numpy(values[row.name], row) for row in inputs})
         by_source = {row.source: from_numpy(array) for row, array in zip(outputs, found, strict=True)}
         states = {name: by_source[name] for name in states}
@@ -76,9 +78,9 @@ def test_the_file_that_tensorrt_gets(quantized: bool, tmp_path: Path) -> None:
     state = model.allocate_state(BATCH, TOKENS)
     with torch.no_grad():
         plain = torch.cat([model.step(ids[:, t : t + 1], state) for t in range(TOKENS)], dim=1)
-    states, reference = zero_states(program, BATCH), list[Tensor]()
+    states, reference = zero_states(program, BATCH, "decode"), list[Tensor]()
     for t in range(TOKENS):
-        inputs = {"input_ids": ids[:, t : t + 1], "lengths": torch.full((BATCH,), t)}
+        inputs = PLACES | {"input_ids": ids[:, t : t + 1], "lengths": torch.full((BATCH,), t)}
         result = evaluate(program, "decode", inputs, parameters, states)
         states = result.states
         reference.append(result.outputs[0])
@@ -98,7 +100,7 @@ def test_the_file_that_tensorrt_gets(quantized: bool, tmp_path: Path) -> None:
 
 def test_stages_are_plans_of_their_own(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    arguments = ("--stages", 3, "--set", "serving.batch_sizes=[1]", "--json")
+    arguments = ("--stages", 3, "--entry", "decode", "--set", "serving.batch_sizes=[1]", "--json")
     result = n3c("build", SPECS / "tiny.toml", "--target", "trt", "-o", out, *arguments)
     assert result.code == 0, result.err
     assert sorted(p.name for p in (out / "trt").glob("*.plan")) == [f"decode.b1.s{i}.plan" for i in range(3)]
@@ -108,13 +110,15 @@ def test_stages_are_plans_of_their_own(tmp_path: Path) -> None:
     assert len({row["name"] for row in audit["linears"]}) == len(audit["linears"])
 
 
-@pytest.mark.parametrize("seed", range(0, 20, 4))
-def test_odd_sizes_build(seed: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("seed", "entry"), [(0, "decode"), (4, "prefill"), (12, "decode")])
+def test_odd_sizes_build(seed: int, entry: str, tmp_path: Path) -> None:
     """Random configurations, with head_dim 13 and the like: every plan builds and every precision is realised."""
     random_config(seed).save_pretrained(tmp_path)
     assert n3c("import", tmp_path, "-o", tmp_path / "spec.toml").code == 0
     out = tmp_path / "out"
-    result = n3c("build", tmp_path / "spec.toml", "--target", "trt", "-o", out, "--set", "serving.batch_sizes=[2]")
+    overrides = ("--set", "serving.batch_sizes=[2]", "--set", "serving.prefill_chunk=40")  # more rows than `FEW_ROWS`
+    arguments = ("--entry", entry, "-o", out, *overrides)
+    result = n3c("build", tmp_path / "spec.toml", "--target", "trt", *arguments)
     assert result.code == 0, result.err
     audit = json.loads((out / "trt" / "audit.json").read_text())
     assert audit["linears"]

@@ -26,6 +26,8 @@ from support.specs import QUANTIZED, small_spec
 
 IDS = torch.tensor([[3, 14, 15, 92, 65, 35, 8, 9, 79], [2, 7, 18, 28, 18, 28, 4, 59, 0]])
 
+PLACES = {"key_positions": torch.arange(16)}
+
 
 @pytest.fixture(params=[True, False], ids=["latent", "standard"])
 def spec(request: pytest.FixtureRequest) -> Spec:
@@ -94,7 +96,7 @@ def test_plan_state_decodes_what_forward_sees(spec: Spec, checkpoint: Checkpoint
     for pieces in ([1] * 9, [4, 1, 3, 1]):
         states, start, logits = zero_states(stateful, 2), 0, list[Tensor]()
         for size in pieces:
-            inputs = {"input_ids": IDS[:, start : start + size], "lengths": torch.full((2,), start)}
+            inputs = {"input_ids": IDS[:, start : start + size], "lengths": torch.full((2,), start), **PLACES}
             result = evaluate(stateful, "decode", inputs, parameters, states)
             states, start = result.states, start + size
             logits.append(result.outputs[0])
@@ -107,11 +109,11 @@ def test_a_state_read_one_token_late_is_seen(spec: Spec, checkpoint: Checkpoint)
     first = evaluate(
         served,
         "decode",
-        {"input_ids": IDS[:, :1], "lengths": torch.zeros(2, dtype=torch.int64)},
+        {"input_ids": IDS[:, :1], "lengths": torch.zeros(2, dtype=torch.int64), **PLACES},
         parameters,
-        zero_states(served, 2),
+        zero_states(served, 2, "decode"),
     )
-    inputs = {"input_ids": IDS[:, 1:2], "lengths": torch.ones(2, dtype=torch.int64)}
+    inputs = {"input_ids": IDS[:, 1:2], "lengths": torch.ones(2, dtype=torch.int64), **PLACES}
     right = evaluate(served, "decode", inputs, parameters, first.states).outputs[0]
     for name in first.states:
         late = first.states | {name: zero_states(served, 2)[name]}
@@ -125,7 +127,7 @@ def test_cleanup_changes_no_number(spec: Spec, checkpoint: Checkpoint) -> None:
     assert Cleanup().run(after)
     assert len(after.parameters) < len(before.parameters)
     assert not Cleanup().run(after)
-    inputs = {"input_ids": IDS, "lengths": torch.zeros(2, dtype=torch.int64)}
+    inputs = {"input_ids": IDS, "lengths": torch.zeros(2, dtype=torch.int64), **PLACES}
     results = [
         evaluate(p, "decode", inputs, load_parameters(p, checkpoint), zero_states(p, 2)).outputs[0]
         for p in (before, after)

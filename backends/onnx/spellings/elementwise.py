@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import numpy as np
 import onnx_ir as onnx
 
@@ -23,6 +25,23 @@ def shift_left(emitter: Emitter, node: Node) -> None:
     batch, tokens = emitter.sizes(node.operand(0))
     kept = g.node("Slice", emitter.operand(node, 0), g.i64(1), g.i64(tokens), g.i64(1))
     emitter.bind(node.results[0], g.node("Concat", kept, g.constant(np.zeros((batch, 1), np.int64)), axis=1))
+
+
+def last_token(emitter: Emitter, node: Node) -> None:
+    """Gather the row counts[b] - 1 of each sequence, the first where there is none."""
+    g = emitter.graph
+    row = g.node("Max", g.node("Sub", emitter.operand(node, 1), g.i64(1)), g.i64(0))
+    sizes = emitter.sizes(node.operand(0))
+    emitter.bind(node.results[0], rows_of(emitter, emitter.operand(node, 0), sizes, g.node("Unsqueeze", row, g.i64(1))))
+
+
+def rows_of(emitter: Emitter, x: onnx.Value, sizes: tuple[int, ...], index: onnx.Value) -> onnx.Value:
+    """Return y[…, s, :] = x[…, index[…, s], :] by one Gather: x of `sizes` [A…, R, C], index i64 [A…, S]."""
+    g = emitter.graph
+    *outer, rows, width = sizes
+    first = np.arange(prod(outer)).reshape(*outer, 1) * rows
+    flat = g.node("Reshape", x, g.i64(prod(outer) * rows, width))
+    return g.node("Gather", flat, g.node("Add", index, g.constant(first)), axis=0)
 
 
 def add(emitter: Emitter, node: Node) -> None:

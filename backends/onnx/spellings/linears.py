@@ -14,27 +14,33 @@ from n3c.ir.program import Node
 from n3c.ir.types import DType
 
 from ..emitter import DenseWeight, Emitter, Fp8Weight, Nvfp4Weight, Weight
+from . import tables
 
 
 def dequantize_nvfp4(emitter: Emitter, node: Node) -> None:
     """Nothing yet: the reader of the weight spells it."""
     codes, scale, scale_2 = (emitter.operand(node, i) for i in range(3))
-    packed = node.operand(0).type.dtype is DType.I8
-    emitter.bind_weight(node.results[0], Nvfp4Weight(codes, scale, scale_2, packed))
+    packed, packed_scale = (node.operand(i).type.dtype is DType.I8 for i in range(2))
+    w4a4 = emitter.format(node.operand(0)) == "nvfp4"
+    emitter.bind_weight(node.results[0], Nvfp4Weight(codes, scale, scale_2, packed, packed_scale, w4a4))
 
 
 def dequantize_fp8(emitter: Emitter, node: Node) -> None:
     """Nothing yet: the reader of the weight spells it."""
-    emitter.bind_weight(node.results[0], Fp8Weight(emitter.operand(node, 0), emitter.operand(node, 1)))
+    packed = node.operand(0).type.dtype is DType.I8
+    emitter.bind_weight(node.results[0], Fp8Weight(emitter.operand(node, 0), emitter.operand(node, 1), packed))
 
 
-def linear(emitter: Emitter, node: Node) -> None:
+def linear_sum(emitter: Emitter, node: Node) -> None:
     """y[b, s, n] = Σₖ x[b, s, 1, k] · w[n, k], times the tensor's scale where the weight has one."""
     g = emitter.graph
     weight = emitter.weight(node.operand(1))
     column = g.node("Unsqueeze", emitter.operand(node, 0), g.i64(-2))
-    product = g.node("Mul", column, unscaled(emitter, weight))
-    y = g.node("ReduceSum", product, g.i64(-1), keepdims=0)
+    if isinstance(weight, Nvfp4Weight) and weight.packed:
+        dims = (*emitter.sizes(node.results[0]), emitter.sizes(node.operand(0))[-1])
+        y = tables.e2m1_product(emitter, column, weight.codes, block_scales(emitter, weight), dims)
+    else:
+        y = g.node("ReduceSum", g.node("Mul", column, unscaled(emitter, weight)), g.i64(-1), keepdims=0)
     scale = tensor_scale(weight)
     emitter.bind(node.results[0], y if scale is None else g.node("Mul", y, scale))
 
@@ -45,17 +51,23 @@ def unscaled(emitter: Emitter, weight: Weight) -> onnx.Value:
     match weight:
         case DenseWeight(tensor, is_f32):
             return emitter.widened(tensor, is_f32)
-        case Fp8Weight(codes, _):
-            return g.node("DequantizeLinear", codes, g.f32(1.0))
-        case Nvfp4Weight(codes, scale, _, False):
-            return g.node("DequantizeLinear", codes, block_scales(emitter, scale), axis=-1, block_size=NVFP4_BLOCK)
-        case Nvfp4Weight():
-            raise ValueError("NVFP4 codes packed as bytes are for gathered weights only")
+        case Fp8Weight(codes, _, packed):
+            return tables.e4m3(emitter, codes) if packed else g.node("DequantizeLinear", codes, g.f32(1.0))
+        case Nvfp4Weight(codes, packed=False):
+            scales = block_scales(emitter, weight)
+            return g.node("DequantizeLinear", codes, scales, axis=-1, block_size=NVFP4_BLOCK)
+        case Nvfp4Weight(codes):
+            return tables.e2m1(emitter, codes, block_scales(emitter, weight))
 
 
-def block_scales(emitter: Emitter, scale: onnx.Value) -> onnx.Value:
-    """Return E4M3 block scales in float32."""
-    return emitter.graph.node("DequantizeLinear", scale, emitter.graph.f32(1.0))
+def block_scales(emitter: Emitter, weight: Nvfp4Weight, indices: onnx.Value | None = None) -> onnx.Value:
+    """Return the E4M3 block scales in float32, or those of the experts `indices`."""
+    g = emitter.graph
+    if weight.packed_scale:
+        chosen = weight.scale if indices is None else g.node("Gather", weight.scale, indices, axis=0)
+        return tables.e4m3(emitter, chosen)
+    scales = g.node("DequantizeLinear", weight.scale, g.f32(1.0))
+    return scales if indices is None else g.node("Gather", scales, indices, axis=0)
 
 
 def tensor_scale(weight: Weight) -> onnx.Value | None:

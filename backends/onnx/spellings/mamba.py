@@ -1,7 +1,10 @@
-"""Mamba-2 with states: the convolution over a window and the SSD recurrence, token by token."""
+"""Mamba-2 with states: the convolution over a window, and the SSD recurrence of one token or in pieces."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import onnx_ir as onnx
 
 from n3c.ir.program import Node, Value
@@ -9,7 +12,10 @@ from n3c.ir.types import DType
 
 from ..dtypes import ONNX_DTYPES
 from ..emitter import Emitter, integer
-from .elementwise import silu
+from .elementwise import rows_of, silu
+
+FEW_TOKENS = 8
+"""Tokens of a piece up to which the state is read and written by sums rather than by matrix products."""
 
 
 def _stored(emitter: Emitter, x: onnx.Value, state: Value) -> onnx.Value:
@@ -20,61 +26,194 @@ def _stored(emitter: Emitter, x: onnx.Value, state: Value) -> onnx.Value:
 
 
 def causal_conv1d_update(emitter: Emitter, node: Node) -> None:
-    """Append the tokens to the window [B, C, W - 1], sum W columns a token, keep the last W - 1."""
+    """One token: append it to the window [B, C, W - 1], sum W columns, keep the last W - 1. Else in rows."""
     g = emitter.graph
     _, tokens, _ = emitter.sizes(node.operand(0))
     channels, _, width = emitter.sizes(node.operand(2))
-    window = node.operand(1)
+    window, bias = node.operand(1), node.operands[3]
+    weight = g.node("Reshape", emitter.f32(node.operand(2)), g.i64(channels, width))
+    if tokens > 1 or node.operands[4] is not None:
+        _convolved_rows(emitter, node, weight)
+        return
     new = g.node("Transpose", emitter.operand(node, 0), perm=[0, 2, 1])
     columns = g.node("Concat", emitter.f32(window), new, axis=2)
-    weight = g.node("Reshape", emitter.f32(node.operand(2)), g.i64(channels, width))
-    outputs: list[onnx.Value] = []
-    for s in range(tokens):
-        seen = columns if tokens == 1 else g.node("Slice", columns, g.i64(s), g.i64(s + width), g.i64(2))
-        y = g.node("ReduceSum", g.node("Mul", seen, weight), g.i64(2), keepdims=0)
-        bias = node.operands[3]
-        y = y if bias is None else g.node("Add", y, emitter.f32(bias))
-        outputs.append(g.node("Unsqueeze", silu(emitter, y), g.i64(1)))
-    kept = g.node("Slice", columns, g.i64(tokens), g.i64(tokens + width - 1), g.i64(2))
-    emitter.bind_results(node, [_joined(emitter, outputs), _stored(emitter, kept, window)])
+    y = g.node("ReduceSum", g.node("Mul", columns, weight), g.i64(2), keepdims=0)
+    y = y if bias is None else g.node("Add", y, emitter.f32(bias))
+    kept = g.node("Slice", columns, g.i64(1), g.i64(width), g.i64(2))
+    emitter.bind_results(node, [g.node("Unsqueeze", silu(emitter, y), g.i64(1)), _stored(emitter, kept, window)])
+
+
+def _convolved_rows(emitter: Emitter, node: Node, weight: onnx.Value) -> None:
+    """Window and tokens as rows [B, W - 1 + S, C]: W shifted products; the new window begins at row counts[b]."""
+    g = emitter.graph
+    batch, tokens, channels = emitter.sizes(node.operand(0))
+    _, _, kept = emitter.sizes(node.operand(1))
+    window, bias, counts = node.operand(1), node.operands[3], node.operands[4]
+    before = g.node("Transpose", emitter.f32(window), perm=[0, 2, 1])
+    rows = g.node("Concat", before, emitter.operand(node, 0), axis=1)
+    y: onnx.Value | None = None
+    for j in range(kept + 1):
+        tap = g.node("Reshape", g.node("Slice", weight, g.i64(j), g.i64(j + 1), g.i64(1)), g.i64(channels))
+        product = g.node("Mul", g.node("Slice", rows, g.i64(j), g.i64(j + tokens), g.i64(1)), tap)
+        y = product if y is None else g.node("Add", y, product)
+    assert y is not None
+    y = y if bias is None else g.node("Add", y, emitter.f32(bias))
+    if counts is None:
+        after = g.node("Slice", rows, g.i64(tokens), g.i64(tokens + kept), g.i64(1))
+    else:
+        places = g.node("Add", g.node("Unsqueeze", emitter.get(counts), g.i64(1)), g.i64(*range(kept)))
+        after = rows_of(emitter, rows, (batch, kept + tokens, channels), places)
+    after = g.node("Transpose", after, perm=[0, 2, 1])
+    emitter.bind_results(node, [silu(emitter, y), _stored(emitter, after, window)])
+
+
+def _column(emitter: Emitter, count: int) -> onnx.Value:
+    """Return 0 … count - 1 as i64 [1, count, 1]."""
+    return emitter.graph.constant(np.arange(count).reshape(1, -1, 1))
 
 
 def ssd_update(emitter: Emitter, node: Node) -> None:
+    """One token by the recurrence; more in pieces of `chunk_size`, each from the state that the one before left."""
+    if emitter.sizes(node.operand(0))[1] == 1 and node.operands[8] is None:
+        _one_token(emitter, node)
+        return
+    g = emitter.graph
+    state = node.operand(7)
+    batch, heads, channels, width = emitter.sizes(state)
+    tokens, piece = emitter.sizes(node.operand(0))[1], integer(node, "chunk_size")
+    ssd = _Ssd(emitter, node, batch, heads, channels, width, integer(node, "n_groups"))
+    delta = g.node("Softplus", g.node("Add", emitter.operand(node, 1), emitter.operand(node, 6)))
+    counts = node.operands[8]
+    if counts is not None:
+        valid = g.node("Less", _column(emitter, tokens), g.node("Unsqueeze", emitter.get(counts), g.i64(1, 2)))
+        delta = g.node("Where", valid, delta, g.f32(0.0))
+    h, outputs = emitter.f32(state), list[onnx.Value]()
+    for start in range(0, tokens, piece):
+        y, h = ssd.piece(delta, h, start, min(start + piece, tokens), tokens)
+        outputs.append(y)
+    y = outputs[0] if len(outputs) == 1 else g.node("Concat", *outputs, axis=1)
+    emitter.bind_results(node, [y, _stored(emitter, h, state)])
+
+
+def _one_token(emitter: Emitter, node: Node) -> None:
     """With a = exp(δA): h' = a h + δx ⊗ B and y = a (h·C) + δx (B·C) + D x, h as [B, G, H/G, P, N].
 
     The y of the definition, h'·C + D x, multiplied out: so both read the old state, in one kernel, and
     the new state is written but not read back.
     """
     g = emitter.graph
-    x, dt, a, b, c, d, dt_bias, state = node.operands
+    x, dt, a, b, c, d, dt_bias, state = node.operands[:8]
     assert x and dt and a and b and c and d and dt_bias and state
     batch, heads, channels, width = emitter.sizes(state)
     groups = integer(node, "n_groups")
-    tokens, share = emitter.sizes(x)[1], heads // groups
+    share = heads // groups
     delta = g.node("Softplus", g.node("Add", emitter.get(dt), emitter.get(dt_bias)))
     decay = g.node("Exp", g.node("Mul", delta, emitter.get(a)))
     h = g.node("Reshape", emitter.f32(state), g.i64(batch, groups, share, channels, width))
     skip = g.node("Reshape", emitter.get(d), g.i64(1, groups, share, 1, 1))
-    outputs: list[onnx.Value] = []
-    for s in range(tokens):
 
-        def token(value: onnx.Value, *dims: int, s: int = s) -> onnx.Value:
-            one = value if tokens == 1 else g.node("Slice", value, g.i64(s), g.i64(s + 1), g.i64(1))
-            return g.node("Reshape", one, g.i64(batch, groups, *dims))
+    def token(value: onnx.Value, *dims: int) -> onnx.Value:
+        return g.node("Reshape", value, g.i64(batch, groups, *dims))
 
-        u, step, keep = token(emitter.get(x), share, channels, 1), token(delta, share, 1, 1), token(decay, share, 1, 1)
-        key, query = token(emitter.get(b), 1, 1, width), token(emitter.get(c), 1, 1, width)
-        scaled = g.node("Mul", u, step)
-        read = g.node("ReduceSum", g.node("Mul", h, query), g.i64(-1), keepdims=1)
-        match = g.node("ReduceSum", g.node("Mul", key, query), g.i64(-1), keepdims=1)
-        y = g.node("Add", g.node("Mul", read, keep), g.node("Mul", scaled, match))
-        y = g.node("Add", y, g.node("Mul", u, skip))
-        outputs.append(g.node("Reshape", y, g.i64(batch, 1, heads * channels)))
-        h = g.node("Add", g.node("Mul", h, keep), g.node("Mul", scaled, key))
-    after = g.node("Reshape", h, g.i64(batch, heads, channels, width))
-    emitter.bind_results(node, [_joined(emitter, outputs), _stored(emitter, after, state)])
+    u, step, keep = token(emitter.get(x), share, channels, 1), token(delta, share, 1, 1), token(decay, share, 1, 1)
+    key, query = token(emitter.get(b), 1, 1, width), token(emitter.get(c), 1, 1, width)
+    scaled = g.node("Mul", u, step)
+    read = g.node("ReduceSum", g.node("Mul", h, query), g.i64(-1), keepdims=1)
+    match = g.node("ReduceSum", g.node("Mul", key, query), g.i64(-1), keepdims=1)
+    y = g.node("Add", g.node("Mul", read, keep), g.node("Mul", scaled, match))
+    y = g.node("Reshape", g.node("Add", y, g.node("Mul", u, skip)), g.i64(batch, 1, heads * channels))
+    h = g.node("Add", g.node("Mul", h, keep), g.node("Mul", scaled, key))
+    emitter.bind_results(node, [y, _stored(emitter, g.node("Reshape", h, g.i64(batch, heads, channels, width)), state)])
 
 
-def _joined(emitter: Emitter, tokens: list[onnx.Value]) -> onnx.Value:
-    """Return [B, 1, …] values as one [B, S, …]."""
-    return tokens[0] if len(tokens) == 1 else emitter.graph.node("Concat", *tokens, axis=1)
+@dataclass(frozen=True, slots=True)
+class _Ssd:
+    """SSD of pieces of Q tokens as matrix products (Mamba-2, arXiv 2405.21060, section 6). Sizes as in the state."""
+
+    emitter: Emitter
+    node: Node
+    batch: int
+    heads: int
+    channels: int
+    width: int
+    groups: int
+
+    def piece(
+        self, delta: onnx.Value, h: onnx.Value, start: int, end: int, tokens: int
+    ) -> tuple[onnx.Value, onnx.Value]:
+        """Return y [B, Q, H·P] of the tokens `start`…`end` and the state after them, from the state h before them."""
+        e, g = self.emitter, self.emitter.graph
+        q, share = end - start, self.heads // self.groups
+
+        def cut(value: onnx.Value) -> onnx.Value:
+            return value if q == tokens else g.node("Slice", value, g.i64(start), g.i64(end), g.i64(1))
+
+        def split(value: onnx.Value, parts: int, size: int) -> onnx.Value:
+            """[B, Q, parts·size] → [B, parts, Q, size]."""
+            return g.node("Transpose", g.node("Reshape", value, g.i64(self.batch, q, parts, size)), perm=[0, 2, 1, 3])
+
+        u = split(cut(e.operand(self.node, 0)), self.heads, self.channels)
+        key = split(cut(e.operand(self.node, 3)), self.groups, self.width)
+        query = split(cut(e.operand(self.node, 4)), self.groups, self.width)
+        step = g.node("Transpose", cut(delta), perm=[0, 2, 1])  # [B, H, Q]
+        rate = g.node("Reshape", e.operand(self.node, 2), g.i64(self.heads, 1))
+        decay = g.node("CumSum", g.node("Mul", step, rate), g.constant(np.array(2)))  # cᵢ
+
+        gap = g.node("Sub", g.node("Unsqueeze", decay, g.i64(3)), g.node("Unsqueeze", decay, g.i64(2)))
+        lower = g.constant(np.tril(np.ones((q, q), np.bool_)))
+        fade = g.node("Exp", g.node("Where", lower, gap, g.f32(-np.inf)))  # [B, H, Q, Q]
+        fade = g.node("Mul", fade, g.node("Unsqueeze", step, g.i64(2)))
+        match = g.node("MatMul", query, g.node("Transpose", key, perm=[0, 1, 3, 2]))  # [B, G, Q, Q]
+        grouped = g.node("Reshape", fade, g.i64(self.batch, self.groups, share, q, q))
+        mixed = g.node("Reshape", g.node("Mul", grouped, g.node("Unsqueeze", match, g.i64(2))), g.i64(*self.square(q)))
+        inner = g.node("MatMul", mixed, u)
+
+        read = self.read(h, query, q)
+        outer = g.node("Mul", read, g.node("Unsqueeze", g.node("Exp", decay), g.i64(3)))
+        skip = g.node("Mul", u, g.node("Reshape", e.operand(self.node, 5), g.i64(self.heads, 1, 1)))
+        y = g.node("Transpose", g.node("Add", g.node("Add", inner, outer), skip), perm=[0, 2, 1, 3])
+        y = g.node("Reshape", y, g.i64(self.batch, q, self.heads * self.channels))
+
+        total = g.node("Slice", decay, g.i64(q - 1), g.i64(q), g.i64(2))  # [B, H, 1]
+        left = g.node("Mul", step, g.node("Exp", g.node("Sub", total, decay)))
+        weighted = g.node("Mul", u, g.node("Unsqueeze", left, g.i64(3)))
+        kept = g.node("Mul", h, g.node("Unsqueeze", g.node("Exp", total), g.i64(3)))
+        return y, self.added(kept, weighted, key, q)
+
+    def read(self, h: onnx.Value, query: onnx.Value, q: int) -> onnx.Value:
+        """Return h C of each token, [B, H, Q, P]. For few tokens as a sum, which reads h where it lies."""
+        g, share = self.emitter.graph, self.heads // self.groups
+        if q > FEW_TOKENS:
+            flat = g.node("Reshape", h, g.i64(self.batch, self.groups, share * self.channels, self.width))
+            read = g.node("MatMul", query, g.node("Transpose", flat, perm=[0, 1, 3, 2]))  # [B, G, Q, H/G·P]
+            read = g.node("Reshape", read, g.i64(self.batch, self.groups, q, share, self.channels))
+            return g.node("Reshape", g.node("Transpose", read, perm=[0, 1, 3, 2, 4]), g.i64(*self.rows(q)))
+        state = g.node("Reshape", h, g.i64(self.batch, self.groups, share, 1, self.channels, self.width))
+        row = g.node("Unsqueeze", query, g.i64(2, 4))  # [B, G, 1, Q, 1, N]
+        read = g.node("ReduceSum", g.node("Mul", state, row), g.i64(-1), keepdims=0)
+        return g.node("Reshape", read, g.i64(*self.rows(q)))
+
+    def added(self, kept: onnx.Value, weighted: onnx.Value, key: onnx.Value, q: int) -> onnx.Value:
+        """Return kept + Σᵢ weighted[i] ⊗ key[i], [B, H, P, N]. For few tokens term by term, in the kernel of `kept`."""
+        g, share = self.emitter.graph, self.heads // self.groups
+        if q > FEW_TOKENS:
+            turned = g.node("Transpose", weighted, perm=[0, 1, 3, 2])
+            turned = g.node("Reshape", turned, g.i64(self.batch, self.groups, share * self.channels, q))
+            return g.node("Add", kept, g.node("Reshape", g.node("MatMul", turned, key), g.i64(*self.state())))
+        after = g.node("Reshape", kept, g.i64(self.batch, self.groups, share, self.channels, self.width))
+        for i in range(q):
+            column = g.node("Slice", weighted, g.i64(i), g.i64(i + 1), g.i64(2))
+            column = g.node("Reshape", column, g.i64(self.batch, self.groups, share, self.channels, 1))
+            row = g.node("Slice", key, g.i64(i), g.i64(i + 1), g.i64(2))
+            row = g.node("Reshape", row, g.i64(self.batch, self.groups, 1, 1, self.width))
+            after = g.node("Add", after, g.node("Mul", column, row))
+        return g.node("Reshape", after, g.i64(*self.state()))
+
+    def square(self, q: int) -> tuple[int, int, int, int]:
+        return self.batch, self.heads, q, q
+
+    def rows(self, q: int) -> tuple[int, int, int, int]:
+        return self.batch, self.heads, q, self.channels
+
+    def state(self) -> tuple[int, int, int, int]:
+        return self.batch, self.heads, self.channels, self.width

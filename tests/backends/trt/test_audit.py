@@ -23,7 +23,7 @@ def realised(graph: GraphBuilder, linear: Linear, folder: Path) -> str:
     import onnx_ir
 
     data = onnx_ir.to_proto(graph.model("test")).SerializeToString()
-    result = build_plan(data, folder / "x.plan", load_trt(), sm=120)
+    result = build_plan(data, folder / "x.plan", load_trt(), sms=(120,))
     return audit([linear], result.kernels, {"y"}, result.scratch_bytes).findings[0].realised
 
 
@@ -110,6 +110,23 @@ def test_a_weight_that_nothing_reads_and_states_of_the_same_size() -> None:
     assert judge(linear, kernel("k", [w], [tensor("state.next", "Float", 4, 16)])) == ("bf16", "k")
 
 
+def test_fp8_bound_as_bytes() -> None:
+    linear = Linear("l", "fp8", "w", 64 * 32, 64 * 32, (64, 32), 1)
+    w = tensor("w", "Int8", 64, 32)
+    assert judge(linear, kernel("k", [w], [tensor("y", "Float", 1, 64)])) == ("fp8", "k")
+    assert judge(linear, kernel("k", [w], [tensor("d", "Float", 64, 32)])) == ("fp32", "k")
+
+
+def test_a_copy_that_the_graph_asks_for() -> None:
+    linear = Linear("l", "w4a16_nvfp4", "w", 64 * 32, 64 * 32, (64, 32), 48, "bf16")
+    w = tensor("w", "FP4E2M1", 64, 32)
+    for dtype, ok in (("BFloat16", True), ("Float", False)):
+        (finding,) = audit([linear], [kernel("k", [w], [tensor("d", dtype, 64, 32)])], (), 0).findings
+        assert finding.ok is ok
+    (finding,) = audit([linear], [kernel("k", [w], [tensor("y", "Float", 48, 64)])], (), 0).findings
+    assert (finding.realised, finding.ok) == ("w4a16_nvfp4", True)
+
+
 def test_json_and_diagnostics() -> None:
     w = tensor("w", "FP8", 8, 8)
     linears = [Linear("a", "fp8", "w", 64, 64, (8, 8), 1), Linear("b", "nvfp4", "w", 64, 64, (8, 8), 1)]
@@ -118,6 +135,7 @@ def test_json_and_diagnostics() -> None:
     assert data["linears"][0] == {
         "name": "a",
         "requested": "fp8",
+        "expected": "fp8",
         "realised": "fp8",
         "kernel": "k",
         "plan": "decode.b1.plan",

@@ -15,6 +15,7 @@ from n3c.backends.trt.audit import audit
 from n3c.backends.trt.build import PlanResult, build_plan
 from n3c.backends.trt.log import Steps
 from n3c.backends.trt.module import load_trt
+from n3c.backends.trt.targets import PORTABLE, lacking
 from n3c.compiler.serving import serve
 from n3c.ir.diagnostics import ExitCode, N3CError, Span
 from n3c.ir.types import DType
@@ -42,7 +43,15 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     model: bytes | Path = entry.to_bytes()
     if batch == 1:
         entry.save(model := folder / "decode.onnx")
-    result = build_plan(model, folder / "decode.plan", load_trt(), sm=120, progress=events.append, locate=entry.locate)
+    result = build_plan(
+        model,
+        folder / "decode.plan",
+        load_trt(),
+        sms=(120,),
+        ranges=entry.dynamic_inputs,
+        progress=events.append,
+        locate=entry.locate,
+    )
     return Built(entry, result, events)
 
 
@@ -69,10 +78,12 @@ def test_every_input_is_read_by_a_kernel(built: Built) -> None:
     assert built.entry.output_names <= written and caches <= read
 
 
-def test_no_kernel_attends_without_a_mask(built: Built) -> None:
-    """What `nonpad_kv_seqlen` would silently give."""
-    attention = [kernel for kernel in built.result.kernels if "mha" in kernel.name]
-    assert attention and all(any(t.dtype == "Bool" for t in kernel.inputs) for kernel in attention)
+def test_attention_reads_what_is_filled(built: Built) -> None:
+    """The length of what is attended to is an input, and no kernel makes a copy of that part of a cache."""
+    caches = {name for name in built.entry.output_names if "cache" in name}
+    readers = [k for k in built.result.kernels if caches & ({t.name for t in k.inputs} - {t.name for t in k.outputs})]
+    assert readers and all(any(t.dynamic for t in (*k.inputs, *k.outputs)) for k in readers)
+    assert not any("Slic" in k.name and not k.name.count("Sum") for k in readers)
 
 
 def test_progress(built: Built) -> None:
@@ -96,9 +107,12 @@ def test_silence_is_told_as_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     assert steps.now() == Progress("Next", 1, 0, 7.0)
 
 
-def fails(model: bytes, plan: Path, sm: int = 120) -> N3CError:
+def fails(model: bytes, plan: Path, *sms: int, ranges: dict[str, tuple[int, int, int]] | None = None) -> N3CError:
+    def locate(name: str) -> Span | None:
+        return SPAN if name.startswith("layer/") else None
+
     with pytest.raises(N3CError) as caught:
-        build_plan(model, plan, load_trt(), sm=sm, locate=lambda name: SPAN if name.startswith("layer/") else None)
+        build_plan(model, plan, load_trt(), sms=sms or (120,), ranges=ranges, locate=locate)
     assert not plan.exists() and not list(plan.parent.glob("*.partial"))
     return caught.value
 
@@ -135,13 +149,14 @@ def test_what_the_builder_refuses_has_a_place(tmp_path: Path) -> None:
 
 
 def test_fp4_for_a_gpu_without_it(tmp_path: Path) -> None:
-    """`n3c check` says so first; the builder is the proof that the table is right."""
-    error = fails(decode_entry(1).to_bytes(), tmp_path / "x.plan", sm=86)
+    """Why codes are bound as bytes for such a GPU: the builder is the proof that the table is right."""
+    entry = decode_entry(1)
+    error = fails(entry.to_bytes(), tmp_path / "x.plan", 86, ranges=dict(entry.dynamic_inputs))
     assert {d.code for d in error.diagnostics} == {"E0505"}
 
 
-def test_an_unknown_target(tmp_path: Path) -> None:
-    assert fails(b"", tmp_path / "x.plan", sm=90).diagnostics[0].code == "E0502"
+def test_unknown_targets_and_one_that_lacks_bf16(tmp_path: Path) -> None:
+    assert [d.code for d in fails(b"", tmp_path / "x.plan", 90, 75, 120).diagnostics] == ["E0502", "E0503"]
 
 
 def test_a_plan_that_cannot_be_written(tmp_path: Path) -> None:
@@ -155,15 +170,21 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_plan(_small(), tmp_path / "x.plan", load_trt(), sm=120, progress=interrupt)
+        build_plan(_small(), tmp_path / "x.plan", load_trt(), sms=(120,), progress=interrupt)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_same_program_gives_a_plan_for_older_gpus_in_bf16(tmp_path: Path) -> None:
-    entry = emit_entry(serve(small_spec()).program, "decode", batch=1)
-    result = build_plan(entry.to_bytes(), tmp_path / "x.plan", load_trt(), sm=80)
+@pytest.mark.parametrize("sms", [(89,), PORTABLE], ids=["Ada", "portable"])
+def test_quantized_models_on_older_gpus(sms: tuple[int, ...], tmp_path: Path) -> None:
+    """Codes as bytes, decoded by tables: no FP4 or FP8 type is left that one of the GPUs lacks."""
+    entry = emit_entry(serve(small_spec(QUANTIZED)).program, "decode", batch=1, as_bytes=tuple(lacking(sms)))
+    ranges = entry.dynamic_inputs
+    result = build_plan(entry.to_bytes(), tmp_path / "x.plan", load_trt(), sms=sms, ranges=ranges)
     verdict = audit(entry.linears, result.kernels, entry.output_names, result.scratch_bytes)
     assert verdict.mismatches == ()
+    assert {finding.realised for finding in verdict.findings} == {"nvfp4", "fp8", "bf16"}
+    types = {t.dtype for kernel in result.kernels for t in (*kernel.inputs, *kernel.outputs, *kernel.constants)}
+    assert "FP4E2M1" not in types and ("FP8" in types) == (sms == (89,))
 
 
 def _bytes(graph: GraphBuilder) -> bytes:

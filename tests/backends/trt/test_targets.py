@@ -10,42 +10,64 @@ from typing import Any
 import pytest
 
 from n3c.backends.trt.module import load_trt, version
-from n3c.backends.trt.targets import TARGETS, require
+from n3c.backends.trt.targets import PORTABLE, TARGETS, Flavour, lacking, require
 from n3c.ir.diagnostics import ExitCode, N3CError, Span
+from n3c.ir.types import DType
 
 SPAN = Span("m.toml", 7, 1)
 
 
+FP4, FP8 = DType.F4E2M1, DType.F8E4M3
+
+
 @pytest.mark.parametrize(
-    ("sm", "formats", "codes"),
+    ("sms", "lacked"),
     [
-        (120, ["nvfp4", "w4a16_nvfp4", "fp8", "bf16"], []),
-        (121, ["nvfp4"], []),
-        (89, ["fp8", "bf16"], []),
-        (89, ["nvfp4", "fp8"], ["E0503"]),
-        (86, ["nvfp4", "fp8", "bf16"], ["E0503", "E0503"]),
-        (75, ["bf16"], []),
-        (90, ["bf16"], ["E0502"]),
+        ((120,), set()),
+        ((121, 120), set()),
+        ((89,), {FP4}),
+        ((86,), {FP4, FP8}),
+        ((80, 120), {FP4, FP8}),
+        ((89, 120), {FP4}),
+        (PORTABLE, {FP4, FP8}),
     ],
 )
-def test_formats_of_targets(sm: int, formats: list[str], codes: list[str]) -> None:
-    diagnostics = require(sm, formats, SPAN)
+def test_what_a_plan_for_all_must_do_without(sms: tuple[int, ...], lacked: set[DType]) -> None:
+    assert require(sms, "rtx", SPAN) == []
+    assert lacking(sms) == lacked
+
+
+@pytest.mark.parametrize(
+    ("sms", "flavour", "codes"),
+    [
+        ((90,), "rtx", ["E0502"]),
+        ((90, 100), "full", []),
+        ((1, 120, 1), "rtx", ["E0502"]),
+        ((75,), "rtx", ["E0503"]),
+        ((75, 90, 7), "full", ["E0503", "E0502"]),
+    ],
+)
+def test_what_cannot_be_built_for(sms: tuple[int, ...], flavour: Flavour, codes: list[str]) -> None:
+    diagnostics = require(sms, flavour, SPAN)
     assert [d.code for d in diagnostics] == codes
     assert all(d.span == SPAN for d in diagnostics)
 
 
 def test_messages_tell_what_would_work() -> None:
-    (fault,) = require(86, ["nvfp4", "bf16", "nvfp4"])
-    assert "SM 86 (Ampere, RTX 30) has no FP4 type" in fault.message
-    assert fault.help is not None and "SM 120, 121" in fault.help
-    (fault,) = require(1, ["bf16"])
-    assert fault.help is not None and all(str(sm) in fault.help for sm in TARGETS)
+    (fault,) = require((75,))
+    assert "SM 75 (Turing, RTX 20) has no BF16 type" in fault.message
+    assert fault.help == "build for SM 80, 86, 89, 120, 121"
+    (fault,) = require((90,))
+    assert fault.message == "TensorRT-RTX has no target SM 90 (Hopper, H100 and H200)"
+    assert fault.help is not None and "89 (Ada, RTX 40)" in fault.help and "Hopper" not in fault.help
+    assert require((3,))[0].message == "no target SM 3"
 
 
 def test_the_table_is_that_of_tensorrt() -> None:
     capabilities = load_trt().ComputeCapability
     known = {name for name in dir(capabilities) if name.startswith("SM")}
-    assert known == {f"SM{sm}" for sm in TARGETS}
+    assert known == {f"SM{sm}" for sm, target in TARGETS.items() if "rtx" in target.flavours}
+    assert all(target.flavours for target in TARGETS.values())
 
 
 def test_targets_load_no_tensorrt() -> None:

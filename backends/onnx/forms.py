@@ -1,0 +1,111 @@
+"""Which form each weight of an entry point gets, told without emitting anything: what `n3c check` prints.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from n3c.ir import ops
+from n3c.ir.program import Call, EntryPoint, Node, Parameter, Program
+from n3c.ir.types import DType
+
+FEW_ROWS = 32
+"""Rows (sequences times tokens) up to which a linear is a product and a sum in one kernel, not a matrix product."""
+
+_PRODUCTS = {
+    "nvfp4": "FP4 x FP4 matrix product, activations quantized a row",
+    "fp8": "FP8 x FP8 matrix product, activations quantized a row",
+    "w4a16_nvfp4": "BF16 matrix product, weights dequantized once a call",
+    "bf16": "BF16 matrix product",
+}
+_NAMES = {DType.F4E2M1: "FP4", DType.F8E4M3: "FP8"}
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How the weights of one format are computed with in one entry point."""
+
+    entry: str
+    """`decode`, or `verify.b16` where batch sizes differ."""
+    weights: str
+    """`linears` or `experts`."""
+    format: str
+    how: str
+    native: bool
+    """Whether kernels read the stored type itself; else tables decode its bytes."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the form of `n3c check --json`."""
+        return {
+            "entry": self.entry,
+            "weights": self.weights,
+            "format": self.format,
+            "form": self.how,
+            "native": self.native,
+        }
+
+
+def batches_of(entry: str, batch_sizes: Iterable[int]) -> tuple[int, ...]:
+    """Return the batch sizes for which `entry` is built.
+
+    Prefill is for one sequence: a chunk of it already reads the weights for many tokens, and a sequence of
+    a batch is prefilled in its own rows of the states.
+    """
+    return (1,) if entry == "prefill" else tuple(batch_sizes)
+
+
+def forms(program: Program, batch_sizes: Iterable[int], lacking: Collection[DType]) -> tuple[Form, ...]:
+    """Return the forms of all entry points, in their order, for GPUs that know no type of `lacking`."""
+    found: list[Form] = []
+    for name, entry in program.entry_points.items():
+        by_batch = {
+            batch: tuple(dict.fromkeys(_forms(program, entry, batch, lacking)))
+            for batch in batches_of(name, batch_sizes)
+        }
+        alike = len(set(by_batch.values())) == 1
+        for batch, rows in list(by_batch.items())[: 1 if alike else None]:
+            label = name if alike else f"{name}.b{batch}"
+            found.extend(Form(label, *row) for row in sorted(rows))
+    return tuple(found)
+
+
+def _forms(
+    program: Program, entry: EntryPoint, batch: int, lacking: Collection[DType]
+) -> Iterator[tuple[str, str, str, bool]]:
+    for call in entry.calls:
+        for node in program.functions[call.function].nodes:
+            if node.op in (ops.linear, ops.expert_linear, ops.experts):
+                for parameter in _weights(program, call, node):
+                    native = not (parameter.format != "bf16" and _types(parameter) & set(lacking))
+                    rows = prod(node.operand(0).type.bind({"B": batch, "S": entry.tokens}).static_dims[:2])
+                    kind = "linears" if node.op is ops.linear else "experts"
+                    few = node.op is ops.expert_linear or (node.op is ops.linear and rows <= FEW_ROWS)
+                    yield kind, parameter.format, _how(parameter, few, native, lacking), native
+
+
+def _how(parameter: Parameter, few: bool, native: bool, lacking: Collection[DType]) -> str:
+    missing = " and ".join(_NAMES[t] for t in (DType.F4E2M1, DType.F8E4M3) if t in _types(parameter) and t in lacking)
+    if few:
+        return "one kernel from the stored values" if native else f"one kernel from bytes, {missing} decoded by tables"
+    if native:
+        return _PRODUCTS[parameter.format]
+    return f"BF16 matrix product, {missing} weights decoded by tables once a call"
+
+
+def _types(parameter: Parameter) -> set[DType]:
+    """Return the types of codes and scales that a format stores."""
+    return {"fp8": {DType.F8E4M3}, "bf16": set[DType]()}.get(parameter.format, {DType.F4E2M1, DType.F8E4M3})
+
+
+def _weights(program: Program, call: Call, node: Node) -> Iterator[Parameter]:
+    """Yield the parameters that hold the weights of a linear: its codes, where it is quantized."""
+    formals = program.functions[call.function].parameters
+    for name, operand in zip(node.op.operands, node.operands, strict=True):
+        if name in ("weight", "up", "down") and operand is not None:
+            codes = operand if operand.node is None else operand.node.operand(0)
+            yield program.parameters[call.parameters[formals.index(codes)]]

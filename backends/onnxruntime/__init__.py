@@ -1,0 +1,1 @@
+"""ONNX Runtime on a CPU: entry points in their float32 rendering."""

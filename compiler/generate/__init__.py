@@ -1,0 +1,1 @@
+"""Generation: prompts in, tokens out, over any engine."""

@@ -1,0 +1,53 @@
+"""What the command line says of prompts, stops and thinking tags, as token ids."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
+
+from .reasoning import Tags
+from .tokenizer import Tokenizer
+
+_IDS = re.compile(r"\s*\d{1,12}(\s*,\s*\d{1,12})*\s*")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Return the lines of a text file that are not empty."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not UTF-8 text"
+        raise N3CError(Diagnostic("E0601", f"cannot be read: {reason}", Span(str(path))), ExitCode.FILE) from error
+    return [line for line in lines if line.strip()]
+
+
+def parse_ids(text: str) -> list[int] | None:
+    """Return the numbers of `1,2,3`, or None where `text` is something else."""
+    return [int(part) for part in text.split(",")] if _IDS.fullmatch(text) else None
+
+
+def encoded(texts: Sequence[str], tokenizer: Tokenizer | None, weights: Path) -> list[list[int]]:
+    """Return the token ids of texts; N3CError (exit code 6) where there is no tokenizer."""
+    return [list(_required(tokenizer, weights).encode(text)) for text in texts]
+
+
+def tag_ids(tags: tuple[str, str], tokenizer: Tokenizer | None, weights: Path) -> Tags:
+    """Return the ids of the start and the end tag, each given as ids (`12,13`) or as text."""
+    start, end = (
+        tuple(ids) if (ids := parse_ids(tag)) else tuple(_required(tokenizer, weights).encode(tag, special=False))
+        for tag in tags
+    )
+    if not start or not end:
+        raise N3CError(Diagnostic("E0811", "a thinking tag has no tokens"), ExitCode.USAGE)
+    return Tags(start, end)
+
+
+def _required(tokenizer: Tokenizer | None, weights: Path) -> Tokenizer:
+    if tokenizer is None:
+        message = "no tokenizer.json in the checkpoint, and the vocabulary is not bytes"
+        help_ = "put the model's tokenizer.json beside the weights, or give token ids"
+        raise N3CError(Diagnostic("E0805", message, Span(str(weights)), help=help_), ExitCode.FILE)
+    return tokenizer

@@ -1,0 +1,90 @@
+"""One sequence of a batch: its tokens, how the next is chosen, and whether it has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .reasoning import Reasoning, Tags
+from .sampling import Probabilities, Sampling, certain, distribution
+from .text import GrowingText
+from .tokenizer import Tokenizer
+
+Ending = Literal["stop", "length", "interrupted"]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How sequences are continued, and where they end."""
+
+    max_new_tokens: int = 128
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_ids: frozenset[int] = frozenset()
+    stop_texts: tuple[str, ...] = ()
+    """Needs a tokenizer."""
+    tags: Tags | None = None
+    reasoning_budget: int | None = None
+    """Tokens between the tags after which the end tag is forced; None: no limit."""
+
+
+@dataclass(slots=True)
+class Running:
+    """A sequence. `tokens` are prompt and continuation; the last of them is not yet in the engine's states."""
+
+    prompt: tuple[int, ...]
+    options: Options
+    generator: np.random.Generator
+    growing: GrowingText | None
+    reasoning: Reasoning | None = None
+    tokens: list[int] = field(default_factory=list[int])
+    ending: Ending | None = None
+    pending: int = 0
+    """Tokens of the last `verify` that the next one commits."""
+    hidden: NDArray[Any] | None = None
+    """[D], what multi-token prediction reads: the main model's output at the last committed token."""
+
+    @staticmethod
+    def begin(prompt: Sequence[int], index: int, options: Options, tokenizer: Tokenizer | None) -> Running:
+        """Return sequence `index` of a batch, with nothing generated."""
+        growing = GrowingText(tokenizer, options.stop_texts) if tokenizer is not None else None
+        reasoning = None
+        if options.tags is not None and options.reasoning_budget is not None:
+            reasoning = Reasoning(options.tags, options.reasoning_budget).begin(prompt)
+        generator = options.sampling.generator(index)
+        return Running(tuple(prompt), options, generator, growing, reasoning, list(prompt))
+
+    @property
+    def new(self) -> list[int]:
+        """The tokens behind the prompt, the one that stopped it too."""
+        return self.tokens[len(self.prompt) :]
+
+    @property
+    def committed(self) -> int:
+        """Tokens that the engine's states hold, with what the next `verify` commits."""
+        return len(self.tokens) - 1
+
+    def choice(self, logits: NDArray[Any], reasoning: Reasoning | None) -> Probabilities:
+        """Return what the next token is drawn from, given logits [V] and the state of reasoning before it."""
+        if reasoning is not None and reasoning.next is not None:
+            return certain(reasoning.next, len(logits))
+        return distribution(logits, self.options.sampling)
+
+    def take(self, token: int, room: int) -> str:
+        """Append a generated token; return the text that became certain. `room`: most tokens of a sequence."""
+        self.tokens.append(token)
+        if self.reasoning is not None:
+            self.reasoning = self.reasoning.after(token)
+        piece = ""
+        if token in self.options.stop_ids:
+            self.ending = "stop"
+        elif self.growing is not None:
+            piece = self.growing.feed(token)
+            if self.growing.stopped:
+                self.ending = "stop"
+        if self.ending is None and (len(self.new) >= self.options.max_new_tokens or len(self.tokens) >= room):
+            self.ending = "length"
+        return piece + self.growing.finish() if self.ending is not None and self.growing is not None else piece

@@ -1,0 +1,142 @@
+"""Text and token ids: the checkpoint's tokenizer.json, or bytes for byte-level specs."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
+
+FILE = "tokenizer.json"
+BYTES = 256
+"""The vocabulary of a byte-level spec."""
+
+
+class Stream(Protocol):
+    """Ids in, text out, piece by piece; all pieces joined are the text of all ids."""
+
+    def feed(self, ids: Sequence[int]) -> str:
+        """Return the text that is certain now: a character that may go on in the next token is kept back."""
+        ...
+
+    def finish(self) -> str:
+        """Return what was kept back."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back."""
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Return the ids of `text`, with the tokens that begin a prompt if `special`."""
+        ...
+
+    def stream(self) -> Stream:
+        """Return a decoder of one sequence."""
+        ...
+
+
+def decoded(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Return the text of `ids`."""
+    stream = tokenizer.stream()
+    return stream.feed(ids) + stream.finish()
+
+
+class ByteTokenizer:
+    """Ids are the bytes of UTF-8."""
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Return the bytes of `text`; there are no special tokens."""
+        return list(text.encode("utf-8", errors="surrogateescape"))
+
+    def stream(self) -> Stream:
+        """Return a decoder in which bytes that are no UTF-8 become U+FFFD."""
+        return _ByteStream()
+
+
+class _ByteStream:
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, ids: Sequence[int]) -> str:
+        return self._decoder.decode(bytes(ids))
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class FileTokenizer:
+    """A tokenizer.json, by the `tokenizers` library."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Return the ids of `text`."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
+        return ids
+
+    def stream(self) -> Stream:
+        """Return a decoder that leaves special tokens out."""
+        return _FileStream(self._tokenizer)
+
+
+class _FileStream:
+    """Decodes a window that begins at a token whose text was certain, so that spaces between words come out right."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []
+        self._told = 0
+        """Ids at the start of the window whose text has been returned."""
+
+    def feed(self, ids: Sequence[int]) -> str:
+        self._window.extend(ids)
+        text = self._decode(self._window)
+        if text.endswith("\ufffd"):  # the first bytes of a character, most likely
+            return ""
+        piece = text[len(self._decode(self._window[: self._told])) :]
+        self._window = self._window[self._told :]
+        self._told = len(self._window)
+        return piece
+
+    def finish(self) -> str:
+        piece = self._decode(self._window)[len(self._decode(self._window[: self._told])) :]
+        self._window, self._told = [], 0
+        return piece
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+
+def find_tokenizer(directories: Sequence[Path], vocab_size: int) -> Tokenizer | None:
+    """Return the tokenizer of the first directory that has one, else bytes where the vocabulary is bytes, else None.
+
+    Raises N3CError (exit code 6) for a tokenizer.json that is none, or that knows more tokens than the model.
+    """
+    for directory in directories:
+        path = directory / FILE
+        if path.is_file():
+            return _read(path, vocab_size)
+    return ByteTokenizer() if vocab_size == BYTES else None
+
+
+def _read(path: Path, vocab_size: int) -> FileTokenizer:
+    from tokenizers import Tokenizer as Library
+
+    try:
+        tokenizer: Any = Library.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise _unusable(path, f"not a tokenizer: {error}") from error
+    size = tokenizer.get_vocab_size(with_added_tokens=True)
+    if size > vocab_size:
+        raise _unusable(path, f"the tokenizer has {size:,} tokens, the model {vocab_size:,}")
+    return FileTokenizer(tokenizer)
+
+
+def _unusable(path: Path, message: str) -> N3CError:
+    help_ = "put the tokenizer.json of this model there, or remove it and give --prompt-ids"
+    return N3CError(Diagnostic("E0805", message, Span(str(path)), help=help_), ExitCode.FILE)

@@ -1,0 +1,148 @@
+"""TensorRT's runtime and a GPU, played by ONNX Runtime and host memory: a "plan" is an ONNX file in float32.
+
+Everything up to the kernels is real: addresses, sizes, order, what is written where. An address outside of what was
+allocated, an input that was not set, or a stream of another device fails.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+
+from n3c.backends.engine import Array
+
+TYPES: Mapping[int, type[np.generic]] = {onnx.TensorProto.FLOAT: np.float32, onnx.TensorProto.INT64: np.int64}
+
+
+class HostMemory:
+    """A piece of host memory that begins on a multiple of 256."""
+
+    def __init__(self, size: int) -> None:
+        self._raw = np.zeros(size + 256, np.uint8)
+        skip = -self._raw.ctypes.data % 256
+        self.data = self._raw[skip : skip + size]
+        self.address = int(self.data.ctypes.data)
+        self.bytes = size
+
+
+class HostDevice:
+    """A GPU of SM 120 that is none. `captured` counts the graphs, `replayed` their launches."""
+
+    stream, sm = 77, 120
+
+    def __init__(self) -> None:
+        self.memories: list[HostMemory] = []
+        self.captured = self.replayed = 0
+
+    def allocate(self, size: int) -> HostMemory:
+        self.memories.append(HostMemory(size))
+        return self.memories[-1]
+
+    def write(self, memory: Any, offset: int, data: Array) -> None:
+        raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        assert offset + raw.size <= memory.bytes
+        memory.data[offset : offset + raw.size] = raw
+
+    def read(self, memory: Any, offset: int, size: int) -> bytes:
+        return bytes(memory.data[offset : offset + size].tobytes())
+
+    def copy(self, memory: Any, offset: int, source: Any, source_offset: int, size: int) -> None:
+        memory.data[offset : offset + size] = source.data[source_offset : source_offset + size]
+
+    def zero(self, memory: Any) -> None:
+        memory.data[:] = 0
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.captured += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            work()
+
+        return replay
+
+    def holds(self, address: int, size: int) -> bool:
+        return any(m.address <= address and address + size <= m.address + m.bytes for m in self.memories)
+
+
+class FakeTrt:
+    """The part of the `tensorrt_rtx` module that runs plans."""
+
+    __name__, __version__ = "tensorrt_rtx", "1.0.fake"
+
+    def __init__(self, device: HostDevice) -> None:
+        self.device = device
+        self.fails = False
+        """Whether executions fail."""
+
+        class Logger:
+            ERROR = 1
+
+            def __init__(self, severity: int) -> None:
+                self.severity = severity
+
+        self.Logger = Logger
+
+    def Runtime(self, logger: Any) -> Any:  # noqa: N802
+        return _Runtime(self)
+
+
+class _Runtime:
+    def __init__(self, trt: FakeTrt) -> None:
+        self._trt = trt
+
+    def deserialize_cuda_engine(self, data: bytes) -> Any:
+        try:
+            return _Engine(self._trt, onnx.load_from_string(data))
+        except Exception:
+            return None
+
+
+class _Engine:
+    def __init__(self, trt: FakeTrt, model: Any) -> None:
+        self._trt, self.model = trt, model
+
+    def create_execution_context(self) -> Any:
+        return _Context(self._trt, self.model)
+
+
+class _Context:
+    def __init__(self, trt: FakeTrt, model: Any) -> None:
+        options: Any = onnxruntime.SessionOptions()
+        options.log_severity_level, options.intra_op_num_threads = 3, 1
+        self._session: Any = onnxruntime.InferenceSession(model.SerializeToString(), options)
+        self._trt, self._graph = trt, model.graph
+        self._addresses: dict[str, int] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self._addresses[name] = address
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self._shapes[name] = shape
+        return True
+
+    def execute_async_v3(self, stream: int) -> bool:
+        assert stream == self._trt.device.stream
+        if self._trt.fails:
+            return False
+        feeds = {value.name: self._array(value).copy() for value in self._graph.input}
+        for value, result in zip(self._graph.output, self._session.run(None, feeds), strict=True):
+            self._array(value)[...] = result
+        return True
+
+    def _array(self, value: Any) -> Array:
+        tensor = value.type.tensor_type
+        shape = self._shapes.get(value.name) or tuple(d.dim_value for d in tensor.shape.dim)
+        dtype = np.dtype(TYPES[tensor.elem_type])
+        address, size = self._addresses[value.name], prod(shape) * dtype.itemsize
+        assert self._trt.device.holds(address, size), value.name
+        array: Array = np.ctypeslib.as_array((ctypes.c_byte * size).from_address(address)).view(dtype).reshape(shape)
+        return array
