@@ -2,12 +2,14 @@
 PYTHON ?= python3
 SPEC ?= specs/super.toml
 TARGET ?= trt
+ENTRY ?= decode
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made
+ORACLES := .venv-oracles
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test test-slow check lint types golden bench clean
+.PHONY: help venv build test test-slow test-oracles check lint types golden bench ablations demo clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -17,18 +19,36 @@ venv: $(STAMP) ## Create .venv with everything that build and test need.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "n3c needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[torch,trt,auto,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[torch,trt,run,auto,dev]'
 	$(BIN)/python -m compileall -q backends compiler ir passes specs
 	@touch $@
 
-build: venv ## Build SPEC (specs/super.toml) for TARGET (trt; or onnx, torch) into build/.
-	$(BIN)/n3c build $(SPEC) --target $(TARGET)
+build: venv ## Build SPEC (specs/super.toml) for TARGET (trt; or onnx, torch): decode plans, or those of ENTRY (all).
+	$(BIN)/n3c build $(SPEC) --target $(TARGET) $(if $(filter torch,$(TARGET))$(filter all,$(ENTRY)),,--entry $(ENTRY))
 
 test: venv ## Run the tests.
 	$(BIN)/pytest -q
 
 test-slow: venv ## Run the full-size builds too (Super and Ultra, several minutes).
 	$(BIN)/pytest -q -m slow
+
+test-oracles: $(ORACLES)/.made ## Run what needs torchtitan, Megatron-core and Triton (makes .venv-oracles, 2.5 GB).
+	TRITON_INTERPRET=1 $(ORACLES)/bin/pytest -q -m oracles
+
+# The wheels of Megatron-core (Python 3.12, CUDA) and Transformer Engine (CUDA) are only unpacked.
+# Of mamba_ssm only the Triton kernels are wanted: no CUDA extension is built.
+$(ORACLES)/.made: pyproject.toml constraints-oracles.txt
+	$(PYTHON) -m venv $(ORACLES)
+	$(ORACLES)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oracles.txt --editable '.[torch,oracles]'
+	$(ORACLES)/bin/pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --python-version 3.12 \
+		--dest $(ORACLES)/wheels megatron-core==0.19.2
+	$(ORACLES)/bin/python -m zipfile -e $(ORACLES)/wheels/megatron_core-0.19.2-*.whl $(ORACLES)/megatron
+	$(ORACLES)/bin/pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: \
+		--dest $(ORACLES)/wheels transformer_engine==2.20.2
+	$(ORACLES)/bin/python -m zipfile -e $(ORACLES)/wheels/transformer_engine-2.20.2-*.whl $(ORACLES)/transformer_engine
+	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(ORACLES)/bin/pip install --quiet --disable-pip-version-check \
+		--constraint constraints-oracles.txt --no-deps --no-build-isolation --no-binary mamba-ssm mamba-ssm
+	@touch $@
 
 lint: venv
 	$(BIN)/ruff check .
@@ -44,9 +64,16 @@ check: lint types test ## Lint, types, import layers and tests: what every commi
 golden: venv ## Regenerate the golden files; review the diff.
 	N3C_UPDATE_GOLDEN=1 $(BIN)/pytest -q $$(grep -rl 'import.*assert_golden' tests --include='test_*.py')
 
-bench: venv ## Run the benchmarks and print their tables.
+bench: venv ## Run the benchmarks and print their tables (adds their peers to .venv).
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks
+
+ablations: venv ## Train the arms of docs/ablations.md with every seed (an hour and more), and write that page.
+	$(BIN)/python -m benchmarks.ablations
+
+demo: venv ## Train, quantize, build, verify and generate with a tiny model, from nothing (about 10 minutes).
+	$(BIN)/python -m benchmarks.demo
 
 clean: ## Remove builds and caches (not .venv).
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache ./*.egg-info
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './$(ORACLES)/*' -prune -exec rm -rf {} +

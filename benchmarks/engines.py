@@ -1,4 +1,4 @@
-"""How time and memory of a decode plan grow with the layers of the model."""
+"""What building plans takes: with the layers of a model, and for whole models with all entry points."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from n3c.backends.trt.targets import PORTABLE, named
 from n3c.specs.load import load_spec
 
 TITLE = "`n3c build --target trt`"
 
 COLUMNS = ("layers", "plans", "emit s", "build s", "CPU s", "plan MB", "peak GB", "CPU s a layer", "times the peer's",
            "precision")  # fmt: skip
+WHOLE = ("spec", "SM", "plans", "wall s", "CPU s", "plans MB", "peak GB", "precision")
+PLANS = ("plan", "CPU s", "MB", "kernels", "scratch MB", "moved a step, MB", "times the least")
 STAGE_LAYERS = 22
 """Layers of a stage, where plans are built in stages."""
 SPECS = Path(__file__).parents[1] / "specs"
@@ -34,6 +38,7 @@ class Built:
     plan_bytes: int
     peak_bytes: int
     mismatches: int
+    plans: dict[str, dict[str, Any]]
 
     @property
     def seconds_a_layer(self) -> float:
@@ -42,14 +47,13 @@ class Built:
 
 
 def run(quick: bool) -> Iterator[str]:
-    """Yield a table a model: the first eighth, quarter, half and all of its layers at batch 1."""
+    """Yield a table a model: the first eighth, quarter, half and all of its layers at batch 1; then whole models."""
     for name in ("super", "ultra"):
         path = SPECS / f"{name}.toml"
         symbols = load_spec(path)[0].model.pattern.symbols
         parts = (8, 4) if quick else (8, 4, 2, 1)
         yield f"\n{name}.toml, decode at batch 1, cut to the first layers; peer: the smallest cut.\n"
-        yield f"| {' | '.join(COLUMNS)} |"
-        yield "|" + "---:|" * len(COLUMNS)
+        yield from _head(COLUMNS)
         first = 0.0
         cuts = [(symbols[: len(symbols) // part], 1) for part in parts]
         stages = round(len(cuts[-1][0]) / STAGE_LAYERS)
@@ -57,6 +61,34 @@ def run(quick: bool) -> Iterator[str]:
             built = build_cut(path, cut, plans)
             first = first or built.seconds_a_layer
             yield _row(built, plans, built.seconds_a_layer / first)
+    yield from _whole_models(quick)
+
+
+def _whole_models(quick: bool) -> Iterator[str]:
+    """Yield what whole builds take, with every entry point at every batch size of the spec, and each of their plans."""
+    cases = [("tiny", "120")] if quick else [(name, "120") for name in ("nano", "super", "ultra")]
+    made: list[tuple[str, Built]] = []
+    yield "\nWhole models, every entry point at every batch size of the spec, no weights.\n"
+    yield from _head(WHOLE)
+    for name, sms in [*cases, (cases[0][0], named(PORTABLE))]:
+        path = SPECS / f"{name}.toml"
+        built = _build(path, len(load_spec(path)[0].model.pattern), "--sm", sms)
+        made.append((f"{name}.toml for SM {sms}", built))
+        wall = f"{len(built.plans)} | {built.emit_seconds + built.build_seconds:.0f} | {built.cpu_seconds:.0f}"
+        sizes = f"{built.plan_bytes / 1e6:.1f} | {built.peak_bytes / 1e9:.2f}"
+        yield f"| {name} | {sms} | {wall} | {sizes} | {_verdict(built)} |"
+    for title, built in made:
+        yield f"\n{title}: each plan, and its traffic as in audit.json.\n"
+        yield from _head(PLANS)
+        for plan, found in built.plans.items():
+            cells = f"{found['cpu_seconds']:.1f} | {found['bytes'] / 1e6:.1f} | {found['kernels']}"
+            moved = f"{found['traffic']['bytes'] / 1e6:,.1f} | {found['traffic']['ratio']:.3f}"
+            yield f"| {plan} | {cells} | {found['scratch_bytes'] / 1e6:.1f} | {moved} |"
+
+
+def _head(columns: tuple[str, ...]) -> Iterator[str]:
+    yield f"| {' | '.join(columns)} |"
+    yield "|" + "---:|" * len(columns)
 
 
 def _row(built: Built, plans: int, ratio: float) -> str:
@@ -79,7 +111,12 @@ def build_cut(spec: Path, symbols: str, stages: int = 1) -> Built:
     overrides = [f"model.pattern={symbols}", "serving.batch_sizes=[1]"]
     # A cut may be shorter than "last 14"; training rules change nothing of a plan.
     overrides += [f"training.rules.{i}.layers=all" for i, rule in enumerate(rules) if rule.layers != "all"]
+    options = [option for override in overrides for option in ("--set", override)]
+    return _build(spec, len(symbols), "--entry", "decode", "--stages", str(stages), *options)
+
+
+def _build(spec: Path, layers: int, *options: str) -> Built:
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "benchmarks.build_once", str(spec), f"{folder}/out", str(stages), *overrides]
+        command = [sys.executable, "-m", "benchmarks.build_once", str(spec), f"{folder}/out", *options]
         done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    return Built(len(symbols), **json.loads(done.stdout))
+    return Built(layers, **json.loads(done.stdout))

@@ -5,6 +5,7 @@ from __future__ import annotations
 BENCHMARKS = {
     "check": "benchmarks.check",
     "engines": "benchmarks.engines",
+    "torch": "benchmarks.torch_model",
     "quantize": "benchmarks.quantize",
     "auto_quantize": "benchmarks.auto_quantize",
 }
