@@ -1049,6 +1049,7 @@ class Model(nn.Module):
         """Take in the next tokens [B, T] of each sequence; return logits [B, T, V] float32.
 
         T = 1 decodes, T > 1 is a chunk of the prompt or a draft to verify. Updates `state`.
+        `model.step = torch.compile(model.step)` decodes faster; each T is compiled by itself.
         """
         batch, length = input_ids.shape
         if batch != state.lengths.shape[0] or not 1 <= length <= state.max_seq_len - state.longest:
