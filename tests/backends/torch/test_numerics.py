@@ -6,12 +6,14 @@ import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from ml_dtypes import float4_e2m1fn, float8_e4m3fn
 from torch import Tensor
 
@@ -213,6 +215,42 @@ def test_experts_by_a_loop(modules: tuple[Any, Any, Any]) -> None:
             y = by_loops(inner.relu().square(), 1) @ by_loops(experts.down_proj[e].detach(), 16).T
             expected.index_add_(0, rows, y * weights[rows, slots, None])
     torch.testing.assert_close(got.detach(), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kinds", [*itertools.product(("nvfp4", "mxfp8", "bf16"), repeat=2)])
+def test_experts_are_linears_of_their_own(
+    modules: tuple[Any, Any, Any], monkeypatch: pytest.MonkeyPatch, kinds: tuple[str, str]
+) -> None:
+    """All experts in one call give what a linear each gives, with every gradient; some have no token, some 40."""
+    model, numerics, _ = modules
+    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, 0.5))
+    torch.manual_seed(2)
+    experts = model.Model().backbone.layers[1].mixer.experts
+    experts.__class__, experts.kinds = numerics.EmulatedExperts, kinds
+    x, dy = torch.randn(50, 32), torch.randn(50, 32)
+    chosen = torch.randint(5, (50, 2))
+    chosen[:40, 0], chosen[:, 1] = 6, chosen[:, 1] % 3
+    weights = torch.rand(50, 2)
+
+    def by_linears(x: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for e in range(8):
+            rows, slots = (chosen == e).nonzero(as_tuple=True)
+            up, down = (F.linear if kind == "bf16" else partial(numerics.linear, kind=kind) for kind in kinds)
+            inner = up(x[rows], experts.up_proj[e]).relu().square()
+            y = y.index_add(0, rows, down(inner, experts.down_proj[e]) * weights[rows, slots, None])
+        return y
+
+    results = []
+    for run in (partial(experts, experts=chosen, weights=weights), by_linears):
+        given = x.clone().requires_grad_()
+        experts.zero_grad()
+        y = run(given)
+        y.backward(dy)
+        results.append([y.detach(), given.grad, experts.up_proj.grad, experts.down_proj.grad])
+    for got, expected in zip(*results, strict=True):
+        assert expected.any()
+        torch.testing.assert_close(got, expected, atol=1e-4 * float(expected.abs().max()), rtol=1e-4)
 
 
 def test_trains(modules: tuple[Any, Any, Any], tmp_path: Path) -> None:

@@ -12,18 +12,22 @@ arXiv 2509.25149):
     dx = Qs(dy) Q2(W)               Qs: as Q, with stochastic rounding
     dW = Qs(H dy)^T Q(H x)          H: random Hadamard transform over 16 tokens
 
-Letters: N tokens, K inputs and M outputs of a linear.
+The routed experts are one such linear for each group of tokens, all in one call.
+
+Letters: N tokens, K inputs and M outputs of a linear, E groups with a weight each (1 for a plain
+linear), T tiles of 32 tokens.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import Experts
+from model import Experts, grouped_linear
 
 # What is not here computes in the type of the weights.
 FORMATS = {
@@ -77,6 +81,8 @@ DISABLE_RHT = False
 DISABLE_STOCHASTIC_ROUNDING = False
 
 BLOCK = 16
+TILE = 32  # tokens that the blocks of every format divide
+EXPONENT = 0x7F800000  # of a float32
 FP4_MAX, FP8_MAX = 6.0, 448.0
 FLOAT_MAX = torch.finfo(torch.float32).max
 SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)  # as Transformer Engine's
@@ -84,43 +90,48 @@ SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)  # as Transfo
 
 def round_e2m1(x: Tensor, stochastic: bool = False) -> Tensor:
     """Round to 0, 0.5, 1, 1.5, 2, 3, 4 or 6, with sign: to nearest, ties to even, or by chance."""
-    size = x.abs().clamp(max=FP4_MAX)
-    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
-    units = size / step
-    units = (units + torch.rand_like(units)).floor() if stochastic else units.round()
-    return (units * step).clamp(max=FP4_MAX).copysign(x)
+    size = x.abs().clamp_(max=FP4_MAX)
+    # Without its mantissa a number is 1, 2 or 4; steps are half of that.
+    step = (size.clamp(min=1).view(torch.int32) & EXPONENT).view(torch.float32).mul_(0.5)
+    units = size.div_(step)
+    units = units.add_(torch.rand_like(units)).floor_() if stochastic else units.round_()
+    return units.mul_(step).clamp_(max=FP4_MAX).copysign_(x)
 
 
-def nvfp4(x: Tensor, rows: int = 1, stochastic: bool = False) -> Tensor:
-    """Return the values of x [R, C] in NVFP4: blocks of `rows` x 16 share a scale.
+def nvfp4(
+    x: Tensor, rows: int = 1, stochastic: bool = False, largest: Tensor | None = None
+) -> Tensor:
+    """Return the values of x [..., R, C] in NVFP4: blocks of `rows` x 16 share a scale.
 
         S = 448 * 6 / max|x|,   s = e4m3(S * max|block| / 6),   value = e2m1(x S / s) s / S
 
-    R must divide by `rows` and C by 16.
+    R must divide by `rows` and C by 16. `largest` [...] has max|x| of the tensor that each matrix
+    is a part of; without it that is all of x.
     """
     x = x.float()
-    height, width = x.shape
-    blocks = x.view(height // rows, rows, width // BLOCK, BLOCK)
-    largest = x.abs().amax()
+    *several, height, width = x.shape
+    blocks = x.view(*several, height // rows, rows, width // BLOCK, BLOCK)
+    largest = x.abs().amax() if largest is None else largest[..., None, None, None, None]
     # A true division: a number over a tensor is a product with the reciprocal.
     scale = torch.full_like(largest, FP8_MAX * FP4_MAX).div(largest).clamp(max=FLOAT_MAX)
     scale = torch.where(largest == 0, 1.0, scale)
-    of_block = blocks.abs().amax((1, 3), keepdim=True) * (scale * (1 / FP4_MAX))
+    of_block = blocks.abs().amax((-3, -1), keepdim=True) * (scale * (1 / FP4_MAX))
     of_block = of_block.clamp(max=FP8_MAX).to(torch.float8_e4m3fn).float()
     decode = of_block * (1 / scale)
     encode = (1 / decode).clamp(max=FLOAT_MAX)
-    return (round_e2m1(blocks * encode, stochastic) * decode).view_as(x)
+    return round_e2m1(blocks * encode, stochastic).mul_(decode).view_as(x)
 
 
 def mxfp8(x: Tensor) -> Tensor:
-    """Return the values of x [R, C] in MXFP8 (OCP): e4m3, 32 in a row share a power of two."""
-    blocks = F.pad(x.float(), (0, -x.shape[1] % 32)).view(len(x), -1, 32)
+    """Return the values of x [..., C] in MXFP8 (OCP): e4m3, 32 in a row share a power of two."""
+    blocks = F.pad(x.float(), (0, -x.shape[-1] % 32))
+    blocks = blocks.view(*blocks.shape[:-1], -1, 32)
     largest = blocks.abs().amax(-1, keepdim=True)
     exponent = torch.where(largest == 0, 0.0, (largest / FP8_MAX).log2().ceil()).clamp(-127, 127)
     scale = exponent.exp2()
     codes = (blocks / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     values: Tensor = codes.float() * scale
-    return values.view(len(x), -1)[:, : x.shape[1]]
+    return values.flatten(-2)[..., : x.shape[-1]]
 
 
 def hadamard(x: Tensor) -> Tensor:
@@ -132,56 +143,137 @@ def hadamard(x: Tensor) -> Tensor:
     return (x.view(-1, BLOCK) @ (signs[:, None] * matrix / 4)).view_as(x)
 
 
+@dataclass(frozen=True)
+class Groups:
+    """Tokens in groups, one behind the other, each filled up with zeros to whole tiles."""
+
+    ends: Tensor  # [E] int32, the row after each group
+    of_tile: Tensor  # [T] int64, the group of each tile
+
+    @classmethod
+    def of_sizes(cls, sizes: Tensor) -> Groups:
+        """Return groups of so many rows [E], each a multiple of a tile."""
+        groups = torch.arange(len(sizes), device=sizes.device)
+        return cls(sizes.cumsum(0).int(), groups.repeat_interleave(sizes // TILE))
+
+    def largest(self, x: Tensor) -> Tensor:
+        """Return for each tile of x [T, ...] the largest |x| of its group [T]."""
+        of_tile = x.abs().flatten(1).amax(1)
+        of_group = of_tile.new_zeros(len(self.ends))
+        return of_group.scatter_reduce(0, self.of_tile, of_tile, "amax")[self.of_tile]
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Multiply the rows of x [N, A] with the matrix of their group, weight [E, A, B]."""
+        if len(weight) == 1:
+            return x @ weight[0]
+        if x.device.type == "cpu":
+            return F.grouped_mm(x, weight, offs=self.ends)
+        pairs = zip(self.split(x), weight, strict=True)
+        return torch.cat([part @ matrix for part, matrix in pairs])
+
+    def products_of_columns(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return x^T y over the rows of each group [E, A, B] for x [N, A] and y [N, B]."""
+        if len(self.ends) == 1:
+            return (x.mT @ y)[None]
+        if x.device.type == "cpu":
+            return F.grouped_mm(x.mT, y, offs=self.ends)
+        pairs = zip(self.split(x), self.split(y), strict=True)
+        return torch.stack([a.mT @ b for a, b in pairs])
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the rows of each group."""
+        return torch.tensor_split(x, self.ends[:-1].cpu())
+
+
+def tiles(x: Tensor) -> Tensor:
+    """[N, C] -> [T, 32, C] float32."""
+    return x.float().view(-1, TILE, x.shape[-1])
+
+
+def by_tile(x: Tensor) -> Tensor:
+    """[N, C] -> [T, C, 32]: the tokens of a tile last, where its blocks are."""
+    return tiles(x).mT.contiguous()
+
+
+def by_token(x: Tensor) -> Tensor:
+    """[T, C, 32] -> [N, C]."""
+    return x.mT.contiguous().flatten(0, 1)
+
+
 class Nvfp4Linear(torch.autograd.Function):
-    """y [N, M] = x [N, K] W^T for W [M, K]; see the equations at the top."""
+    """y [N, M] = x [N, K] W^T for W [E, M, K]; see the equations at the top."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+        largest = weight.abs().amax((1, 2))
         if DISABLE_2D_QUANTIZATION:
-            ctx.save_for_backward(x, nvfp4(weight.T.contiguous()).T)
-            return (nvfp4(x) @ nvfp4(weight).T).to(x.dtype)
-        values = nvfp4(weight, rows=BLOCK)  # of W and of its transpose
-        ctx.save_for_backward(x, values)
-        return (nvfp4(x) @ values.T).to(x.dtype)
+            values = nvfp4(weight, largest=largest)
+            turned = nvfp4(weight.mT.contiguous(), largest=largest).mT
+        else:
+            values = turned = nvfp4(weight, rows=BLOCK, largest=largest)
+        ctx.save_for_backward(x, turned)
+        ctx.groups = groups
+        return groups.product(Nvfp4Linear.rows(x, groups), values.mT).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        (dy,), (x, values) = gradients, ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (dy,), (x, values), groups = gradients, ctx.saved_tensors, ctx.groups
         stochastic = not DISABLE_STOCHASTIC_ROUNDING
-        dx = nvfp4(dy, stochastic=stochastic) @ values
-        tokens = (0, -len(x) % BLOCK)  # zeros fill the last block of tokens
-        by_token = F.pad(dy.float().T, tokens).contiguous()  # [M, N]
-        inputs = F.pad(x.float().T, tokens).contiguous()  # [K, N]
+        dx = groups.product(Nvfp4Linear.rows(dy, groups, stochastic), values)
+        dy, x = by_tile(dy), by_tile(x)
         if not DISABLE_RHT:
-            by_token, inputs = hadamard(by_token), hadamard(inputs)
-        dw = nvfp4(by_token, stochastic=stochastic) @ nvfp4(inputs).T
-        return dx.to(x.dtype), dw
+            dy, x = hadamard(dy), hadamard(x)
+        dy = nvfp4(dy, stochastic=stochastic, largest=groups.largest(dy))
+        x = nvfp4(x, largest=groups.largest(x))
+        dw = groups.products_of_columns(by_token(dy), by_token(x))
+        return dx.to(ctx.saved_tensors[0].dtype), dw, None
+
+    @staticmethod
+    def rows(x: Tensor, groups: Groups, stochastic: bool = False) -> Tensor:
+        """Return the values of x [N, C], with a scale of their own for the tokens of each group."""
+        parts = tiles(x)
+        return nvfp4(parts, stochastic=stochastic, largest=groups.largest(parts)).flatten(0, 1)
 
 
 class Mxfp8Linear(torch.autograd.Function):
     """The same for MXFP8: each product has its operands blocked along the axis that it sums."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return (mxfp8(x) @ mxfp8(weight).T).to(x.dtype)
+        ctx.groups = groups
+        return groups.product(mxfp8(x), mxfp8(weight).mT).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        (dy,), (x, weight) = gradients, ctx.saved_tensors
-        dx = mxfp8(dy) @ mxfp8(weight.T).T
-        dw = mxfp8(dy.T) @ mxfp8(x.T).T
-        return dx.to(x.dtype), dw
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (dy,), (x, weight), groups = gradients, ctx.saved_tensors, ctx.groups
+        dx = groups.product(mxfp8(dy), mxfp8(weight.mT).mT)
+        dy, x = (by_token(mxfp8(by_tile(t))) for t in (dy, x))
+        return dx.to(ctx.saved_tensors[0].dtype), groups.products_of_columns(dy, x), None
+
+
+FUNCTIONS = {"nvfp4": Nvfp4Linear, "mxfp8": Mxfp8Linear}
+
+
+def product(x: Tensor, weight: Tensor, groups: Groups, kind: str) -> Tensor:
+    """Multiply x [N, K] with the matrix of each group, weight [E, M, K], in a format."""
+    if kind == "bf16":
+        counts = groups.ends.diff(prepend=groups.ends.new_zeros(1))
+        return grouped_linear(x, weight.to(x.dtype), counts)
+    with torch.autocast(x.device.type, enabled=False):
+        y: Tensor = FUNCTIONS[kind].apply(x, weight, groups)  # type: ignore[no-untyped-call]
+    return y
 
 
 def linear(x: Tensor, weight: Tensor, kind: str) -> Tensor:
     """Return x [..., K] W^T in a format, with its numerics in the backward pass, too."""
-    if kind == "bf16" or not x.numel():
+    if not x.numel():
         return F.linear(x, weight.to(x.dtype))
-    function = Nvfp4Linear if kind == "nvfp4" else Mxfp8Linear
-    with torch.autocast(x.device.type, enabled=False):
-        y: Tensor = function.apply(x.flatten(0, -2), weight)  # type: ignore[no-untyped-call]
-    return y.view(*x.shape[:-1], -1)
+    rows = x.flatten(0, -2)
+    padded = F.pad(rows, (0, 0, 0, -len(rows) % TILE))
+    groups = Groups.of_sizes(torch.tensor([len(padded)], device=x.device))
+    y = product(padded, weight[None], groups, kind)
+    return y[: len(rows)].view(*x.shape[:-1], -1)
 
 
 class EmulatedLinear(nn.Linear):
@@ -199,14 +291,21 @@ class EmulatedExperts(Experts):
     kinds: tuple[str, str]
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        expert = experts.flatten()
+        expert = experts.flatten()  # [C], C = N * K choices
+        if not len(expert):
+            return super().forward(x, experts, weights)
         order = expert.argsort(stable=True)
-        counts = torch.bincount(expert, minlength=len(self.up_proj)).tolist()
-        parts = []
-        for e, rows in enumerate(torch.split(x[order // experts.shape[1]], counts)):
-            inner = F.relu(linear(rows, self.up_proj[e], self.kinds[0])).square()
-            parts.append(linear(inner, self.down_proj[e], self.kinds[1]))
-        rows = torch.cat(parts)[order.argsort()].view(*experts.shape, -1)  # [N, K, L]
+        counts = torch.bincount(expert, minlength=len(self.up_proj))
+        padding = -counts % TILE
+        groups = Groups.of_sizes(counts + padding)
+        before = padding.cumsum(0) - padding  # rows of padding before each expert's
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=x.device) + before[expert[order]]
+        padded = x.new_zeros(len(groups.of_tile) * TILE, x.shape[1])
+        rows = padded.index_copy(0, place, x.repeat_interleave(experts.shape[1], 0))
+        inner = F.relu(product(rows, self.up_proj, groups, self.kinds[0])).square()
+        rows = product(inner, self.down_proj, groups, self.kinds[1])
+        rows = rows[place].view(*experts.shape, -1)  # [N, K, L]
         return (rows * weights[..., None]).sum(1).to(x.dtype)
 
 
