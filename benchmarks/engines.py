@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ TITLE = "`n3c build --target trt`"
 COLUMNS = ("layers", "plans", "emit s", "build s", "CPU s", "plan MB", "peak GB", "CPU s a layer", "times the peer's",
            "precision")  # fmt: skip
 WHOLE = ("spec", "SM", "stages", "plans", "wall s", "CPU s", "plans MB", "peak GB", "precision")
-PLANS = ("plan", "CPU s", "MB", "kernels", "scratch MB", "moved a step, MB", "times the least")
+ENTRIES = ("entry point", "plans", "CPU s", "MB", "kernels", "scratch MB", "moved a call, MB", "times the least")
 STAGE_LAYERS = 22
 """Layers of a stage, where plans are built in stages."""
 ONE_PLAN_LAYERS = 64
@@ -78,16 +79,26 @@ def _whole_models(quick: bool) -> Iterator[str]:
         stages = layers // STAGE_LAYERS if layers > ONE_PLAN_LAYERS else 1
         built = _build(path, layers, "--sm", sms, "--stages", str(stages))
         made.append((f"{name}.toml for SM {sms}", built))
-        wall = f"{stages} | {len(built.plans)} | {built.emit_seconds + built.build_seconds:.0f} | {built.cpu_seconds:.0f}"
+        wall = (
+            f"{stages} | {len(built.plans)} | {built.emit_seconds + built.build_seconds:.0f} | {built.cpu_seconds:.0f}"
+        )
         sizes = f"{built.plan_bytes / 1e6:.1f} | {built.peak_bytes / 1e9:.2f}"
         yield f"| {name} | {sms} | {wall} | {sizes} | {_verdict(built)} |"
     for title, built in made:
-        yield f"\n{title}: each plan, and its traffic as in audit.json.\n"
-        yield from _head(PLANS)
-        for plan, found in built.plans.items():
-            cells = f"{found['cpu_seconds']:.1f} | {found['bytes'] / 1e6:.1f} | {found['kernels']}"
-            moved = f"{found['traffic']['bytes'] / 1e6:,.1f} | {found['traffic']['ratio']:.3f}"
-            yield f"| {plan} | {cells} | {found['scratch_bytes'] / 1e6:.1f} | {moved} |"
+        yield f"\n{title}: each entry point, its stages together, and its traffic as in audit.json.\n"
+        yield from _head(ENTRIES)
+        for entry, group in groupby(built.plans.items(), lambda item: ".".join(item[0].split(".")[:2])):
+            yield _entry_row(entry, [found for _, found in group])
+
+
+def _entry_row(entry: str, plans: list[dict[str, Any]]) -> str:
+    def total(key: str) -> float:
+        return sum(found[key] for found in plans)
+
+    moved, least = (sum(found["traffic"][key] for found in plans) for key in ("bytes", "ideal"))
+    cells = f"{total('cpu_seconds'):.0f} | {total('bytes') / 1e6:.1f} | {total('kernels')}"
+    scratch = max(found["scratch_bytes"] for found in plans) / 1e6
+    return f"| {entry} | {len(plans)} | {cells} | {scratch:.1f} | {moved / 1e6:,.1f} | {moved / least:.3f} |"
 
 
 def _head(columns: tuple[str, ...]) -> Iterator[str]:

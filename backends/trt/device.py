@@ -1,8 +1,9 @@
-"""Memory and the stream of one GPU, through PyTorch, which brings the CUDA runtime along."""
+"""Memory and the stream of a GPU, through PyTorch, which brings the CUDA runtime along."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,6 +39,10 @@ class Device(Protocol):
         """Its architecture: 89, 120."""
         ...
 
+    def current(self) -> AbstractContextManager[object]:
+        """Return a context in which TensorRT works on this GPU."""
+        ...
+
     def allocate(self, size: int) -> Memory:
         """Return `size` bytes of zeros; N3CError (E0815, exit code 4) where there is no room."""
         ...
@@ -54,6 +59,10 @@ class Device(Protocol):
         """Copy `size` bytes on the device."""
         ...
 
+    def receive(self, memory: Memory, sender: Device, source: Memory) -> None:
+        """Copy all of `source`, on the GPU `sender`, when the work there is done; work here waits for it."""
+        ...
+
     def zero(self, memory: Memory) -> None:
         """Fill with zeros."""
         ...
@@ -63,15 +72,15 @@ class Device(Protocol):
         ...
 
 
-def cuda_device() -> Device:
-    """Return the current GPU; N3CError (E0801, exit code 4) where PyTorch finds none."""
+def cuda_devices(most: int) -> list[Device]:
+    """Return the first `most` GPUs, or as many as there are; N3CError (E0801, exit code 4) where there is none."""
     import torch
 
     if not torch.cuda.is_available():
         built = "" if torch.version.cuda else "; this PyTorch is built for the CPU only"
         help_ = "`--device cpu` runs the same graphs in ONNX Runtime; `n3c doctor` shows what is installed"
         raise N3CError(Diagnostic("E0801", f"no CUDA GPU is at hand{built}", help=help_), ExitCode.TARGET)
-    return TorchDevice(torch)
+    return [TorchDevice(torch, index) for index in range(min(most, torch.cuda.device_count()))]
 
 
 class _Tensor:
@@ -84,23 +93,28 @@ class _Tensor:
 
 
 class TorchDevice:
-    """The current CUDA device of PyTorch, with a stream of its own."""
+    """A CUDA device of PyTorch, with a stream of its own."""
 
-    def __init__(self, torch: Any) -> None:
-        self._torch = torch
-        self._stream: Any = torch.cuda.Stream()
+    def __init__(self, torch: Any, index: int) -> None:
+        self._torch, self._index = torch, index
+        self._stream: Any = torch.cuda.Stream(index)
         self.stream: int = self._stream.cuda_stream
-        major, minor = torch.cuda.get_device_capability()
+        major, minor = torch.cuda.get_device_capability(index)
         self.sm: int = 10 * major + minor
+
+    def current(self) -> AbstractContextManager[object]:
+        device: AbstractContextManager[object] = self._torch.cuda.device(self._index)
+        return device
 
     def allocate(self, size: int) -> Memory:
         try:
-            tensor = self._torch.zeros(size, dtype=self._torch.uint8, device="cuda")
-            self._torch.cuda.synchronize()
+            tensor = self._torch.zeros(size, dtype=self._torch.uint8, device=f"cuda:{self._index}")
+            self._torch.cuda.synchronize(self._index)
         except self._torch.cuda.OutOfMemoryError as error:
-            free, total = self._torch.cuda.mem_get_info()
-            message = f"the GPU has no room for {size:,} bytes: {free:,} of {total:,} are free"
-            help_ = "a smaller serving.max_seq_len or batch size needs less; `n3c inspect SPEC` counts"
+            free, total = self._torch.cuda.mem_get_info(self._index)
+            message = f"GPU {self._index} has no room for {size:,} bytes: {free:,} of {total:,} are free"
+            help_ = "a smaller serving.max_seq_len or batch size needs less (`n3c inspect SPEC` counts); "
+            help_ += "`n3c build --stages N` spreads over N GPUs"
             raise N3CError(Diagnostic("E0815", message, help=help_), ExitCode.TARGET) from error
         return _Tensor(tensor)
 
@@ -118,6 +132,12 @@ class TorchDevice:
         with self._torch.cuda.stream(self._stream):
             self._slice(memory, offset, size).copy_(self._slice(source, source_offset, size))
 
+    def receive(self, memory: Memory, sender: Device, source: Memory) -> None:
+        assert isinstance(sender, TorchDevice)
+        # Of two GPUs, PyTorch makes the current streams of both wait for a copy, and the copy for them.
+        with self._torch.cuda.stream(sender._stream), self._torch.cuda.stream(self._stream):
+            self._slice(memory, 0, memory.bytes).copy_(self._slice(source, 0, source.bytes), non_blocking=True)
+
     def zero(self, memory: Memory) -> None:
         with self._torch.cuda.stream(self._stream):
             self._slice(memory, 0, memory.bytes).zero_()
@@ -125,7 +145,7 @@ class TorchDevice:
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         graph = self._torch.cuda.CUDAGraph()
         self._stream.synchronize()
-        with self._torch.cuda.graph(graph, stream=self._stream):
+        with self.current(), self._torch.cuda.graph(graph, stream=self._stream):
             work()
 
         def replay() -> None:

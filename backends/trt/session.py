@@ -1,16 +1,15 @@
-"""Plans on a GPU: the engine interface over TensorRT's runtime, with weights and states in memory of ours.
+"""Plans on GPUs: the engine interface over TensorRT's runtime, with weights and states in memory of ours.
 
-Every plan reads the same device buffers: one for each weight, one piece for the states of all sequences, laid
-out as the state plan says. Caches are written in place, as TensorRT's cache layer demands; of every other state
-there are two buffers that change places. A call only sets addresses and enqueues; from its second time on with
-the same addresses and sizes it is a CUDA graph.
+The plans of a GPU read the same buffers: one for each weight, one piece for the states of all sequences, laid out
+as the state plan says. Caches are written in place, as TensorRT's cache layer demands; of every other state there
+are two buffers that change places. Stages may lie on several GPUs; between them passes the residual stream. A call
+only sets addresses and enqueues; from its second time on with the same addresses and sizes it is a CUDA graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,13 @@ from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.backends.safetensors.sources import load
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 from n3c.ir.program import Parameter
-from n3c.passes.state_plan import ALIGNMENT, StatePlan
+from n3c.passes.state_plan import StatePlan
 
 from .device import Device, Memory
+from .memory import DeviceMemory, memory_of
 
 HOST_DTYPES: Mapping[str, type[np.generic]] = {"f32": np.float32, "i64": np.int64}
 """Types of what a caller gives and gets."""
-BITS = {"f32": 32, "f16": 16, "bf16": 16, "f8e4m3": 8, "f4e2m1": 4, "i64": 64, "i32": 32, "i8": 8}
 BUCKET = 256
 """Tokens: attention reads up to a multiple of them, so that a CUDA graph serves that many positions."""
 
@@ -44,32 +43,20 @@ class Plan:
     """Inputs and states."""
     outputs: tuple[Binding, ...]
     weights: tuple[Binding, ...]
+    stage: int = 0
 
 
 @dataclass(slots=True)
 class _Loaded:
-    """A plan in the runtime."""
+    """A plan in the runtime, on the GPU whose memory it reads."""
 
     plan: Plan
     context: Any
+    memory: DeviceMemory
     graphs: dict[tuple[int, ...], Callable[[], None] | None] = field(
         default_factory=dict[tuple[int, ...], Callable[[], None] | None]
     )
     """Addresses and sizes of a call → its CUDA graph; None: it has run once without one."""
-
-
-@dataclass(slots=True)
-class _StateBuffers:
-    """Where a state of all sequences lies, [B, …], and where a call writes it; caches have one place for both."""
-
-    bytes: int
-    """Of one sequence."""
-    now: tuple[Memory, int]
-    after: tuple[Memory, int]
-
-    @property
-    def in_place(self) -> bool:
-        return self.now == self.after
 
 
 class TrtEngine:
@@ -78,7 +65,7 @@ class TrtEngine:
     def __init__(
         self,
         trt: Any,
-        device: Device,
+        devices: Sequence[Device],
         plans: Sequence[Plan],
         parameters: Mapping[str, Parameter],
         checkpoint: Checkpoint,
@@ -87,25 +74,34 @@ class TrtEngine:
         batch: int,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
-        """Load `plans` (stages of an entry point in their order) and stream the weights to the device.
+        """Load `plans` (stages of an entry point in their order) and stream the weights to `devices`.
 
-        `trt` is a module of `load_trt`; `parameters` are those of the program, by name. Raises N3CError: exit code
-        4 where the runtime refuses a plan or the device has no room, 6 where the checkpoint does not fit.
+        Stages lie on the devices in their order, as evenly as they divide. `trt` is a module of `load_trt`;
+        `parameters` are those of the program, by name. Raises N3CError: exit code 4 where the runtime refuses a
+        plan or a device has no room, 6 where the checkpoint does not fit.
         """
-        self.batch, self._device, self._capacity = batch, device, state_plan.max_seq_len
+        self.batch, self._capacity = batch, state_plan.max_seq_len
         self._broken = False
         self._logger = trt.Logger(trt.Logger.ERROR)
-        self._runtime = trt.Runtime(self._logger)  # engines need it to live as long as they do
+        self._runtimes: list[Any] = []  # engines need theirs to live as long as they do
+        loaded: dict[Path, _Loaded] = {}
+        self._memories: list[DeviceMemory] = []
+        self._parameters: dict[str, Parameter] = {}
+        for device, here in zip(devices, _spread(plans, len(devices)), strict=True):
+            with device.current():
+                self._runtimes.append(trt.Runtime(self._logger))
+                contexts = [_context(self._runtimes[-1], plan) for plan in here]
+                weights = {memory_of(b): b for plan in here for b in plan.weights}
+                self._parameters |= {memory: parameters[binding.name] for memory, binding in weights.items()}
+                states = {b.source for plan in here for b in plan.inputs if b.kind == "state"}
+                planned = [state for state in state_plan.states if state.name in states]
+                self._memories.append(DeviceMemory(device, weights.values(), planned, batch))
+            for plan, context in zip(here, contexts, strict=True):
+                loaded[plan.path] = _Loaded(plan, context, self._memories[-1])
+        self._load(checkpoint, progress)
         self._entries: dict[str, list[_Loaded]] = {}
         for plan in plans:
-            self._entries.setdefault(plan.entry, []).append(_Loaded(plan, _context(self._runtime, plan)))
-        self._arena = device.allocate(batch * state_plan.total_bytes)
-        self._spare, self._states = _placed(device, self._arena, state_plan, batch)
-        weights = {_memory(b): b for plan in plans for b in plan.weights}
-        self._parameters = {memory: parameters[binding.name] for memory, binding in weights.items()}
-        self._weights = {memory: device.allocate(_bytes(binding)) for memory, binding in weights.items()}
-        self._load(checkpoint, progress)
-        self._buffers: dict[tuple[str, int], Memory] = {}
+            self._entries.setdefault(plan.entry, []).append(loaded[plan.path])
         self.signatures: Mapping[str, Signature] = {
             name: _signature([loaded.plan for loaded in stages], batch) for name, stages in self._entries.items()
         }
@@ -125,9 +121,9 @@ class TrtEngine:
         return outputs
 
     def reset(self) -> None:
-        """Zero all states, in both of their places."""
-        self._device.zero(self._arena)
-        self._device.zero(self._spare)
+        """Zero all states."""
+        for memory in self._memories:
+            memory.reset()
 
     def replace_weights(self, checkpoint: Checkpoint) -> None:
         """Stream other weights into the same buffers."""
@@ -135,97 +131,109 @@ class TrtEngine:
         self.reset()
 
     def allocated(self) -> Allocation:
-        """Count the buffers."""
-        weights = sum(memory.bytes for memory in self._weights.values())
-        return Allocation(self._arena.bytes, self._spare.bytes, weights)
+        """Count the buffers, of all devices."""
+        weights = sum(weight.bytes for memory in self._memories for weight in memory.weights.values())
+        states = sum(memory.arena.bytes for memory in self._memories)
+        return Allocation(states, sum(memory.spare.bytes for memory in self._memories), weights)
 
     def _load(self, checkpoint: Checkpoint, progress: Callable[[str, int, int], None] | None) -> None:
         self._broken = True
-        for i, (memory, parameter) in enumerate(self._parameters.items()):
+        for i, (name, parameter) in enumerate(self._parameters.items()):
             value = load(parameter, checkpoint)
-            assert value.nbytes == self._weights[memory].bytes, parameter.name
-            self._device.write(self._weights[memory], 0, value)
+            for memory in self._memories:
+                if name in memory.weights:
+                    assert value.nbytes == memory.weights[name].bytes, parameter.name
+                    memory.device.write(memory.weights[name], 0, value)
             if progress is not None:
                 progress(parameter.name, i + 1, len(self._parameters))
         self._broken = False
 
     def _call(self, stages: Sequence[_Loaded], inputs: Mapping[str, Array], row: int | None) -> dict[str, Array]:
-        """Run the stages one behind the other; what passes between them stays on the device."""
+        """Run the stages one behind the other; what passes between them stays on the devices."""
+        made: dict[str, tuple[_Loaded, Binding]] = {}
         for stage in stages:
-            self._enqueue(stage, inputs, row)
-        outputs = {b.name: b for stage in stages for b in stage.plan.outputs if b.kind == "output"}
+            self._enqueue(stage, inputs, made, row)
+            made.update((b.name, (stage, b)) for b in stage.plan.outputs if b.kind == "output")
         read = {b.name for stage in stages for b in stage.plan.inputs}
-        results = {name: self._fetch(binding) for name, binding in outputs.items() if name not in read}
-        for name in dict.fromkeys(b.source for s in stages for b in s.plan.outputs if b.kind == "state"):
-            state = self._states[name]
-            if state.in_place:
-                continue
-            if row is None:
-                state.now, state.after = state.after, state.now
-            else:  # the other rows are where they were, so this one comes back to them
-                (memory, at), (spare, there) = state.now, state.after
-                self._device.copy(memory, at + row * state.bytes, spare, there + row * state.bytes, state.bytes)
+        results = {name: _fetch(stage.memory, b) for name, (stage, b) in made.items() if name not in read}
+        for memory in self._memories:
+            written = {b.source for s in stages if s.memory is memory for b in s.plan.outputs if b.kind == "state"}
+            for name in written:
+                memory.states[name].move_on(memory.device, row)
         return results
 
-    def _enqueue(self, stage: _Loaded, inputs: Mapping[str, Array], row: int | None) -> None:
-        """Bind all inputs and outputs of a plan and put it on the stream."""
-        plan, context = stage.plan, stage.context
-        places: list[tuple[str, int]] = [(b.name, self._weights[_memory(b)].address) for b in plan.weights]
+    def _enqueue(
+        self,
+        stage: _Loaded,
+        inputs: Mapping[str, Array],
+        made: Mapping[str, tuple[_Loaded, Binding]],
+        row: int | None,
+    ) -> None:
+        """Bind all inputs and outputs of a plan and put it on the stream of its device."""
+        plan, context, memory = stage.plan, stage.context, stage.memory
+        places: list[tuple[str, int]] = [(b.name, memory.weights[memory_of(b)].address) for b in plan.weights]
         sizes: list[int] = []
         for binding in plan.inputs:
             if binding.kind in ("state", "view"):  # a view is the memory of the state in another type
-                places.append((binding.name, self._state_address(binding.source, row, after=False)))
+                places.append((binding.name, memory.state_address(binding.source, row, after=False)))
                 continue
-            if binding.name not in inputs:  # from an earlier stage
-                places.append((binding.name, self._buffer(binding, binding.shape).address))
+            if binding.name in made:
+                places.append((binding.name, _received(memory, *made[binding.name]).address))
                 continue
             value = np.ascontiguousarray(inputs[binding.name], HOST_DTYPES[binding.dtype])
-            buffer = self._buffer(binding, value.shape)
-            self._device.write(buffer, 0, value)
+            buffer = memory.buffer(binding, value.shape)
+            memory.device.write(buffer, 0, value)
             places.append((binding.name, buffer.address))
             if -1 in binding.shape:
                 _require(context.set_input_shape(binding.name, value.shape), plan, f"refuses {value.shape}")
                 sizes += value.shape
         for binding in plan.outputs:
             if binding.kind == "state":
-                places.append((binding.name, self._state_address(binding.source, row, after=True)))
+                places.append((binding.name, memory.state_address(binding.source, row, after=True)))
             else:
-                places.append((binding.name, self._buffer(binding, binding.shape).address))
+                places.append((binding.name, memory.buffer(binding, binding.shape).address))
         for name, address in places:
             _require(context.set_tensor_address(name, address), plan, f"refuses the address of `{name}`")
-        self._launch(stage, (*(address for _, address in places), *sizes))
+        with memory.device.current():
+            _launch(stage, (*(address for _, address in places), *sizes))
 
-    def _launch(self, stage: _Loaded, key: tuple[int, ...]) -> None:
-        """Execute, by a CUDA graph where the very same call has run before: the first one may allocate."""
 
-        def execute() -> None:
-            _require(stage.context.execute_async_v3(self._device.stream), stage.plan, "fails to execute")
+def _spread(plans: Sequence[Plan], devices: int) -> list[list[Plan]]:
+    """Return the plans of each device: stages in their order, as many on each as divides."""
+    count = 1 + max(plan.stage for plan in plans)
+    return [[plan for plan in plans if plan.stage * devices // count == index] for index in range(devices)]
 
-        if key not in stage.graphs:
-            execute()
-            stage.graphs[key] = None
-            return
-        graph = stage.graphs[key] or self._device.capture(execute)
-        stage.graphs[key] = graph
-        graph()
 
-    def _state_address(self, name: str, row: int | None, *, after: bool) -> int:
-        state = self._states[name]
-        memory, offset = state.after if after else state.now
-        return memory.address + offset + (row or 0) * state.bytes
+def _launch(stage: _Loaded, key: tuple[int, ...]) -> None:
+    """Execute, by a CUDA graph where the very same call has run before: the first one may allocate."""
+    device = stage.memory.device
 
-    def _buffer(self, binding: Binding, shape: Sequence[int]) -> Memory:
-        """Return the buffer of an input or output; one for each size, so that addresses stay."""
-        size = max(1, prod(shape) * BITS[binding.dtype] // 8)
-        key = (binding.name, size)
-        if key not in self._buffers:
-            self._buffers[key] = self._device.allocate(size)
-        return self._buffers[key]
+    def execute() -> None:
+        _require(stage.context.execute_async_v3(device.stream), stage.plan, "fails to execute")
 
-    def _fetch(self, binding: Binding) -> Array:
-        memory = self._buffer(binding, binding.shape)
-        data = self._device.read(memory, 0, memory.bytes)
-        return np.frombuffer(data, HOST_DTYPES[binding.dtype]).reshape(binding.shape)
+    if key not in stage.graphs:
+        execute()
+        stage.graphs[key] = None
+        return
+    graph = stage.graphs[key] or device.capture(execute)
+    stage.graphs[key] = graph
+    graph()
+
+
+def _received(memory: DeviceMemory, maker: _Loaded, binding: Binding) -> Memory:
+    """Return where a result of an earlier stage lies on this device."""
+    theirs = maker.memory.buffer(binding, binding.shape)
+    if maker.memory is memory:
+        return theirs
+    ours = memory.buffer(binding, binding.shape)
+    memory.device.receive(ours, maker.memory.device, theirs)
+    return ours
+
+
+def _fetch(memory: DeviceMemory, binding: Binding) -> Array:
+    buffer = memory.buffer(binding, binding.shape)
+    data = memory.device.read(buffer, 0, buffer.bytes)
+    return np.frombuffer(data, HOST_DTYPES[binding.dtype]).reshape(binding.shape)
 
 
 def _context(runtime: Any, plan: Plan) -> Any:
@@ -245,34 +253,6 @@ def _require(done: bool, plan: Plan, what: str) -> None:
 def _refused(plan: Plan, what: str) -> N3CError:
     help_ = "build the plan again on this machine; TensorRT has said more on stderr"
     return N3CError(Diagnostic("E0812", f"the plan {what}", Span(str(plan.path)), help=help_), ExitCode.TARGET)
-
-
-def _placed(device: Device, arena: Memory, plan: StatePlan, batch: int) -> tuple[Memory, dict[str, _StateBuffers]]:
-    """Give every state its place in `arena`, and a second one in spare memory unless it is a cache."""
-    offsets: dict[str, int] = {}
-    end = 0
-    for state in plan.states:
-        if state.kind != "kv":
-            offsets[state.name] = end
-            end += -(-batch * state.bytes // ALIGNMENT) * ALIGNMENT
-    spare = device.allocate(end)
-    return spare, {
-        s.name: _StateBuffers(
-            s.bytes,
-            (arena, batch * s.offset),
-            (spare, offsets[s.name]) if s.name in offsets else (arena, batch * s.offset),
-        )
-        for s in plan.states
-    }
-
-
-def _memory(binding: Binding) -> str:
-    """Return what names the bytes of a weight: plans bind the same ones as different types."""
-    return binding.memory or binding.name
-
-
-def _bytes(binding: Binding) -> int:
-    return prod(binding.shape) * BITS[binding.dtype] // 8
 
 
 def _signature(stages: Sequence[Plan], batch: int) -> Signature:

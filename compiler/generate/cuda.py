@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from n3c.backends.onnx.bindings import Binding
 from n3c.backends.safetensors.checkpoint import Checkpoint
-from n3c.backends.trt.device import Device, cuda_device
+from n3c.backends.trt.device import Device, cuda_devices
 from n3c.backends.trt.module import load_trt
 from n3c.backends.trt.plan_file import check_plan, read_sidecar
 from n3c.backends.trt.session import Plan, TrtEngine
@@ -24,28 +25,25 @@ def cuda_engine(
     checkpoint: Checkpoint,
     progress: Callable[[str, int, int], None] | None = None,
     *,
-    device: Device | None = None,
+    devices: Sequence[Device] | None = None,
     trt: Any = None,
 ) -> TrtEngine:
     """Return an engine of the plans of `build` for the entry points `names` and `batch` sequences.
 
-    `device` and `trt` are the GPU and the TensorRT module that the plans were built by, unless given. N3CError: exit
-    code 4 without GPU or plans, and where GPU or TensorRT are others than the plans', 6 where a file is altered.
+    `devices` are the GPUs that are visible, at most one a stage, and `trt` the TensorRT module that the plans were
+    built by, unless given. N3CError: exit code 4 without GPU or plans, and where GPU or TensorRT are others than the
+    plans', 6 where a file is altered.
     """
     plans = list(_plans(build, names, batch))
-    device = device or cuda_device()
+    devices = devices or cuda_devices(1 + max(plan.stage for plan in plans))
     flavour = read_sidecar(plans[0].path).flavour
     trt = trt or load_trt(flavour)
-    for plan in plans:
+    for plan, sm in product(plans, sorted({device.sm for device in devices})):
         check_plan(
-            plan.path,
-            sm=device.sm,
-            version=trt.__version__,
-            flavour=flavour,
-            spec_sha256=build.manifest["spec"]["sha256"],
+            plan.path, sm=sm, version=trt.__version__, flavour=flavour, spec_sha256=build.manifest["spec"]["sha256"]
         )
     program, states = build.served.program, build.served.plan
-    return TrtEngine(trt, device, plans, program.parameters, checkpoint, states, batch=batch, progress=progress)
+    return TrtEngine(trt, devices, plans, program.parameters, checkpoint, states, batch=batch, progress=progress)
 
 
 def _plans(build: OpenedBuild, names: Sequence[str], batch: int) -> Iterator[Plan]:
@@ -80,6 +78,7 @@ def _plan(
         tuple(map(_binding, row["inputs"])),
         tuple(map(_binding, row["outputs"])),
         tuple(weights[name] for name in row["weights"]),
+        row["stage"] or 0,
     )
 
 

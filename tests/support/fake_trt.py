@@ -1,15 +1,16 @@
-"""TensorRT's runtime and a GPU, played by ONNX Runtime and host memory: a "plan" is an ONNX file in float32.
+"""TensorRT's runtime and GPUs, played by ONNX Runtime and host memory: a "plan" is an ONNX file in float32.
 
 Everything up to the kernels is real: addresses, sizes, order, what is written where. An address outside of what was
-allocated, an input that was not set, or a stream of another device fails.
+allocated on the device of the plan, an input that was not set, a stream or a current device that is another one fails.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -32,13 +33,24 @@ class HostMemory:
 
 
 class HostDevice:
-    """A GPU of SM 120 that is none. `captured` counts the graphs, `replayed` their launches."""
+    """A GPU of SM 120 that is none. `captured` counts the graphs, `replayed` their launches, `received` its copies."""
 
-    stream, sm = 77, 120
+    sm = 120
+    in_use: ClassVar[list[HostDevice]] = []
+    """The current device, last."""
 
-    def __init__(self) -> None:
+    def __init__(self, index: int = 0) -> None:
+        self.stream = 77 + index
         self.memories: list[HostMemory] = []
-        self.captured = self.replayed = 0
+        self.captured = self.replayed = self.received = 0
+
+    @contextmanager
+    def current(self) -> Generator[None]:
+        self.in_use.append(self)
+        try:
+            yield
+        finally:
+            self.in_use.pop()
 
     def allocate(self, size: int) -> HostMemory:
         self.memories.append(HostMemory(size))
@@ -54,6 +66,12 @@ class HostDevice:
 
     def copy(self, memory: Any, offset: int, source: Any, source_offset: int, size: int) -> None:
         memory.data[offset : offset + size] = source.data[source_offset : source_offset + size]
+
+    def receive(self, memory: Any, sender: Any, source: Any) -> None:
+        assert memory in self.memories and source in sender.memories
+        assert memory.bytes == source.bytes
+        memory.data[:] = source.data
+        self.received += 1
 
     def zero(self, memory: Any) -> None:
         memory.data[:] = 0
@@ -76,8 +94,7 @@ class FakeTrt:
 
     __name__, __version__ = "tensorrt_rtx", "1.0.fake"
 
-    def __init__(self, device: HostDevice) -> None:
-        self.device = device
+    def __init__(self) -> None:
         self.fails = False
         """Whether executions fail."""
 
@@ -90,34 +107,34 @@ class FakeTrt:
         self.Logger = Logger
 
     def Runtime(self, logger: Any) -> Any:  # noqa: N802
-        return _Runtime(self)
+        return _Runtime(self, HostDevice.in_use[-1])
 
 
 class _Runtime:
-    def __init__(self, trt: FakeTrt) -> None:
-        self._trt = trt
+    def __init__(self, trt: FakeTrt, device: HostDevice) -> None:
+        self._trt, self._device = trt, device
 
     def deserialize_cuda_engine(self, data: bytes) -> Any:
         try:
-            return _Engine(self._trt, onnx.load_from_string(data))
+            return _Engine(self._trt, self._device, onnx.load_from_string(data))
         except Exception:
             return None
 
 
 class _Engine:
-    def __init__(self, trt: FakeTrt, model: Any) -> None:
-        self._trt, self.model = trt, model
+    def __init__(self, trt: FakeTrt, device: HostDevice, model: Any) -> None:
+        self._trt, self._device, self.model = trt, device, model
 
     def create_execution_context(self) -> Any:
-        return _Context(self._trt, self.model)
+        return _Context(self._trt, self._device, self.model)
 
 
 class _Context:
-    def __init__(self, trt: FakeTrt, model: Any) -> None:
+    def __init__(self, trt: FakeTrt, device: HostDevice, model: Any) -> None:
         options: Any = onnxruntime.SessionOptions()
         options.log_severity_level, options.intra_op_num_threads = 3, 1
         self._session: Any = onnxruntime.InferenceSession(model.SerializeToString(), options)
-        self._trt, self._graph = trt, model.graph
+        self._trt, self._device, self._graph = trt, device, model.graph
         self._addresses: dict[str, int] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
 
@@ -130,7 +147,8 @@ class _Context:
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
-        assert stream == self._trt.device.stream
+        assert stream == self._device.stream
+        assert HostDevice.in_use[-1] is self._device
         if self._trt.fails:
             return False
         feeds = {value.name: self._array(value).copy() for value in self._graph.input}
@@ -143,6 +161,6 @@ class _Context:
         shape = self._shapes.get(value.name) or tuple(d.dim_value for d in tensor.shape.dim)
         dtype = np.dtype(TYPES[tensor.elem_type])
         address, size = self._addresses[value.name], prod(shape) * dtype.itemsize
-        assert self._trt.device.holds(address, size), value.name
+        assert self._device.holds(address, size), value.name
         array: Array = np.ctypeslib.as_array((ctypes.c_byte * size).from_address(address)).view(dtype).reshape(shape)
         return array

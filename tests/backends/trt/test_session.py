@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from n3c.backends.onnx.emit import OnnxEntry, emit_entry
 from n3c.backends.onnx.stages import stages
 from n3c.backends.onnxruntime.engine import OnnxRuntimeEngine
 from n3c.backends.safetensors.checkpoint import Checkpoint
-from n3c.backends.trt.device import cuda_device
+from n3c.backends.trt.device import cuda_devices
 from n3c.backends.trt.session import Plan, TrtEngine
 from n3c.compiler.generate.cpu import cpu_engine
 from n3c.compiler.generate.drafter import MtpDrafter
@@ -43,10 +45,10 @@ class Small:
     plans: list[Plan]
     entries: list[OnnxEntry]
 
-    def engine(self, device: HostDevice, trt: FakeTrt | None = None) -> TrtEngine:
+    def engine(self, *devices: HostDevice, trt: FakeTrt | None = None) -> TrtEngine:
         parameters = {p.name: p for entry in self.entries for p in entry.parameters}
-        trt = trt or FakeTrt(device)
-        return TrtEngine(trt, device, self.plans, parameters, self.checkpoint, self.served.plan, batch=BATCH)
+        trt = trt or FakeTrt()
+        return TrtEngine(trt, devices, self.plans, parameters, self.checkpoint, self.served.plan, batch=BATCH)
 
     def cpu(self, checkpoint: Checkpoint | None = None) -> OnnxRuntimeEngine:
         names = list(self.served.program.entry_points)
@@ -59,28 +61,28 @@ class Small:
         return [sequence.new for sequence in generation.sequences]
 
 
-def plan_of(entry: OnnxEntry, folder: Path, name: str) -> Plan:
-    path = folder / f"{name}.plan"
+def plan_of(entry: OnnxEntry, folder: Path, stage: int) -> Plan:
+    path = folder / f"{entry.name}.plan"
     path.write_bytes(entry.to_bytes())
-    return Plan(path, entry.name.partition(".")[0], entry.batch, entry.arguments, entry.results, entry.weights)
+    return Plan(path, entry.name.partition(".")[0], entry.batch, entry.arguments, entry.results, entry.weights, stage)
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
-    """`prefill` is of batch 1, `decode` of three stages: what real builds have."""
+    """`prefill` is of batch 1, every entry point of three stages but the drafter: what real builds have."""
     folder = tmp_path_factory.mktemp("session")
     text = SMALL.replace("max_seq_len = 32", "max_seq_len = 32\nprefill_chunk = 4\ndraft_tokens = 2")
     spec = spec_from_text(text.replace('"MEM*E-ME"', '"ME*-"') + QUANTIZED.rpartition("[[")[0])
     served = serve(spec)
     checkpoint = save_tensors(random_tensors(lower(spec)), folder / "weights")
     program = served.program
-    decode = program.entry_points["decode"]
-    entries = [emit_entry(program, "prefill", batch=1, rendering="float32")]
-    entries += [emit_entry(program, name, batch=BATCH, rendering="float32") for name in ("verify", "draft")]
-    parts = [part for _, part in stages(program, decode, (0, 2, 3))]
-    entries += [emit_entry(program, part, batch=BATCH, rendering="float32") for part in parts]
-    plans = [plan_of(entry, folder, f"{i}") for i, entry in enumerate(entries)]
-    assert [plan.entry for plan in plans] == ["prefill", "verify", "draft", "decode", "decode", "decode"]
+    entries: list[OnnxEntry] = []
+    plans: list[Plan] = []
+    for name, entry_point in program.entry_points.items():
+        for stage, part in stages(program, entry_point, (0, 2, 3)):
+            entries.append(emit_entry(program, part, batch=1 if name == "prefill" else BATCH, rendering="float32"))
+            plans.append(plan_of(entries[-1], folder, stage))
+    assert Counter(plan.entry for plan in plans) == {"prefill": 3, "decode": 3, "verify": 3, "draft": 1}
     return Small(spec, served, checkpoint, plans, entries)
 
 
@@ -91,6 +93,25 @@ def test_generation_is_that_of_the_cpu(small: Small) -> None:
     expected = small.generate(small.cpu())
     assert small.generate(engine) == expected
     assert small.generate(engine, speculate=False) == expected
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_stages_on_several_gpus(small: Small, count: int) -> None:
+    """Each has the weights and states of its own stages; the residual stream passes; nothing else changes."""
+    devices = [HostDevice(index) for index in range(count)]
+    engine, alone = small.engine(*devices), small.engine(HostDevice())
+    assert small.generate(engine) == small.generate(alone)
+    assert not devices[0].received
+    assert all(device.received for device in devices[1:])
+    assert all(device.captured for device in devices)
+    held, held_alone = engine.allocated(), alone.allocated()
+    assert (held.states, held.spare_states) == (held_alone.states, held_alone.spare_states)
+    embedding = next(b for plan in small.plans for b in plan.weights if b.name == "backbone.embeddings.weight")
+    assert held.weights == held_alone.weights + 4 * prod(embedding.shape)  # the drafter, on the last, embeds too
+    assert all(sum(m.bytes for m in device.memories) < held.weights for device in devices)
+    other = random_tensors(lower(small.spec), seed=5)
+    engine.replace_weights(save_tensors(other, small.plans[0].path.parent / f"other{count}"))
+    assert small.generate(engine) != small.generate(alone)
 
 
 def test_a_call_that_comes_again_is_a_graph(small: Small) -> None:
@@ -113,7 +134,7 @@ def test_states_take_what_the_plan_says(small: Small) -> None:
     held = engine.allocated()
     assert held.states == BATCH * plan.total_bytes == device.memories[0].bytes
     assert held.weights == sum(p.type.bytes for p in {p.name: p for e in small.entries for p in e.parameters}.values())
-    alone = sum(-(-BATCH * s.bytes // 256) * 256 for s in plan.states if s.kind != "kv")
+    alone = sum(BATCH * -(-s.bytes // 256) * 256 for s in plan.states if s.kind != "kv")
     assert held.spare_states == alone
     small.generate(engine, speculate=False)
     caches = next(s for s in plan.states if s.kind == "kv")
@@ -144,9 +165,8 @@ def test_a_plan_that_the_runtime_refuses(small: Small, tmp_path: Path) -> None:
     damaged = tmp_path / "decode.b2.plan"
     damaged.write_bytes(small.plans[0].path.read_bytes()[:100])
     plans: Sequence[Plan] = [Plan(damaged, "decode", BATCH, (), (), ())]
-    device = HostDevice()
     code, exit_code, message = refused(
-        lambda: TrtEngine(FakeTrt(device), device, plans, {}, small.checkpoint, small.served.plan, batch=BATCH)
+        lambda: TrtEngine(FakeTrt(), [HostDevice()], plans, {}, small.checkpoint, small.served.plan, batch=BATCH)
     )
     assert (code, exit_code) == ("E0812", ExitCode.TARGET)
     assert "refused by the runtime" in message
@@ -154,8 +174,8 @@ def test_a_plan_that_the_runtime_refuses(small: Small, tmp_path: Path) -> None:
 
 def test_an_execution_that_fails(small: Small) -> None:
     device = HostDevice()
-    trt = FakeTrt(device)
-    engine = small.engine(device, trt)
+    trt = FakeTrt()
+    engine = small.engine(device, trt=trt)
     trt.fails = True
     assert refused(lambda: small.generate(engine))[:2] == ("E0812", ExitCode.TARGET)
     trt.fails = False
@@ -166,4 +186,4 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert refused(cuda_device)[:2] == ("E0801", ExitCode.TARGET)
+    assert refused(lambda: cuda_devices(1))[:2] == ("E0801", ExitCode.TARGET)
