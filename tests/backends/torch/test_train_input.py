@@ -50,6 +50,13 @@ def arguments(data: Path, out: Path, *more: str) -> list[str]:
     return [*given, "--save-every", "1", "--val-every", "0", *more]
 
 
+def npy(array: Any) -> bytes:
+    """Return the bytes of a .npy file."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
 def failure(train: Any, capsys: pytest.CaptureFixture[str], code: int, *given: str) -> str:
     """Run the command line, which must fail with `code`, and return its one line of error."""
     capsys.readouterr()
@@ -70,6 +77,7 @@ def failure(train: Any, capsys: pytest.CaptureFixture[str], code: int, *given: s
         ("float.npy", np.zeros(99), "is no one-dimensional .npy file"),
         ("square.npy", np.zeros((9, 9), np.uint16), "is no one-dimensional .npy file"),
         ("beyond.npy", np.array([1, 2, 3] * 20 + [256] + [1] * 9), "holds token 256, and the vocabulary has 256"),
+        ("cut.npy", npy(np.arange(99, dtype=np.uint16))[:-50], "is not as long as the 99 tokens of its header"),
         ("negative.npy", np.array([1] * 20 + [-1]), "holds token -1"),
         ("beyond.bin", np.array([7] * 20 + [999], np.uint16).tobytes(), "(the first wrong one is token 20)"),
     ],
@@ -138,6 +146,28 @@ def test_an_earlier_run_is_not_mixed_in(
     (about.parent / "__0_0.distcp").write_bytes(b"torn")
     about.write_text(about.read_text().replace('"mamba_num_heads": 16', '"mamba_num_heads": 8'))
     assert "cannot be read" in failure(train, capsys, 6, *given, "--resume")
+
+
+def test_resume_keeps_the_data(train: Any, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Settings of validation may change, but not what they leave to train on; a seed may be large."""
+    given = arguments(text, tmp_path / "out", "--val-every", "1", "--seed", str(2**32 - 1))
+    assert train.train.main(given) == 0
+    more = [*given, "--resume", "--steps", "3"]
+    for change in (["--val-every", "0"], ["--val-fraction", "0.2"], ["--val-data", str(text)]):
+        assert "is of other data: train_tokens 1192, now " in failure(train, capsys, 6, *more, *change)
+    assert train.train.main([*more, "--val-every", "3", "--val-sequences", "1"]) == 0
+
+
+def test_bfloat16_gradients_are_summed_in_float32(train: Any, text: Path, tmp_path: Path) -> None:
+    """Also those of a weight with several uses, as the head has one for each step of prediction."""
+    settings = train.settings.parse_settings("", arguments(text, tmp_path, "--numerics", "bf16"))
+    trainer = train.train.Trainer(settings, train.world.World(0, 1, torch.device("cpu")))
+    weight, x = torch.randn(8, 8, requires_grad=True), torch.randn(4, 8)
+    with trainer.autocast():
+        y = sum((x * scale) @ weight for scale in (1.0, 0.3, 0.1))
+    assert isinstance(y, torch.Tensor)
+    y.square().sum().backward()
+    assert weight.grad is not None and not torch.equal(weight.grad, weight.grad.bfloat16().float())
 
 
 @pytest.mark.parametrize("when", ["--async-checkpoints", "--no-async-checkpoints"])
@@ -322,16 +352,15 @@ def test_one_checkpoint_at_a_time(train: Any, tmp_path: Path, monkeypatch: pytes
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     world = train.world.World(0, 1, torch.device("cpu"))
-    store = train.checkpointing.Checkpoints(tmp_path / "store", 2, world)
+    store = train.checkpointing.Checkpoints(tmp_path / "store", 2, world, 0)
     for step in (1, 2):
         store.save(model, optimizer, settings, step)
         assert [path.name for path in store.all()] == [f"step-{n:09d}" for n in range(1, step)]
         assert not store.ready()
     assert log == [f"{what} .step-{n:09d}" for what, n in (("begin", 1), ("end", 1), ("begin", 2))]
     # A process that starts now, as after a kill, finds the first checkpoint only.
-    assert [path.name for path in train.checkpointing.Checkpoints(tmp_path / "store", 2, world).all()] == [
-        "step-000000001"
-    ]
+    found = train.checkpointing.Checkpoints(tmp_path / "store", 2, world, 0).all()
+    assert [path.name for path in found] == ["step-000000001"]
     store.finish()
     assert len(store.all()) == 2
 

@@ -42,8 +42,10 @@ class Checkpoints:
     of a checkpoint is one, whenever the run was killed. One at a time is written, from a copy.
     """
 
-    def __init__(self, folder: Path, keep: int, world: World) -> None:
+    def __init__(self, folder: Path, keep: int, world: World, train_tokens: int) -> None:
         self.folder, self.keep, self.world = folder, keep, world
+        # How many there are decides the order of the data, and settings of validation decide it.
+        self.data = {"train_tokens": train_tokens}
         self.unfinished: Unfinished | None = None
         # Of its own: its messages must not meet those of the steps that run meanwhile.
         self.group = dist.new_group(backend="gloo") if world.many else None
@@ -113,8 +115,8 @@ class Checkpoints:
         try:
             now.written.result()
             if self.world.rank == 0:
-                config, settings = asdict(Config()), asdict(now.settings)
-                about = {"step": now.step, "config": config, "settings": settings}
+                about: dict[str, object] = {"step": now.step, "data": self.data}
+                about |= {"config": asdict(Config()), "settings": asdict(now.settings)}
                 (hidden / "train.json").write_text(json.dumps(about, indent=1), "utf-8")
         except ERRORS as error:
             problem = reason(error)
@@ -137,7 +139,7 @@ class Checkpoints:
         path = self.all()[-1]
         try:
             about = json.loads((path / "train.json").read_text("utf-8"))
-            require_same(about, settings, path)
+            require_same(about, settings, self.data, path)
             weights, moments = get_state_dict(model, optimizer)
             state: dict[str, Any] = {"model": weights, "optimizer": moments}
             load(state, checkpoint_id=path, no_dist=not self.world.many)
@@ -154,11 +156,14 @@ class Checkpoints:
         return self.folder / f"{'.' if hidden else ''}step-{step:09d}"
 
 
-def require_same(about: dict[str, Any], settings: Settings, path: Path) -> None:
+def require_same(
+    about: dict[str, Any], settings: Settings, data: dict[str, int], path: Path
+) -> None:
     """Raise TrainError where a checkpoint is of another architecture or of another run."""
     pairs = (
         ("is of another spec", about["config"], asdict(Config()), set[str]()),
         ("is of other settings", about["settings"], asdict(settings), FREE_TO_CHANGE),
+        ("is of other data", about["data"], data, set[str]()),
     )
     for what, theirs, ours, free in pairs:
         changed = [

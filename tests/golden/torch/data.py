@@ -122,12 +122,16 @@ def npy_header(path: Path) -> tuple[int, torch.dtype]:
         text = file.read(length)
     try:
         header = ast.literal_eval(text.decode("latin-1"))
-        if start[:6] != b"\x93NUMPY" or len(header["shape"]) != 1:
+        if start[:6] != b"\x93NUMPY":
             raise ValueError
-        return 8 + width + length, NPY_TYPES[header["descr"]]
+        (count,), dtype = header["shape"], NPY_TYPES[header["descr"]]
+        size = 8 + width + length + count * dtype.itemsize
     except (ValueError, SyntaxError, KeyError, TypeError) as error:
         kinds = ", ".join(NPY_TYPES)
         raise TrainError(f"{path} is no one-dimensional .npy file of {kinds}", FILES) from error
+    if path.stat().st_size != size:
+        raise TrainError(f"{path} is not as long as the {count} tokens of its header", FILES)
+    return 8 + width + length, dtype
 
 
 @dataclass(frozen=True)
@@ -163,7 +167,7 @@ class Windows:
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, count: int, length: int) -> tuple[Tensor, int]:
     """Return the order of an epoch's windows, and by how many tokens they are shifted."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     order = torch.randperm(count, generator=generator)
     return order, int(torch.randint(length, (), generator=generator))
 

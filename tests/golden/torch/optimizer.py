@@ -28,7 +28,7 @@ def learning_rate(settings: Settings, step: int) -> float:
 
 
 def build_optimizer(model: Model, settings: Settings) -> torch.optim.AdamW:
-    """Return AdamW (Loshchilov and Hutter, arXiv 1711.05101); only matrices of linears decay."""
+    """Return AdamW (Loshchilov and Hutter, arXiv 1711.05101); matrices decay, and taps."""
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():

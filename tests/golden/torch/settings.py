@@ -76,8 +76,9 @@ class Settings:
     peak_tflops: float = option(0.0, "of one device, for the metric mfu (0: by its name, if known)")
 
 
-# What may differ when a run goes on: it changes neither the data nor the arithmetic of a step, but
-# for the order of sums.
+# What may differ when a run goes on. It changes neither the arithmetic of a step, but for the order
+# of sums and the learning rate that follows from `steps`, nor the data: that val_* keep back as
+# many tokens as before is checked by their number.
 FREE_TO_CHANGE = {
     *("data", "out", "steps", "weights", "resume", "save_every", "keep", "async_checkpoints"),
     *("expert_parallel", "tensor_parallel", "activation_checkpointing", "tensorboard"),

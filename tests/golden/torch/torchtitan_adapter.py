@@ -114,7 +114,9 @@ class TitanModel(Model, BaseModel):
     ) -> Output:
         """Run sequences [B, S], which are their own labels."""
         device = input_ids.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.settings.bf16):
+        bf16 = self.settings.bf16
+        # Without a cache: see `autocast` of train.py.
+        with torch.autocast(device, torch.bfloat16, enabled=bf16, cache_enabled=False):
             out = super().forward(input_ids, input_ids, document_ids)
         assert out.mtp_loss is not None
         self.measured["mtp_loss"] = out.mtp_loss.detach()

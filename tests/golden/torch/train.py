@@ -17,7 +17,8 @@ PATH is one of
 
 DIR gets metrics.jsonl (a line a step), checkpoints/step-<n>/ and, at the end, export/: weights in
 the released layout. The same settings give the same run, whatever the number of processes, but
-for the order of float sums; a run that was interrupted goes on with --resume, to the same bits.
+for the order of float sums and, with --document-separator, for the means: those of the parts of a
+batch count alike. A run that was interrupted goes on with --resume: on CPUs to the same bits.
 Exit codes: 0 done, 2 wrong usage, 5 a loss that is not finite, 6 files, 143 stopped by a signal
 (torchrun has its own: 1 for each of them).
 """
@@ -67,7 +68,8 @@ class Trainer:
             )
         self.share = int(share)  # sequences that a process runs at once
         self.train_windows, self.val_windows = open_data(settings)
-        self.store = Checkpoints(Path(settings.out) / "checkpoints", settings.keep, world)
+        folder, tokens = Path(settings.out) / "checkpoints", self.train_windows.stop
+        self.store = Checkpoints(folder, settings.keep, world, tokens)
         numerics = None
         if settings.numerics == "nvfp4":
             numerics = low_precision(world.device)
@@ -99,7 +101,9 @@ class Trainer:
         """Return the context of a forward pass."""
         if self.settings.numerics == "float32":
             return nullcontext()
-        return torch.autocast(self.world.device.type, torch.bfloat16)
+        # A cast kept for the next use of a weight would sum the gradients of its uses in bfloat16
+        # (the head has one for each step of prediction), and outlive the block that was gathered.
+        return torch.autocast(self.world.device.type, torch.bfloat16, cache_enabled=False)
 
     def micro_batches(self, step: int) -> Iterator[Tensor]:
         """Yield the sequences [share, S] that this process runs in a step."""
@@ -114,7 +118,8 @@ class Trainer:
         """Do one optimizer step and return its metrics; TrainError where a number is not finite."""
         settings, world, model = self.settings, self.world, self.model
         # Not in the checkpoint, as each step begins anew.
-        torch.manual_seed((settings.seed * 1_000_003 + self.step) * 65_537 + world.data_rank)
+        seed = (settings.seed * 1_000_003 + self.step) * 65_537 + world.data_rank
+        torch.manual_seed(seed % 2**63)
         rate = learning_rate(settings, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
