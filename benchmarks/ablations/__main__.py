@@ -16,7 +16,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 def main() -> None:
     """Run what is missing in --runs, and write the report."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ablations", description=__doc__)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, each on one thread")
     parser.add_argument("--runs", type=Path, default=Path("build/ablations"), help="where runs are kept")

@@ -30,7 +30,7 @@ class Length:
     batch_size: int = 8
     seq_len: int = 128
     lr: float = 3e-3
-    validation_sequences: int = 512
+    validation_sequences: int = 256
 
     @property
     def tokens(self) -> int:
