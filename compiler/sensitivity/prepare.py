@@ -80,7 +80,11 @@ def prepare(
 def _tokens(spec: Spec, request: Request) -> Tensor | None:
     if request.calibration is None:
         return None
-    return read_tokens(request.calibration, spec.model.vocab_size, samples=request.samples, length=request.length)
+    # Fewer choices than experts take another path through the model, where nothing is recorded.
+    least = 2 if spec.moe is None else max(2, -(-spec.moe.num_experts // spec.moe.top_k))
+    return read_tokens(
+        request.calibration, spec.model.vocab_size, samples=request.samples, length=request.length, least=least
+    )
 
 
 def _quantizes_mtp(spec: Spec) -> bool:

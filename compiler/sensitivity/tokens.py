@@ -17,15 +17,15 @@ BYTES = 256
 """A vocabulary of this size is bytes; that of any other is its tokenizer's, which n3c does not have."""
 
 
-def read_tokens(path: Path, vocab_size: int, *, samples: int, length: int) -> Tensor:
+def read_tokens(path: Path, vocab_size: int, *, samples: int, length: int, least: int = 2) -> Tensor:
     """Return at most `samples` sequences of `length` tokens, int64 [N, L], spread evenly over the file.
 
     - `.npy`: integers [T], cut into sequences, or [N, T], each row cut to `length`.
     - `.bin`: raw unsigned integers, little-endian, of 2 bytes where the vocabulary fits, else of 4.
     - anything else: UTF-8 text, for a vocabulary of 256 bytes.
 
-    Raises N3CError (exit code 6) where the file cannot be read, is empty, or holds ids beyond the
-    vocabulary; (exit code 2) for text that needs a tokenizer.
+    Raises N3CError (exit code 6) where the file cannot be read, is empty, has rows of fewer than `least` tokens, or
+    holds ids beyond the vocabulary; (exit code 2) for text that needs a tokenizer.
     """
     import torch
 
@@ -39,8 +39,10 @@ def read_tokens(path: Path, vocab_size: int, *, samples: int, length: int) -> Te
         raise _fault("E0631", message, path)
     rows = ids if ids.ndim == 2 else _cut(ids, length)
     rows = rows[:, :length]
-    if rows.shape[1] < 2:
-        raise _fault("E0630", f"rows of {rows.shape[1]} tokens: calibration needs at least 2", path)
+    if rows.shape[1] < least:
+        message = f"rows of {rows.shape[1]} tokens: calibration needs at least {least}"
+        help_ = "give a longer text, or a larger --calibration-length"
+        raise N3CError(Diagnostic("E0630", message, Span(str(path)), help=help_), ExitCode.FILE)
     picked = np.unique(np.linspace(0, len(rows) - 1, min(samples, len(rows))).round().astype(np.int64))
     return torch.from_numpy(rows[picked].astype(np.int64))
 

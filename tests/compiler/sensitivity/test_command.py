@@ -123,6 +123,7 @@ def test_calibration_gives_input_and_cache_scales(folder: Path, tmp_path: Path) 
         (("--calibration", "text.txt"), 2, "E0703"),
         (("--calibration", "beyond.npy"), 6, "E0631"),
         (("--calibration", "empty.npy"), 6, "E0630"),
+        (("--calibration", "short.npy"), 6, "E0630"),
         (("--activation-scales", "unknown.json"), 6, "E0632"),
         (("--activation-scales", "none.json"), 6, "E0634"),
         (("--activation-scales", "missing.json"), 6, "E0601"),
@@ -139,6 +140,7 @@ def test_bad_input(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     np.save("beyond.npy", np.arange(200))
+    np.save("short.npy", np.arange(2))  # 8 experts, 3 a token: 3 tokens fill each once
     Path("empty.npy").write_bytes(b"")
     Path("text.txt").write_text("words", encoding="utf-8")
     Path("unknown.json").write_text('{"a.b.input_amax": 1}', encoding="utf-8")
