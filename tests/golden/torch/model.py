@@ -770,12 +770,13 @@ def by_row(x: Tensor, experts: Tensor, up: Tensor, down: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         inner = F.relu(x[:, None, None] @ up[experts].mT).square()  # [N, K, 1, I]
         return (inner @ down[experts].mT)[:, :, 0]
-    rows = [
-        torch.mv(down[e], F.relu(torch.mv(up[e], token)).square())
-        for token, chosen in zip(x, experts.tolist(), strict=True)
-        for e in chosen
-    ]
-    return torch.stack(rows).view(*experts.shape, -1)
+    chosen = experts.flatten().tolist()
+
+    def apply(weight: Tensor, rows: Tensor) -> Tensor:  # [E, out, in], [N * K, in] -> [N * K, out]
+        return torch.stack([torch.mv(weight[e], row) for e, row in zip(chosen, rows, strict=True)])
+
+    inner = F.relu(apply(up, x.repeat_interleave(experts.shape[1], 0))).square()  # [N * K, I]
+    return apply(down, inner).view(*experts.shape, -1)
 
 
 class MoE(nn.Module):
@@ -1105,6 +1106,8 @@ def load_checkpoint(model: Model, directory: str | Path) -> None:
     stored = find_tensors(model, directory)
     if any(tensor.is_meta for tensor in named_tensors(model).values()):
         model.to_empty(device="cpu")
+        for router in model.routers():
+            router.load.zero_()  # in no checkpoint
     copy_tensors(named_tensors(model), stored)
 
 

@@ -220,13 +220,13 @@ class Nvfp4Linear(torch.autograd.Function):
         (dy,), (x, values), groups = gradients, ctx.saved_tensors, ctx.groups
         stochastic = not DISABLE_STOCHASTIC_ROUNDING
         dx = groups.product(Nvfp4Linear.rows(dy, groups, stochastic), values)
-        dy, x = by_tile(dy), by_tile(x)
+        left, right = by_tile(dy), by_tile(x)
         if not DISABLE_RHT:
-            dy, x = hadamard(dy), hadamard(x)
-        dy = nvfp4(dy, stochastic=stochastic, largest=groups.largest(dy))
-        x = nvfp4(x, largest=groups.largest(x))
-        dw = groups.products_of_columns(by_token(dy), by_token(x))
-        return dx.to(ctx.saved_tensors[0].dtype), dw, None
+            left, right = hadamard(left), hadamard(right)
+        left = nvfp4(left, stochastic=stochastic, largest=groups.largest(left))
+        right = nvfp4(right, largest=groups.largest(right))
+        dw = groups.products_of_columns(by_token(left), by_token(right))
+        return dx.to(x.dtype), dw, None
 
     @staticmethod
     def rows(x: Tensor, groups: Groups, stochastic: bool = False) -> Tensor:
@@ -248,8 +248,8 @@ class Mxfp8Linear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         (dy,), (x, weight), groups = gradients, ctx.saved_tensors, ctx.groups
         dx = groups.product(mxfp8(dy), mxfp8(weight.mT).mT)
-        dy, x = (by_token(mxfp8(by_tile(t))) for t in (dy, x))
-        return dx.to(ctx.saved_tensors[0].dtype), groups.products_of_columns(dy, x), None
+        left, right = (by_token(mxfp8(by_tile(t))) for t in (dy, x))
+        return dx.to(x.dtype), groups.products_of_columns(left, right), None
 
 
 FUNCTIONS = {"nvfp4": Nvfp4Linear, "mxfp8": Mxfp8Linear}
