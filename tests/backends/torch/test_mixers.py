@@ -168,6 +168,18 @@ def test_autocast_leaves_router_and_scan_in_float32(model: Any) -> None:
     assert torch.equal(experts, expected_experts) and torch.equal(weights, expected_weights)
 
 
+def test_steps_under_autocast(model: Any) -> None:
+    """The caches keep the type of the weights; the logits are those of whole sequences, as well as BF16 goes."""
+    ids = torch.arange(9).view(1, 9)
+    with torch.no_grad():
+        exact = model(ids).logits
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            state = model.allocate_state(1, 9)
+            stepped = torch.cat([model.step(ids[:, t : t + 1], state) for t in range(9)], dim=1)
+    assert state.keys[3].dtype == torch.float32
+    assert 0 < (stepped - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
 @pytest.mark.parametrize(("inner", "width"), [(48, 32), (17, 32), (48, 11), (5, 3)])
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_experts(module: Any, inner: int, width: int, tokens: int) -> None:

@@ -567,8 +567,8 @@ class Attention(nn.Module):
         keys, values = state.keys[self.index], state.values[self.index]
         row = torch.arange(batch, device=k.device)[:, None]  # [B, 1]
         position = state.lengths[:, None] + torch.arange(length, device=k.device)  # [B, S]
-        keys[row, :, position] = k.transpose(1, 2)
-        values[row, :, position] = v.transpose(1, 2)
+        keys[row, :, position] = k.transpose(1, 2).to(keys.dtype)
+        values[row, :, position] = v.transpose(1, 2).to(values.dtype)
         end = state.longest + length
         mask = torch.arange(end, device=k.device) <= position[:, None, :, None]  # [B, 1, S, end]
         return keys[:, :, :end], values[:, :, :end], mask
