@@ -93,10 +93,10 @@ def _whole_models(quick: bool) -> Iterator[str]:
 
 def _entry_row(entry: str, plans: list[dict[str, Any]]) -> str:
     def total(key: str) -> float:
-        return sum(found[key] for found in plans)
+        return sum(float(found[key]) for found in plans)
 
     moved, least = (sum(found["traffic"][key] for found in plans) for key in ("bytes", "ideal"))
-    cells = f"{total('cpu_seconds'):.0f} | {total('bytes') / 1e6:.1f} | {total('kernels')}"
+    cells = f"{total('cpu_seconds'):.0f} | {total('bytes') / 1e6:.1f} | {total('kernels'):.0f}"
     scratch = max(found["scratch_bytes"] for found in plans) / 1e6
     return f"| {entry} | {len(plans)} | {cells} | {scratch:.1f} | {moved / 1e6:,.1f} | {moved / least:.3f} |"
 
