@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from statistics import mean, stdev
+from textwrap import fill
 
 from n3c.compiler.lower import lower
 from n3c.compiler.sizes import count_parameters
@@ -40,7 +41,7 @@ def report(questions: list[Question], runs: list[Run], length: Length, machine: 
         of_arm = {arm.name: sorted_runs(arm, runs) for arm in question.arms}
         image = f"images/ablation-{question.name}.svg"
         files[image] = plot(question, of_arm, length)
-        text += ["", f"## {question.title}", "", NOTES[question.name], "", *table(question, of_arm), ""]
+        text += ["", f"## {question.title}", "", fill(NOTES[question.name], 120), "", *table(question, of_arm), ""]
         text += [f"![training loss above {question.arms[0].label}]({image})"]
     files["ablations.md"] = "\n".join(text) + "\n"
     return files
@@ -50,18 +51,20 @@ def opening(length: Length, seeds: int) -> Iterator[str]:
     """Yield what holds for all runs."""
     yield "# Ablations"
     yield ""
-    yield (
+    yield fill(
         "Written by `make ablations`, which trains every arm with the generated `train.py` and writes this page. "
         f"Each run: {length.steps} steps of {length.batch_size} x {length.seq_len} bytes ({length.tokens:,} in all) of "
         "the source text of Python's standard library, learning rate "
         f"{length.lr:g}, {seeds} seeds, which choose both the fresh weights and the order of the data. Losses are in "
         f"bits a byte on {length.validation_sequences} sequences of held-out files; ± is the standard deviation over "
-        "seeds. The difference is taken seed by seed, so it does not contain what a seed has in common in two arms."
+        "seeds. The difference is taken seed by seed, so it does not contain what a seed has in common in two arms.",
+        120,
     )
     yield ""
-    yield (
-        "These are models of about a million parameters that saw less than a megabyte. The numbers say what the "
-        "generated code does at this size, and nothing about larger ones; a difference below twice its ± is none."
+    yield fill(
+        f"These are models of three million parameters that saw {length.tokens / 1e6:.2g} MB. The numbers say what the "
+        "generated code does at this size, and nothing about larger ones; a difference below twice its ± is none.",
+        120,
     )
     yield ""
 

@@ -89,6 +89,20 @@ def test_round_trip(module: Any, tmp_path: Path, sharded: bool, dtype: torch.dty
         assert torch.equal(tensor, state[name].float()), name
 
 
+def test_what_no_checkpoint_has_is_zero(module: Any, tmp_path: Path) -> None:
+    """A model on the meta device gets memory, which torch fills with numbers here; routers begin without load."""
+    module.save_checkpoint(module.Model(), tmp_path / "saved")
+    with torch.device("meta"):
+        model = module.Model()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1, dtype=torch.int64).item() != 0
+        module.load_checkpoint(model, tmp_path / "saved")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert model.routers() and not any(router.load.any() for router in model.routers())
+
+
 def test_shards(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_SHARD_BYTES", 100_000)
     model = module.Model()

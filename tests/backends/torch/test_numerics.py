@@ -223,7 +223,11 @@ def test_experts_are_linears_of_their_own(
 ) -> None:
     """All experts in one call give what a linear each gives, with every gradient; some have no token, some 40."""
     model, numerics, _ = modules
-    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, 0.5))
+
+    def half(x: Tensor) -> Tensor:
+        return torch.full_like(x, 0.5)
+
+    monkeypatch.setattr(torch, "rand_like", half)
     torch.manual_seed(2)
     experts = model.Model().backbone.layers[1].mixer.experts
     experts.__class__, experts.kinds = numerics.EmulatedExperts, kinds

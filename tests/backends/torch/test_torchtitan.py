@@ -35,6 +35,7 @@ THEIRS = [
     *("--checkpoint.interval", str(SAVED), "--metrics.log-freq", "1", "--metrics.disable-color-printing"),
 ]
 TWO_OF_TWO = ["--training.local-batch-size", "2"]
+FUSED = [*TWO_OF_TWO, "--optimizer.implementation", "fused"]  # as train.py has it where there is one mesh
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def export(folder: Path, out: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def trained(folder: Path) -> tuple[Path, dict[int, float]]:
     """Return the output of a run that nothing disturbed, and its losses."""
-    return folder / "whole", losses(finish(start_titan(folder, folder / "whole", *TWO_OF_TWO)))
+    return folder / "whole", losses(finish(start_titan(folder, folder / "whole", *FUSED)))
 
 
 def test_loss_falls(trained: tuple[Path, dict[int, float]]) -> None:
@@ -117,7 +118,7 @@ def test_killed_and_resumed(folder: Path, trained: tuple[Path, dict[int, float]]
     """A run that is killed after its checkpoint goes on to the losses and the weights of one that was not."""
     out, found = trained
     killed = folder / "killed"
-    process = start_titan(folder, killed, *TWO_OF_TWO, "--training.steps", "1000", "--lr-scheduler.total-steps", "8")
+    process = start_titan(folder, killed, *FUSED, "--training.steps", "1000", "--lr-scheduler.total-steps", "8")
     metadata = killed / f"checkpoint/step-{SAVED}/.metadata"
     deadline = time.monotonic() + 300
     while not metadata.exists():
@@ -128,7 +129,7 @@ def test_killed_and_resumed(folder: Path, trained: tuple[Path, dict[int, float]]
     for later in (killed / "checkpoint").glob("step-*"):
         if later.name != f"step-{SAVED}":
             shutil.rmtree(later)
-    resumed = losses(finish(start_titan(folder, killed, *TWO_OF_TWO)))
+    resumed = losses(finish(start_titan(folder, killed, *FUSED)))
     assert resumed == {step: loss for step, loss in found.items() if step > SAVED}
     left, right = export(folder, killed), load_file(out / "export/model.safetensors")
     assert all(torch.equal(left[name], right[name]) for name in right)

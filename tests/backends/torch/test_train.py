@@ -155,6 +155,7 @@ def test_terminated_and_killed_runs_go_on_to_the_same_bits(folder: Path, whole: 
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+BF16 = 2**-7  # twice the largest step between two numbers near 1
 SHORT = ["--steps", "4", "--save-every", "2", "--val-every", "2", "--keep", "9", "--lr", "0.001"]
 
 
@@ -205,6 +206,36 @@ def test_two_processes_equal_one(folder: Path, one: Path, options: list[str], re
         assert_same_run(one, goes_on_in_one(folder, two), 1e-4)
 
 
+@pytest.fixture(scope="module")
+def one_in_bf16(folder: Path) -> Path:
+    """Return the output of a short run in one process, in bfloat16."""
+    run(folder, folder / "one_in_bf16", *SHORT, "--numerics", "bf16")
+    return folder / "one_in_bf16"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--accumulation", "2"],
+        pytest.param(["--expert-parallel", "2", "--activation-checkpointing"], marks=pytest.mark.slow),
+        pytest.param(["--tensor-parallel", "2"], marks=pytest.mark.slow),
+    ],
+    ids=["data", "expert", "tensor"],
+)
+def test_two_processes_in_bf16(
+    folder: Path, one_in_bf16: Path, options: list[str], request: pytest.FixtureRequest
+) -> None:
+    """Matrices are gathered in bfloat16, gradients summed in float32: losses as in one process, to bfloat16's steps."""
+    two = folder / f"two_in_bf16_{request.node.callspec.id}"
+    run(folder, two, *SHORT, "--numerics", "bf16", *options, processes=2)
+    assert len(metrics(two)) == 4
+    for line, other in zip(metrics(two), metrics(one_in_bf16), strict=True):
+        for name in ("loss", "mtp_loss", "val_loss"):
+            assert line.get(name) == pytest.approx(other.get(name), abs=BF16)
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=BF16)
+    assert all(weight.dtype == torch.float32 for weight in weights(two).values())
+
+
 @pytest.mark.slow
 def test_four_processes_equal_one(folder: Path, one: Path) -> None:
     """Data x expert x tensor: 1 x 2 x 2, then 2 x 2 x 1 from its checkpoint, then one process."""
@@ -215,6 +246,11 @@ def test_four_processes_equal_one(folder: Path, one: Path) -> None:
     run(folder, four, *SHORT, "--expert-parallel", "2", "--resume", processes=4)
     assert_same_run(one, four, 1e-4)
     assert_same_run(one, goes_on_in_one(folder, four), 1e-4)
+    back = folder / "one_then_two"  # whose optimizer has one kernel, which does not take several meshes
+    shutil.copytree(one, back)
+    shutil.rmtree(back / "checkpoints" / "step-000000004")
+    run(folder, back, *SHORT, "--expert-parallel", "2", "--resume", processes=2)
+    assert_same_run(one, back, 1e-4)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from n3c.backends.torch.emit import TRAINER, emit
-from n3c.specs.schema import Training
+from n3c.specs.schema import Rule, Training
 
 from .generated import SHA256, imported, tiny_spec, write_generated
 
@@ -111,6 +111,10 @@ def test_empty_folder(train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--numerics", "fp64"], "--numerics fp64 is none of float32, bf16"),
         (["--warmup", "0.9"], "--warmup and --decay together"),
         (["--document-separator", "256"], "--document-separator 256 is not from -1 to 255"),
+        (
+            ["--compile", "--activation-checkpointing", "--tensor-parallel", "2"],
+            "--compile cannot be combined with --activation-checkpointing, --tensor-parallel",
+        ),
         (["--expert-parallel", "0"], "--expert-parallel must be at least 1"),
         (["--expert-parallel", "2"], "--expert-parallel 2: start it with torchrun"),
     ],
@@ -120,6 +124,29 @@ def test_bad_usage(
 ) -> None:
     assert message in failure(train, capsys, 2, *arguments(text, tmp_path / "out", *given))
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_compiled_blocks(train: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the three is compiled, once for both steps, and the run is the same."""
+    compiled: list[Any] = []
+    compile_ = torch.compile
+
+    def note(function: Any) -> Any:
+        compiled.append(function)
+        return compile_(function)
+
+    monkeypatch.setattr(torch, "compile", note)
+    for option in ("--no-compile", "--compile"):
+        given = arguments(text, tmp_path / option, "--steps", "3", option)
+        assert train.train.main(given) == 0 and len(compiled) == (3 if option == "--compile" else 0)
+    eager, ours = (
+        [json.loads(line) for line in (tmp_path / option / "metrics.jsonl").read_text().splitlines()]
+        for option in ("--no-compile", "--compile")
+    )
+    assert len(ours) == 3
+    for name in ("loss", "balance_loss", "grad_norm"):
+        assert [line[name] for line in ours] == pytest.approx([line[name] for line in eager], abs=1e-4)
 
 
 def test_settings_file(train: Any, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,6 +183,28 @@ def test_resume_keeps_the_data(train: Any, text: Path, tmp_path: Path, capsys: p
     for change in (["--val-every", "0"], ["--val-fraction", "0.2"], ["--val-data", str(text)]):
         assert "is of other data: train_tokens 1192, now " in failure(train, capsys, 6, *more, *change)
     assert train.train.main([*more, "--val-every", "3", "--val-sequences", "1"]) == 0
+
+
+def test_resume_keeps_the_rules_of_training(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A program that was built again with other formats goes on with no run of the first; float32 has none."""
+    base = tiny_spec("M*", mtp=None)
+    base = replace(base, model=replace(base.model, vocab_size=256))
+    rules = (Rule("bf16", roles=("attention.*", "mamba.in_proj")),)
+    nvfp4 = arguments(text, tmp_path / "low", "--numerics", "nvfp4")
+    float32 = arguments(text, tmp_path / "plain")
+    first, second = Training("nvfp4", rules=rules), Training("mxfp8", (1, 16), rules)
+    for training, message in ((first, ""), (second, "is of other rules of [training]: "), (first, "")):
+        folder = tmp_path / f"{training.format}"
+        folder.mkdir(exist_ok=True)
+        write_generated(replace(base, training=training), folder)
+        with imported(folder) as program:
+            assert program.train.main([*float32, "--resume"]) == 0
+            if not message:
+                assert program.train.main([*nvfp4, "--resume"]) == 0
+                continue
+            said = failure(program, capsys, 6, *nvfp4, "--resume")
+            assert message in said and "backbone.layers.0.mixer.out_proj nvfp4, now mxfp8" in said
+            assert "disable_2d_quantization False, now True" in said
 
 
 def test_bfloat16_gradients_are_summed_in_float32(train: Any, text: Path, tmp_path: Path) -> None:
@@ -352,14 +401,14 @@ def test_one_checkpoint_at_a_time(train: Any, tmp_path: Path, monkeypatch: pytes
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     world = train.world.World(0, 1, torch.device("cpu"))
-    store = train.checkpointing.Checkpoints(tmp_path / "store", 2, world, 0)
+    store = train.checkpointing.Checkpoints(tmp_path / "store", 2, world, 0, {})
     for step in (1, 2):
         store.save(model, optimizer, settings, step)
         assert [path.name for path in store.all()] == [f"step-{n:09d}" for n in range(1, step)]
         assert not store.ready()
     assert log == [f"{what} .step-{n:09d}" for what, n in (("begin", 1), ("end", 1), ("begin", 2))]
     # A process that starts now, as after a kill, finds the first checkpoint only.
-    found = train.checkpointing.Checkpoints(tmp_path / "store", 2, world, 0).all()
+    found = train.checkpointing.Checkpoints(tmp_path / "store", 2, world, 0, {}).all()
     assert [path.name for path in found] == ["step-000000001"]
     store.finish()
     assert len(store.all()) == 2

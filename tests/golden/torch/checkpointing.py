@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from model import Config, Model
 from settings import FILES, FREE_TO_CHANGE, Settings, TrainError
 from world import World
 
+SHOWN = 8  # differences that a message lists
 ERRORS = (OSError, ValueError, KeyError, RuntimeError, CheckpointException)
 
 
@@ -42,8 +44,16 @@ class Checkpoints:
     of a checkpoint is one, whenever the run was killed. One at a time is written, from a copy.
     """
 
-    def __init__(self, folder: Path, keep: int, world: World, train_tokens: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        world: World,
+        train_tokens: int,
+        rules: Mapping[str, str | bool],
+    ) -> None:
         self.folder, self.keep, self.world = folder, keep, world
+        self.rules = dict(rules)  # of the spec's training numerics; none where they are not used
         # How many there are decides the order of the data, and settings of validation decide it.
         self.data = {"train_tokens": train_tokens}
         self.unfinished: Unfinished | None = None
@@ -116,6 +126,7 @@ class Checkpoints:
             now.written.result()
             if self.world.rank == 0:
                 about: dict[str, object] = {"step": now.step, "data": self.data}
+                about["rules"] = self.rules
                 about |= {"config": asdict(Config()), "settings": asdict(now.settings)}
                 (hidden / "train.json").write_text(json.dumps(about, indent=1), "utf-8")
         except ERRORS as error:
@@ -139,12 +150,15 @@ class Checkpoints:
         path = self.all()[-1]
         try:
             about = json.loads((path / "train.json").read_text("utf-8"))
-            require_same(about, settings, self.data, path)
+            require_same(path, about, settings, self.data, self.rules)
             weights, moments = get_state_dict(model, optimizer)
             state: dict[str, Any] = {"model": weights, "optimizer": moments}
             load(state, checkpoint_id=path, no_dist=not self.world.many)
         except ERRORS as error:
             raise TrainError(f"{path} cannot be read: {reason(error)}", FILES) from error
+        groups = state["optimizer"]["param_groups"]
+        for group, ours in zip(groups, optimizer.param_groups, strict=True):
+            group["fused"] = ours["fused"]  # which depends on how the processes share the model
         set_state_dict(
             model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
@@ -157,13 +171,18 @@ class Checkpoints:
 
 
 def require_same(
-    about: dict[str, Any], settings: Settings, data: dict[str, int], path: Path
+    path: Path,
+    about: dict[str, Any],
+    settings: Settings,
+    data: dict[str, int],
+    rules: dict[str, str | bool],
 ) -> None:
     """Raise TrainError where a checkpoint is of another architecture or of another run."""
     pairs = (
         ("is of another spec", about["config"], asdict(Config()), set[str]()),
         ("is of other settings", about["settings"], asdict(settings), FREE_TO_CHANGE),
         ("is of other data", about["data"], data, set[str]()),
+        ("is of other rules of [training]", about["rules"], rules, set[str]()),
     )
     for what, theirs, ours, free in pairs:
         changed = [
@@ -172,7 +191,8 @@ def require_same(
             if theirs.get(name) != ours.get(name)
         ]
         if changed:
-            raise TrainError(f"{path} {what}: {'; '.join(changed)}", FILES)
+            more = f"; {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
+            raise TrainError(f"{path} {what}: {'; '.join(changed[:SHOWN])}{more}", FILES)
 
 
 def reason(error: BaseException) -> str:

@@ -9,6 +9,7 @@ import math
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from model import Model
 from settings import Settings
@@ -40,4 +41,7 @@ def build_optimizer(model: Model, settings: Settings) -> torch.optim.AdamW:
         {"params": others, "weight_decay": 0.0},
     ]
     betas = (settings.beta1, settings.beta2)
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, foreach=False)
+    # One kernel takes them all, but not those of several meshes, as experts and shares have them.
+    meshes = {p.device_mesh if isinstance(p, DTensor) else None for p in [*decayed, *others]}
+    fused = len(meshes) == 1
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, foreach=False, fused=fused)

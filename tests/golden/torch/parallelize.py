@@ -11,7 +11,8 @@
                the tokens that chose them (GShard: arXiv 2006.16668)
 
 What a process computes of a module is that same module in a smaller size, its share, run on the
-process's part of the parameters: the code of model.py is used as it is.
+process's part of the parameters: the code of model.py is used as it is. Where it runs under
+autocast, the matrices of the blocks are gathered in bfloat16.
 
 Gradients are summed over the processes, not averaged: the caller divides the loss.
 """
@@ -28,7 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Shard, distribute_tensor
 from torch.func import functional_call
 
@@ -67,13 +68,15 @@ def parallelize(
     meshes: Meshes,
     prepare: Callable[[str, nn.Module], None] | None = None,
     numerics: Callable[[nn.Module, str], None] | None = None,
+    autocast: bool = False,
 ) -> None:
     """Share out `model` over the processes of `meshes`, in place. ValueError if it does not divide.
 
     The model may be on the meta device; then either `prepare` gives memory and values to each of
     its parts, by name, just before that is sharded (so that no process ever holds more than one
     whole block), or the caller calls `to_empty` afterwards and fills the shards. `numerics` is
-    called for each part and each share: `emulate` of numerics.py.
+    called for each part and each share: `emulate` of numerics.py. `autocast` says that the model
+    will run under autocast to bfloat16, with `cache_enabled=False`.
     """
     require_divisible(model.config, meshes)
     for name, part in parts(model):
@@ -89,9 +92,10 @@ def parallelize(
             if numerics is not None:
                 numerics(share.shell, inner)
             if isinstance(module, Experts) and meshes.expert is not None:
-                shard(module, meshes.expert["replica"])
+                cast = autocast and bool(cast_by_autocast(module))
+                shard(module, meshes.expert["replica"], BFLOAT16 if cast else FLOAT32)
         if name.rpartition(".")[0].endswith("layers"):
-            shard(part, meshes.data)
+            shard_block(part, meshes.data, autocast)
     shard(model, meshes.data)
 
 
@@ -106,7 +110,42 @@ def parts(model: Model) -> Iterator[tuple[str, nn.Module]]:
         yield f"mtp.layers.{index}", block
 
 
-def shard(module: nn.Module, mesh: DeviceMesh) -> None:
+def shard_block(block: nn.Module, mesh: DeviceMesh, autocast: bool) -> None:
+    """Shard a block; under `autocast` its matrices are gathered as autocast would cast them.
+
+    Else autograd would keep a bfloat16 copy of every matrix until the backward pass, which no
+    sharding takes back. The rest is gathered in float32, in which autocast leaves it: norms, A_log,
+    D and dt_bias, convolutions, routers.
+    """
+    matrices = cast_by_autocast(block) if autocast else set[nn.Parameter]()
+    shard(block, mesh, ignored=matrices)
+    rest = set(block.parameters()) - matrices
+    # The outer one first, as it takes nothing from within an inner one. It is the whole mixer that
+    # has its matrices gathered: a share runs none of the modules in it.
+    for child in block.children():
+        if not matrices.isdisjoint(child.parameters()):
+            shard(child, mesh, BFLOAT16, ignored=rest)
+
+
+def cast_by_autocast(module: nn.Module) -> set[nn.Parameter]:
+    """Return the matrices that products take in bfloat16; those with other numerics are not."""
+    matrices: set[nn.Parameter] = set()
+    for inner in module.modules():
+        if type(inner) in (nn.Linear, Experts):
+            matrices.update(inner.parameters())
+    return matrices
+
+
+FLOAT32 = MixedPrecisionPolicy()
+BFLOAT16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+
+
+def shard(
+    module: nn.Module,
+    mesh: DeviceMesh,
+    policy: MixedPrecisionPolicy = FLOAT32,
+    ignored: set[nn.Parameter] | None = None,
+) -> None:
     """Shard what is left of a module's parameters over the processes of `mesh`."""
 
     def dimension(parameter: nn.Parameter) -> Shard:
@@ -114,7 +153,9 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> None:
         few = parameter.dim() == 3 and len(local_part(parameter)) < mesh.size()
         return Shard(1 if few and parameter.shape[1] % mesh.size() == 0 else 0)
 
-    fully_shard(module, mesh=mesh, shard_placement_fn=dimension)
+    fully_shard(
+        module, mesh=mesh, shard_placement_fn=dimension, mp_policy=policy, ignored_params=ignored
+    )
     assert isinstance(module, FSDPModule)
     # Gloo has no average: sum, then divide (by 1).
     module.set_gradient_divide_factor(1.0)

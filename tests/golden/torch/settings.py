@@ -62,6 +62,7 @@ class Settings:
     expert_parallel: int = option(1, "processes that share out the experts: see parallelize.py")
     tensor_parallel: int = option(1, "processes that share out every block: see parallelize.py")
     activation_checkpointing: bool = option(False, "keep less in memory and compute it again")
+    compile: bool = option(False, "torch.compile every block; the first step takes minutes")
 
     save_every: int = option(1000, "steps from checkpoint to checkpoint")
     keep: int = option(2, "checkpoints that are kept")
@@ -81,7 +82,8 @@ class Settings:
 # many tokens as before is checked by their number.
 FREE_TO_CHANGE = {
     *("data", "out", "steps", "weights", "resume", "save_every", "keep", "async_checkpoints"),
-    *("expert_parallel", "tensor_parallel", "activation_checkpointing", "tensorboard"),
+    *("expert_parallel", "tensor_parallel", "activation_checkpointing", "compile"),
+    "tensorboard",
     *(name for name in Settings.__dataclass_fields__ if name.startswith(("val_", "log_", "peak_"))),
 }
 
@@ -156,6 +158,15 @@ def impossible(settings: Settings) -> list[str]:
         problems.append(f"{separator} is not from -1 to {config.vocab_size - 1}")
     if settings.numerics not in NUMERICS:
         problems.append(f"--numerics {settings.numerics} is none of {', '.join(NUMERICS)}")
+    others = {
+        "--activation-checkpointing": settings.activation_checkpointing,
+        "--numerics nvfp4": settings.numerics == "nvfp4",
+        "--expert-parallel": settings.expert_parallel > 1,
+        "--tensor-parallel": settings.tensor_parallel > 1,
+    }
+    refused = [name for name, given in others.items() if given]
+    if settings.compile and refused:
+        problems.append(f"--compile cannot be combined with {', '.join(refused)}")
     if not (settings.lr > 0 and settings.clip > 0):
         problems.append("--lr and --clip must be more than 0")
     if max(settings.beta1, settings.beta2, settings.val_fraction) >= 1:

@@ -140,7 +140,8 @@ def distribute(
         fill(name, part)
 
     meshes = Meshes.over_all(utils.device_type, expert=dims.ep, tensor=dims.tp)
-    parallelize(model, meshes, prepare, emulate if model.settings.nvfp4 else None)
+    numerics = emulate if model.settings.nvfp4 else None
+    parallelize(model, meshes, prepare, numerics, model.settings.bf16)
     return model
 
 
@@ -304,7 +305,7 @@ def pretrain() -> Trainer.Config:
                     optimizer_kwargs={**adamw, "weight_decay": Settings.weight_decay},
                 ),
             ],
-            implementation="for-loop",  # the others need all parameters on one mesh
+            implementation="for-loop",  # "fused" is faster, and needs all parameters on one mesh
         ),
         lr_scheduler=LRSchedulersContainer.Config(
             warmup_steps=200,

@@ -45,8 +45,14 @@ from checkpointing import Checkpoints
 from data import documents_of, open_data
 from faults import finite, first_fault
 from metrics import Metrics
-from model import CheckpointError, Output, cross_entropy
-from numerics import emulate
+from model import CheckpointError, Model, Output, Recomputable, cross_entropy
+from numerics import (
+    DISABLE_2D_QUANTIZATION,
+    DISABLE_RHT,
+    DISABLE_STOCHASTIC_ROUNDING,
+    FORMATS,
+    emulate,
+)
 from optimizer import build_optimizer, learning_rate
 from parallelize import clip_gradients
 from settings import FILES, NOT_FINITE, STOPPED, USAGE, Settings, TrainError, parse_settings
@@ -69,7 +75,8 @@ class Trainer:
         self.share = int(share)  # sequences that a process runs at once
         self.train_windows, self.val_windows = open_data(settings)
         folder, tokens = Path(settings.out) / "checkpoints", self.train_windows.stop
-        self.store = Checkpoints(folder, settings.keep, world, tokens)
+        rules = training_rules() if settings.numerics == "nvfp4" else {}
+        self.store = Checkpoints(folder, settings.keep, world, tokens, rules)
         numerics = None
         if settings.numerics == "nvfp4":
             numerics = low_precision(world.device)
@@ -79,6 +86,8 @@ class Trainer:
         except ValueError as error:
             raise TrainError(f"--numerics {settings.numerics}: {error}", USAGE) from error
         self.model.activation_checkpointing_enable(settings.activation_checkpointing)
+        if settings.compile:
+            compile_blocks(self.model)
         self.optimizer = build_optimizer(self.model, settings)
         self.step = 0  # optimizer steps done
         if settings.resume:
@@ -207,6 +216,26 @@ class Trainer:
             what = f"step {self.step} made weights that are not finite"
             raise TrainError(f"{what}; {self.store.last_good()}", NOT_FINITE)
         self.store.save(self.model, self.optimizer, self.settings, self.step)
+
+
+def compile_blocks(model: Model) -> None:
+    """Compile every block by itself; those that are alike share their graphs.
+
+    What FSDP2 does before and after a block stays outside.
+    """
+    for module in model.modules():
+        if isinstance(module, Recomputable):
+            module.compute = torch.compile(module.compute)
+
+
+def training_rules() -> dict[str, str | bool]:
+    """Return what [training] of the spec became, of which the numbers of a run depend."""
+    return {
+        **FORMATS,
+        "disable_2d_quantization": DISABLE_2D_QUANTIZATION,
+        "disable_rht": DISABLE_RHT,
+        "disable_stochastic_rounding": DISABLE_STOCHASTIC_ROUNDING,
+    }
 
 
 def train(settings: Settings, world: World) -> int:

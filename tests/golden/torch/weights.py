@@ -43,7 +43,8 @@ def build_model(
         fill(name, part)
 
     if world.meshes is not None:
-        parallelize(model, world.meshes, prepare, numerics)
+        autocast = settings.numerics != "float32"
+        parallelize(model, world.meshes, prepare, numerics, autocast)
         return model
     for name, part in parts(model):
         prepare(name, part)
