@@ -33,7 +33,7 @@ test-slow: venv ## Run the full-size builds too (Super and Ultra, several minute
 	$(BIN)/pytest -q -m slow
 
 test-oracles: $(ORACLES)/.made ## Run what needs torchtitan, Megatron-core and Triton (makes .venv-oracles, 2.5 GB).
-	TRITON_INTERPRET=1 $(ORACLES)/bin/pytest -q -m oracles
+	TRITON_INTERPRET=1 $(ORACLES)/bin/pytest -q -m oracles $$(grep -rl 'pytest.mark.oracles' tests)
 
 # The wheels of Megatron-core (Python 3.12, CUDA) and Transformer Engine (CUDA) are only unpacked.
 # Of mamba_ssm only the Triton kernels are wanted: no CUDA extension is built.
