@@ -60,6 +60,7 @@ def template_context(spec: Spec, spec_sha256: str, flops_per_token: tuple[int, i
     if shared or BlockKind.MLP in used:
         modules.insert(0, "mlp.jinja")  # the shared expert is an MLP, too
     shared_out = _shared_out(used, shared)
+    imported = ["Config", "Model", *shared_out] + ([] if spec.model.tie_word_embeddings else ["sum_of_losses"])
     return {
         "name": _matching(NAME, spec.name, "name"),
         "sha256": _matching(SHA256, spec_sha256, "sha256"),
@@ -79,7 +80,7 @@ def template_context(spec: Spec, spec_sha256: str, flops_per_token: tuple[int, i
             "mtp": spec.mtp is not None,
         },
         "shared_out": shared_out,
-        "imported": sorted(["Config", "Model", *shared_out], key=lambda name: (not name.isupper(), name)),  # as isort
+        "imported": sorted(imported, key=lambda name: (not name.isupper(), name)),  # as isort
         "divided": _divided(used, shared),
         "wrapped": spec.mtp is not None or (BlockKind.MOE in used and not shared),  # transformers lacks that
         "tied": spec.model.tie_word_embeddings,

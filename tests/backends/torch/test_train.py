@@ -166,8 +166,11 @@ def one(folder: Path) -> Path:
     return folder / "one"
 
 
-def assert_same_run(ours: Path, theirs: Path, weight_tolerance: float) -> None:
-    """Compare losses to 1e-5, and the exported weights: Adam makes steps of lr of the smallest gradients."""
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    """Compare losses to 1e-5, and the exported weights to that in the mean of each tensor.
+
+    Single weights may differ by more: Adam makes steps of lr of the smallest gradients, whose sign is an accident.
+    """
     assert len(metrics(ours)) == len(metrics(theirs)) == 4
     for line, other in zip(without_speed(ours), without_speed(theirs), strict=True):
         assert line.keys() == other.keys() and line["expert_load"] == other["expert_load"]
@@ -176,7 +179,8 @@ def assert_same_run(ours: Path, theirs: Path, weight_tolerance: float) -> None:
         assert line["grad_norm"] == pytest.approx(other["grad_norm"], abs=1e-4)
     left, right = weights(ours), weights(theirs)
     assert left.keys() == right.keys()
-    assert max(float((left[name] - right[name]).abs().max()) for name in left) < weight_tolerance
+    for name, weight in left.items():
+        assert (weight - right[name]).square().mean().sqrt() < 1e-5, name
 
 
 def goes_on_in_one(folder: Path, out: Path) -> Path:
@@ -201,9 +205,9 @@ def test_two_processes_equal_one(folder: Path, one: Path, options: list[str], re
     """On gloo: FSDP2, experts shared out, blocks shared out; then the checkpoint goes on in one process."""
     two = folder / f"two_{request.node.callspec.id}"
     run(folder, two, *SHORT, *options, processes=2)
-    assert_same_run(one, two, 1e-4)
+    assert_same_run(one, two)
     if "--accumulation" not in options:  # which is not free to change
-        assert_same_run(one, goes_on_in_one(folder, two), 1e-4)
+        assert_same_run(one, goes_on_in_one(folder, two))
 
 
 @pytest.fixture(scope="module")
@@ -241,16 +245,16 @@ def test_four_processes_equal_one(folder: Path, one: Path) -> None:
     """Data x expert x tensor: 1 x 2 x 2, then 2 x 2 x 1 from its checkpoint, then one process."""
     four = folder / "four"
     run(folder, four, *SHORT, "--expert-parallel", "2", "--tensor-parallel", "2", processes=4)
-    assert_same_run(one, four, 1e-4)
+    assert_same_run(one, four)
     shutil.rmtree(four / "checkpoints" / "step-000000004")
     run(folder, four, *SHORT, "--expert-parallel", "2", "--resume", processes=4)
-    assert_same_run(one, four, 1e-4)
-    assert_same_run(one, goes_on_in_one(folder, four), 1e-4)
+    assert_same_run(one, four)
+    assert_same_run(one, goes_on_in_one(folder, four))
     back = folder / "one_then_two"  # whose optimizer has one kernel, which does not take several meshes
     shutil.copytree(one, back)
     shutil.rmtree(back / "checkpoints" / "step-000000004")
     run(folder, back, *SHORT, "--expert-parallel", "2", "--resume", processes=2)
-    assert_same_run(one, back, 1e-4)
+    assert_same_run(one, back)
 
 
 @pytest.mark.slow

@@ -224,28 +224,30 @@ class ChunkedScan(torch.autograd.Function):
     def forward(
         ctx: Any, u: Tensor, a: Tensor, B: Tensor, C: Tensor, state: Tensor
     ) -> tuple[Tensor, Tensor]:
-        B, C = B.movedim(2, 3), C.movedim(2, 3)  # [B, S/Q, G, Q, N]
+        B, C = B.movedim(2, 3).contiguous(), C.movedim(2, 3).contiguous()  # [B, S/Q, G, Q, N]
         within, to_end, from_start = decays(a)
+        whole = from_start[:, :, -1, :, :, None, None]  # [B, S/Q, G, R, 1, 1]
 
         # 1. Inside a chunk, token j reaches token i >= j decayed by all steps between them.
         scores = C @ B.mT  # [B, S/Q, G, Q, Q]
         y = (scores[:, :, :, None] * within) @ by_head(u)  # [B, S/Q, G, R, Q, P]
 
         # 2. What each chunk adds to the state: its tokens, decayed up to its end.
-        added = merged(u * to_end[..., None]).mT @ B  # [B, S/Q, G, R * P, N]
-        added = added.view(*u.shape[:2], *state.shape[1:])
+        h = merged(u * to_end[..., None]).mT @ B  # [B, S/Q, G, R * P, N]
+        h = h.view(*u.shape[:2], *state.shape[1:])
 
-        # 3. The state before each chunk, and after the last; the only sequential part.
-        h = torch.cat([state[:, None], added], dim=1)  # [B, S/Q + 1, G, R, P, N]
-        whole = from_start[:, :, -1, :, :, None, None]  # [B, S/Q, G, R, 1, 1]
-        for c in range(whole.shape[1]):
-            h[:, c + 1].addcmul_(h[:, c], whole[:, c])
+        # 3. The state before each chunk, in the place of what the chunk adds, and after the last;
+        # the only sequential part.
+        for c in range(h.shape[1]):
+            after = torch.addcmul(h[:, c], state, whole[:, c])
+            h[:, c] = state
+            state = after
 
         # 4. What the state before the chunk gives to each of its tokens.
-        carried = C @ h[:, :-1].flatten(3, 4).mT  # [B, S/Q, G, Q, R * P]
+        carried = C @ h.flatten(3, 4).mT  # [B, S/Q, G, Q, R * P]
         carried = carried.movedim(3, 2).reshape(u.shape).mul_(from_start[..., None])
         ctx.save_for_backward(u, B, C, within, to_end, from_start, h, carried)
-        return carried + y.movedim(4, 2), h[:, -1].clone()  # [B, S/Q, Q, G, R, P]
+        return carried + y.movedim(4, 2), state  # [B, S/Q, Q, G, R, P]
 
     @staticmethod
     @once_differentiable
@@ -253,15 +255,21 @@ class ChunkedScan(torch.autograd.Function):
         u, B, C, within, to_end, from_start, h, carried = ctx.saved_tensors
         dy_by_head, whole = by_head(dy), from_start[:, :, -1, :, :, None, None]
 
-        # 4 and 3: the gradient of the state after each chunk, from the last to the first.
+        # 4.
         dcarried = merged(dy * from_start[..., None])  # [B, S/Q, G, Q, R * P]
-        dC = dcarried @ h[:, :-1].flatten(3, 4)  # [B, S/Q, G, Q, N]
-        dh = torch.cat([(dcarried.mT @ C).view_as(h[:, 1:]), dstate[:, None]], dim=1)
-        for c in reversed(range(whole.shape[1])):
-            dh[:, c].addcmul_(dh[:, c + 1], whole[:, c])
+        dC = dcarried @ h.flatten(3, 4)  # [B, S/Q, G, Q, N]
+        dh = (dcarried.mT @ C).view_as(h)
+
+        # 3. The gradient of the state after each chunk, in the place of that of the state before.
+        passed = torch.empty_like(whole)  # what the states after and before a chunk have in common
+        for c in reversed(range(h.shape[1])):
+            passed[:, c] = (dstate * h[:, c]).sum((-1, -2), keepdim=True) * whole[:, c]
+            before = torch.addcmul(dh[:, c], dstate, whole[:, c])
+            dh[:, c] = dstate
+            dstate = before
 
         # 2.
-        dadded = dh[:, 1:].flatten(3, 4).contiguous()  # [B, S/Q, G, R * P, N]
+        dadded = dh.flatten(3, 4)  # [B, S/Q, G, R * P, N]
         dB = merged(u * to_end[..., None]) @ dadded
         du = (B @ dadded.mT).movedim(3, 2).reshape(u.shape).mul_(to_end[..., None])
         to_later = (du * u).sum(-1).double()  # [B, S/Q, Q, G, R]
@@ -276,12 +284,13 @@ class ChunkedScan(torch.autograd.Function):
 
         # a_t scales all that passes from tokens before t to t and those after it: inside the chunk,
         # from the state before it, to the state after it, and from the one to the other.
-        inside = dscores.mul_(scores).double()
+        inside = dscores.mul_(scores)
+        inside.diagonal(dim1=-2, dim2=-1).zero_()  # what a token gives to itself does not decay
         arriving = (inside.sum(-1) - inside.sum(-2)).movedim(4, 2)  # [B, S/Q, Q, G, R]
-        arriving += (dy * carried).sum(-1)
+        arriving = (arriving + (dy * carried).sum(-1)).double()
         da = arriving.flip(2).cumsum(2).flip(2) + to_later.cumsum(2) - to_later
-        da += ((dh[:, 1:] * h[:, :-1]).sum((-1, -2)) * from_start[:, :, -1])[:, :, None]
-        return du, da.to(u.dtype), dB.movedim(3, 2), dC.movedim(3, 2), dh[:, 0]
+        da += passed[:, :, None, :, :, 0, 0]
+        return du, da.to(u.dtype), dB.movedim(3, 2), dC.movedim(3, 2), dstate
 
 
 def decays(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -292,7 +301,7 @@ def decays(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     # Differences of these sums matter; in float32 they would lose all digits where decay is fast.
     total = a.double().cumsum(2)
-    span = total.movedim(2, -1)  # [B, S/Q, G, R, Q]
+    span = total.movedim(2, -1).contiguous()  # [B, S/Q, G, R, Q]
     between = (span[..., :, None] - span[..., None, :]).to(a.dtype)
     # exp is ten times slower where its result is below the normal floats, 1e-38.
     within = between.clamp_(NOTHING, 0).exp_().tril_()
@@ -391,7 +400,7 @@ class CausalConv1d(nn.Module):
                 x.transpose(1, 2), weight, bias, seq_idx=documents, activation="silu"
             )
             return out.transpose(1, 2)
-        weight = self.weight[:, 0].float().t()  # [K, C]
+        weight = self.weight[:, 0].float().t().contiguous()  # [K, C]
         if window is not None:
             x = torch.cat([window, x], dim=1)  # [B, K - 1 + S, C]
             window.copy_(x[:, length:])
@@ -933,12 +942,23 @@ class MTP(nn.Module):
 class Output(NamedTuple):
     """What `Model.forward` returns; losses are None without labels."""
 
-    logits: Tensor  # [B, S, V] float32: position t predicts token t + 1
+    logits: Tensor | None  # [B, S, V] float32: position t predicts token t + 1
     loss: Tensor | None  # scalar float32, with the MTP loss in it
     mtp_loss: Tensor | None  # scalar float32: mean over depths, before its scaling factor
     mtp_logits: tuple[Tensor, ...]  # depth k: [B, S - k, V] float32, t predicts token t + k + 1
     # Scalar float32: sum over the routers, before its factor; `loss` is without it. In training.
     balance_loss: Tensor | None = None
+
+
+def targets_of(labels: Tensor, ahead: int, documents: Tensor | None) -> Tensor:
+    """Return the tokens that lie `ahead` in the same document: [B, S] -> [B, S - ahead + 1].
+
+    -100 does not count; the last one is that, as cutting the logits would copy them.
+    """
+    targets = labels[:, ahead:]
+    if documents is not None:
+        targets = targets.masked_fill(documents[:, ahead:] != documents[:, :-ahead], -100)
+    return F.pad(targets, (0, 1), value=-100)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, ahead: int, documents: Tensor | None) -> Tensor:
@@ -947,13 +967,66 @@ def cross_entropy(logits: Tensor, labels: Tensor, ahead: int, documents: Tensor 
     Labels of -100 do not count; without any other the loss is 0.
     logits [B, S - ahead + 1, V], labels and documents [B, S].
     """
-    targets = labels[:, ahead:]
-    if documents is not None:
-        targets = targets.masked_fill(documents[:, ahead:] != documents[:, :-ahead], -100)
-    # One target more, as cutting the logits would copy them.
-    targets = F.pad(targets, (0, 1), value=-100)  # [B, S - ahead + 1]
-    total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-    return total / (targets != -100).sum().clamp(min=1)
+    targets = targets_of(labels, ahead, documents)
+    return sum_of_losses(logits, targets) / (targets != -100).sum().clamp(min=1)
+
+
+def sum_of_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross-entropies of logits [..., V] and targets [...], in float32, summed up."""
+    total: Tensor = F.cross_entropy(
+        logits.float().flatten(0, -2), targets.flatten(), reduction="sum"
+    )
+    return total
+
+
+class HeadLoss(torch.autograd.Function):
+    """`sum_of_losses` of x W^T, with its gradients found on the way, a chunk of tokens at a time.
+
+    x [N, D], W [V, D], targets [N] -> []. All logits at once, their softmax and its gradient are
+    4 GB each for 8,192 tokens and V = 131,072; a chunk of them is as large as x. So does Liger
+    Kernel (Hsu et al., arXiv 2410.10989).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        kind = x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            kind = torch.get_autocast_dtype(x.device.type)
+        rows, matrix = x.to(kind), weight.to(kind)
+        counts = (targets != -100)[:, None]  # [N, 1]
+        total = x.new_zeros((), dtype=torch.float32)
+        dx = torch.empty_like(rows)
+        dweight = torch.zeros_like(weight, dtype=torch.float32)
+        size = max(256, x.numel() // len(weight))
+        for chunk in (slice(start, start + size) for start in range(0, len(x), size)):
+            # log_softmax, then its gradient in the same memory.
+            p = F.linear(rows[chunk], matrix).float().log_softmax(-1)  # [size, V]
+            total += F.nll_loss(p, targets[chunk], reduction="sum")
+            p.exp_().scatter_add_(1, targets[chunk, None].clamp(min=0), -counts[chunk].float())
+            dlogits, counted = p.to(kind), counts[chunk].to(kind)
+            dx[chunk] = (dlogits @ matrix) * counted
+            if kind == torch.float32:
+                dweight.addmm_(dlogits.mT, rows[chunk] * counted)
+            else:
+                dweight += dlogits.mT @ (rows[chunk] * counted)
+        ctx.save_for_backward(dx.to(x.dtype), dweight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, Tensor, None]:
+        dx, dweight = ctx.saved_tensors
+        return dx * dtotal.to(dx.dtype), dweight * dtotal.to(dweight.dtype), None
+
+
+class Head(nn.Linear):
+    """The logits [..., V] of x [..., D] or, given their targets [...], the sum of the losses."""
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        if targets is None:
+            return super().forward(x)
+        total: Tensor = HeadLoss.apply(x.flatten(0, -2), self.weight, targets.flatten())  # type: ignore[no-untyped-call]
+        return total
 
 
 class Model(nn.Module):
@@ -963,7 +1036,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config or Config()
         self.backbone = Backbone(self.config)
-        self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        self.lm_head = Head(self.config.hidden_size, self.config.vocab_size, bias=False)
         self.mtp = MTP(self.config)
         self.init_weights()
 
@@ -984,6 +1057,27 @@ class Model(nn.Module):
         logits: Tensor = self.lm_head(x).float()
         return logits
 
+    def predict(
+        self,
+        x: Tensor,
+        labels: Tensor | None,
+        ahead: int,
+        documents: Tensor | None,
+        return_logits: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return logits [B, S - ahead + 1, V] and mean loss [], those that are asked for."""
+        logits = self.head(x) if return_logits or labels is None else None
+        if labels is None:
+            return logits, None
+        if logits is not None:
+            return logits, cross_entropy(logits, labels, ahead, documents)
+        targets = targets_of(labels, ahead, documents)
+        if isinstance(self.lm_head, Head):
+            total = self.lm_head(x, targets)
+        else:  # one with other numerics
+            total = sum_of_losses(self.lm_head(x), targets)
+        return None, total / (targets != -100).sum().clamp(min=1)
+
     def routers(self) -> list[Router]:
         """Return the routers, in the order of the blocks."""
         return [module for module in self.modules() if isinstance(module, Router)]
@@ -999,8 +1093,12 @@ class Model(nn.Module):
         input_ids: Tensor,
         labels: Tensor | None = None,
         document_ids: Tensor | None = None,
+        *,
+        return_logits: bool = True,
     ) -> Output:
         """Run whole sequences [B, S]. `labels` [B, S] are `input_ids`, or -100 to ignore.
+
+        With `return_logits=False` there are losses alone, in much less memory: see `HeadLoss`.
 
         Sequences may be packed: where `document_ids` [B, S] changes from one token to the next,
         another document begins, and nothing passes from the one to the other, neither state nor
@@ -1014,26 +1112,27 @@ class Model(nn.Module):
         for router in routers:
             router.balance_losses.clear()
         h = self.backbone(input_ids, documents=documents)  # [B, S, D]
-        logits = self.head(h)
-        loss = None if labels is None else cross_entropy(logits, labels, 1, documents)
+        logits, loss = self.predict(h, labels, 1, documents, return_logits)
 
-        mtp_logits: list[Tensor] = []
+        predicted: list[tuple[Tensor | None, Tensor | None]] = []
         for k in range(1, min(self.config.mtp_depth, input_ids.shape[1] - 1) + 1):
             embedding = self.backbone.embeddings(input_ids[:, k:])  # [B, S - k, D]
             left = None if documents is None else documents[:, :-k]
             h = self.mtp(h[:, :-1], embedding, documents=left)  # [B, S - k, D]
-            mtp_logits.append(self.head(h))
-        if loss is None or labels is None:
-            return Output(logits, None, None, tuple(mtp_logits))
+            predicted.append(self.predict(h, labels, k + 1, documents, return_logits))
+        mtp_logits = tuple(ahead for ahead, _ in predicted if ahead is not None)
+        if loss is None:
+            return Output(logits, None, None, mtp_logits)
 
         mtp_loss = torch.zeros_like(loss)
-        for k, ahead in enumerate(mtp_logits, start=1):
-            mtp_loss = mtp_loss + cross_entropy(ahead, labels, k + 1, documents)
+        for _, ahead_loss in predicted:
+            if ahead_loss is not None:
+                mtp_loss = mtp_loss + ahead_loss
         mtp_loss = mtp_loss / self.config.mtp_depth
         loss = loss + self.config.mtp_loss_scaling_factor * mtp_loss
         balance = [balance for router in routers for balance in router.balance_losses]
         balance_loss = torch.stack(balance).sum() if balance else None
-        return Output(logits, loss, mtp_loss, tuple(mtp_logits), balance_loss)
+        return Output(logits, loss, mtp_loss, mtp_logits, balance_loss)
 
     def allocate_state(self, batch_size: int, max_seq_len: int) -> State:
         """Return the state before the first token, on the device and in the type of the weights."""

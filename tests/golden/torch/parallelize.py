@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Shard, distrib
 from torch.func import functional_call
 
 from collectives import exchange, side_by_side, sum_of_gradients, sum_of_outputs
-from model import MLP, Attention, Config, Experts, Mamba2, Model
+from model import MLP, Attention, Config, Experts, Mamba2, Model, sum_of_losses
 
 
 @dataclass(frozen=True)
@@ -228,14 +228,18 @@ class EmbeddingShare(Share):
 
 
 class HeadShare(Share):
-    """The head where each process computes the logits of V/T tokens; then all have all of them."""
+    """The head where each process computes the logits of V/T tokens; then all have all of them.
+
+    Given targets it returns the sum of their losses, as `Head` does.
+    """
 
     def __call__(self, *inputs: Any, **options: Any) -> Tensor:
         assert self.tensor is not None
         group = self.tensor.get_group()
         parameters = {name: self.mine(name, p) for name, p in self.module.named_parameters()}
         x = sum_of_gradients(inputs[0], group)
-        return side_by_side(functional_call(self.shell, parameters, (x,)), group)
+        logits = side_by_side(functional_call(self.shell, parameters, (x,)), group)
+        return logits if len(inputs) == 1 else sum_of_losses(logits, inputs[1])
 
 
 def flows(x: object) -> bool:

@@ -117,7 +117,7 @@ class TitanModel(Model, BaseModel):
         bf16 = self.settings.bf16
         # Without a cache: see `autocast` of train.py.
         with torch.autocast(device, torch.bfloat16, enabled=bf16, cache_enabled=False):
-            out = super().forward(input_ids, input_ids, document_ids)
+            out = super().forward(input_ids, input_ids, document_ids, return_logits=False)
         assert out.mtp_loss is not None
         self.measured["mtp_loss"] = out.mtp_loss.detach()
         return out

@@ -103,7 +103,7 @@ class Trainer:
         """Run sequences [B, S]."""
         documents = documents_of(ids, self.settings.document_separator)
         with self.autocast():
-            out: Output = self.model(ids, labels, documents)
+            out: Output = self.model(ids, labels, documents, return_logits=labels is None)
         return out
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -194,6 +194,7 @@ class Trainer:
             # Every process runs every batch: a last one without rows of its own runs unscored.
             ids = torch.stack([windows.read(row) for row in rows or chosen[:1]]).to(world.device)
             logits = self.forward(ids).logits
+            assert logits is not None
             if rows:
                 documents = documents_of(ids, settings.document_separator)
                 scored = ids[:, 1:].numel()
