@@ -210,6 +210,17 @@ def test_two_processes_equal_one(folder: Path, one: Path, options: list[str], re
         assert_same_run(one, goes_on_in_one(folder, two))
 
 
+def test_documents_in_parts_equal_the_whole_batch(folder: Path) -> None:
+    """Parts have different numbers of tokens to predict: their means do not count alike."""
+    packed = [*SHORT, "--document-separator", str(ord(" "))]
+    whole = folder / "packed"
+    run(folder, whole, *packed)
+    run(folder, folder / "packed_parts", *packed, "--accumulation", "4")
+    assert_same_run(whole, folder / "packed_parts")
+    run(folder, folder / "packed_two", *packed, processes=2)
+    assert_same_run(whole, folder / "packed_two")
+
+
 @pytest.fixture(scope="module")
 def one_in_bf16(folder: Path) -> Path:
     """Return the output of a short run in one process, in bfloat16."""

@@ -948,6 +948,8 @@ class Output(NamedTuple):
     mtp_logits: tuple[Tensor, ...]  # depth k: [B, S - k, V] float32, t predicts token t + k + 1
     # Scalar float32: sum over the routers, before its factor; `loss` is without it. In training.
     balance_loss: Tensor | None = None
+    # What `loss` is made of: the mean loss of the next token, and of each depth, by `targets_of`.
+    losses: tuple[Tensor, ...] = ()
 
 
 def targets_of(labels: Tensor, ahead: int, documents: Tensor | None) -> Tensor:
@@ -1124,15 +1126,15 @@ class Model(nn.Module):
         if loss is None:
             return Output(logits, None, None, mtp_logits)
 
+        losses = (loss, *(ahead for _, ahead in predicted if ahead is not None))
         mtp_loss = torch.zeros_like(loss)
-        for _, ahead_loss in predicted:
-            if ahead_loss is not None:
-                mtp_loss = mtp_loss + ahead_loss
+        for ahead_loss in losses[1:]:
+            mtp_loss = mtp_loss + ahead_loss
         mtp_loss = mtp_loss / self.config.mtp_depth
         loss = loss + self.config.mtp_loss_scaling_factor * mtp_loss
         balance = [balance for router in routers for balance in router.balance_losses]
         balance_loss = torch.stack(balance).sum() if balance else None
-        return Output(logits, loss, mtp_loss, mtp_logits, balance_loss)
+        return Output(logits, loss, mtp_loss, mtp_logits, balance_loss, losses)
 
     def allocate_state(self, batch_size: int, max_seq_len: int) -> State:
         """Return the state before the first token, on the device and in the type of the weights."""

@@ -17,8 +17,8 @@ PATH is one of
 
 DIR gets metrics.jsonl (a line a step), checkpoints/step-<n>/ and, at the end, export/: weights in
 the released layout. The same settings give the same run, whatever the number of processes, but
-for the order of float sums and, with --document-separator, for the means: those of the parts of a
-batch count alike. A run that was interrupted goes on with --resume: on CPUs to the same bits.
+for the order of float sums. A run that was interrupted goes on with --resume: on CPUs to the same
+bits.
 Exit codes: 0 done, 2 wrong usage, 5 a loss that is not finite, 6 files, 143 stopped by a signal
 (torchrun has its own: 1 for each of them).
 """
@@ -45,7 +45,7 @@ from checkpointing import Checkpoints
 from data import documents_of, open_data
 from faults import finite, first_fault
 from metrics import Metrics
-from model import CheckpointError, Model, Output, Recomputable, cross_entropy
+from model import CheckpointError, Model, Output, Recomputable, cross_entropy, targets_of
 from numerics import (
     DISABLE_2D_QUANTIZATION,
     DISABLE_RHT,
@@ -132,22 +132,23 @@ class Trainer:
         rate = learning_rate(settings, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        parts = settings.accumulation * world.data_size
+        batches = list(self.micro_batches(self.step))
+        shares = self.shares_of_loss(batches)
         sums = torch.zeros(3, dtype=torch.float64, device=world.device)
-        for number, ids in enumerate(self.micro_batches(self.step), start=1):
+        for number, (ids, share) in enumerate(zip(batches, shares, strict=True), start=1):
             if isinstance(model, FSDPModule):
                 model.set_requires_gradient_sync(number == settings.accumulation)
             out = self.forward(ids, ids)
-            assert out.loss is not None
-            loss = out.loss
+            loss = share[0] * out.losses[0]
+            sums[0] += loss.detach()
+            ahead = (share[1:] * torch.stack(out.losses[1:])).sum() / model.config.mtp_depth
+            sums[1] += ahead.detach()
+            loss = loss + model.config.mtp_loss_scaling_factor * ahead
             if out.balance_loss is not None:
-                loss = loss + settings.balance * out.balance_loss
-                sums[2] += out.balance_loss.detach() / parts
-            assert out.mtp_loss is not None
-            mtp_loss = out.mtp_loss.detach()
-            sums[1] += mtp_loss / parts
-            sums[0] += (out.loss.detach() - model.config.mtp_loss_scaling_factor * mtp_loss) / parts
-            torch.autograd.backward(loss / parts)
+                balance_loss = out.balance_loss / (settings.accumulation * world.data_size)
+                sums[2] += balance_loss.detach()
+                loss = loss + settings.balance * balance_loss
+            torch.autograd.backward(loss)
         main_loss, mtp, balance = world.sum(sums).tolist()
         norm = clip_gradients(model.parameters(), settings.clip).item()
         if not all(map(math.isfinite, (main_loss, mtp, balance, norm))):
@@ -162,6 +163,25 @@ class Trainer:
         metrics["mtp_loss"] = mtp
         metrics |= {"balance_loss": balance, "expert_load": self.balance_experts()}
         return metrics | {"lr": rate, "grad_norm": norm}
+
+    def shares_of_loss(self, batches: Sequence[Tensor]) -> Tensor:
+        """Return the part of all tokens that each batch predicts, in a step of all processes.
+
+        [batches, 1 + depth] float32: of the next token, and of each depth. Means weighted by it
+        add up to the mean of the step. All are alike, unless ends of documents leave some batches
+        fewer tokens to predict.
+        """
+        settings, world = self.settings, self.world
+        depths = 1 + min(self.model.config.mtp_depth, settings.seq_len - 1)
+        if settings.document_separator < 0:
+            equal = 1 / (settings.accumulation * world.data_size)
+            return torch.full((len(batches), depths), equal, device=world.device)
+        counts = torch.zeros(len(batches), depths, dtype=torch.float64, device=world.device)
+        for batch, ids in zip(counts, batches, strict=True):
+            documents = documents_of(ids, settings.document_separator)
+            for ahead in range(depths):
+                batch[ahead] = (targets_of(ids, ahead + 1, documents) != -100).sum()
+        return (counts / world.sum(counts.sum(0)).clamp(min=1)).float()
 
     def run_again(self) -> None:
         """Run the forward passes of the step once more."""
