@@ -166,10 +166,10 @@ def one(folder: Path) -> Path:
     return folder / "one"
 
 
-def assert_same_run(ours: Path, theirs: Path) -> None:
-    """Compare losses to 1e-5, and the exported weights to that in the mean of each tensor.
+def assert_same_run(ours: Path, theirs: Path, accidents: int = 0) -> None:
+    """Compare losses to 1e-5, the exported weights to that in the mean of each tensor, and singly to 1e-4.
 
-    Single weights may differ by more: Adam makes steps of lr of the smallest gradients, whose sign is an accident.
+    All but `accidents` of them: Adam makes steps of lr of the smallest gradients, whose sign is one.
     """
     assert len(metrics(ours)) == len(metrics(theirs)) == 4
     for line, other in zip(without_speed(ours), without_speed(theirs), strict=True):
@@ -181,6 +181,7 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     assert left.keys() == right.keys()
     for name, weight in left.items():
         assert (weight - right[name]).square().mean().sqrt() < 1e-5, name
+    assert sum(int(((left[name] - right[name]).abs() >= 1e-4).sum()) for name in left) <= accidents
 
 
 def goes_on_in_one(folder: Path, out: Path) -> Path:
@@ -205,9 +206,10 @@ def test_two_processes_equal_one(folder: Path, one: Path, options: list[str], re
     """On gloo: FSDP2, experts shared out, blocks shared out; then the checkpoint goes on in one process."""
     two = folder / f"two_{request.node.callspec.id}"
     run(folder, two, *SHORT, *options, processes=2)
-    assert_same_run(one, two)
+    accidents = 1 if "--tensor-parallel" in options else 0  # 1.3e-4, in out_proj
+    assert_same_run(one, two, accidents)
     if "--accumulation" not in options:  # which is not free to change
-        assert_same_run(one, goes_on_in_one(folder, two))
+        assert_same_run(one, goes_on_in_one(folder, two), accidents)
 
 
 def test_documents_in_parts_equal_the_whole_batch(folder: Path) -> None:
