@@ -60,7 +60,9 @@ def template_context(spec: Spec, spec_sha256: str, flops_per_token: tuple[int, i
     if shared or BlockKind.MLP in used:
         modules.insert(0, "mlp.jinja")  # the shared expert is an MLP, too
     shared_out = _shared_out(used, shared)
-    imported = ["Config", "Model", *shared_out] + ([] if spec.model.tie_word_embeddings else ["sum_of_losses"])
+    imported = ["Config", "Model", *shared_out]
+    if not spec.model.tie_word_embeddings:
+        imported += ["head_loss", "sum_of_losses"]
     return {
         "name": _matching(NAME, spec.name, "name"),
         "sha256": _matching(SHA256, spec_sha256, "sha256"),
@@ -112,7 +114,6 @@ def _divided(used: Set[BlockKind], shared_expert: bool) -> list[str]:
     """Return the sizes of Config that tensor parallelism divides."""
     pairs = (
         ("attention_num_heads", BlockKind.ATTENTION in used),
-        ("attention_num_kv_heads", BlockKind.ATTENTION in used),
         ("mamba_num_heads", BlockKind.MAMBA in used),
         ("mamba_n_groups", BlockKind.MAMBA in used),
         ("moe_intermediate_size", BlockKind.MOE in used),

@@ -18,8 +18,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from n3c.specs.schema import Attention, Mamba
 from support.modules import import_file
 
 from .generated import imported, tiny_spec, write_generated
@@ -133,8 +135,14 @@ def test_validation_by_the_exported_weights(folder: Path, whole: Path) -> None:
     tail = torch.tensor(list(TEXT[len(TEXT) - held_out * 32 :])).view(held_out, 32)
     rows = tail[[n * held_out // count for n in range(count)]]
     with torch.no_grad():
-        loss = model(rows, rows).logits[:, :-1].log_softmax(-1).gather(2, rows[:, 1:, None]).mean() * -1
+        out = model(rows)
+    loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
+    ahead = [
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, k + 1 :].flatten())
+        for k, logits in enumerate(out.mtp_logits, start=1)
+    ]
     last = metrics(whole)[-1]
+    assert last["val_mtp_loss"] == pytest.approx(torch.stack(ahead).mean().item(), rel=1e-5)
     assert last["val_loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert last["val_bits_per_byte"] == pytest.approx(loss.item() / math.log(2), rel=1e-5)
 
@@ -156,7 +164,8 @@ def test_terminated_and_killed_runs_go_on_to_the_same_bits(folder: Path, whole: 
 
 
 BF16 = 2**-7  # twice the largest step between two numbers near 1
-SHORT = ["--steps", "4", "--save-every", "2", "--val-every", "2", "--keep", "9", "--lr", "0.001"]
+# With Adam's usual eps a gradient of 1e-8, whose sign is an accident of rounding, moves a weight by the rate.
+SHORT = ["--steps", "4", "--save-every", "2", "--val-every", "2", "--keep", "9", "--lr", "0.001", "--eps", "1e-5"]
 
 
 @pytest.fixture(scope="module")
@@ -166,22 +175,18 @@ def one(folder: Path) -> Path:
     return folder / "one"
 
 
-def assert_same_run(ours: Path, theirs: Path, accidents: int = 0) -> None:
-    """Compare losses to 1e-5, the exported weights to that in the mean of each tensor, and singly to 1e-4.
-
-    All but `accidents` of them: Adam makes steps of lr of the smallest gradients, whose sign is one.
-    """
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    """Compare losses and every exported weight to 1e-5."""
     assert len(metrics(ours)) == len(metrics(theirs)) == 4
     for line, other in zip(without_speed(ours), without_speed(theirs), strict=True):
         assert line.keys() == other.keys() and line["expert_load"] == other["expert_load"]
-        for name in ("loss", "mtp_loss", "balance_loss", "val_loss"):
+        for name in ("loss", "mtp_loss", "balance_loss", "val_loss", "val_mtp_loss"):
             assert line.get(name) == pytest.approx(other.get(name), abs=1e-5)
         assert line["grad_norm"] == pytest.approx(other["grad_norm"], abs=1e-4)
     left, right = weights(ours), weights(theirs)
     assert left.keys() == right.keys()
     for name, weight in left.items():
-        assert (weight - right[name]).square().mean().sqrt() < 1e-5, name
-    assert sum(int(((left[name] - right[name]).abs() >= 1e-4).sum()) for name in left) <= accidents
+        torch.testing.assert_close(weight, right[name], rtol=0, atol=1e-5, msg=name)
 
 
 def goes_on_in_one(folder: Path, out: Path) -> Path:
@@ -206,10 +211,28 @@ def test_two_processes_equal_one(folder: Path, one: Path, options: list[str], re
     """On gloo: FSDP2, experts shared out, blocks shared out; then the checkpoint goes on in one process."""
     two = folder / f"two_{request.node.callspec.id}"
     run(folder, two, *SHORT, *options, processes=2)
-    accidents = 1 if "--tensor-parallel" in options else 0  # 1.3e-4, in out_proj
-    assert_same_run(one, two, accidents)
+    assert_same_run(one, two)
     if "--accumulation" not in options:  # which is not free to change
-        assert_same_run(one, goes_on_in_one(folder, two), accidents)
+        assert_same_run(one, goes_on_in_one(folder, two))
+
+
+@pytest.mark.parametrize(("kv_heads", "processes"), [(1, 2), pytest.param(2, 4, marks=pytest.mark.slow)])
+def test_processes_share_a_key_head(folder: Path, kv_heads: int, processes: int) -> None:
+    """Each of two computes the keys that its queries need, and their gradients add up."""
+    other = folder / f"{kv_heads}_key_heads"
+    other.mkdir()
+    spec = tiny_spec("ME*")
+    spec = replace(
+        spec,
+        model=replace(spec.model, vocab_size=256),
+        mamba=Mamba(num_heads=8, head_dim=16, state_size=16, n_groups=4, chunk_size=16),
+        attention=Attention(num_heads=4, num_kv_heads=kv_heads, head_dim=24),
+    )
+    write_generated(spec, other)
+    shutil.copy(folder / "text", other)
+    run(other, other / "one", *SHORT)
+    run(other, other / "shared", *SHORT, "--tensor-parallel", str(processes), processes=processes)
+    assert_same_run(other / "one", other / "shared")
 
 
 def test_documents_in_parts_equal_the_whole_batch(folder: Path) -> None:
@@ -247,7 +270,7 @@ def test_two_processes_in_bf16(
     run(folder, two, *SHORT, "--numerics", "bf16", *options, processes=2)
     assert len(metrics(two)) == 4
     for line, other in zip(metrics(two), metrics(one_in_bf16), strict=True):
-        for name in ("loss", "mtp_loss", "val_loss"):
+        for name in ("loss", "mtp_loss", "val_loss", "val_mtp_loss"):
             assert line.get(name) == pytest.approx(other.get(name), abs=BF16)
         assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=BF16)
     assert all(weight.dtype == torch.float32 for weight in weights(two).values())

@@ -514,10 +514,10 @@ def test_sizes_that_do_not_divide(train: Any, monkeypatch: pytest.MonkeyPatch) -
         require(train.model.Config(), meshes(Mesh(3), Mesh(3), Mesh(3)))
     assert str(error.value).split("; ") == [
         "attention_num_heads 4 does not divide by 3 tensor-parallel processes",
-        "attention_num_kv_heads 2 does not divide by 3 tensor-parallel processes",
         "mamba_num_heads 8 does not divide by 3 tensor-parallel processes",
         "mamba_n_groups 2 does not divide by 3 tensor-parallel processes",
         "moe_shared_intermediate_size 80 does not divide by 3 tensor-parallel processes",
+        "attention_num_kv_heads 2 neither divides by nor into 3 tensor-parallel processes",
         "moe_num_experts 8 does not divide by 3 expert-parallel processes",
     ]
     require(train.model.Config(), meshes(Mesh(2), Mesh(2), Mesh(2)))

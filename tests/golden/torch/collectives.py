@@ -74,6 +74,14 @@ class SideBySide(torch.autograd.Function):
         return gradients[0].chunk(ctx.group.size(), -1)[ctx.group.rank()], None
 
 
+def log_softmax_over(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return the log softmax of logits [N, V], of which this process has [N, V/T], in place."""
+    own = logits.logsumexp(-1, keepdim=True)  # [N, 1]
+    sums = [torch.empty_like(own) for _ in range(group.size())]
+    dist.all_gather(sums, own, group=group)
+    return logits.sub_(torch.cat(sums, -1).logsumexp(-1, keepdim=True))
+
+
 def exchange(x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
     """Send the next sent[p] rows of x to process p; return the received[p] rows that each sends."""
     y: Tensor = Exchange.apply(x, sent, received, group)  # type: ignore[no-untyped-call]

@@ -85,7 +85,7 @@ class Metrics:
 
 def shown(metrics: dict[str, Any]) -> str:
     """Return the line of a step."""
-    names = ("loss", "mtp_loss", "val_loss", "val_bits_per_byte", "grad_norm", "lr")
+    names = ("loss", "mtp_loss", "val_loss", "val_mtp_loss", "val_bits_per_byte", "grad_norm", "lr")
     values = [f"{name} {metrics[name]:.4g}" for name in names if name in metrics]
     if load := metrics.get("expert_load"):
         values.append(f"expert load {max(load):.3g}")

@@ -261,12 +261,11 @@ class ChunkedScan(torch.autograd.Function):
         dh = (dcarried.mT @ C).view_as(h)
 
         # 3. The gradient of the state after each chunk, in the place of that of the state before.
-        passed = torch.empty_like(whole)  # what the states after and before a chunk have in common
         for c in reversed(range(h.shape[1])):
-            passed[:, c] = (dstate * h[:, c]).sum((-1, -2), keepdim=True) * whole[:, c]
             before = torch.addcmul(dh[:, c], dstate, whole[:, c])
             dh[:, c] = dstate
             dstate = before
+        passed = (dh * h).sum((-1, -2)) * whole[..., 0, 0]  # [B, S/Q, G, R]
 
         # 2.
         dadded = dh.flatten(3, 4)  # [B, S/Q, G, R * P, N]
@@ -289,7 +288,7 @@ class ChunkedScan(torch.autograd.Function):
         arriving = (inside.sum(-1) - inside.sum(-2)).movedim(4, 2)  # [B, S/Q, Q, G, R]
         arriving = (arriving + (dy * carried).sum(-1)).double()
         da = arriving.flip(2).cumsum(2).flip(2) + to_later.cumsum(2) - to_later
-        da += passed[:, :, None, :, :, 0, 0]
+        da += passed[:, :, None]
         return du, da.to(u.dtype), dB.movedim(3, 2), dC.movedim(3, 2), dstate
 
 
@@ -353,12 +352,19 @@ class ShiftedSum(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, documents = ctx.saved_tensors
         dx = dy * weight[-1]
-        dweight = [(dy * x).sum((0, 1))]
+        dweight = [column_sums(dy * x)]
         for back in range(1, len(weight)):
             ahead = visible(dy[:, back:], documents, back)  # [B, S - back, C]
             dx[:, :-back].addcmul_(ahead, weight[-1 - back])
-            dweight.append((ahead * x[:, :-back]).sum((0, 1)))
-        return dx, torch.stack(dweight[::-1]), dy.sum((0, 1)), None
+            dweight.append(column_sums(ahead * x[:, :-back]))
+        return dx, torch.stack(dweight[::-1]), column_sums(dy), None
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """Return the sums [C] of x [..., C]: by a product, as compiled sums go column by column."""
+    rows = x.flatten(0, -2)
+    with float32_products(rows):
+        return (rows.new_ones(1, len(rows)) @ rows)[0]
 
 
 def visible(x: Tensor, documents: Tensor | None, back: int) -> Tensor:
@@ -963,16 +969,6 @@ def targets_of(labels: Tensor, ahead: int, documents: Tensor | None) -> Tensor:
     return F.pad(targets, (0, 1), value=-100)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, ahead: int, documents: Tensor | None) -> Tensor:
-    """Return the mean loss [] of the tokens that lie `ahead` in the same document.
-
-    Labels of -100 do not count; without any other the loss is 0.
-    logits [B, S - ahead + 1, V], labels and documents [B, S].
-    """
-    targets = targets_of(labels, ahead, documents)
-    return sum_of_losses(logits, targets) / (targets != -100).sum().clamp(min=1)
-
-
 def sum_of_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the cross-entropies of logits [..., V] and targets [...], in float32, summed up."""
     total: Tensor = F.cross_entropy(
@@ -981,54 +977,85 @@ def sum_of_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return total
 
 
-class HeadLoss(torch.autograd.Function):
-    """`sum_of_losses` of x W^T, with its gradients found on the way, a chunk of tokens at a time.
+def head_loss(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    first: int = 0,
+    log_softmax: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Return `sum_of_losses` [] of the logits x W^T. x [..., D], W [V, D], targets [...].
 
-    x [N, D], W [V, D], targets [N] -> []. All logits at once, their softmax and its gradient are
-    4 GB each for 8,192 tokens and V = 131,072; a chunk of them is as large as x. So does Liger
-    Kernel (Hsu et al., arXiv 2410.10989).
+    Of W there may be only the rows of some tokens, from `first` on: then it is the part of those
+    targets, and `log_softmax` turns their logits [n, rows] into logarithms of probabilities.
+    """
+    rows, differentiate = x.flatten(0, -2), torch.is_grad_enabled()
+    total: Tensor = HeadLoss.apply(  # type: ignore[no-untyped-call]
+        rows, weight, targets.flatten(), first, log_softmax, differentiate
+    )
+    return total
+
+
+class HeadLoss(torch.autograd.Function):
+    """`head_loss`, with its gradients found on the way, a chunk of tokens at a time.
+
+    All logits at once, their softmax and its gradient are 4 GB each for 8,192 tokens and
+    V = 131,072; a chunk of them is as large as x, or of 256 tokens. So does Liger Kernel (Hsu et
+    al., arXiv 2410.10989).
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        first: int,
+        log_softmax: Callable[[Tensor], Tensor] | None,
+        differentiate: bool,
+    ) -> Tensor:
         kind = x.dtype
         if torch.is_autocast_enabled(x.device.type):
             kind = torch.get_autocast_dtype(x.device.type)
         rows, matrix = x.to(kind), weight.to(kind)
-        counts = (targets != -100)[:, None]  # [N, 1]
+        place = targets[:, None] - first  # [N, 1]
+        here = (place >= 0) & (place < len(weight))  # [N, 1]
+        place, counts = place.clamp(0, len(weight) - 1), (targets != -100)[:, None].to(kind)
         total = x.new_zeros((), dtype=torch.float32)
-        dx = torch.empty_like(rows)
-        dweight = torch.zeros_like(weight, dtype=torch.float32)
+        if differentiate:
+            dx = torch.empty_like(rows)
+            dweight = torch.zeros_like(weight, dtype=torch.float32)
         size = max(256, x.numel() // len(weight))
         for chunk in (slice(start, start + size) for start in range(0, len(x), size)):
-            # log_softmax, then its gradient in the same memory.
-            p = F.linear(rows[chunk], matrix).float().log_softmax(-1)  # [size, V]
-            total += F.nll_loss(p, targets[chunk], reduction="sum")
-            p.exp_().scatter_add_(1, targets[chunk, None].clamp(min=0), -counts[chunk].float())
-            dlogits, counted = p.to(kind), counts[chunk].to(kind)
+            p = F.linear(rows[chunk], matrix).float()  # [size, V]
+            p = p.log_softmax(-1) if log_softmax is None else log_softmax(p)
+            total -= p.gather(1, place[chunk]).masked_fill(~here[chunk], 0).sum()
+            if not differentiate:
+                continue
+            # The gradient of the logits, in the same memory.
+            p.exp_().scatter_add_(1, place[chunk], -here[chunk].float())
+            dlogits, counted = p.to(kind), counts[chunk]
             dx[chunk] = (dlogits @ matrix) * counted
             if kind == torch.float32:
                 dweight.addmm_(dlogits.mT, rows[chunk] * counted)
             else:
                 dweight += dlogits.mT @ (rows[chunk] * counted)
-        ctx.save_for_backward(dx.to(x.dtype), dweight.to(weight.dtype))
+        if differentiate:
+            ctx.save_for_backward(dx.to(x.dtype), dweight.to(weight.dtype))
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight = ctx.saved_tensors
-        return dx * dtotal.to(dx.dtype), dweight * dtotal.to(dweight.dtype), None
+        return dx * dtotal.to(dx.dtype), dweight * dtotal.to(dweight.dtype), None, None, None, None
 
 
 class Head(nn.Linear):
     """The logits [..., V] of x [..., D] or, given their targets [...], the sum of the losses."""
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
-        if targets is None:
-            return super().forward(x)
-        total: Tensor = HeadLoss.apply(x.flatten(0, -2), self.weight, targets.flatten())  # type: ignore[no-untyped-call]
-        return total
+        return super().forward(x) if targets is None else head_loss(x, self.weight, targets)
 
 
 class Model(nn.Module):
@@ -1071,14 +1098,16 @@ class Model(nn.Module):
         logits = self.head(x) if return_logits or labels is None else None
         if labels is None:
             return logits, None
-        if logits is not None:
-            return logits, cross_entropy(logits, labels, ahead, documents)
         targets = targets_of(labels, ahead, documents)
+        total = self.loss(x, targets) if logits is None else sum_of_losses(logits, targets)
+        return logits, total / (targets != -100).sum().clamp(min=1)
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Return the sum of the losses [] of x [B, S, D], whose targets are [B, S]."""
         if isinstance(self.lm_head, Head):
-            total = self.lm_head(x, targets)
-        else:  # one with other numerics
-            total = sum_of_losses(self.lm_head(x), targets)
-        return None, total / (targets != -100).sum().clamp(min=1)
+            total: Tensor = self.lm_head(x, targets)
+            return total
+        return sum_of_losses(self.lm_head(x), targets)  # the head of another numerics
 
     def routers(self) -> list[Router]:
         """Return the routers, in the order of the blocks."""

@@ -40,8 +40,8 @@ def build_optimizer(model: Model, settings: Settings) -> torch.optim.AdamW:
         {"params": decayed, "weight_decay": settings.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    betas = (settings.beta1, settings.beta2)
+    betas, eps = (settings.beta1, settings.beta2), settings.eps
     # One kernel takes them all, but not those of several meshes, as experts and shares have them.
     meshes = {p.device_mesh if isinstance(p, DTensor) else None for p in [*decayed, *others]}
     fused = len(meshes) == 1
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, foreach=False, fused=fused)
+    return torch.optim.AdamW(groups, settings.lr, betas, eps, foreach=False, fused=fused)

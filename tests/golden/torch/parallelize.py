@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,8 +34,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Shard, distribute_tensor
 from torch.func import functional_call
 
-from collectives import exchange, side_by_side, sum_of_gradients, sum_of_outputs
-from model import MLP, Attention, Config, Experts, Mamba2, Model, sum_of_losses
+from collectives import (
+    exchange,
+    log_softmax_over,
+    side_by_side,
+    sum_of_gradients,
+    sum_of_outputs,
+)
+from model import MLP, Attention, Config, Experts, Mamba2, Model, head_loss, sum_of_losses
 
 
 @dataclass(frozen=True)
@@ -174,7 +181,8 @@ class Share:
 
     `shell` is the module in the size of a share, without memory. `split` names the axis along
     which each parameter is cut, and `fused` the row counts of what is stacked in a matrix, each of
-    which is cut by itself: such a matrix is gathered, and each process takes its rows of it.
+    which is cut by itself: such a matrix is gathered, and each process takes its rows of it, or
+    `together` processes the same rows.
     """
 
     def __init__(
@@ -184,8 +192,10 @@ class Share:
         mesh: DeviceMesh,
         split: Mapping[str, tuple[Placement, ...]],
         fused: dict[str, list[int]] | None = None,
+        together: int = 1,
     ) -> None:
         self.module, self.shell, self.fused = module, shell, fused or {}
+        self.together = together
         names = mesh.mesh_dim_names or ()
         self.tensor = mesh["tensor"] if "tensor" in names and mesh["tensor"].size() > 1 else None
         for name, placements in split.items():
@@ -209,7 +219,8 @@ class Share:
         if name not in self.fused or self.tensor is None:
             return parameter.to_local()
         whole = parameter.full_tensor(grad_placements=[Partial()])
-        count, place = self.tensor.size(), self.tensor.get_local_rank()
+        count = self.tensor.size() // self.together
+        place = self.tensor.get_local_rank() // self.together
         return torch.cat([p.chunk(count)[place] for p in torch.split(whole, self.fused[name])])
 
 
@@ -230,7 +241,7 @@ class EmbeddingShare(Share):
 class HeadShare(Share):
     """The head where each process computes the logits of V/T tokens; then all have all of them.
 
-    Given targets it returns the sum of their losses, as `Head` does.
+    Given targets it returns the sum of their losses, as `Head` does, and no process has all logits.
     """
 
     def __call__(self, *inputs: Any, **options: Any) -> Tensor:
@@ -238,8 +249,15 @@ class HeadShare(Share):
         group = self.tensor.get_group()
         parameters = {name: self.mine(name, p) for name, p in self.module.named_parameters()}
         x = sum_of_gradients(inputs[0], group)
-        logits = side_by_side(functional_call(self.shell, parameters, (x,)), group)
-        return logits if len(inputs) == 1 else sum_of_losses(logits, inputs[1])
+        if len(inputs) == 1:
+            return side_by_side(functional_call(self.shell, parameters, (x,)), group)
+        if type(self.shell) is not nn.Linear:  # one with other numerics
+            logits = side_by_side(functional_call(self.shell, parameters, (x,)), group)
+            return sum_of_losses(logits, inputs[1])
+        first = self.tensor.get_local_rank() * self.shell.out_features
+        log_softmax = partial(log_softmax_over, group=group)
+        total = head_loss(x, parameters["weight"], inputs[1], first, log_softmax)
+        return sum_of_outputs(total, group)
 
 
 def flows(x: object) -> bool:
@@ -300,14 +318,20 @@ def share_of(name: str, module: nn.Module, config: Config, meshes: Meshes) -> Sh
             head = nn.Linear(size, vocabulary // count, bias=False)
             return HeadShare(module, head, mesh, {"weight": rows})
         if isinstance(module, Attention):
+            heads, kv_heads = config.attention_num_heads, config.attention_num_kv_heads
+            together = max(1, count // kv_heads)  # processes with the queries of one key head
             smaller = replace(
                 config,
-                attention_num_heads=config.attention_num_heads // count,
-                attention_num_kv_heads=config.attention_num_kv_heads // count,
+                attention_num_heads=heads // count,
+                attention_num_kv_heads=kv_heads * together // count,
             )
-            cuts = dict.fromkeys(("q_proj.weight", "k_proj.weight", "v_proj.weight"), rows)
+            keys = ("k_proj.weight", "v_proj.weight")
+            cuts = dict.fromkeys(("q_proj.weight", *keys), rows)
             cuts |= {"o_proj.weight": columns}
-            return Share(module, Attention(smaller, module.index), mesh, cuts)
+            fused = {}
+            if together > 1:
+                fused = {name: [kv_heads * config.attention_head_dim] for name in keys}
+            return Share(module, Attention(smaller, module.index), mesh, cuts, fused, together)
         if isinstance(module, Mamba2):
             smaller = replace(
                 config,
@@ -341,6 +365,10 @@ def require_divisible(config: Config, meshes: Meshes) -> None:
         for name in TENSOR_PARALLEL
         if getattr(config, name) % tensor
     ]
+    kv_heads = config.attention_num_kv_heads
+    if kv_heads % tensor and tensor % kv_heads:
+        what = f"attention_num_kv_heads {kv_heads} neither divides by nor into {tensor}"
+        problems.append(f"{what} tensor-parallel processes")
     expert = meshes.expert["expert"].size() if meshes.expert is not None else 1
     if config.moe_num_experts % expert:
         what = f"moe_num_experts {config.moe_num_experts}"
@@ -351,7 +379,6 @@ def require_divisible(config: Config, meshes: Meshes) -> None:
 
 TENSOR_PARALLEL = (
     "attention_num_heads",
-    "attention_num_kv_heads",
     "mamba_num_heads",
     "mamba_n_groups",
     "moe_intermediate_size",

@@ -55,6 +55,7 @@ class Settings:
     weight_decay: float = option(0.1, "of matrices; not of norms, biases, embeddings, SSM vectors")
     beta1: float = option(0.9, "AdamW")
     beta2: float = option(0.95, "AdamW")
+    eps: float = option(1e-8, "AdamW: added to the root of the second moment")
     clip: float = option(1.0, "largest norm of the gradient")
     bias_rate: float = option(1e-3, "step of the routers' bias towards idle experts")
     balance: float = option(1e-4, "factor of the routers' sequence-level balance loss")
@@ -167,8 +168,8 @@ def impossible(settings: Settings) -> list[str]:
     refused = [name for name, given in others.items() if given]
     if settings.compile and refused:
         problems.append(f"--compile cannot be combined with {', '.join(refused)}")
-    if not (settings.lr > 0 and settings.clip > 0):
-        problems.append("--lr and --clip must be more than 0")
+    if not (settings.lr > 0 and settings.clip > 0 and settings.eps > 0):
+        problems.append("--lr, --clip and --eps must be more than 0")
     if max(settings.beta1, settings.beta2, settings.val_fraction) >= 1:
         problems.append("--beta1, --beta2 and --val-fraction must be less than 1")
     if settings.warmup + settings.decay > 1 or settings.final_lr > 1:

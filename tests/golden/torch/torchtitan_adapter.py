@@ -276,7 +276,7 @@ class Metrics(MetricsProcessor):
 
 def pretrain() -> Trainer.Config:
     """Return the defaults of train.py; torchtitan's command line overrides them."""
-    adamw = {"lr": Settings.lr, "betas": (Settings.beta1, Settings.beta2)}
+    adamw = {"lr": Settings.lr, "betas": (Settings.beta1, Settings.beta2), "eps": Settings.eps}
     plain = r"norm\w*\.weight$|bias$|\.A_log$|\.D$|embeddings\.weight$"  # what does not decay
     return Trainer.Config(
         model_spec=ModelSpec(

@@ -45,7 +45,7 @@ from checkpointing import Checkpoints
 from data import documents_of, open_data
 from faults import finite, first_fault
 from metrics import Metrics
-from model import CheckpointError, Model, Output, Recomputable, cross_entropy, targets_of
+from model import CheckpointError, Model, Output, Recomputable, targets_of
 from numerics import (
     DISABLE_2D_QUANTIZATION,
     DISABLE_RHT,
@@ -99,11 +99,11 @@ class Trainer:
             found = self.store.all()[-1]
             raise TrainError(f"{found} is there: add --resume, or choose another --out", FILES)
 
-    def forward(self, ids: Tensor, labels: Tensor | None = None) -> Output:
-        """Run sequences [B, S]."""
+    def forward(self, ids: Tensor) -> Output:
+        """Return the losses of sequences [B, S]."""
         documents = documents_of(ids, self.settings.document_separator)
         with self.autocast():
-            out: Output = self.model(ids, labels, documents, return_logits=labels is None)
+            out: Output = self.model(ids, ids, documents, return_logits=False)
         return out
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -138,7 +138,7 @@ class Trainer:
         for number, (ids, share) in enumerate(zip(batches, shares, strict=True), start=1):
             if isinstance(model, FSDPModule):
                 model.set_requires_gradient_sync(number == settings.accumulation)
-            out = self.forward(ids, ids)
+            out = self.forward(ids)
             loss = share[0] * out.losses[0]
             sums[0] += loss.detach()
             ahead = (share[1:] * torch.stack(out.losses[1:])).sum() / model.config.mtp_depth
@@ -171,22 +171,20 @@ class Trainer:
         add up to the mean of the step. All are alike, unless ends of documents leave some batches
         fewer tokens to predict.
         """
-        settings, world = self.settings, self.world
-        depths = 1 + min(self.model.config.mtp_depth, settings.seq_len - 1)
-        if settings.document_separator < 0:
-            equal = 1 / (settings.accumulation * world.data_size)
-            return torch.full((len(batches), depths), equal, device=world.device)
-        counts = torch.zeros(len(batches), depths, dtype=torch.float64, device=world.device)
-        for batch, ids in zip(counts, batches, strict=True):
-            documents = documents_of(ids, settings.document_separator)
-            for ahead in range(depths):
-                batch[ahead] = (targets_of(ids, ahead + 1, documents) != -100).sum()
-        return (counts / world.sum(counts.sum(0)).clamp(min=1)).float()
+        counts = torch.stack([self.targets(ids) for ids in batches])
+        return (counts / self.world.sum(counts.sum(0)).clamp(min=1)).float()
+
+    def targets(self, ids: Tensor) -> Tensor:
+        """Return how many tokens are predicted of sequences [B, S]: [1 + depth] float64."""
+        documents = documents_of(ids, self.settings.document_separator)
+        farthest = 1 + min(self.model.config.mtp_depth, ids.shape[1] - 1)
+        targets = [targets_of(ids, ahead, documents) for ahead in range(1, 1 + farthest)]
+        return torch.stack([(t != -100).sum() for t in targets]).double()
 
     def run_again(self) -> None:
         """Run the forward passes of the step once more."""
         for ids in self.micro_batches(self.step):
-            self.forward(ids, ids)
+            self.forward(ids)
 
     def balance_experts(self) -> list[float]:
         """Update the routers' biases; return each router's largest load over its mean load."""
@@ -200,31 +198,27 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Return the mean loss of the next token over validation windows, in nats, and in bits."""
+        """Return the mean losses over validation windows, in nats; for bytes also in bits."""
         windows, settings, world = self.val_windows, self.settings, self.world
         if windows is None:
             return {}
         count = min(settings.val_sequences, windows.per_epoch)
         chosen = [index * windows.per_epoch // count for index in range(count)]
         self.model.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+        sums: list[Tensor] = []
         for start in range(0, count, self.share * world.data_size):
             at = start + world.data_rank * self.share
             rows = chosen[at : at + self.share]
             # Every process runs every batch: a last one without rows of its own runs unscored.
             ids = torch.stack([windows.read(row) for row in rows or chosen[:1]]).to(world.device)
-            logits = self.forward(ids).logits
-            assert logits is not None
-            if rows:
-                documents = documents_of(ids, settings.document_separator)
-                scored = ids[:, 1:].numel()
-                if documents is not None:
-                    scored = int((documents[:, 1:] == documents[:, :-1]).sum())
-                sums[0] += cross_entropy(logits.float(), ids, 1, documents).double() * scored
-                sums[1] += scored
+            losses = torch.stack(self.forward(ids).losses).double()  # [1 + depth]
+            scored = self.targets(ids) * bool(rows)
+            sums.append(torch.stack([losses * scored, scored]))
         self.model.train()
-        total, scored_in_all = world.sum(sums).tolist()
-        result = {"val_loss": total / max(scored_in_all, 1)}
+        total, scored = world.sum(torch.stack(sums).sum(0))
+        means = (total / scored.clamp(min=1)).tolist()
+        result = {"val_loss": means[0]}
+        result["val_mtp_loss"] = sum(means[1:]) / self.model.config.mtp_depth
         if windows.tokens.bytes_are_tokens:
             result["val_bits_per_byte"] = result["val_loss"] / math.log(2)
         return result
