@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +217,38 @@ def test_saving_replaces_a_checkpoint_and_nothing_else(module: Any, saved: Path)
     with pytest.raises(module.CheckpointError, match="not a folder"):
         module.save_checkpoint(module.Model(), file)
     assert sorted(path.name for path in saved.parent.iterdir()) == ["file", "saved"]
+
+
+def test_saving_from_a_stream_holds_one_shard(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors that come one at a time, for a model without memory, are written in its types."""
+    torch.manual_seed(6)
+    model = module.Model()
+    expected = {name: tensor.clone() for name, tensor in module.named_tensors(model).items()}
+    monkeypatch.setattr(module, "MAX_SHARD_BYTES", 40_000)
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal most
+        for name, tensor in expected.items():
+            copy = tensor.bfloat16() if tensor.dim() > 1 else tensor.clone()  # so that no cast makes another
+            alive.append(weakref.ref(copy))
+            most = max(most, sum(held.nbytes for ref in alive if (held := ref()) is not None))
+            yield name, copy
+            del copy
+
+    with torch.device("meta"):
+        without_memory = module.Model().to(torch.bfloat16)
+    module.save_checkpoint(without_memory, tmp_path / "saved", stream())
+    total = sum(2 * tensor.numel() for tensor in expected.values())
+    assert max(2 * tensor.numel() for tensor in expected.values()) < most <= 45_000 < total / 5
+    files = sorted((tmp_path / "saved").glob("*.safetensors"))
+    got = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert len(files) > 5 and got.keys() == expected.keys()
+    for name, tensor in got.items():
+        kind = torch.float32 if name.endswith("e_score_correction_bias") else torch.bfloat16
+        assert tensor.dtype == kind and torch.equal(tensor, expected[name].to(kind))
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(module: Any, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

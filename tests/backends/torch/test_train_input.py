@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from n3c.backends.torch.emit import TRAINER, emit
 from n3c.specs.schema import Rule, Training
@@ -94,6 +95,29 @@ def test_bad_data(
     assert message in said and name in said
 
 
+def test_texts_of_any_size(train: Any, tmp_path: Path) -> None:
+    """Large ones are mapped, small ones read, empty ones nothing; a window goes across them."""
+    texts = [b"small", bytes(range(256)) * 4096 + b"!", b"", TEXT, bytes(1 << 20)]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_bytes(text)
+    tokens, whole = train.data.Tokens(tmp_path, 256), b"".join(texts)
+    assert tokens.count == len(whole) and tokens.bytes_are_tokens
+    for start in (0, 3, len(texts[1]) - 2, len(texts[1]) + 3, len(whole) - 4000):
+        assert bytes(tokens.read(start, 4000).tolist()) == whole[start : start + 4000]
+
+
+def test_more_files_than_may_be_open(train: Any, tmp_path: Path) -> None:
+    for number in range(300):
+        np.full(5, number % 256, "<u2").tofile(tmp_path / f"{number:03}.bin")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        tokens = train.data.Tokens(tmp_path, 256)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert tokens.read(4, 7).tolist() == [0, 1, 1, 1, 1, 1, 2]
+
+
 def test_empty_folder(train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / ".hidden").write_bytes(TEXT)
@@ -108,6 +132,7 @@ def test_empty_folder(train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--lr", "nan"], "lr = nan is not a number"),
         (["--seq-len", "9999999"], "--seq-len 9999999 is not from 2 to"),
         (["--settings", "none.toml"], "none.toml cannot be read"),
+        (["--export-dtype", "float16"], "--export-dtype float16 is none of float32, bfloat16"),
         (["--numerics", "fp64"], "--numerics fp64 is none of float32, bf16"),
         (["--warmup", "0.9"], "--warmup and --decay together"),
         (["--document-separator", "256"], "--document-separator 256 is not from -1 to 255"),
@@ -339,6 +364,18 @@ def test_document_separator(train: Any, text: Path, tmp_path: Path) -> None:
     documents = train.data.documents_of(rows, ord(" "))
     losses = -model(rows, None, documents).logits.log_softmax(-1)[:, :-1].gather(2, rows[:, 1:, None])[..., 0]
     assert line["val_loss"] == pytest.approx(losses[documents[:, 1:] == documents[:, :-1]].mean().item(), abs=1e-5)
+
+
+def test_export_in_bfloat16(train: Any, text: Path, tmp_path: Path) -> None:
+    """It may change when a run goes on; the bias of a router stays float32."""
+    run = arguments(text, tmp_path / "out", "--steps", "1")
+    assert train.train.main(run) == 0
+    path = tmp_path / "out" / "export" / "model.safetensors"
+    exact = load_file(path)
+    assert train.train.main([*run, "--resume", "--export-dtype", "bfloat16"]) == 0
+    for name, tensor in load_file(path).items():
+        kind = torch.float32 if name.endswith("e_score_correction_bias") else torch.bfloat16
+        assert tensor.dtype == kind and torch.equal(tensor, exact[name].to(kind))
 
 
 def test_weights_depend_on_the_seed_and_the_name_alone(train: Any) -> None:

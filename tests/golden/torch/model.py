@@ -26,6 +26,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -1209,20 +1210,23 @@ NO_CLAMP = 1e-12  # a time step so small changes no float32
 CODE = ("model.py", "modeling_n3c.py")  # what transformers runs with trust_remote_code
 
 
-def named_tensors(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
-    """Return every tensor of the model, or of its part `prefix`, uncopied, by its name on disk.
+def on_disk(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield a tensor of the model by its name on disk, uncopied.
 
     `mixer.experts.up_proj` [E, I, L] is E tensors there: `mixer.experts.<e>.up_proj.weight` [I, L].
     """
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict(prefix=prefix).items():
-        mixer, stacked, projection = name.rpartition(".experts.")
-        if stacked:
-            for expert, weight in enumerate(tensor.unbind(0)):
-                tensors[f"{mixer}.experts.{expert}.{projection}.weight"] = weight
-        else:
-            tensors[name] = tensor
-    return tensors
+    mixer, stacked, projection = name.rpartition(".experts.")
+    if not stacked:
+        yield name, tensor
+        return
+    for expert, weight in enumerate(tensor.unbind(0)):
+        yield f"{mixer}.experts.{expert}.{projection}.weight", weight
+
+
+def named_tensors(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """Return every tensor of the model, or of its part `prefix`, uncopied, by its name on disk."""
+    state = model.state_dict(prefix=prefix)
+    return {there: part for name in state for there, part in on_disk(name, state[name])}
 
 
 def load_checkpoint(model: Model, directory: str | Path) -> None:
@@ -1350,8 +1354,13 @@ def tensor_headers(path: Path) -> dict[str, tuple[list[int], str]]:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def save_checkpoint(model: Model, directory: str | Path) -> None:
+def save_checkpoint(
+    model: Model, directory: str | Path, stream: Iterator[tuple[str, Tensor]] | None = None
+) -> None:
     """Write config.json and safetensors in the released layout, in shards of at most 5 GB.
+
+    The tensors are those of `stream`, if it is given, in the order of `named_tensors(model)` and
+    cast to its types; the model may then be on the meta device. No more than a shard is held.
 
     They are written to a temporary folder that then takes the place of `directory`: a folder
     that is not there yet, or is empty, or holds an earlier checkpoint and nothing else.
@@ -1366,9 +1375,10 @@ def save_checkpoint(model: Model, directory: str | Path) -> None:
     for path in directory.iterdir() if directory.exists() else ():
         if path.name not in replaceable and not path.match("model*.safetensors*"):
             raise CheckpointError(f"{directory} holds {path.name}, which would be lost")
+    tensors = named_tensors(model)
     shards: list[dict[str, Tensor]] = [{}]
     room = MAX_SHARD_BYTES
-    for name, tensor in named_tensors(model).items():
+    for name, tensor in tensors.items():
         if tensor.nbytes > room and shards[-1]:
             shards.append({})
             room = MAX_SHARD_BYTES
@@ -1378,11 +1388,14 @@ def save_checkpoint(model: Model, directory: str | Path) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
+        stream = iter(tensors.items()) if stream is None else stream
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, start=1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             file = file if len(shards) > 1 else "model.safetensors"
-            on_cpu = {name: tensor.cpu().contiguous() for name, tensor in shard.items()}
+            on_cpu: dict[str, Tensor] = {}
+            for name, tensor in islice(stream, len(shard)):
+                on_cpu[name] = tensor.to("cpu", shard[name].dtype).contiguous()
             save_file(on_cpu, folder / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(shard, file)
         if len(shards) > 1:

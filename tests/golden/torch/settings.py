@@ -71,6 +71,7 @@ class Settings:
     resume: bool = option(False, "go on from the last checkpoint of --out, if it has one")
     val_data: str = option("", "tokens or text to validate on, instead of the end of --data")
     val_fraction: float = option(0.05, "part of --data, at its end, that is kept for validation")
+    export_dtype: str = option("float32", "type of the exported weights: float32 or bfloat16")
     val_every: int = option(200, "steps from validation to validation; 0: none")
     val_sequences: int = option(32, "most sequences to validate on")
     log_every: int = option(10, "steps from line to line, where the output is no terminal")
@@ -83,6 +84,7 @@ class Settings:
 # many tokens as before is checked by their number.
 FREE_TO_CHANGE = {
     *("data", "out", "steps", "weights", "resume", "save_every", "keep", "async_checkpoints"),
+    "export_dtype",
     *("expert_parallel", "tensor_parallel", "activation_checkpointing", "compile"),
     "tensorboard",
     *(name for name in Settings.__dataclass_fields__ if name.startswith(("val_", "log_", "peak_"))),
@@ -159,6 +161,8 @@ def impossible(settings: Settings) -> list[str]:
         problems.append(f"{separator} is not from -1 to {config.vocab_size - 1}")
     if settings.numerics not in NUMERICS:
         problems.append(f"--numerics {settings.numerics} is none of {', '.join(NUMERICS)}")
+    if settings.export_dtype not in ("float32", "bfloat16"):
+        problems.append(f"--export-dtype {settings.export_dtype} is none of float32, bfloat16")
     others = {
         "--activation-checkpointing": settings.activation_checkpointing,
         "--numerics nvfp4": settings.numerics == "nvfp4",

@@ -47,7 +47,7 @@ from torchtitan.trainer import Trainer
 
 from data import Tokens, Windows, documents_of
 from metrics import FLOPS_PER_TOKEN, FLOPS_PER_TOKEN_OF_CONTEXT
-from model import Config, Model, Output, save_checkpoint
+from model import Config, Model, Output, on_disk, save_checkpoint
 from numerics import emulate
 from parallelize import Meshes, clip_gradients, parallelize
 from settings import Settings
@@ -335,12 +335,17 @@ def pretrain_nvfp4() -> Trainer.Config:
 
 
 def export(checkpoint: str, directory: str) -> None:
-    """Write the weights of a checkpoint of torchtitan's in the released layout."""
+    """Write the weights of a checkpoint of torchtitan's in the released layout, one at a time."""
     with torch.device("meta"):
         model = Model()
-    model.to_empty(device="cpu")
-    load(model.state_dict(), checkpoint_id=checkpoint, no_dist=True)
-    save_checkpoint(model, directory)
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in model.state_dict().items():
+            state = {name: torch.empty_like(tensor, device="cpu")}
+            load(state, checkpoint_id=checkpoint, no_dist=True)
+            yield from on_disk(name, state[name])
+
+    save_checkpoint(model, directory, stream())
 
 
 if __name__ == "__main__":

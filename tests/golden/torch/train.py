@@ -11,7 +11,8 @@ PATH is one of
     file.npy      token ids, one-dimensional: uint8, uint16, uint32, int32 or int64; memory-mapped
     file.bin      token ids and nothing else, little-endian: uint16, or uint32 for a vocabulary of
                   more than 65,536; memory-mapped
-    any file      its bytes are the tokens (a vocabulary of at least 256)
+    any file      its bytes are the tokens (a vocabulary of at least 256); memory-mapped from 1 MiB
+                  on
     a folder      its .npy and .bin files, or, where it has none, the bytes of all its files, in
                   the order of their paths; hidden files are left out
 
@@ -290,7 +291,7 @@ def steps(trainer: Trainer, metrics: Metrics, asked: list[int]) -> int:
             return STOPPED
     store.finish()
     path = Path(settings.out) / "export"
-    export(trainer.model, world, path)
+    export(trainer.model, world, path, getattr(torch, settings.export_dtype))
     world.say(f"done: {path}")
     return 0
 

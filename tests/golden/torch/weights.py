@@ -3,21 +3,21 @@
 # sha256: 0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef
 """The model's weights before and after training: fresh ones, a released checkpoint, the export.
 
-No process ever holds more than its share and one whole block, except that the first one gathers
-the export.
+No process ever holds more than its share and one whole block; the export is gathered tensor by
+tensor, and the first process writes what fills a file.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from model import Model, copy_tensors, find_tensors, named_tensors, save_checkpoint
+from model import Model, copy_tensors, find_tensors, named_tensors, on_disk, save_checkpoint
 from parallelize import parallelize, parts
 from settings import Settings
 from world import World
@@ -76,15 +76,20 @@ def from_checkpoint(model: Model, directory: str) -> Callable[[str, nn.Module], 
     return fill
 
 
-def export(model: Model, world: World, path: Path) -> None:
-    """Write the weights in the released layout."""
-    if world.many:
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(model, options=options)
-        if world.rank == 0:
-            with torch.device("meta"):
-                model = Model()
-            model.load_state_dict(state, assign=True)
+def export(model: Model, world: World, path: Path, dtype: torch.dtype) -> None:
+    """Write the weights in the released layout; all of `dtype`, but for the routers' biases."""
     if world.rank == 0:
-        save_checkpoint(model, path)
+        with torch.device("meta"):
+            released = Model().to(dtype)
+        save_checkpoint(released, path, gathered(model))
+    else:
+        for _ in gathered(model):
+            pass
     world.wait()
+
+
+def gathered(model: Model) -> Iterator[tuple[str, Tensor]]:
+    """Yield each tensor as a whole, by its name on disk; all processes together."""
+    for name, tensor in model.state_dict().items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        yield from on_disk(name, whole)
