@@ -96,8 +96,8 @@ def plot(question: Question, of_arm: dict[str, list[Run]], length: Length) -> st
     return line_plot(
         series,
         x=f"step (means over {window} steps and all seeds)",
-        y="training loss above the first arm, bits a byte",
-        title=f"{question.title}: above “{question.arms[0].label}”",
+        y=f"training loss above “{question.arms[0].label}”, bits a byte",
+        title=question.title,
     )
 
 
