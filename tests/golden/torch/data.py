@@ -46,9 +46,7 @@ class Tokens:
             if file.is_file() and not any(p.startswith(".") for p in file.relative_to(path).parts)
         ]
         packed = [file for file in files if file.suffix in (".npy", ".bin")]
-        if packed:
-            return [self._open_file(file) for file in packed]
-        return [self._open_file(file) for file in files]
+        return [self._open_file(file) for file in packed or files]
 
     def _open_file(self, path: Path) -> Tensor:
         if path.suffix == ".bin":
