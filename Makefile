@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "n3c needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[torch,trt,run,auto,dev]'
-	$(BIN)/python -m compileall -q backends compiler ir passes specs
+	$(BIN)/python -m compileall -q backends compiler ir passes runtime specs
 	@touch $@
 
 build: venv ## Build SPEC (specs/super.toml) for TARGET (trt; or onnx, torch): decode plans, or those of ENTRY (all).

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from n3c.compiler.cli import COMMANDS
+from n3c.compiler.cli.main import COMMANDS
 from n3c.ir.diagnostics import ExitCode
 from support.command import n3c
 
