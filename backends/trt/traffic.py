@@ -28,7 +28,8 @@ from typing import Any
 from n3c.backends.onnx.bindings import Binding
 from n3c.backends.onnx.emit import OnnxEntry
 from n3c.ir import ops
-from n3c.ir.program import EntryPoint, Program, Value
+from n3c.ir.program import EntryPoint, Program
+from n3c.ir.types import DType
 
 from .layers import BITS, DYNAMIC, Kernel, TensorInfo
 
@@ -263,9 +264,8 @@ def _needs(program: Program, entry_point: EntryPoint, entry: OnnxEntry, context:
     return needs
 
 
-_GATHERS = {"embedding": (0, 1), "expert_linear": (1, 2)}
+_GATHERS = {ops.embedding: ("ids", "table"), ops.expert_linear: ("indices", "weight")}
 """Op → its operands with the rows that are asked for, and what they are gathered from."""
-_DEQUANTIZE = (ops.dequantize_nvfp4, ops.dequantize_fp8)
 
 
 def _gathered(program: Program, entry_point: EntryPoint, entry: OnnxEntry) -> dict[str, int]:
@@ -280,13 +280,13 @@ def _gathered(program: Program, entry_point: EntryPoint, entry: OnnxEntry) -> di
         function = program.functions[call.function]
         actual = {id(f): name for f, name in zip(function.parameters, call.parameters, strict=True)}
         for node in function.nodes:
-            if node.op in _DEQUANTIZE:
+            if node.op in ops.DEQUANTIZE:
                 continue  # its reader tells
-            indices, table = _GATHERS.get(node.op.name, (None, None))
-            for i, operand in enumerate(node.operands):
-                names = [actual[id(value)] for value in _stored(operand) if id(value) in actual]
-                if i == table and indices is not None:
-                    count = node.operand(indices).type.bind(dims).elements
+            indices, table = _GATHERS.get(node.op, ("", ""))
+            for name, operand in node.named_operands.items():
+                names = [actual[id(value)] for value in operand.stored if id(value) in actual] if operand else []
+                if name == table:
+                    count = node[indices].type.bind(dims).elements
                     rows.update((name, rows.get(name, 0) + count) for name in names)
                 else:
                     whole.update(names)
@@ -294,26 +294,15 @@ def _gathered(program: Program, entry_point: EntryPoint, entry: OnnxEntry) -> di
     return dict.fromkeys(unused, 0) | {name: count for name, count in rows.items() if name not in whole}
 
 
-def _stored(operand: Value | None) -> list[Value]:
-    """Return what holds `operand`: codes and scales where it is dequantized, else itself."""
-    if operand is None:
-        return []
-    made_by = operand.node
-    return [v for v in made_by.operands if v] if made_by is not None and made_by.op in _DEQUANTIZE else [operand]
-
-
 def _tokens(entry: OnnxEntry) -> int:
     """Return the tokens of a sequence: ids are [B, S], the hidden states that a stage takes [B, S, D]."""
     return next((b.shape[1] for b in entry.arguments if b.kind == "input" and len(b.shape) > 1), 1)
 
 
-_BITS = {"f32": 32, "f16": 16, "bf16": 16, "f8e4m3": 8, "f4e2m1": 4, "i8": 8, "i64": 64, "bool": 8}
-
-
 def _bytes(binding: Binding, length: int = 0) -> int:
     """Return the size of a binding, with `length` for a dim that is not known."""
     elements = prod(length if dim == DYNAMIC else dim for dim in binding.shape)
-    return (elements * _BITS[binding.dtype] + 7) // 8
+    return (elements * DType(binding.dtype).bits + 7) // 8
 
 
 def traffic_json(plans: Mapping[str, Traffic], entries: Mapping[str, str]) -> dict[str, Any]:
