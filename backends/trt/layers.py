@@ -93,6 +93,16 @@ class Kernel:
     """Names of the ONNX nodes that it computes, where the builder says so."""
 
     @property
+    def in_place(self) -> frozenset[str]:
+        """The tensors that it both reads and writes."""
+        return frozenset({tensor.name for tensor in self.inputs} & {tensor.name for tensor in self.outputs})
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether a dim of what it reads or writes is not known."""
+        return any(tensor.dynamic for tensor in (*self.inputs, *self.outputs))
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """The calls that it computes, by their labels (`backbone.layers.3`), each once."""
         return tuple(dict.fromkeys(node.partition("/")[0] for node in self.nodes if "/" in node))
