@@ -1,6 +1,6 @@
 """quantize: give each weight its format, by rules over roles and layers.
 
-Pattern: a parameter read as the weight of `linear` or `experts`. It becomes codes and scales in front
+Pattern: a parameter that ops read as a weight of linears only (`OpDef.weights`). It becomes codes and scales in front
 of a `dequantize_*` node; layers whose weights differ in format get functions of their own
 (`moe@nvfp4+fp8`). Everything else keeps its stored type. The coverage ledger tells, for every
 weight, the rule that decided. First in the pipeline: later passes merge and lay out by format.
@@ -16,6 +16,7 @@ from typing import ClassVar
 from n3c.ir import ops
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Severity, Span
 from n3c.ir.program import Call, Function, LedgerEntry, Parameter, Program, Value
+from n3c.ir.rewrite import Builder
 from n3c.ir.source import Fp8, Nvfp4
 from n3c.ir.types import DType, TensorType
 
@@ -120,9 +121,9 @@ def _weights_of_linears(function: Function) -> list[bool | None]:
     kinds: list[bool | None] = []
     for formal in function.parameters:
         readers = [
-            node.op in (ops.linear, ops.experts) and name in ("weight", "up", "down")
+            name in node.op.weights
             for node in function.uses(formal)
-            for name, operand in zip(node.op.operands, node.operands, strict=True)
+            for name, operand in node.named_operands.items()
             if operand is formal
         ]
         kinds.append(all(readers) if readers else None)
@@ -262,9 +263,8 @@ def _variant(original: Function, signature: tuple[str, ...], name: str) -> Funct
         parts = [Value(formal.name + suffix, type_) for _, suffix, type_ in _stored(formal.type, format_)]
         parameters.extend(parts)
         op = ops.dequantize_nvfp4 if format_ in NVFP4_FORMATS else ops.dequantize_fp8
-        at = min(function.nodes.index(node) for node in function.uses(formal))
         short = formal.name.removesuffix(".weight").rpartition(".")[2]
-        weight = function.emit(op, *parts, name=f"{short}_w", origin=function.origin, at=at)
-        function.replace(formal, weight)
+        build = Builder.before(function, function.uses(formal)[0], Quantize.name)
+        function.replace(formal, build.emit(op, *parts, name=f"{short}_w"))
     function.parameters = parameters
     return function

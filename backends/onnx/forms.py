@@ -11,7 +11,7 @@ from math import prod
 from typing import Any
 
 from n3c.ir import ops
-from n3c.ir.program import Call, EntryPoint, Node, Parameter, Program
+from n3c.ir.program import EntryPoint, Parameter, Program
 from n3c.ir.types import DType
 
 FEW_ROWS = 32
@@ -79,13 +79,13 @@ def _forms(
 ) -> Iterator[tuple[str, str, str, bool]]:
     for call in entry.calls:
         for node in program.functions[call.function].nodes:
-            if node.op in (ops.linear, ops.expert_linear, ops.experts):
-                for parameter in _weights(program, call, node):
-                    native = not (parameter.format != "bf16" and _types(parameter) & set(lacking))
-                    rows = prod(node.operand(0).type.bind({"B": batch, "S": entry.tokens}).static_dims[:2])
-                    kind = "linears" if node.op is ops.linear else "experts"
-                    few = node.op is ops.expert_linear or (node.op is ops.linear and rows <= FEW_ROWS)
-                    yield kind, parameter.format, _how(parameter, few, native, lacking), native
+            for weight in node.weights:
+                parameter = program.bound(call, weight.stored[0])
+                native = not (parameter.format != "bf16" and _types(parameter) & set(lacking))
+                rows = prod(node["x"].type.bind({"B": batch, "S": entry.tokens}).static_dims[:2])
+                kind = "linears" if node.op is ops.linear else "experts"
+                few = node.op is ops.expert_linear or (node.op is ops.linear and rows <= FEW_ROWS)
+                yield kind, parameter.format, _how(parameter, few, native, lacking), native
 
 
 def _how(parameter: Parameter, few: bool, native: bool, lacking: Collection[DType]) -> str:
@@ -100,12 +100,3 @@ def _how(parameter: Parameter, few: bool, native: bool, lacking: Collection[DTyp
 def _types(parameter: Parameter) -> set[DType]:
     """Return the types of codes and scales that a format stores."""
     return {"fp8": {DType.F8E4M3}, "bf16": set[DType]()}.get(parameter.format, {DType.F4E2M1, DType.F8E4M3})
-
-
-def _weights(program: Program, call: Call, node: Node) -> Iterator[Parameter]:
-    """Yield the parameters that hold the weights of a linear: its codes, where it is quantized."""
-    formals = program.functions[call.function].parameters
-    for name, operand in zip(node.op.operands, node.operands, strict=True):
-        if name in ("weight", "up", "down") and operand is not None:
-            codes = operand if operand.node is None else operand.node.operand(0)
-            yield program.parameters[call.parameters[formals.index(codes)]]

@@ -57,29 +57,20 @@ def linears_of(
         linear
         for call in entry.calls
         for node in program.functions[call.function].nodes
-        for weight in _weights(node)
+        for weight in node.weights
         for linear in _linears(program, call, node, weight, dict(dims), wide)
     )
-
-
-def _weights(node: Node) -> list[Value]:
-    """Return the weights of a node that applies linears."""
-    if node.op in (ops.linear, ops.expert_linear):
-        return [node.operand(node.op.operands.index("weight"))]
-    return [node.operand(3), node.operand(4)] if node.op is ops.experts else []
 
 
 def _linears(
     program: Program, call: Call, node: Node, weight: Value, dims: dict[str, int], wide: bool
 ) -> Iterator[Linear]:
-    codes = weight if weight.node is None else weight.node.operand(0)
-    formals = program.functions[call.function].parameters
-    parameter = program.parameters[call.parameters[formals.index(codes)]]
+    parameter = program.bound(call, weight.stored[0])
     total = selected = weight.type.elements
     *_, n, k = weight.type.static_dims
-    rows = prod(node.operand(0).type.bind(dims).static_dims[:2])
+    rows = prod(node["x"].type.bind(dims).static_dims[:2])
     if node.op is ops.expert_linear:
-        chosen = node.operand(1).type.bind(dims).elements
+        chosen = node["indices"].type.bind(dims).elements
         selected = chosen * prod(weight.type.static_dims[1:])
     product = node.op is ops.experts or (node.op is ops.linear and rows > FEW_ROWS)
     widened = _widened(parameter, wide) if product else ""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 from n3c.passes.lower.model import lower
-from n3c.passes.serving import quantize_pass
+from n3c.passes.pipelines import quantize_pass
 from n3c.specs.convert import run_import
 from n3c.specs.schema import Spec
 

@@ -57,8 +57,11 @@ PORTABLE = (80, 86, 89, 120, 121)
 
 
 def lacking(sms: Sequence[int]) -> frozenset[DType]:
-    """Return the types that at least one of `sms`, which must be known, lacks: a plan for all does without."""
-    return frozenset[DType]().union(*(TARGETS[sm].lacks for sm in sms))
+    """Return the types that at least one of `sms` lacks: a plan for all does without.
+
+    An SM version that is not known, which `require` refuses, lacks none.
+    """
+    return frozenset[DType]().union(*(TARGETS[sm].lacks for sm in sms if sm in TARGETS))
 
 
 def require(sms: Sequence[int], flavour: Flavour = "rtx", span: Span | None = None) -> list[Diagnostic]:

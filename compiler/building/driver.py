@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from n3c.backends.progress import Progress
+from n3c.backends.trt.targets import lacking
 from n3c.compiler.report.cost import count_parameters, flops_per_token
 from n3c.compiler.report.tool_versions import peak_rss_bytes, tool_versions
 from n3c.ir.diagnostics import Diagnostic, Severity
 from n3c.ir.program import Program
 from n3c.passes.lower.model import lower
-from n3c.passes.serving import Served, quantize_pass, serve
+from n3c.passes.pipelines import quantize_pass
+from n3c.passes.serving import Served, serve
 from n3c.runtime.manifest import MANIFEST
 from n3c.specs.dump import dump_spec
 from n3c.specs.load import load_spec
@@ -67,7 +69,7 @@ def build(request: Request, progress: Progress, after: Callable[[str, Program], 
     outdir.require_writable(out)
 
     progress.phase("passes")
-    served = serve(spec, after)
+    served = serve(spec, after, lacking=lacking(request.sms) if request.target == "trt" else ())
     if request.target != "torch":
         require_request(spec, served, request)
         require_target(spec, request.sms if request.target == "trt" else (), request.trt)

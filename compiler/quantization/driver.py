@@ -15,8 +15,8 @@ from n3c.compiler.report.tool_versions import peak_rss_bytes
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Severity, Span, did_you_mean
 from n3c.passes.base import run_pipeline
 from n3c.passes.lower.model import lower
+from n3c.passes.pipelines import quantize_pass
 from n3c.passes.quantize import Quantize
-from n3c.passes.serving import quantize_pass
 from n3c.specs.convert import run_import
 from n3c.specs.huggingface import export_config
 from n3c.specs.load import load_spec, parse_spec

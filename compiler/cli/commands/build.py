@@ -52,7 +52,9 @@ ENTRIES = ("prefill", "decode", "verify", "draft")
     help="Cut each entry point into this many plans, at layer boundaries.",
 )
 @click.option(
-    "--print-ir-after", type=click.Choice(["lower", *SERVING, "all"]), help="Print the IR after a pass, on stderr."
+    "--print-ir-after",
+    type=click.Choice(["lower", *(pass_.name for pass_ in SERVING), "all"]),
+    help="Print the IR after a pass, on stderr.",
 )
 @options.overrides
 @options.common

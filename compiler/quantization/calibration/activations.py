@@ -25,7 +25,7 @@ from n3c.compiler.quantization.search.units import find_linears
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 from n3c.ir.program import LedgerEntry
 from n3c.passes.lower.model import lower
-from n3c.passes.serving import quantize_pass
+from n3c.passes.pipelines import quantize_pass
 from n3c.specs.files import read_text, write_text
 from n3c.specs.places import shown
 from n3c.specs.schema import Spec

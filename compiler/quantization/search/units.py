@@ -123,11 +123,12 @@ def _input_norms(program: Program) -> dict[str, str]:
         }
         for node in function.nodes:
             if node.op in (ops.rms_norm, ops.gated_rms_norm):
-                weight = node.operand(node.op.operands.index("weight"))
+                weight = node["weight"]
                 normed[id(node.results[0])] = actual[weight.name]
-            elif node.op in (ops.linear, ops.experts) and id(node.operand(0)) in normed:
-                first = node.operand(node.op.operands.index("weight" if node.op is ops.linear else "up"))
-                found.setdefault(actual[first.name], normed[id(node.operand(0))])  # the head: of the trunk, not of MTP
+            elif node.weights and id(node["x"]) in normed:
+                found.setdefault(
+                    actual[node.weights[0].name], normed[id(node["x"])]
+                )  # the head: of the trunk, not of MTP
         outputs |= {
             name: normed[id(value)]
             for value, name in zip(function.outputs, call.outputs, strict=True)
