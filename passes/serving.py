@@ -9,17 +9,17 @@ from n3c.ir.diagnostics import Diagnostic
 from n3c.ir.program import Program
 from n3c.ir.types import DType
 from n3c.passes.lower.model import lower
-from n3c.specs.pattern import Pattern
-from n3c.specs.roles import select_layers
-from n3c.specs.schema import Rule, Spec
+from n3c.specs.rules import format_rules
+from n3c.specs.schema import Spec
 
 from .base import Pass, PassReport, run_pipeline
 from .cleanup import Cleanup
 from .fuse_moe import FuseMoe
 from .pipelines import SERVING
 from .plan_state import PlanState
-from .quantize import FormatRule, Quantize, ledger_warnings
+from .quantize import Quantize
 from .state_plan import StatePlan, state_plan
+from .training_formats import require_training_rules
 
 STATE_DTYPES = {"fp32": DType.F32, "fp16": DType.F16, "bf16": DType.BF16, "fp8": DType.F8E4M3}
 
@@ -36,29 +36,7 @@ class Served:
 
 def quantize_pass(spec: Spec) -> Quantize:
     """Return the pass for the spec's [quantization]; without the table everything stays BF16."""
-    table = spec.quantization
-    if table is None:
-        return Quantize(FormatRule("no [quantization]", "bf16", 16))
-    default = FormatRule("quantization.format", table.format, table.block[0], span=spec.span("quantization.format"))
-    rules = (_rule(i, rule, table.block, spec) for i, rule in enumerate(table.rules))
-    return Quantize(default, tuple(rules))
-
-
-def _rule(index: int, rule: Rule, block: tuple[int, int], spec: Spec) -> FormatRule:
-    path = f"quantization.rules.{index}"
-    return FormatRule(
-        path=path,
-        format=rule.format,
-        block_rows=(rule.block or block)[0],
-        roles=rule.roles,
-        layers=_layers(rule.layers, spec.model.pattern),
-        modules=rule.modules,
-        span=spec.span(path),
-    )
-
-
-def _layers(selector: str, pattern: Pattern) -> frozenset[int] | None:
-    return None if selector == "all" else select_layers(selector, pattern)
+    return Quantize(format_rules(spec, "quantization"))
 
 
 def serving_passes(spec: Spec) -> list[Pass]:
@@ -86,6 +64,7 @@ def serve(spec: Spec, after: Callable[[str, Program], None] | None = None) -> Se
     if after is not None:
         after("lower", program)
     passes = serving_passes(spec)
-    warnings = ledger_warnings(quantize_pass(spec).rules, program)
+    weights = tuple(program.parameters.values())
+    warnings = [*format_rules(spec, "quantization").warnings(weights), *require_training_rules(spec, program)]
     reports = run_pipeline(program, passes, after)
     return Served(program, state_plan(program, spec.serving.max_seq_len), reports, warnings)

@@ -11,9 +11,10 @@ from itertools import pairwise
 
 from n3c.specs.modules import module_groups
 from n3c.specs.pattern import BlockKind, to_megatron
+from n3c.specs.roles import NOT_LINEAR, ROUTERS
 from n3c.specs.schema import Spec
 
-from .numerics import NOT_LINEAR, training_formats
+from .numerics import training_formats
 
 MODULES = {
     "mamba.in_proj": "*mixer.in_proj",
@@ -130,7 +131,7 @@ def _formats(spec: Spec) -> tuple[dict[str, dict[int | None, str]], list[int]]:
     low: set[int] = set()
     mtp = spec.mtp.pattern if spec.mtp else None
     for group in module_groups(spec.model.pattern, mtp, spec.moe, spec.model.tie_word_embeddings):
-        if group.role in NOT_LINEAR or group.role == "lm_head":
+        if group.role in NOT_LINEAR | ROUTERS | {"lm_head"}:
             continue
         format_ = formats.get(group.name.replace(".{}", ""), "bf16")
         by_role[group.role][group.layer] = format_
