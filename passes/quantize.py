@@ -19,6 +19,7 @@ from n3c.ir.program import Call, Function, LedgerEntry, Parameter, Program, Valu
 from n3c.ir.source import Fp8, Nvfp4
 from n3c.specs.rules import FormatRule, FormatRules, Misfit, misfit_diagnostics
 
+
 @dataclass(frozen=True, slots=True)
 class Quantize:
     """Give each weight the format of the rule that decides it."""
@@ -82,7 +83,7 @@ def _misfit(parameter: Parameter, rule: FormatRule | None, linears: Collection[s
     if parameter.name not in linears:
         reason = "it is not the weight of a linear"
         return Misfit(parameter, shape, rule, "E0403", reason, 'its format must be "bf16"', rule.span)
-    if _format(rule).divides(*shape[-2:], rule.block_rows):
+    if _format(rule).divides(shape[-2], shape[-1], rule.block_rows):
         return None
     span = rule.span or parameter.origin.span
     bf16 = f'add a rule with roles = ["{parameter.role}"] and format = "bf16"'

@@ -166,13 +166,13 @@ def misfit_diagnostics(misfits: Sequence[Misfit]) -> list[Diagnostic]:
     for misfit in misfits:
         key = (misfit.rule.path, misfit.weight.role, misfit.shape, misfit.reason)
         groups.setdefault(key, []).append(misfit)
-    return [
-        Diagnostic(
-            first.code,
-            f"`{first.weight.name}` {list(first.shape)}{f' and {len(more)} more of this role and shape' if more else ''}"
-            f" cannot be {first.rule.format} by `{first.rule.path}`: {first.reason}",
-            first.span,
-            help=first.help,
-        )
-        for first, *more in groups.values()
-    ]
+    return [_diagnostic(first, len(others)) for first, *others in groups.values()]
+
+
+def _diagnostic(misfit: Misfit, others: int) -> Diagnostic:
+    more = f" and {others} more of this role and shape" if others else ""
+    message = (
+        f"`{misfit.weight.name}` {list(misfit.shape)}{more} cannot be {misfit.rule.format}"
+        f" by `{misfit.rule.path}`: {misfit.reason}"
+    )
+    return Diagnostic(misfit.code, message, misfit.span, help=misfit.help)
