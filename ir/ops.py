@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeVar
 
+from .formats import NVFP4_BLOCK
 from .types import Dim, DType, TensorType
 
 Attribute = int | float | bool | str | tuple[int, ...]
@@ -26,8 +27,6 @@ Named = Mapping[str, TensorType | None]
 """Types of operands by name; None for an optional one that is left out."""
 T = TypeVar("T")
 
-NVFP4_BLOCK = 16
-"""Elements along K that share one E4M3 scale."""
 CACHE_MAX = 352.0
 """Largest value in an FP8 cache. E4M3 reaches 448, but two codes beyond 352 are no finite FP16 number, as which
 engines write them."""

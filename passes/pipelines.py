@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 
 from n3c.ir.types import DType
-from n3c.specs.pattern import Pattern
-from n3c.specs.roles import select_layers
-from n3c.specs.schema import Rule, Spec
+from n3c.specs.rules import format_rules
+from n3c.specs.schema import Spec
 
 from .base import Pass
 from .cleanup import Cleanup
 from .fuse_moe import FuseMoe
 from .pack import CODES, Pack
 from .plan_state import PlanState
-from .quantize import FormatRule, Quantize
+from .quantize import Quantize
 from .widen import Widen
 
 STATE_DTYPES = {"fp32": DType.F32, "fp16": DType.F16, "bf16": DType.BF16, "fp8": DType.F8E4M3}
@@ -48,29 +47,7 @@ def serving_passes(spec: Spec, lacking: Collection[DType] = ()) -> list[Pass]:
 
 def quantize_pass(spec: Spec) -> Quantize:
     """Return the pass for the spec's [quantization]; without the table everything stays BF16."""
-    table = spec.quantization
-    if table is None:
-        return Quantize(FormatRule("no [quantization]", "bf16", 16))
-    default = FormatRule("quantization.format", table.format, table.block[0], span=spec.span("quantization.format"))
-    rules = (_rule(i, rule, table.block, spec) for i, rule in enumerate(table.rules))
-    return Quantize(default, tuple(rules))
-
-
-def _rule(index: int, rule: Rule, block: tuple[int, int], spec: Spec) -> FormatRule:
-    path = f"quantization.rules.{index}"
-    return FormatRule(
-        path=path,
-        format=rule.format,
-        block_rows=(rule.block or block)[0],
-        roles=rule.roles,
-        layers=_layers(rule.layers, spec.model.pattern),
-        modules=rule.modules,
-        span=spec.span(path),
-    )
-
-
-def _layers(selector: str, pattern: Pattern) -> frozenset[int] | None:
-    return None if selector == "all" else select_layers(selector, pattern)
+    return Quantize(format_rules(spec, "quantization"))
 
 
 def _plan_state(spec: Spec) -> PlanState:

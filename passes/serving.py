@@ -9,12 +9,13 @@ from n3c.ir.diagnostics import Diagnostic
 from n3c.ir.program import Program
 from n3c.ir.types import DType
 from n3c.passes.lower.model import lower
+from n3c.specs.rules import format_rules
 from n3c.specs.schema import Spec
 
 from .base import PassReport, run_pipeline
-from .pipelines import quantize_pass, serving_passes
-from .quantize import ledger_warnings
+from .pipelines import serving_passes
 from .state_layout import StatePlan, state_plan
+from .training_formats import require_training_rules
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ def serve(
     program = lower(spec)
     if after is not None:
         after("lower", program)
-    warnings = ledger_warnings(quantize_pass(spec).rules, program)
+    weights = tuple(program.parameters.values())
+    warnings = [*format_rules(spec, "quantization").warnings(weights), *require_training_rules(spec, program)]
     reports = run_pipeline(program, serving_passes(spec, lacking), after)
     return Served(program, state_plan(program, spec.serving.max_seq_len), reports, warnings)

@@ -16,8 +16,6 @@ from n3c.ir.types import DType
 
 Flavour = Literal["rtx", "full"]
 
-NVFP4_FORMATS = ("nvfp4", "w4a16_nvfp4")
-
 
 @dataclass(frozen=True, slots=True)
 class Target:

@@ -20,7 +20,6 @@ from n3c.compiler.report.tool_versions import peak_rss_bytes, tool_versions
 from n3c.ir.diagnostics import Diagnostic, Severity
 from n3c.ir.program import Program
 from n3c.passes.lower.model import lower
-from n3c.passes.pipelines import quantize_pass
 from n3c.passes.serving import Served, serve
 from n3c.runtime.manifest import MANIFEST
 from n3c.specs.dump import dump_spec
@@ -74,7 +73,9 @@ def build(request: Request, progress: Progress, after: Callable[[str, Program], 
         require_request(spec, served, request)
         require_target(spec, request.sms if request.target == "trt" else (), request.trt)
     if request.weights is not None:
-        _require_fit(spec, request.weights)
+        from n3c.backends.safetensors.checkpoint_fit import fitting_checkpoint
+
+        fitting_checkpoint(spec, request.weights)
 
     resolved = dump_spec(spec)
     spec_sha256 = hashlib.sha256(resolved.encode()).hexdigest()
@@ -96,16 +97,6 @@ def build(request: Request, progress: Progress, after: Callable[[str, Program], 
     built.files = manifest["files"]
     built.seconds = time.perf_counter() - start
     return built
-
-
-def _require_fit(spec: Spec, weights: Path) -> None:
-    from n3c.backends.safetensors.checkpoint import Checkpoint
-    from n3c.backends.safetensors.sources import check_fit, check_formats
-
-    checkpoint, program = Checkpoint(weights), lower(spec)
-    check_fit(program.parameters.values(), checkpoint)
-    quantize_pass(spec).run(program)
-    check_formats(program.parameters.values(), checkpoint)
 
 
 def _emit_torch(spec: Spec, spec_sha256: str, folder: Path, progress: Progress) -> list[Diagnostic]:

@@ -20,7 +20,8 @@ from n3c.ir.rewrite import Builder
 from n3c.ir.source import Tensor
 from n3c.ir.types import DType, TensorType
 from n3c.ir.verify import verify
-from n3c.passes.quantize import FormatRule, Quantize, linear_parameters
+from n3c.passes.quantize import Quantize, linear_parameters
+from n3c.specs.rules import FormatRule, FormatRules
 
 X = TensorType(DType.F32, ("B", "S", 32))
 
@@ -54,7 +55,7 @@ def program_of(op: ops.OpDef) -> Program:
 def test_a_new_op_is_quantized_and_audited(new_op: ops.OpDef) -> None:
     program = program_of(new_op)
     assert linear_parameters(program) == {"m.weight"}
-    assert Quantize(FormatRule("quantization.format", "nvfp4", 16)).run(program)
+    assert Quantize(FormatRules(FormatRule("quantization.format", "nvfp4", 16))).run(program)
     verify(program)
     (function,) = program.functions.values()
     dequantize, node = function.nodes

@@ -24,7 +24,7 @@ import onnx_ir as onnx
 
 from n3c.backends.onnx.emitter import DenseWeight, Emitter, Fp8Weight, Nvfp4Weight, Weight
 from n3c.backends.onnx.forms import FEW_ROWS
-from n3c.ir.ops import NVFP4_BLOCK
+from n3c.ir.formats import NVFP4_BLOCK
 from n3c.ir.program import Node
 
 from .linears import linear_sum, tensor_scale, unscaled
