@@ -36,6 +36,9 @@ SERVING: Mapping[type[Pass], Callable[[Spec, Collection[DType]], Pass]] = {
 }
 """Pass → how it is made of a spec and the types that the target lacks."""
 
+STAGES = ("lower", *(pass_.name for pass_ in SERVING))
+"""What a program goes through on the way to serving, in order."""
+
 ELSEWHERE: tuple[type[Pass], ...] = (Widen,)
 """Passes in no pipeline: what runs the float32 form of a program applies them to a copy."""
 

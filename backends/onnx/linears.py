@@ -11,7 +11,7 @@ from n3c.ir.program import Call, EntryPoint, Node, Parameter, Program, Value
 from n3c.ir.source import Bytes, CacheScale, Concat, Dequantized, Fp8, NegExp, Nvfp4, Rounded, Source, Stack, Tensor
 from n3c.ir.types import DType
 
-from .forms import FEW_ROWS
+from .forms import is_matrix_product, rows_of
 
 _UNQUANTIZED = {DType.F32: "fp32", DType.F16: "fp16", DType.BF16: "bf16"}
 
@@ -58,24 +58,22 @@ def linears_of(
         for call in entry.calls
         for node in program.functions[call.function].nodes
         for weight in node.weights
-        for linear in _linears(program, call, node, weight, dict(dims), wide)
+        for linear in _linears(program, call, node, weight, dims, wide)
     )
 
 
 def _linears(
-    program: Program, call: Call, node: Node, weight: Value, dims: dict[str, int], wide: bool
+    program: Program, call: Call, node: Node, weight: Value, dims: Mapping[str, int], wide: bool
 ) -> Iterator[Linear]:
     parameter = program.bound(call, weight.stored[0])
     total = selected = weight.type.elements
     *_, n, k = weight.type.static_dims
-    rows = prod(node["x"].type.bind(dims).static_dims[:2])
     if node.op is ops.expert_linear:
         chosen = node["indices"].type.bind(dims).elements
         selected = chosen * prod(weight.type.static_dims[1:])
-    product = node.op is ops.experts or (node.op is ops.linear and rows > FEW_ROWS)
-    widened = _widened(parameter, wide) if product else ""
+    widened = _widened(parameter, wide) if is_matrix_product(node, dims) else ""
     for name in _modules(parameter.source):
-        yield Linear(name, _format(parameter), parameter.name, selected, total, (n, k), rows, widened)
+        yield Linear(name, _format(parameter), parameter.name, selected, total, (n, k), rows_of(node, dims), widened)
 
 
 def _widened(parameter: Parameter, wide: bool) -> str:

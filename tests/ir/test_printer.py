@@ -7,12 +7,10 @@ import pytest
 from n3c.ir.printer import print_program
 from n3c.ir.program import Program
 from n3c.passes.pack import CODES
-from n3c.passes.pipelines import SERVING
+from n3c.passes.pipelines import STAGES
 from n3c.passes.serving import serve
 from support.golden import assert_golden
 from support.specs import QUANTIZED, small_spec
-
-STAGES = ["lower", *(pass_.name for pass_ in SERVING)]
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -26,44 +26,52 @@ def write_cache(emitter: Emitter, node: Node) -> None:
     """
     g = emitter.graph
     batch, tokens, _ = emitter.sizes(node["new"])
-    cache, scale = node["cache"], node.get("scale")
-    _, heads, capacity, head_dim = emitter.sizes(cache)
-    held, start, counts = emitter.get(cache), emitter.operand(node, "lengths"), node.get("counts")
-    dims, x = (batch, tokens, heads, head_dim), emitter.operand(node, "new")
-    x = x if scale is None else g.node("Div", x, emitter.get(scale))
-    if cache.type.dtype is DType.F8E4M3:
-        values = rounded(emitter, _rows(emitter, x, dims, DType.F32))
-        new, head_dim = pairs(emitter, values, (batch, heads, tokens, head_dim)), head_dim // 2
-        emitter.bind_written(node.results[0], Rows(emitter.view(cache), values))
-    else:
-        new = _rows(emitter, x, dims, cache.type.dtype)
-    if tokens > 1 or counts is not None:
-
-        def places() -> tuple[onnx.Value, onnx.Value, onnx.Value, onnx.Value]:
-            limit = None if counts is None else emitter.get(counts)
-            return _places(emitter, emitter.operand(node, "lengths"), limit, tokens, capacity)
-
-        key = ("places", id(start), id(counts and emitter.get(counts)), tokens, capacity)
-        start, kept, taken, is_new = emitter.shared_many(key, places)
-        old = rows_of(emitter, held, (batch, heads, capacity, head_dim), kept)
-        new = g.node("Where", is_new, rows_of(emitter, new, (batch, heads, tokens, head_dim), taken), old)
+    _, heads, capacity, _ = emitter.sizes(node["cache"])
+    held, start = emitter.operand(node, "cache"), emitter.operand(node, "lengths")
+    new, width = _as_held(emitter, node)
+    if tokens > 1 or node.get("counts") is not None:
+        start, kept, taken, is_new = _places(emitter, node, tokens, capacity)
+        old = rows_of(emitter, held, (batch, heads, capacity, width), kept)
+        new = g.node("Where", is_new, rows_of(emitter, new, (batch, heads, tokens, width), taken), old)
     emitter.bind(node.results[0], g.node("TensorScatter", held, new, start, axis=2, mode="linear"))
 
 
+def _as_held(emitter: Emitter, node: Node) -> tuple[onnx.Value, int]:
+    """Return the new rows as the cache holds them, [B, H, S, width], and the width: FP8 codes are held in pairs."""
+    g = emitter.graph
+    batch, tokens, _ = emitter.sizes(node["new"])
+    cache, scale, x = node["cache"], node.get("scale"), emitter.operand(node, "new")
+    _, heads, _, head_dim = emitter.sizes(cache)
+    x = x if scale is None else g.node("Div", x, emitter.get(scale))
+    dims = (batch, tokens, heads, head_dim)
+    if cache.type.dtype is not DType.F8E4M3:
+        return _rows(emitter, x, dims, cache.type.dtype), head_dim
+    values = rounded(emitter, _rows(emitter, x, dims, DType.F32))
+    emitter.bind_written(node.results[0], Rows(emitter.view(cache), values))
+    return pairs(emitter, values, (batch, heads, tokens, head_dim)), head_dim // 2
+
+
 def _places(
-    emitter: Emitter, lengths: onnx.Value, counts: onnx.Value | None, tokens: int, capacity: int
+    emitter: Emitter, node: Node, tokens: int, capacity: int
 ) -> tuple[onnx.Value, onnx.Value, onnx.Value, onnx.Value]:
     """Return where S rows are written, which rows of the cache lie there, which new ones go there, and if they do."""
     g = emitter.graph
-    start = g.node("Min", lengths, g.i64(capacity - tokens))
-    rows = g.node("Add", g.node("Unsqueeze", start, g.i64(1)), g.i64(*range(tokens)))  # [B, S]
-    token = g.node("Sub", rows, g.node("Unsqueeze", lengths, g.i64(1)))
-    is_new = g.node("GreaterOrEqual", token, g.i64(0))
-    if counts is not None:
-        is_new = g.node("And", is_new, g.node("Less", token, g.node("Unsqueeze", counts, g.i64(1))))
-    clipped = g.node("Max", g.node("Min", token, g.i64(tokens - 1)), g.i64(0))
-    kept, taken = (g.node("Unsqueeze", index, g.i64(1)) for index in (rows, clipped))  # the same for every head
-    return start, kept, taken, g.node("Unsqueeze", is_new, g.i64(1, 3))
+    lengths, counted = emitter.operand(node, "lengths"), node.get("counts")
+    counts = None if counted is None else emitter.get(counted)
+
+    def make() -> tuple[onnx.Value, onnx.Value, onnx.Value, onnx.Value]:
+        start = g.node("Min", lengths, g.i64(capacity - tokens))
+        rows = g.node("Add", g.node("Unsqueeze", start, g.i64(1)), g.i64(*range(tokens)))  # [B, S]
+        token = g.node("Sub", rows, g.node("Unsqueeze", lengths, g.i64(1)))
+        is_new = g.node("GreaterOrEqual", token, g.i64(0))
+        if counts is not None:
+            is_new = g.node("And", is_new, g.node("Less", token, g.node("Unsqueeze", counts, g.i64(1))))
+        clipped = g.node("Max", g.node("Min", token, g.i64(tokens - 1)), g.i64(0))
+        kept, taken = (g.node("Unsqueeze", index, g.i64(1)) for index in (rows, clipped))  # the same for every head
+        return start, kept, taken, g.node("Unsqueeze", is_new, g.i64(1, 3))
+
+    start, kept, taken, is_new = emitter.shared_many(("places", id(lengths), id(counts), tokens, capacity), make)
+    return start, kept, taken, is_new
 
 
 def _rows(emitter: Emitter, x: onnx.Value, dims: tuple[int, int, int, int], dtype: DType) -> onnx.Value:

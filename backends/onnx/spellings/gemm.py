@@ -16,14 +16,12 @@ quantization of activations. A linear whose rows are no more than `FEW_ROWS` kee
 
 from __future__ import annotations
 
-from math import prod
-
 import ml_dtypes
 import numpy as np
 import onnx_ir as onnx
 
 from n3c.backends.onnx.emitter import DenseWeight, Emitter, Fp8Weight, Nvfp4Weight, Weight
-from n3c.backends.onnx.forms import FEW_ROWS
+from n3c.backends.onnx.forms import is_matrix_product
 from n3c.ir.formats import NVFP4_BLOCK
 from n3c.ir.program import Node
 
@@ -39,7 +37,7 @@ def linear(emitter: Emitter, node: Node) -> None:
     """y = x Wᵀ by Gemm, whose second operand may be transposed without a copy; for few rows by a sum."""
     g = emitter.graph
     x = node["x"]
-    if emitter.rendering == "engine" and prod(emitter.sizes(x)[:-1]) <= FEW_ROWS:
+    if emitter.rendering == "engine" and not is_matrix_product(node, emitter.dims):
         linear_sum(emitter, node)
         return
     rows = g.node("Reshape", emitter.get(x), g.i64(-1, emitter.sizes(x)[-1]))

@@ -12,7 +12,7 @@ import click
 from n3c.compiler.cli import options
 from n3c.compiler.cli.output import print_json, say
 from n3c.passes.lower import model as lowering
-from n3c.passes.pipelines import ELSEWHERE, SERVING
+from n3c.passes.pipelines import ELSEWHERE, SERVING, STAGES
 
 
 @click.command("passes", help="List the passes in the order in which they run.")
@@ -21,15 +21,14 @@ def command(as_json: bool) -> None:
     """List the passes."""
     lower = {"name": "lower", "summary": _summary(lowering.__name__), "options": []}
     described = [lower, *(_describe(pass_) for pass_ in (*SERVING, *ELSEWHERE))]
-    order = ["lower", *(pass_.name for pass_ in SERVING)]
     if as_json:
-        print_json({"passes": described, "pipelines": {"serving": order}})
+        print_json({"passes": described, "pipelines": {"serving": list(STAGES)}})
         return
     for entry in described:
         say(f"{entry['name']:<12} {entry['summary']}")
         for option in entry["options"]:
             say(f"{'':<12}   {option}")
-    say(f"\nserving: {' → '.join(order)}")
+    say(f"\nserving: {' → '.join(STAGES)}")
 
 
 def _describe(pass_: type[Any]) -> dict[str, Any]:

@@ -128,7 +128,10 @@ def test_json_is_all_of_stdout(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(exported["config"]), encoding="utf-8")
     imported = n3c("import", tmp_path / "config.json", "--json").data
     assert "[model]" in imported["spec"]
-    assert [entry["name"] for entry in n3c("passes", "--json").data["passes"]]
+    listed = n3c("passes", "--json").data
+    assert listed["pipelines"]["serving"] == ["lower", "quantize", "plan_state", "fuse_moe", "pack", "cleanup"]
+    assert [entry["name"] for entry in listed["passes"]] == [*listed["pipelines"]["serving"], "widen"]
+    assert all(entry["summary"] for entry in listed["passes"])
     assert n3c("schema", "--json").data == n3c("schema").data
     assert set(n3c("doctor", "--json").data) == {"machine", "packages", "targets"}
 
