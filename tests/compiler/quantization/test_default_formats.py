@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from n3c.compiler.quantization.calibration.activations import entries_of, save_scales
+from n3c.compiler.quantization.calibration.activation_scales import entries_of, save_scales
 from n3c.compiler.quantization.calibration.calibrate import Amax
 from n3c.compiler.quantization.request import QuantizeRequest
 from n3c.compiler.quantization.requested_formats import requested_formats

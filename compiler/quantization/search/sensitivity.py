@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from n3c.backends.progress import Progress
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.compiler.quantization.calibration.calibrate import Amax, calibrate
-from n3c.compiler.quantization.calibration.streamed import StreamedModel
+from n3c.compiler.quantization.calibration.streamed_model import StreamedModel
 from n3c.ir.formats import FORMATS
 from n3c.specs.modules import Group, groups_of
 from n3c.specs.recipe import DEFAULT
