@@ -15,10 +15,15 @@ from fnmatch import fnmatchcase
 from n3c.ir.formats import FORMATS
 
 from .modules import groups_of
+from .roles import NOT_LINEAR, ROUTERS
 from .rules_table import role_globs
 from .schema import Format, Quantization, Rule, Spec
 
-EXCLUDED = ("attention.*", "moe.router", "moe.latent_*", "mamba.conv1d", "mtp.*", "embedding", "lm_head")
+DEFAULT = Quantization(format="nvfp4", block=(1, 16))
+"""What is asked for where nothing says otherwise, before exclusions."""
+
+SENSITIVE = ("attention.*", "moe.latent_*", "mtp.*", "lm_head")
+"""BF16, as what is no linear's and routers are."""
 EIGHT_BITS = ("mamba.in_proj", "mamba.out_proj", "moe.shared.*")
 """FP8 where the default is a 4-bit format and activations are calibrated."""
 
@@ -52,7 +57,8 @@ def published_recipe(
     present = list(dict.fromkeys(group.role for group in groups_of(spec)))
     four_bits = FORMATS[format_].blocked
     eight = _matching(present, EIGHT_BITS) if four_bits else []
-    excluded = _matching(present, EXCLUDED) + ([] if calibrated else eight)
+    excluded = [role for role in present if role in NOT_LINEAR | ROUTERS] + _matching(present, SENSITIVE)
+    excluded += [] if calibrated else eight
     left = [role for role in present if role not in (*eight, *excluded)]
     odd = [role for role in left if not FORMATS[format_].divides(*_shape(role, spec), block[0])]
     rules: dict[str, Rule] = {}

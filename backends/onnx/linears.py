@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from n3c.ir import ops
+from n3c.ir.formats import FORMATS
 from n3c.ir.program import Call, EntryPoint, Node, Parameter, Program, Value
 from n3c.ir.source import Bytes, CacheScale, Concat, Dequantized, Fp8, NegExp, Nvfp4, Rounded, Source, Stack, Tensor
 from n3c.ir.types import DType
@@ -80,7 +81,7 @@ def _widened(parameter: Parameter, wide: bool) -> str:
     """Return to what a matrix product has the weight dequantized, where it does not take the stored type."""
     if parameter.type.dtype in _UNQUANTIZED and not (wide and parameter.type.dtype is DType.BF16):
         return ""
-    taken = parameter.type.dtype is not DType.I8 and parameter.format in ("nvfp4", "fp8")
+    taken = parameter.type.dtype is not DType.I8 and FORMATS[parameter.format].input_divisor is not None
     return "" if taken else "fp32" if wide else "bf16"
 
 

@@ -58,7 +58,7 @@ _MOST = np.float32(2**23 + 7)
 _F0, _F2, _F4, _F6, _F8 = np.float32(0), np.float32(2), np.float32(4), np.float32(6), np.float32(8)
 _F05, _DENORMAL = np.float32(0.5), np.float32(2**-149)
 _BETWEEN = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5], np.float32)  # halfway from each code to the next
-_E4M3_TINY, _E4M3_NORMAL, _E4M3_MAX = np.float32(2**-9), np.float32(2**-6), np.float32(448)
+_E4M3_TINY, _E4M3_NORMAL, _E4M3_MAX = np.float32(2**-9), np.float32(2**-6), np.float32(E4M3_MAX)
 _UNIT_2_9, _512 = np.float32(2**14), np.float32(512)  # 2¹⁴ has the unit 2⁻⁹ in the last place
 
 

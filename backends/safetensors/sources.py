@@ -28,19 +28,12 @@ from n3c.ir.source import (
 from n3c.ir.types import DType
 
 from . import nvfp4
-from .checkpoint import Checkpoint, file_error
+from .checkpoint import DTYPES, Checkpoint, file_error
+from .header import ELEMENT_NAMES
 
 Array = NDArray[np.generic]
 
-NUMPY_DTYPES = {
-    DType.F32: np.dtype(np.float32),
-    DType.F16: np.dtype(np.float16),
-    DType.BF16: np.dtype(ml_dtypes.bfloat16),
-    DType.F8E4M3: np.dtype(ml_dtypes.float8_e4m3fn),
-    DType.F4E2M1: np.dtype(np.uint8),
-    DType.I64: np.dtype(np.int64),
-    DType.I8: np.dtype(np.int8),
-}
+NUMPY_DTYPES = {dtype: DTYPES[name] for dtype, name in ELEMENT_NAMES.items()}
 """Stored types in numpy; FP4 codes are bytes of two."""
 
 
@@ -82,10 +75,9 @@ def _evaluate(source: Source, checkpoint: Checkpoint) -> Array:
         case Rounded(operand):
             return _evaluate(operand, checkpoint).astype(ml_dtypes.bfloat16).astype(np.float32)
         case CacheScale(name):
-            held = (
-                checkpoint.read(name).astype(np.float32) * np.float32(E4M3_MAX / CACHE_MAX) if name in checkpoint else 1
-            )
-            return np.asarray(held, np.float32).reshape(())
+            if name not in checkpoint:
+                return np.asarray(1, np.float32)
+            return (checkpoint.read(name).astype(np.float32) * np.float32(E4M3_MAX / CACHE_MAX)).reshape(())
         case Dequantized(Nvfp4() as codes):
             rows = codes.block_rows
             return _each_matrix(codes.operand, checkpoint, lambda name: _dequantized_nvfp4(checkpoint, name, rows))

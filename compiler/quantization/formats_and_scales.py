@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from n3c.backends.progress import Progress
 from n3c.backends.safetensors.checkpoint import Checkpoint
-from n3c.compiler.quantization.calibration.activations import (
+from n3c.compiler.quantization.calibration.activation_scales import (
     Scales,
     entries_of,
     ledger,
@@ -17,9 +17,9 @@ from n3c.compiler.quantization.calibration.activations import (
     save_scales,
 )
 from n3c.compiler.quantization.calibration.calibrate import calibrate
-from n3c.compiler.quantization.calibration.streamed import StreamedModel
+from n3c.compiler.quantization.calibration.streamed_model import StreamedModel
 from n3c.compiler.quantization.calibration.tokens import read_tokens
-from n3c.compiler.quantization.search.auto import Chosen, measure
+from n3c.compiler.quantization.search.sensitivity import Chosen, measure
 from n3c.ir.diagnostics import Diagnostic
 from n3c.ir.formats import FORMATS
 from n3c.specs.dump import dump_spec

@@ -10,14 +10,11 @@ from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Severity, Span, d
 from n3c.ir.formats import FORMATS as WEIGHT_FORMATS
 from n3c.specs.convert import run_import
 from n3c.specs.load import load_spec, parse_spec
-from n3c.specs.recipe import Recipe, is_published, published_recipe
+from n3c.specs.recipe import DEFAULT, Recipe, is_published, published_recipe
 from n3c.specs.rules_table import spec_with_quantization
 from n3c.specs.schema import Format, Quantization, Spec
 
 from .request import BLOCK_NAMES, FORMATS, QuantizeRequest
-
-DEFAULT = Quantization(format="nvfp4", block=(1, 16))
-"""What is asked for where nothing says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)

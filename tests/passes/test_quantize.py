@@ -185,7 +185,8 @@ def test_a_layer_that_fits_hides_none_that_does_not(first: str, second: str, wro
     with pytest.raises(N3CError) as caught:
         serve(spec_from_text(text))
     assert caught.value.exit_code == ExitCode.SPEC
-    (fault,) = caught.value.diagnostics
+    assert len(caught.value.diagnostics) == 1
+    fault = caught.value.diagnostics[0]
     assert fault.code == "E0405"
     assert f"`backbone.layers.{wrong}.mixer.up_proj.weight` [24, 64] cannot be nvfp4" in fault.message
     assert f"by `quantization.rules.{wrong - 1}`" in fault.message
@@ -194,7 +195,7 @@ def test_a_layer_that_fits_hides_none_that_does_not(first: str, second: str, wro
 def test_equal_misfits_are_one_diagnostic_with_their_number() -> None:
     with pytest.raises(N3CError) as caught:
         serve(small_spec(table("nvfp4"), odd=("intermediate_size = 48", "intermediate_size = 50")))
-    (down, mtp) = caught.value.diagnostics
+    down, mtp = list(caught.value.diagnostics)
     assert "`backbone.layers.1.mixer.experts.*.down_proj.weight` [8, 32, 50] and 2 more of this role" in down.message
     assert "`mtp.layers.1.mixer.experts.*.down_proj.weight` [8, 32, 50] cannot be nvfp4" in mtp.message
 
@@ -243,7 +244,8 @@ def test_rules_of_training_are_judged_as_those_of_deployment(rule: str, code: st
     with pytest.raises(N3CError) as caught:
         serve(small_spec(text))
     assert caught.value.exit_code == ExitCode.SPEC
-    (fault,) = caught.value.diagnostics
+    assert len(caught.value.diagnostics) == 1
+    fault = caught.value.diagnostics[0]
     assert fault.code == code
     assert "`training.rules.0`" in fault.message
     assert fault.span is not None

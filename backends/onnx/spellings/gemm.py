@@ -22,13 +22,11 @@ import onnx_ir as onnx
 
 from n3c.backends.onnx.emitter import DenseWeight, Emitter, Fp8Weight, Nvfp4Weight, Weight
 from n3c.backends.onnx.forms import is_matrix_product
-from n3c.ir.formats import NVFP4_BLOCK
+from n3c.ir.formats import E2M1_MAX, E4M3_MAX, NVFP4_BLOCK
 from n3c.ir.program import Node
 
 from .linears import linear_sum, tensor_scale, unscaled
 
-E4M3_MAX = 448.0
-E2M1_MAX = 6.0
 F8E4M3FN = 17
 """Of TRT_FP4DynamicQuantize's attribute scale_type."""
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from n3c.backends.progress import Progress
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 
-from .streamed import StreamedModel, batches
+from .streamed_model import StreamedModel, batches
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -28,7 +28,7 @@ def nvfp4(x: Tensor, amax: float, block_rows: int = 1) -> Tensor:
     scale_2 = torch.tensor(amax, dtype=torch.float32) / (E2M1_MAX * E4M3_MAX)
     tiles = x.reshape(*outer, rows // block_rows, block_rows, columns // NVFP4_BLOCK, NVFP4_BLOCK)
     block_amax = tiles.abs().amax(dim=(-3, -1), keepdim=True)
-    scale = (block_amax / (6 * scale_2)).clamp(2.0**-9, 448).to(torch.float8_e4m3fn).float()
+    scale = (block_amax / (E2M1_MAX * scale_2)).clamp(2.0**-9, E4M3_MAX).to(torch.float8_e4m3fn).float()
     scale = torch.where(block_amax == 0, 1.0, scale)
     return (_e2m1(tiles / (scale * scale_2)) * scale * scale_2).reshape(x.shape)
 
@@ -50,7 +50,7 @@ def fp8(x: Tensor, amax: float) -> Tensor:
     if amax == 0:
         return torch.zeros_like(x)
     scale = torch.tensor(amax, dtype=torch.float32) / E4M3_MAX
-    return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+    return (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float() * scale
 
 
 def weight(w: Tensor, format_: str, block_rows: int) -> Tensor:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from n3c.backends.progress import Progress
 from n3c.compiler.quantization.calibration.calibrate import Amax, mtp_hidden
-from n3c.compiler.quantization.calibration.streamed import StreamedModel, batches
+from n3c.compiler.quantization.calibration.streamed_model import StreamedModel, batches
 
 from . import fake_quant
 from .noise import Scores

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 from n3c.backends.progress import Progress
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.compiler.quantization.calibration.calibrate import Amax, calibrate
-from n3c.compiler.quantization.calibration.streamed import StreamedModel
+from n3c.compiler.quantization.calibration.streamed_model import StreamedModel
+from n3c.ir.formats import FORMATS
 from n3c.specs.modules import Group, groups_of
+from n3c.specs.recipe import DEFAULT
 from n3c.specs.rules_table import rules_table, spec_with_table
 from n3c.specs.schema import Quantization, Spec
 
@@ -94,7 +96,7 @@ def measure(
     not fit, 5 for scores that are not finite.
     """
     table = _table(spec)
-    four_bit = table.format if table.format == "w4a16_nvfp4" else "nvfp4"
+    four_bit = table.format if FORMATS[table.format].blocked else DEFAULT.format
     units = find_units(spec, four_bit, table.block[0], mtp=mtp)
     require_feasible(units, at_least or 16.0)
     if ids is None:
@@ -116,4 +118,4 @@ def spec_with_formats(spec: Spec, formats: Mapping[str, str], block: tuple[int, 
 
 
 def _table(spec: Spec) -> Quantization:
-    return spec.quantization or Quantization("nvfp4", (1, 16))
+    return spec.quantization or DEFAULT

@@ -16,7 +16,7 @@ from n3c.backends.torch.emit import emit
 from n3c.specs.dump import dump_spec
 from n3c.specs.schema import Spec
 
-from .tensors import read_float
+from .float_tensors import read_float
 
 if TYPE_CHECKING:
     from torch import Tensor
