@@ -193,7 +193,7 @@ def table(build: OpenedBuild, work: Path, trained: Path, verified: dict[str, Any
     """Return the table."""
     text, quantized = held_out(work), work / "nvfp4"
     plans = [file for file in build.manifest["files"] if file["path"].endswith(".plan")]
-    worst = {form["name"]: form["worst"]["relative"] for form in verified["forms"]}
+    worst = {form["name"]: form["worst"]["relative"] for form in verified["implementations"]}
     different = sum(a != b for a, b in zip(plain.tokens, drafted.tokens, strict=True))
 
     def size(folder: Path) -> str:

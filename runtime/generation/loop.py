@@ -16,6 +16,7 @@ from n3c.runtime.engines.interface import Array, Engine, call
 
 from .drafter import Drafter
 from .limits import Room
+from .result import Completion, Generated
 from .sampling import draw
 from .sequence import Options, Running
 from .speculative import judge
@@ -61,6 +62,8 @@ class Generation:
     drafter: Drafter | None = None
     """None: no speculation."""
     listener: Listener | None = None
+    device: str = "cpu"
+    """Of the engine, for the result."""
     sequences: list[Running] = field(init=False)
     statistics: Statistics = field(default_factory=Statistics)
 
@@ -70,8 +73,8 @@ class Generation:
 
     def run(self) -> None:
         """Continue every sequence to its end. KeyboardInterrupt is passed on; the engine may serve the next request."""
-        self.engine.reset()
         try:
+            self.engine.reset()
             start = time.perf_counter()
             self._prefill()
             self.statistics.prefill_seconds = time.perf_counter() - start
@@ -83,8 +86,24 @@ class Generation:
                 self.statistics.decode_seconds = time.perf_counter() - start
         except KeyboardInterrupt:
             for sequence in self.sequences:
-                sequence.ending = sequence.ending or "interrupted"
+                sequence.interrupt()
             raise
+
+    def result(self) -> Generated:
+        """Return what the request gave so far: all of it behind `run`, and what there is behind an interrupt."""
+        statistics = self.statistics
+        return Generated(
+            tuple(Completion(s.text, tuple(s.new), s.ending, len(s.prompt)) for s in self.sequences),
+            self.device,
+            self.drafter is not None,
+            statistics.prompt_tokens,
+            statistics.new_tokens,
+            statistics.tokens_per_second,
+            statistics.acceptance_length,
+            statistics.prefill_seconds,
+            statistics.decode_seconds,
+            self.engine.allocated(),
+        )
 
     def _prefill(self) -> None:
         """Feed the prompts by chunks; each sequence gets its first token from the chunk in which its prompt ends."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -83,7 +84,7 @@ def command(
     """Run BUILD."""
     if not (prompts or prompt_ids or prompt_file):
         raise click.UsageError("nothing to continue: give --prompt, --prompt-ids or --prompt-file")
-    from n3c.compiler.cli.generation import Printer, report, summary
+    from n3c.compiler.cli.generation import Printer, summary
     from n3c.runtime.generation.prompts import encoded, read_prompts, tag_ids
     from n3c.runtime.generation.runner import open_runner, require_weights
     from n3c.runtime.generation.sampling import Sampling
@@ -113,16 +114,14 @@ def command(
     )
     printer = Printer(len(ids), tokenizer is not None)
     generation = runner.generation(ids, request, None if as_json else printer.heard)
-    interrupted = False
-    try:
+    with suppress(KeyboardInterrupt):  # the result tells that it was interrupted
         generation.run()
-    except KeyboardInterrupt:
-        interrupted = True
+    generated = generation.result()
     if as_json:
-        print_json(report(generation, device))
+        print_json(generated.as_json())
     else:
-        printer.finish(generation)
-        tell(summary(generation))
-    if interrupted:
+        printer.finish(generated)
+        tell(summary(generated))
+    if generated.interrupted:
         print_diagnostics([Diagnostic("E0702", "interrupted: what is printed is what there was")])
-    return ExitCode.INTERNAL if interrupted else ExitCode.OK
+    return ExitCode.INTERNAL if generated.interrupted else ExitCode.OK
