@@ -80,9 +80,14 @@ def serving_passes(spec: Spec) -> list[Pass]:
     return [made[name] for name in SERVING]
 
 
-def serve(spec: Spec, after: Callable[[str, Program], None] | None = None) -> Served:
-    """Lower `spec` and run the serving pipeline; N3CError (exit code 3) where a rule does not fit the model."""
-    program = lower(spec)
+def serve(
+    spec: Spec, after: Callable[[str, Program], None] | None = None, *, lowered: Program | None = None
+) -> Served:
+    """Lower `spec` and run the serving pipeline; N3CError (exit code 3) where a rule does not fit the model.
+
+    `lowered` is the program of `spec`, where the caller has lowered it; the passes rewrite it.
+    """
+    program = lower(spec) if lowered is None else lowered
     if after is not None:
         after("lower", program)
     passes = serving_passes(spec)

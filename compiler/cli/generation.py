@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from n3c.runtime.generation.result import Generated
+from n3c.runtime.generation.result import Generated, Piece
 
 from .output import say
 from .table import format_bytes
@@ -15,10 +15,10 @@ class Printer:
         self._live = sequences == 1
         self._has_text = has_text
 
-    def heard(self, index: int, token: int, piece: str) -> None:
-        """Take a new token and the text that became certain."""
+    def show(self, piece: Piece) -> None:
+        """Show a new token where it is of the only sequence."""
         if self._live:
-            say(piece if self._has_text else f"{token} ", newline=False)
+            say(piece.text if self._has_text else f"{piece.token_id} ", newline=False)
 
     def finish(self, generated: Generated) -> None:
         """Show what has not been shown."""

@@ -19,7 +19,7 @@ from n3c.passes.quantize import Quantize
 from n3c.passes.serving import quantize_pass
 from n3c.specs.convert import run_import
 from n3c.specs.huggingface import export_config
-from n3c.specs.load import load_spec, parse_spec
+from n3c.specs.load import loaded, parse_spec
 from n3c.specs.schema import BLOCKS, Format, Quantization, Spec
 
 from .published import note as published_note
@@ -106,7 +106,7 @@ class Quantized:
 
 
 def chosen_spec(
-    spec: Path | None,
+    spec: Path | Spec | None,
     weights: Path,
     fmt: str | None,
     block: str | None,
@@ -124,10 +124,10 @@ def chosen_spec(
         raise _wrong("--fmt", fmt, FORMATS)
     if block is not None and block not in BLOCK_NAMES:
         raise _wrong("--block", block, BLOCK_NAMES)
-    place = weights / "config.json" if spec is None else spec
+    place = weights / "config.json" if spec is None else spec.name if isinstance(spec, Spec) else spec
     silent = not any(override.startswith("quantization") for override in overrides)
     if spec is not None:
-        found, warnings = load_spec(spec, overrides)
+        found, warnings = loaded(spec, overrides)
         silent = silent and found.quantization is None
     else:
         if not weights.is_dir():

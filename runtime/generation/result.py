@@ -11,6 +11,16 @@ from .sequence import Ending
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """A new token, and the text that it made certain: none while a character or a stop string may go on."""
+
+    sequence: int
+    """Index of the prompt that it continues."""
+    token_id: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """What followed one prompt."""
 
@@ -51,6 +61,16 @@ class Generated:
     prefill_seconds: float
     decode_seconds: float
     allocated: Allocation
+
+    @property
+    def texts(self) -> list[str | None]:
+        """The text behind each prompt; None without a tokenizer."""
+        return [completion.text for completion in self.completions]
+
+    @property
+    def token_ids(self) -> list[list[int]]:
+        """The token ids behind each prompt."""
+        return [list(completion.token_ids) for completion in self.completions]
 
     @property
     def interrupted(self) -> bool:

@@ -1,19 +1,17 @@
 """`n3c verify`: run every implementation of a build through the same steps and tell what differs."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from n3c.backends.progress import SILENT, Progress
 from n3c.ir.diagnostics import Diagnostic
 from n3c.runtime.build_folder import open_build
+from n3c.runtime.options import Argument, Option, checked
 
-from .compare import Verdict, compare, diagnostics
-from .implementations import Skipped, forms, reference, require_small
-from .scenario import scenarios
-from .weights import checkpoint_for
+if TYPE_CHECKING:  # these load numpy and ONNX
+    from .compare import Verdict
+    from .implementations import Skipped
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +21,9 @@ class Verified:
     build: Path
     weights: str
     """The checkpoint's directory, or which random weights were taken."""
-    verdicts: tuple[Verdict, ...]
+    verdicts: "tuple[Verdict, ...]"
     """One for each implementation that was compared."""
-    not_compared: tuple[Skipped, ...]
+    not_compared: "tuple[Skipped, ...]"
     diagnostics: tuple[Diagnostic, ...]
     """What differs or fails, at the spec line of its layer; empty where all agree."""
 
@@ -45,7 +43,14 @@ class Verified:
         }
 
 
-def verify(build: Path, weights: Path | None = None, *, seed: int = 0, progress: Progress = SILENT) -> Verified:
+@checked
+def verify(
+    build: Annotated[Path | str, Argument("BUILD")],
+    *,
+    weights: Annotated[Path | str | None, Option("Checkpoint directory (default: random weights).")] = None,
+    seed: Annotated[int, Option("Of tokens and random weights.", least=0)] = 0,
+    progress: Progress = SILENT,
+) -> Verified:
     """Compare all implementations in `build` with the weights of a checkpoint, or with random ones made from `seed`.
 
     What differs is in the result. N3CError where nothing can be compared: exit code 2 where the build holds its
@@ -53,9 +58,14 @@ def verify(build: Path, weights: Path | None = None, *, seed: int = 0, progress:
     does not fit.
     """
     progress.phase("open")
-    opened = open_build(build)
+    opened = open_build(Path(build))
+    from .compare import compare, diagnostics
+    from .implementations import forms, reference, require_small
+    from .scenario import scenarios
+    from .weights import checkpoint_for
+
     require_small(opened)
-    checkpoint = checkpoint_for(opened, weights, seed)
+    checkpoint = checkpoint_for(opened, None if weights is None else Path(weights), seed)
     program, batch = opened.served.program, min(opened.spec.serving.batch_sizes)
     progress.phase("load")
     base = reference(opened, checkpoint, batch)
@@ -63,4 +73,4 @@ def verify(build: Path, weights: Path | None = None, *, seed: int = 0, progress:
         progress.phase("compare")
         verdicts = compare(base, compared, program, scenarios(opened.spec, program, batch, seed), progress)
     found = diagnostics(verdicts, program, str(build))
-    return Verified(build, str(checkpoint.directory), tuple(verdicts), tuple(skipped), tuple(found))
+    return Verified(Path(build), str(checkpoint.directory), tuple(verdicts), tuple(skipped), tuple(found))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,7 @@ from n3c.compiler.cli.output import print_diagnostics, print_json, say
 from n3c.compiler.cli.progress import TerminalProgress
 from n3c.compiler.cli.table import format_table
 from n3c.ir.diagnostics import ExitCode
+from n3c.runtime import verify
 
 if TYPE_CHECKING:
     from n3c.runtime.verification.compare import Verdict
@@ -22,16 +23,12 @@ HEADER = ("implementation", "tensors", "largest error", "allowed", "at", "")
 @click.command(
     "verify", help="Compare the PyTorch, ONNX and TensorRT code of BUILD with the reference, layer by layer."
 )
-@click.argument("build", type=click.Path(path_type=Path))
-@click.option("--weights", type=click.Path(path_type=Path), help="Checkpoint directory (default: random weights).")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of tokens and random weights.")
+@options.of(verify)
 @options.common
-def command(build: Path, weights: Path | None, seed: int, as_json: bool) -> int:
+def command(build: Path, as_json: bool, **_: Any) -> int:
     """Verify BUILD."""
     with TerminalProgress() as progress:
-        from n3c.runtime.verification.run import verify
-
-        verified = verify(build, weights, seed=seed, progress=progress)
+        verified = verify(**options.given(verify), progress=progress)
     print_diagnostics(verified.diagnostics)
     if as_json:
         print_json(verified.as_json())
