@@ -18,9 +18,7 @@ FORCE = Option("Overwrite a file that is there.", needs=Needs("output"))
 
 def sm_option(needs: Needs) -> Option:
     """Return the option of the GPUs that plans are for."""
-    return Option(
-        "GPU architectures to build for: one plan for all of them.", metavar="SM[,SM]|portable", needs=needs
-    )
+    return Option("GPU architectures to build for: one plan for all of them.", metavar="SM[,SM]|portable", needs=needs)
 
 
 def trt_option(needs: Needs) -> Option:

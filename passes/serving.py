@@ -80,9 +80,7 @@ def serving_passes(spec: Spec) -> list[Pass]:
     return [made[name] for name in SERVING]
 
 
-def serve(
-    spec: Spec, after: Callable[[str, Program], None] | None = None, *, lowered: Program | None = None
-) -> Served:
+def serve(spec: Spec, after: Callable[[str, Program], None] | None = None, *, lowered: Program | None = None) -> Served:
     """Lower `spec` and run the serving pipeline; N3CError (exit code 3) where a rule does not fit the model.
 
     `lowered` is the program of `spec`, where the caller has lowered it; the passes rewrite it.

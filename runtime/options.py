@@ -34,7 +34,7 @@ class Needs:
         """Whether the value of the parameter is one that is needed."""
         if self.test is not None:
             return self.test(value)
-        return value in self.values if self.values else value not in (None, False, (), 0)
+        return value in self.values if self.values else value is not None and value is not False
 
     def __str__(self) -> str:
         """Return it as typed: `--target onnx or trt`."""

@@ -18,6 +18,7 @@ from n3c.specs.schema import Spec
 if TYPE_CHECKING:
     from n3c.backends.onnx.forms import Form
 
+
 @dataclass(frozen=True, slots=True)
 class Checked:
     """A spec that is in order."""

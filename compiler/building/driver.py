@@ -83,9 +83,7 @@ def build(
     ] = (),
     stages: Annotated[
         int,
-        Option(
-            "Cut each entry point into this many plans, at layer boundaries.", least=1, most=64, needs=FOR_GRAPHS
-        ),
+        Option("Cut each entry point into this many plans, at layer boundaries.", least=1, most=64, needs=FOR_GRAPHS),
     ] = 1,
     set: Annotated[Sequence[str], SET] = (),
     after: Callable[[str, Program], None] | None = None,

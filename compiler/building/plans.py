@@ -156,9 +156,7 @@ def _weights(job: Job) -> Generator[WeightsFile | None]:
 def _emit(job: Job, part: Part, weights: WeightsFile | None) -> OnnxEntry:
     job.progress.phase(f"emit {part.staged_name}")
     as_bytes = tuple(dtype for dtype in CODES if dtype in lacking(job.request.sms))
-    entry = emit_entry(
-        job.served.program, part.entry_point, batch=part.batch, as_bytes=as_bytes, progress=job.progress
-    )
+    entry = emit_entry(job.served.program, part.entry_point, batch=part.batch, as_bytes=as_bytes, progress=job.progress)
     if weights is not None:
         embed(entry, weights)
     entry.save(job.folder / "onnx" / part.onnx)

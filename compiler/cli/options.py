@@ -52,6 +52,8 @@ def _decorator(parameter: Parameter) -> Callable[[F], F]:
     kind, more = _click_type(parameter.hint, described)
     shown = parameter.default is not inspect.Parameter.empty and parameter.default not in ((), None)
     shown = shown and parameter.default is not False
+    if shown:
+        more |= {"default": parameter.default, "show_default": True}
     return click.option(
         *([described.short] if described.short else []),
         flag(parameter.name),
@@ -60,7 +62,6 @@ def _decorator(parameter: Parameter) -> Callable[[F], F]:
         metavar=described.metavar,
         required=parameter.required,
         help=described.help,
-        **({"default": parameter.default, "show_default": True} if shown else {}),
         **more,
     )
 
@@ -71,11 +72,10 @@ def _click_type(hint: Any, option: Option) -> tuple[click.ParamType[Any] | None,
     if hint is bool:
         return None, {"is_flag": True}
     if hint is int:
-        least, most = (None if bound is None else int(bound) for bound in (option.least, option.most))
-        return click.IntRange(least, most), {}
+        return click.IntRange(_whole(option.least), _whole(option.most)), {}
     if hint is float:
-        least = option.least if option.above is None else option.above
-        return click.FloatRange(least, option.most, min_open=option.above is not None), {}
+        above = option.above is not None
+        return click.FloatRange(option.above if above else option.least, option.most, min_open=above), {}
     if get_origin(hint) is Literal:
         return click.Choice(members), {}
     if hint is Path or Path in members:
@@ -85,3 +85,7 @@ def _click_type(hint: Any, option: Option) -> tuple[click.ParamType[Any] | None,
     if get_origin(hint) is tuple:
         return _click_type(members[0], option)[0], {"nargs": len(members)}
     return click.STRING, {}
+
+
+def _whole(bound: float | None) -> int | None:
+    return None if bound is None else int(bound)

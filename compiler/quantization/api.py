@@ -76,9 +76,7 @@ def quantize(
         Option("Most bits a weight of --auto, over the linears it may quantize.", above=0, most=16, needs=AUTO),
     ] = DEFAULT_BITS,
     auto_mtp: Annotated[bool, Option("Let --auto quantize the MTP block too.", needs=AUTO)] = False,
-    calibration: Annotated[
-        Path | str | None, Option("Tokens (.npy, .bin) or, where tokens are bytes, text.")
-    ] = None,
+    calibration: Annotated[Path | str | None, Option("Tokens (.npy, .bin) or, where tokens are bytes, text.")] = None,
     calibration_samples: Annotated[int, Option("Sequences to take of it.", least=1, needs=CALIBRATION)] = 128,
     calibration_length: Annotated[int, Option("Tokens of a sequence.", least=2, needs=CALIBRATION)] = 512,
     activation_scales: Annotated[
@@ -128,9 +126,7 @@ def quantize(
     prepared = prepare(chosen.spec, source, request, progress, BLOCK_NAMES.get(block or ""))
     names, notes = chosen.names_for(prepared.spec)
     scales = prepared.scales
-    how = Options(
-        source, Path(output), search, resume, shards, shard_bytes, scales.inputs, scales.cache, names
-    )
+    how = Options(source, Path(output), search, resume, shards, shard_bytes, scales.inputs, scales.cache, names)
     packed = pack(prepared.spec, how, progress)
     packed.warnings[:0] = [*chosen.warnings, *notes, *prepared.warnings]
     return Quantized(packed, prepared.as_json())

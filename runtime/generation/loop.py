@@ -22,6 +22,7 @@ from .sequence import Options, Running
 from .speculative import judge
 from .tokenizer import Tokenizer
 
+
 @dataclass(slots=True)
 class Statistics:
     """What generating took."""

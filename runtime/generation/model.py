@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, overload
+from typing import TYPE_CHECKING, Annotated, Literal, overload
 
 from n3c.backends.progress import SILENT, Progress
 from n3c.runtime.build_folder import OpenedBuild, open_build
@@ -53,7 +53,7 @@ class Model:
         self.tokenizer = find_tokenizer([weights], build.spec.model.vocab_size)
         self._speculate = speculate
         self._progress = progress
-        self._runner: "Runner | None" = None
+        self._runner: Runner | None = None
 
     @overload
     def generate(
@@ -101,14 +101,10 @@ class Model:
         top_k: Annotated[int, Option("Draw from the K likeliest tokens; 0: all.", least=0, needs=SAMPLED)] = 0,
         top_p: Annotated[
             float,
-            Option(
-                "Draw from the fewest tokens whose probabilities sum to P.", above=0, most=1, needs=SAMPLED
-            ),
+            Option("Draw from the fewest tokens whose probabilities sum to P.", above=0, most=1, needs=SAMPLED),
         ] = 1.0,
         seed: Annotated[int, Option("Of the random numbers.", least=0, needs=SAMPLED)] = 0,
-        stop: Annotated[
-            Sequence[str], Option("Text that ends a sequence, and is not printed; may repeat.")
-        ] = (),
+        stop: Annotated[Sequence[str], Option("Text that ends a sequence, and is not printed; may repeat.")] = (),
         stop_ids: Annotated[
             str | Sequence[int],
             Option("Token ids that end a sequence, beside those of the checkpoint.", metavar=IDS),
@@ -118,7 +114,9 @@ class Model:
         thinking_tags: Annotated[
             tuple[str, str],
             Option(
-                "Thinking tags, as text or as token ids.", metavar="START END", needs=Needs("reasoning_budget", test=lambda b: b is not None)
+                "Thinking tags, as text or as token ids.",
+                metavar="START END",
+                needs=Needs("reasoning_budget"),
             ),
         ] = ("<think>", "</think>"),
         stream: bool = False,

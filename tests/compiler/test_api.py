@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from inspect import Parameter
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def test_options_are_those_of_the_functions(name: str) -> None:
         if option.show_default:
             assert option.default == parameter.default
         else:
-            assert parameter.required or parameter.default in ((), None, False)
+            assert parameter.default in ((), None, False, Parameter.empty)
 
 
 def test_every_result_is_the_json_of_its_command(folder: Path, tmp_path: Path) -> None:
@@ -134,12 +135,12 @@ def test_every_result_is_the_json_of_its_command(folder: Path, tmp_path: Path) -
 def test_quantize_is_its_command(tmp_path: Path) -> None:
     path = write_small(tmp_path)
     write_checkpoint(tmp_path / "weights", load_spec(path)[0], shards=1)
-    results: list[Any] = []
-    for out, work in (
-        (tmp_path / "a", lambda: quantize(path, weights=tmp_path / "weights", output=tmp_path / "a", block="1x16").as_json()),
-        (tmp_path / "b", lambda: run("quantize", path, "--weights", tmp_path / "weights", "-o", tmp_path / "b", "--block", "1x16", "--json").data),
-    ):  # fmt: skip
-        results.append(json.loads(json.dumps(plain(work())).replace(str(out), "OUT")))
+    api = quantize(path, weights=tmp_path / "weights", output=tmp_path / "a", block="1x16").as_json()
+    command = ("quantize", path, "--weights", tmp_path / "weights", "-o", tmp_path / "b", "--block", "1x16", "--json")
+    results = [
+        json.loads(json.dumps(plain(data)).replace(str(tmp_path / out), "OUT"))
+        for out, data in (("a", api), ("b", run(*command).data))
+    ]
     assert results[0] == results[1]
     assert results[0]["formats"]["w4a16_nvfp4"]["weights"] > 0
 
@@ -157,11 +158,12 @@ def test_a_loaded_spec_is_as_good_as_its_path(folder: Path, tmp_path: Path) -> N
 def test_generate_returns_texts_or_yields_pieces(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     shown = Recorded()
     model = load(folder / "out", folder / "weights", progress=shown)
-    whole = model.generate(["ab", [5, 6]], max_new_tokens=6)
+    prompts: list[str | list[int]] = ["ab", [5, 6]]
+    whole = model.generate(prompts, max_new_tokens=6)
     assert shown.phases[:2] == ["open", "load"]
     assert [len(ids) for ids in whole.token_ids] == [6, 6]
     assert all(isinstance(text, str) for text in whole.texts)
-    stream = model.generate(["ab", [5, 6]], max_new_tokens=6, stream=True)
+    stream = model.generate(prompts, max_new_tokens=6, stream=True)
     pieces = list(stream)
     for i in range(2):
         mine = [piece for piece in pieces if piece.sequence == i]
@@ -176,26 +178,28 @@ def test_generate_returns_texts_or_yields_pieces(folder: Path, capfd: pytest.Cap
     assert capfd.readouterr() == ("", "")
 
 
+QUANTIZE: dict[str, object] = {"weights": "w", "output": "o"}
+
+
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("function", "arguments", "message"),
     [
-        (lambda spec: check(spec, target="jax"), "--target: 'jax' is none of torch, onnx, trt"),
-        (lambda spec: check(spec, batch=0), "--batch: 0 is less than 1"),
-        (lambda spec: check(spec, sm="80,,86"), "--sm: '80,,86' is no SM version"),
-        (lambda spec: check(spec, target="torch", sm=120), "--sm has no effect: it needs --target trt"),
-        (lambda spec: build(spec, target="torch", stages=1), "--stages has no effect: it needs --target onnx or trt"),
-        (lambda spec: build(spec, target="onnx", entry=["train"]), "--entry: 'train' is none of prefill, decode"),
-        (lambda spec: quantize(spec, weights="w", output="o", part="3/2"), "--part: '3/2' is not I/N"),
-        (lambda spec: quantize(spec, weights="w", output="o", max_shard_size=0), "--max-shard-size: 0 is no size"),
-        (
-            lambda spec: quantize(spec, weights="w", output="o", auto=True, effective_bits=float("nan")),
-            "--effective-bits: nan is not a finite number",
-        ),
+        (check, {"target": "jax"}, "--target: 'jax' is none of torch, onnx, trt"),
+        (check, {"batch": 0}, "--batch: 0 is less than 1"),
+        (check, {"sm": "80,,86"}, "--sm: '80,,86' is no SM version"),
+        (check, {"target": "torch", "sm": 120}, "--sm has no effect: it needs --target trt"),
+        (build, {"target": "torch", "stages": 1}, "--stages has no effect: it needs --target onnx or trt"),
+        (build, {"target": "onnx", "entry": ["train"]}, "--entry: 'train' is none of prefill, decode"),
+        (quantize, QUANTIZE | {"part": "3/2"}, "--part: '3/2' is not I/N"),
+        (quantize, QUANTIZE | {"max_shard_size": 0}, "--max-shard-size: 0 is no size"),
+        (quantize, QUANTIZE | {"auto": True, "effective_bits": float("nan")}, "nan is not a finite number"),
     ],
 )
-def test_wrong_arguments_raise(call: Callable[[Path], object], message: str, tmp_path: Path) -> None:
+def test_wrong_arguments_raise(
+    function: Callable[..., object], arguments: dict[str, object], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(N3CError) as caught:
-        call(write_small(tmp_path))
+        function(write_small(tmp_path), **arguments)
     assert caught.value.exit_code is ExitCode.USAGE
     assert [diagnostic.code for diagnostic in caught.value.diagnostics] == ["E0701"]
     assert message in str(caught.value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from n3c.specs.json_schema import json_schema
 from n3c.specs.dump import dump_spec
+from n3c.specs.json_schema import json_schema
 from n3c.specs.load import load_spec, parse_spec
 from n3c.specs.pattern import BlockKind
 from n3c.specs.roles import match_roles, select_layers

@@ -110,8 +110,9 @@ def test_unreadable_specs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("before", ["", "schema = 1\n", "a = 1\na = 2\n"])
 @pytest.mark.parametrize(
-    "end", ["[x", "[[x", "[x.", "[", 'a = "', "a = \'\'\'", "a = [", "a = {", 'b = "\\u12', 'b = "\\uzzzz"', "b", "b =", '"b']
-)  # fmt: skip
+    "end",
+    ["[x", "[[x", "[x.", "[", 'a = "', "a = '''", "a = [", "a = {", 'b = "\\u12', 'b = "\\uzzzz"', "b", "b =", '"b'],
+)
 def test_a_text_that_ends_early(before: str, end: str, tmp_path: Path) -> None:
     for newline in ("", "\n"):
         (tmp_path / "cut.toml").write_text(before + end + newline, encoding="utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -219,12 +219,12 @@ def test_an_interrupt_leaves_what_there_is_and_an_engine_that_serves_on() -> Non
     calls = 0
 
     class Interrupting(MtpDrafter):
-        def propose(self, *arguments: Any) -> list[list[Draft]]:
+        def propose(self, engine: Engine, sequences: Sequence[Running | None], count: int) -> list[list[Draft]]:
             nonlocal calls
             calls += 1
             if calls == 4:
                 raise KeyboardInterrupt
-            return super().propose(*arguments)
+            return super().propose(engine, sequences, count)
 
     generation.drafter = Interrupting()
     with pytest.raises(KeyboardInterrupt):
