@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from n3c.runtime import imported
+
 if TYPE_CHECKING:
     from .building.checks import check as check
     from .building.driver import build as build
@@ -31,16 +33,11 @@ _MODULES = {
 """Function → its module."""
 
 
-def __getattr__(name: str) -> object:
-    """Import a function of the API, or look up the version, when it is first asked for."""
-    if name == "__version__":
-        from importlib.metadata import version
+if not TYPE_CHECKING:  # type checkers are to know no other names than those above
 
-        return version("n3c")
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+    def __getattr__(name: str) -> object:
+        if name == "__version__":
+            from importlib.metadata import version
 
-    function = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    globals()[name] = function
-    return function
+            return version("n3c")
+        return imported(__name__, _MODULES, name)

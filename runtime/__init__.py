@@ -1,4 +1,4 @@
-"""What runs a build, as a Python API: `load` to generate with it, `verify` to compare its forms."""
+"""What runs a build, as a Python API: `load` to generate with it, `verify` to compare its implementations."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ _MODULES = {"load": "generation.model", "verify": "verification.run"}
 """Function → its module."""
 
 
-def __getattr__(name: str) -> object:
-    """Import a function of the API when it is first asked for."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def imported(package: str, modules: dict[str, str], name: str) -> object:
+    """Import `package`.`modules[name]` and return its `name`; AttributeError where there is none."""
+    if name not in modules:
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
     from importlib import import_module
 
-    function = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    globals()[name] = function
-    return function
+    return getattr(import_module(f"{package}.{modules[name]}"), name)
+
+
+if not TYPE_CHECKING:  # type checkers are to know no other names than those above
+
+    def __getattr__(name: str) -> object:
+        return imported(__name__, _MODULES, name)

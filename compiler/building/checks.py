@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from n3c.backends.trt.targets import Flavour, lacking, require, sm_versions
-from n3c.compiler.common_options import BATCH_HELP, CONTEXT_HELP, SET, SPEC, Target, sm_option, trt_option
+from n3c.compiler.common_options import BATCH, CONTEXT, SET, SM, SPEC, TRT, Target
 from n3c.compiler.report.memory_fit import Room, rooms
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 from n3c.ir.types import DType
 from n3c.passes.serving import Served, serve
-from n3c.runtime.options import Needs, Option, checked
+from n3c.runtime.options import Option, checked
 from n3c.specs.load import loaded
 from n3c.specs.schema import Spec
 
@@ -50,18 +50,15 @@ class Checked:
         }
 
 
-FOR_PLANS = Needs("target", ("trt", None))
-
-
 @checked
 def check(
     spec: Annotated[Path | str | Spec, SPEC],
     *,
     target: Annotated[Target | None, Option("Check for this target only.")] = None,
-    sm: Annotated[int | str | Sequence[int], sm_option(FOR_PLANS)] = 120,
-    trt: Annotated[Flavour, trt_option(FOR_PLANS)] = "rtx",
-    context: Annotated[int | None, Option(CONTEXT_HELP, least=1)] = None,
-    batch: Annotated[int, Option(BATCH_HELP, least=1)] = 1,
+    sm: Annotated[int | str | Sequence[int], SM] = 120,
+    trt: Annotated[Flavour, TRT] = "rtx",
+    context: Annotated[int | None, CONTEXT] = None,
+    batch: Annotated[int, BATCH] = 1,
     set: Annotated[Sequence[str], SET] = (),
 ) -> Checked:
     """Return what there is to say of a spec; N3CError with exit code 3, 4 or 6 for what would fail later.

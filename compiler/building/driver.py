@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from n3c.backends.progress import SILENT, Progress
 from n3c.backends.trt.targets import Flavour, sm_versions
-from n3c.compiler.common_options import SET, SPEC, Target, sm_option, trt_option
+from n3c.compiler.common_options import SET, SM, SPEC, TRT, Target
 from n3c.compiler.report.cost import Parameters, count_parameters, flops_per_token
 from n3c.compiler.report.tool_versions import peak_rss_bytes, tool_versions
 from n3c.ir.diagnostics import Diagnostic, Severity
@@ -30,7 +30,6 @@ from . import outdir
 from .checks import require_target
 from .request import Entry, Job, Request, WeightsMode, require_request
 
-FOR_PLANS = Needs("target", ("trt",))
 FOR_GRAPHS = Needs("target", ("onnx", "trt"))
 
 
@@ -69,8 +68,8 @@ def build(
     target: Annotated[Target, Option("What to build.")],
     output: Annotated[Path | str | None, Option("Output directory (default: build/<name>).", short="-o")] = None,
     weights: Annotated[Path | str | None, Option("Checkpoint directory; its tensors must fit the spec.")] = None,
-    trt: Annotated[Flavour, trt_option(FOR_PLANS)] = "rtx",
-    sm: Annotated[int | str | Sequence[int], sm_option(FOR_PLANS)] = 120,
+    trt: Annotated[Flavour, TRT] = "rtx",
+    sm: Annotated[int | str | Sequence[int], SM] = 120,
     weights_mode: Annotated[
         WeightsMode,
         Option(

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from n3c.compiler.common_options import BATCH_HELP, CONTEXT_HELP, SET
+from n3c.compiler.common_options import BATCH, CONTEXT, SET
 from n3c.ir.diagnostics import Diagnostic
 from n3c.runtime.manifest import MANIFEST, out_error, read_manifest
-from n3c.runtime.options import Argument, Needs, Option, checked
+from n3c.runtime.options import Argument, Needs, checked
 from n3c.specs.convert import run_import
 from n3c.specs.load import loaded
 from n3c.specs.schema import Spec
@@ -46,8 +46,8 @@ NO_BUILD = Needs("path", test=lambda path: not _is_build(path), said="a SPEC or 
 def inspect(
     path: Annotated[Path | str | Spec, Argument("SPEC|CHECKPOINT|BUILD")],
     *,
-    context: Annotated[int | None, Option(CONTEXT_HELP, least=1, needs=NO_BUILD)] = None,
-    batch: Annotated[int, Option(BATCH_HELP, least=1, needs=NO_BUILD)] = 1,
+    context: Annotated[int | None, replace(CONTEXT, needs=NO_BUILD)] = None,
+    batch: Annotated[int, replace(BATCH, needs=NO_BUILD)] = 1,
     set: Annotated[Sequence[str], replace(SET, needs=A_SPEC)] = (),
 ) -> Inspected:
     """Count parameters, FLOPs, weight and state bytes of a spec, a checkpoint (its config) or a build.

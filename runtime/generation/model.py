@@ -29,7 +29,8 @@ class Stream(Iterator["Piece"]):
         return next(self._pieces)
 
     def interrupt(self) -> None:
-        """End the sequences that run where they are, as an interrupt does."""
+        """End the sequences that run where they are, as an interrupt does: no piece follows."""
+        self._pieces.close()
         self._generation.interrupt()
 
     def result(self) -> "Generated":
@@ -54,6 +55,7 @@ class Model:
         self._speculate = speculate
         self._progress = progress
         self._runner: Runner | None = None
+        self._stream: Stream | None = None
 
     @overload
     def generate(
@@ -123,8 +125,9 @@ class Model:
     ) -> "Generated | Stream":
         """Continue `prompts`, each a text or token ids; one alone may be given without a list.
 
-        With `stream` the pieces are yielded as they come. N3CError: exit code 2 where the build cannot take the
-        prompts, 4 where the device is not there, 6 where the weights do not fit or a text has no tokenizer.
+        With `stream` the pieces are yielded as they come; the next request ends it where it is.
+        N3CError: exit code 2 where the build cannot take the prompts, 4 where the device is not there, 6 where the
+        weights do not fit or a text has no tokenizer.
         """
         from .limits import Room
         from .prompts import parse_ids, tag_ids
@@ -149,7 +152,9 @@ class Model:
             tags=tags,
             reasoning_budget=reasoning_budget,
         )
-        running = Stream(runner.generation(ids, options))
+        if self._stream is not None:
+            self._stream.interrupt()  # the engine has the states of one request
+        self._stream = running = Stream(runner.generation(ids, options))
         if stream:
             return running
         for _ in running:
