@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from n3c.backends.progress import Progress
@@ -38,6 +39,11 @@ class Quantized:
     seconds: float
     peak_rss_bytes: int
 
+    @property
+    def out(self) -> Path:
+        """The directory of the checkpoint."""
+        return self.outcome.out
+
     def as_json(self) -> dict[str, Any]:
         """Return the form of `n3c quantize --json`."""
         outcome = self.outcome
@@ -64,7 +70,7 @@ class Quantized:
         return dict(sorted(counts.items()))
 
 
-def quantize(request: QuantizeRequest, progress: Progress) -> Quantized:
+def run(request: QuantizeRequest, progress: Progress) -> Quantized:
     """Quantize a checkpoint.
 
     Raises N3CError: exit code 2 for a budget that no choice of formats meets, 3 where the spec or a rule does not

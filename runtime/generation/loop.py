@@ -7,7 +7,7 @@ free, or whose sequence has ended, are fed zeros that no other place sees.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,13 +16,11 @@ from n3c.runtime.engines.interface import Array, Engine, call
 
 from .drafter import Drafter
 from .limits import Room
+from .result import Completion, Generated, Piece
 from .sampling import draw
 from .sequence import Options, Running
 from .speculative import judge
 from .tokenizer import Tokenizer
-
-Listener = Callable[[int, int, str], None]
-"""Called with the index of a sequence, its new token, and the text that became certain."""
 
 
 @dataclass(slots=True)
@@ -60,9 +58,12 @@ class Generation:
     tokenizer: Tokenizer | None = None
     drafter: Drafter | None = None
     """None: no speculation."""
-    listener: Listener | None = None
+    device: str = "cpu"
+    """Of the engine, for the result."""
     sequences: list[Running] = field(init=False)
     statistics: Statistics = field(default_factory=Statistics)
+    _pieces: list[Piece] = field(default_factory=list[Piece], init=False)
+    """Tokens of the step at work."""
 
     def __post_init__(self) -> None:
         self.room.require(self.prompts, self.engine.batch)
@@ -70,21 +71,52 @@ class Generation:
 
     def run(self) -> None:
         """Continue every sequence to its end. KeyboardInterrupt is passed on; the engine may serve the next request."""
-        self.engine.reset()
+        for _ in self.steps():
+            pass
+
+    def steps(self) -> Iterator[list[Piece]]:
+        """Do what `run` does, and yield the new pieces after prefill and after each round."""
         try:
+            self.engine.reset()
             start = time.perf_counter()
             self._prefill()
             self.statistics.prefill_seconds = time.perf_counter() - start
-            start = time.perf_counter()
-            try:
-                while any(s.ending is None for s in self.sequences):
+            yield self._new_pieces()
+            while any(s.ending is None for s in self.sequences):
+                start = time.perf_counter()
+                try:
                     self._decode() if self.drafter is None else self._speculate(self.drafter)
-            finally:
-                self.statistics.decode_seconds = time.perf_counter() - start
+                finally:
+                    self.statistics.decode_seconds += time.perf_counter() - start
+                yield self._new_pieces()
         except KeyboardInterrupt:
-            for sequence in self.sequences:
-                sequence.ending = sequence.ending or "interrupted"
+            self.interrupt()
             raise
+
+    def interrupt(self) -> None:
+        """End every sequence that runs where it is."""
+        for sequence in self.sequences:
+            sequence.interrupt()
+
+    def _new_pieces(self) -> list[Piece]:
+        pieces, self._pieces = self._pieces, []
+        return pieces
+
+    def result(self) -> Generated:
+        """Return what the request gave so far: all of it behind `run`, and what there is behind an interrupt."""
+        statistics = self.statistics
+        return Generated(
+            tuple(Completion(s.text, tuple(s.new), s.ending, len(s.prompt)) for s in self.sequences),
+            self.device,
+            self.drafter is not None,
+            statistics.prompt_tokens,
+            statistics.new_tokens,
+            statistics.tokens_per_second,
+            statistics.acceptance_length,
+            statistics.prefill_seconds,
+            statistics.decode_seconds,
+            self.engine.allocated(),
+        )
 
     def _prefill(self) -> None:
         """Feed the prompts by chunks; each sequence gets its first token from the chunk in which its prompt ends."""
@@ -162,8 +194,7 @@ class Generation:
     def _take(self, index: int, token: int) -> None:
         piece = self.sequences[index].take(token, self.room.tokens)
         self.statistics.new_tokens += 1
-        if self.listener is not None:
-            self.listener(index, token, piece)
+        self._pieces.append(Piece(index, token, piece))
 
     def _count(self, tokens: int) -> None:
         self.statistics.rounds += 1

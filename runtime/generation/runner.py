@@ -16,7 +16,7 @@ from n3c.runtime.engines.interface import Engine
 
 from .drafter import Drafter, MtpDrafter
 from .limits import Room
-from .loop import Generation, Listener
+from .loop import Generation
 from .sequence import Options
 from .tokenizer import Tokenizer, find_tokenizer
 
@@ -33,13 +33,12 @@ class Runner:
     eos_ids: frozenset[int]
     drafter: Drafter | None
     """None: no speculation."""
+    device: Device = "cpu"
 
-    def generation(
-        self, prompts: Sequence[Sequence[int]], options: Options, listener: Listener | None = None
-    ) -> Generation:
+    def generation(self, prompts: Sequence[Sequence[int]], options: Options) -> Generation:
         """Return a request, not yet run; N3CError (exit code 2) where the build has no room for it."""
         room = Room.of(self.build.spec)
-        return Generation(self.engine, prompts, options, room, self.tokenizer, self.drafter, listener)
+        return Generation(self.engine, prompts, options, room, self.tokenizer, self.drafter, self.device)
 
     def replace_weights(self, directory: Path) -> None:
         """Take the weights of another checkpoint of the same spec, without building anything.
@@ -79,7 +78,7 @@ def open_runner(
         engine = cuda_engine(build, names, batch, checkpoint, progress)
     tokenizer = find_tokenizer([weights], spec.model.vocab_size)
     eos = _eos_ids(weights) or frozenset(spec.model.eos_token_ids)
-    return Runner(build, engine, tokenizer, eos, MtpDrafter() if speculate else None)
+    return Runner(build, engine, tokenizer, eos, MtpDrafter() if speculate else None, device)
 
 
 def require_weights(directory: Path | None) -> Path:

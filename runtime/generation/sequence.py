@@ -63,6 +63,18 @@ class Running:
         return self.tokens[len(self.prompt) :]
 
     @property
+    def text(self) -> str | None:
+        """The text of the new tokens as far as it is certain, which is all of it at the end; None without tokenizer."""
+        return self.growing.text if self.growing is not None else None
+
+    def interrupt(self) -> None:
+        """End a sequence that runs where it is; text that was kept back is its text now."""
+        if self.ending is None:
+            self.ending = "interrupted"
+            if self.growing is not None:
+                self.growing.finish()
+
+    @property
     def committed(self) -> int:
         """Tokens that the engine's states hold, with what the next `verify` commits."""
         return len(self.tokens) - 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from n3c.specs.convert import run_schema
 from n3c.specs.dump import dump_spec
+from n3c.specs.json_schema import json_schema
 from n3c.specs.load import load_spec, parse_spec
 from n3c.specs.pattern import BlockKind
 from n3c.specs.roles import match_roles, select_layers
@@ -20,7 +19,7 @@ from n3c.specs.schema import Spec
 SPECS = Path(__file__).parents[2] / "specs"
 NAMES = sorted(path.stem for path in SPECS.glob("*.toml"))
 # The stubs of jsonschema leave types unknown.
-VALIDATOR: Any = Draft202012Validator(json.loads(run_schema()))
+VALIDATOR: Any = Draft202012Validator(json_schema())
 
 
 def load(name: str) -> Spec:

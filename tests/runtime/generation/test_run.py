@@ -211,9 +211,9 @@ def test_ctrl_c_prints_what_there_is(folder: Path) -> None:
     """The room is small, so the listener of a slow terminal is played: the program is stopped after its first token."""
     script = (
         "import signal, os, n3c.compiler.cli.generation as r\n"
-        "def heard(self, index, token, piece):\n"
-        "    r.say(f'{token} ', newline=False); os.kill(os.getpid(), signal.SIGINT)\n"
-        "r.Printer.heard = heard\n"
+        "def show(self, piece):\n"
+        "    r.say(f'{piece.token_id} ', newline=False); os.kill(os.getpid(), signal.SIGINT)\n"
+        "r.Printer.show = show\n"
         "from n3c.compiler.cli.main import main; main()"
     )
     arguments = ["run", folder / "out", "--weights", folder / "weights", "--prompt", "ab", "--max-new-tokens", 20]

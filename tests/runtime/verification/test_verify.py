@@ -52,7 +52,7 @@ def altered(built: Path, tmp_path: Path) -> Callable[[str, Callable[[Path], None
 
 def forms(out: Path) -> tuple[int, dict[str, Any]]:
     result = n3c("verify", out, "--json")
-    return result.code, {form["name"]: form for form in result.data["forms"]}
+    return result.code, {row["name"]: row for row in result.data["implementations"]}
 
 
 def test_all_forms_of_a_build_agree(built: Path) -> None:
