@@ -10,8 +10,10 @@ from n3c.backends.progress import SILENT, Progress
 from n3c.ir.diagnostics import Diagnostic
 from n3c.runtime.build_folder import open_build
 
-from .compare import Verdict, compare, diagnostics
-from .implementations import Skipped, forms, reference, require_small
+from .comparison import Verdict, compare, diagnostics
+from .implementations import Skipped, implementations
+from .model_size import require_small
+from .reference import references
 from .scenario import scenarios
 from .weights import checkpoint_for
 
@@ -58,9 +60,9 @@ def verify(build: Path, weights: Path | None = None, *, seed: int = 0, progress:
     checkpoint = checkpoint_for(opened, weights, seed)
     program, batch = opened.served.program, min(opened.spec.serving.batch_sizes)
     progress.phase("load")
-    base = reference(opened, checkpoint, batch)
-    with forms(opened, checkpoint, batch) as (compared, skipped):
-        progress.phase("compare")
-        verdicts = compare(base, compared, program, scenarios(opened.spec, program, batch, seed), progress)
+    expected = references(opened, checkpoint, batch)
+    compared, skipped = implementations(opened, checkpoint, batch)
+    progress.phase("compare")
+    verdicts = compare(expected, compared, program, scenarios(opened.spec, program, batch, seed), progress)
     found = diagnostics(verdicts, program, str(build))
     return Verified(build, str(checkpoint.directory), tuple(verdicts), tuple(skipped), tuple(found))

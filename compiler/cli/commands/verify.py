@@ -14,13 +14,13 @@ from n3c.compiler.cli.table import format_table
 from n3c.ir.diagnostics import ExitCode
 
 if TYPE_CHECKING:
-    from n3c.runtime.verification.compare import Verdict
+    from n3c.runtime.verification.comparison import Verdict
 
 HEADER = ("implementation", "tensors", "largest error", "allowed", "at", "")
 
 
 @click.command(
-    "verify", help="Compare the PyTorch, ONNX and TensorRT code of BUILD with the reference, layer by layer."
+    "verify", help="Compare all implementations in BUILD with the reference, layer by layer."
 )
 @click.argument("build", type=click.Path(path_type=Path))
 @click.option("--weights", type=click.Path(path_type=Path), help="Checkpoint directory (default: random weights).")
@@ -47,5 +47,5 @@ def _row(verdict: Verdict) -> tuple[str, ...]:
     worst, ending = verdict.worst, "ok" if verdict.ok else "DIFFERS"
     if worst is None:
         return verdict.name, str(verdict.compared), "", "", "", ending
-    figures = f"{worst.difference.relative:.1e}", f"{worst.tolerance:.0e}", worst.difference.point
+    figures = f"{worst.error:.1e}", f"{worst.tolerance:.0e}", worst.difference.point
     return verdict.name, str(verdict.compared), *figures, ending
