@@ -9,6 +9,7 @@ from typing import Any
 from n3c.backends.progress import SILENT, Progress
 from n3c.ir.diagnostics import Diagnostic
 from n3c.runtime.build_folder import open_build
+from n3c.runtime.numbers import require_between
 
 from .comparison import Verdict, compare, diagnostics
 from .implementations import Skipped, implementations
@@ -50,10 +51,11 @@ class Verified:
 def verify(build: Path, weights: Path | None = None, *, seed: int = 0, progress: Progress = SILENT) -> Verified:
     """Compare all implementations in `build` with the weights of a checkpoint, or with random ones made from `seed`.
 
-    What differs is in the result. N3CError where nothing can be compared: exit code 2 where the build holds its
-    weights and none are named, 4 where the model is too large, 6 where a file is not what was built or the checkpoint
-    does not fit.
+    What differs is in the result. N3CError where nothing can be compared: exit code 2 for a seed that is negative or
+    beyond int64, and where the build holds its weights and none are named; 4 where the model is too large; 6 where a
+    file is not what was built or the checkpoint does not fit.
     """
+    require_between("seed", seed, 0)
     progress.phase("open")
     opened = open_build(build)
     require_small(opened)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,7 @@ from n3c.compiler.cli.output import print_diagnostics, print_json, tell
 from n3c.compiler.cli.progress import TerminalProgress
 from n3c.ir.diagnostics import Diagnostic, ExitCode
 from n3c.runtime.build_folder import open_build
-from n3c.runtime.generation.limits import Room
+from n3c.runtime.generation.capacity import Capacity
 
 
 class Ids(click.ParamType[list[int]]):
@@ -91,6 +92,8 @@ def command(
     from n3c.runtime.generation.sequence import Options
     from n3c.runtime.generation.tokenizer import find_tokenizer
 
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    request = Options(max_new_tokens, sampling, stop_texts=stops, reasoning_budget=reasoning_budget)
     with TerminalProgress() as progress:
         progress.phase("open")
         opened = open_build(build)
@@ -99,19 +102,13 @@ def command(
         texts = [*prompts, *(read_prompts(prompt_file) if prompt_file is not None else ())]
         ids = [*encoded(texts, tokenizer, directory), *prompt_ids]
         tags = tag_ids(thinking_tags, tokenizer, directory) if reasoning_budget is not None else None
-        Room.of(opened.spec).require(ids, max(opened.spec.serving.batch_sizes))
+        Capacity.of(opened.spec).require(ids, max(opened.spec.serving.batch_sizes))
         progress.phase("load")
         runner = open_runner(
             opened, directory, device=device, sequences=len(ids), speculate=not no_mtp, progress=progress
         )
-    request = Options(
-        max_new_tokens=max_new_tokens,
-        sampling=Sampling(temperature, top_k, top_p, seed),
-        stop_ids=frozenset([*(stop_ids or ()), *(() if ignore_eos else runner.eos_ids)]),
-        stop_texts=stops,
-        tags=tags,
-        reasoning_budget=reasoning_budget,
-    )
+    ends = (*(stop_ids or ()), *(() if ignore_eos else runner.eos_ids))
+    request = replace(request, stop_ids=frozenset(ends), tags=tags)
     printer = Printer(len(ids), tokenizer is not None)
     generation = runner.generation(ids, request, None if as_json else printer.heard)
     with suppress(KeyboardInterrupt):  # the result tells that it was interrupted

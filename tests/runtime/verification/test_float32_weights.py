@@ -1,4 +1,4 @@
-"""Weights that a checkpoint holds in float32, as a training run exports them, are deployed rounded: all forms agree."""
+"""Weights that a checkpoint holds in float32, as a training run exports them, are deployed rounded: all implementations agree."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ from n3c.runtime.engines.onnxruntime.engine import OnnxRuntimeEngine
 from n3c.runtime.engines.onnxruntime.open import cpu_engine
 from n3c.runtime.engines.tensorrt.device import cuda_devices
 from n3c.runtime.engines.tensorrt.engine import Plan, TrtEngine
+from n3c.runtime.generation.capacity import Capacity
 from n3c.runtime.generation.drafter import MtpDrafter
-from n3c.runtime.generation.limits import Room
 from n3c.runtime.generation.loop import Generation
 from n3c.runtime.generation.sequence import Options
 from n3c.specs.schema import Spec
@@ -56,7 +56,7 @@ class Small:
 
     def generate(self, engine: Any, *, speculate: bool = True) -> list[list[int]]:
         drafter = MtpDrafter() if speculate else None
-        generation = Generation(engine, PROMPTS, Options(max_new_tokens=8), Room.of(self.spec), drafter=drafter)
+        generation = Generation(engine, PROMPTS, Options(max_new_tokens=8), Capacity.of(self.spec), drafter=drafter)
         generation.run()
         return [sequence.new for sequence in generation.sequences]
 
