@@ -88,7 +88,7 @@ class TrtEngine:
         loaded: dict[Path, _Loaded] = {}
         self._memories: list[DeviceMemory] = []
         self._parameters: dict[str, Parameter] = {}
-        for device, here in zip(devices, _spread(plans, len(devices)), strict=True):
+        for device, here in zip(devices, spread(plans, len(devices)), strict=True):
             with device.current():
                 self._runtimes.append(trt.Runtime(self._logger))
                 contexts = [_context(self._runtimes[-1], plan) for plan in here]
@@ -198,8 +198,8 @@ class TrtEngine:
             _launch(stage, (*(address for _, address in places), *sizes))
 
 
-def _spread(plans: Sequence[Plan], devices: int) -> list[list[Plan]]:
-    """Return the plans of each device: stages in their order, as many on each as divides."""
+def spread(plans: Sequence[Plan], devices: int) -> list[list[Plan]]:
+    """Return the plans of each device: stages in their order, as evenly as they divide, the first ones taking more."""
     count = 1 + max(plan.stage for plan in plans)
     return [[plan for plan in plans if plan.stage * devices // count == index] for index in range(devices)]
 
