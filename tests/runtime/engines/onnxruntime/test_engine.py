@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,7 @@ from n3c.passes.serving import Served, serve
 from n3c.runtime.engines.interface import Array, call
 from n3c.runtime.engines.onnxruntime.engine import OnnxRuntimeEngine
 from n3c.runtime.engines.onnxruntime.open import cpu_engine
+from n3c.runtime.engines.onnxruntime.session import inference_session
 from n3c.runtime.generation.capacity import Capacity
 from n3c.runtime.generation.drafter import MtpDrafter
 from n3c.runtime.generation.loop import Generation
@@ -141,6 +145,23 @@ def test_other_weights_in_the_same_engine(small: Small, tmp_path: Path) -> None:
     assert run(engine) == run(fresh) != before
     engine.replace_weights(small.checkpoint)
     assert run(engine) == before
+
+
+def test_telemetry_is_off_before_the_library_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+
+    def fake_import(name: str) -> Any:
+        seen.append((name, os.environ.get("ORT_DISABLE_TELEMETRY")))
+        return SimpleNamespace(
+            disable_telemetry_events=lambda: seen.append("disabled"),
+            SessionOptions=SimpleNamespace,
+            InferenceSession=lambda model, options, providers: seen.append((model, providers)),
+        )
+
+    monkeypatch.setattr(importlib, "import_module", fake_import)
+    inference_session(b"graph")
+    assert seen == [("onnxruntime", "1"), "disabled", (b"graph", ["CPUExecutionProvider"])]
 
 
 def test_a_graph_that_onnx_runtime_refuses(small: Small) -> None:
