@@ -16,6 +16,9 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar, cast, get_args, 
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 
+INT64_MAX = 2**63 - 1
+"""The largest whole number that is taken where an option names no other."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -72,8 +75,9 @@ class Option:
             return f"{value} is less than {self.least:g}"
         if self.above is not None and value <= self.above:
             return f"{value} is not more than {self.above:g}"
-        if self.most is not None and value > self.most:
-            return f"{value} is more than {self.most:g}"
+        most = INT64_MAX if self.most is None and isinstance(value, int) else self.most
+        if most is not None and value > most:
+            return f"{value} is more than {most if most == INT64_MAX else f'{most:g}'}"
         return None
 
 

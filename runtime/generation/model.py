@@ -129,7 +129,7 @@ class Model:
         N3CError: exit code 2 where the build cannot take the prompts, 4 where the device is not there, 6 where the
         weights do not fit or a text has no tokenizer.
         """
-        from .limits import Room
+        from .capacity import Capacity
         from .prompts import parse_ids, tag_ids
         from .sampling import Sampling
         from .sequence import Options
@@ -142,7 +142,7 @@ class Model:
             raise usage_error(f"--stop-ids: {stop_ids!r} is not a list of token ids, as 1,2,3")
         tags = tag_ids(thinking_tags, self.tokenizer, self.weights) if reasoning_budget is not None else None
         spec = self.build.spec
-        Room.of(spec).require(ids, max(spec.serving.batch_sizes))
+        Capacity.of(spec).require(ids, max(spec.serving.batch_sizes))
         runner = self._ready(len(ids))
         options = Options(
             max_new_tokens=max_new_tokens,
