@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 HEADER = ("implementation", "tensors", "largest error", "allowed", "at", "")
 
 
-@click.command(
-    "verify", help="Compare all implementations in BUILD with the reference, layer by layer."
-)
+@click.command("verify", help="Compare all implementations in BUILD with the reference, layer by layer.")
 @click.argument("build", type=click.Path(path_type=Path))
 @click.option("--weights", type=click.Path(path_type=Path), help="Checkpoint directory (default: random weights).")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of tokens and random weights.")
