@@ -1,7 +1,7 @@
 """`make demo`: the whole way of a model on a CPU, from nothing, in about ten minutes on two cores.
 
 Trains specs/tiny.toml with the generated code on the source files of Python's own standard library, quantizes
-the weights to NVFP4, builds ONNX graphs and TensorRT plans, verifies that all forms agree, and generates text
+the weights to NVFP4, builds ONNX graphs and TensorRT plans, verifies that all implementations agree, and generates text
 with and without multi-token prediction. What it prints at the end is one table.
 """
 

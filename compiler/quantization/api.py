@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from n3c.backends.progress import SILENT, Progress
+from n3c.backends.trt.targets import NVFP4_FORMATS
 from n3c.compiler.common_options import SET
 from n3c.ir.diagnostics import Diagnostic
 from n3c.runtime.options import Argument, Needs, Option, checked, usage_error
@@ -123,6 +124,8 @@ def quantize(
     source, shards, shard_bytes = Path(weights), part_of(part), size_of(max_shard_size)
     calibrated = calibration is not None or activation_scales is not None
     chosen = chosen_spec(spec, source, fmt, block, set, calibrated=calibrated)
+    if like is None and not auto:
+        _require_blocks(chosen.spec, block, search)
     prepared = prepare(chosen.spec, source, request, progress, BLOCK_NAMES.get(block or ""))
     names, notes = chosen.names_for(prepared.spec)
     scales = prepared.scales
@@ -130,6 +133,15 @@ def quantize(
     packed = pack(prepared.spec, how, progress)
     packed.warnings[:0] = [*chosen.warnings, *notes, *prepared.warnings]
     return Quantized(packed, prepared.as_json())
+
+
+def _require_blocks(spec: Spec, block: str | None, search: str) -> None:
+    """Raise N3CError (exit code 2) for options of block scales where no rule gives a format that has any."""
+    table = spec.quantization
+    formats = {table.format, *(rule.format for rule in table.rules)} if table is not None else set[str]()
+    for name, asked in (("--block", block is not None), ("--search", search != "none")):
+        if asked and not formats & {*NVFP4_FORMATS}:
+            raise usage_error(f"{name} has no effect: it needs a weight in nvfp4 or w4a16_nvfp4")
 
 
 def _path(path: Path | str | None) -> Path | None:

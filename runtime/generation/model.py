@@ -1,6 +1,7 @@
 """A build and the weights of a checkpoint, to generate with: `n3c.runtime.load`."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, overload
 
@@ -129,7 +130,7 @@ class Model:
         N3CError: exit code 2 where the build cannot take the prompts, 4 where the device is not there, 6 where the
         weights do not fit or a text has no tokenizer.
         """
-        from .limits import Room
+        from .capacity import Capacity
         from .prompts import parse_ids, tag_ids
         from .sampling import Sampling
         from .sequence import Options
@@ -142,16 +143,16 @@ class Model:
             raise usage_error(f"--stop-ids: {stop_ids!r} is not a list of token ids, as 1,2,3")
         tags = tag_ids(thinking_tags, self.tokenizer, self.weights) if reasoning_budget is not None else None
         spec = self.build.spec
-        Room.of(spec).require(ids, max(spec.serving.batch_sizes))
-        runner = self._ready(len(ids))
+        Capacity.of(spec).require(ids, max(spec.serving.batch_sizes))
         options = Options(
             max_new_tokens=max_new_tokens,
             sampling=Sampling(temperature, top_k, top_p, seed),
-            stop_ids=frozenset([*stops, *(() if ignore_eos else runner.eos_ids)]),
             stop_texts=tuple(stop),
             tags=tags,
             reasoning_budget=reasoning_budget,
         )
+        runner = self._ready(len(ids))
+        options = replace(options, stop_ids=frozenset([*stops, *(() if ignore_eos else runner.eos_ids)]))
         if self._stream is not None:
             self._stream.interrupt()  # the engine has the states of one request
         self._stream = running = Stream(runner.generation(ids, options))

@@ -13,9 +13,10 @@ from n3c.backends.safetensors.checkpoint_fit import fitting_checkpoint
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 from n3c.runtime.build_folder import OpenedBuild
 from n3c.runtime.engines.interface import Engine
+from n3c.runtime.numbers import require_between
 
+from .capacity import Capacity
 from .drafter import Drafter, MtpDrafter
-from .limits import Room
 from .loop import Generation
 from .sequence import Options
 from .tokenizer import Tokenizer, find_tokenizer
@@ -37,8 +38,8 @@ class Runner:
 
     def generation(self, prompts: Sequence[Sequence[int]], options: Options) -> Generation:
         """Return a request, not yet run; N3CError (exit code 2) where the build has no room for it."""
-        room = Room.of(self.build.spec)
-        return Generation(self.engine, prompts, options, room, self.tokenizer, self.drafter, self.device)
+        capacity = Capacity.of(self.build.spec)
+        return Generation(self.engine, prompts, options, capacity, self.tokenizer, self.drafter, self.device)
 
     def replace_weights(self, directory: Path) -> None:
         """Take the weights of another checkpoint of the same spec, without building anything.
@@ -60,8 +61,9 @@ def open_runner(
 ) -> Runner:
     """Load `weights` for at most `sequences` sequences at once. `speculate` has effect where the spec has [mtp].
 
-    N3CError: exit code 4 where the device is not there, 6 where the weights do not fit.
+    N3CError: exit code 2 for no sequences, 4 where the device is not there, 6 where the weights do not fit.
     """
+    require_between("sequences", sequences, 1)
     spec = build.spec
     batch = _batch(spec.serving.batch_sizes, sequences)
     speculate = speculate and {"draft", "verify"} <= set(build.served.program.entry_points)

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from n3c.backends.progress import SILENT, Progress
 from n3c.ir.diagnostics import Diagnostic
 from n3c.runtime.build_folder import open_build
+from n3c.runtime.numbers import require_between
 from n3c.runtime.options import Argument, Option, checked
 
 if TYPE_CHECKING:  # these load numpy and ONNX
-    from .compare import Verdict
+    from .comparison import Verdict
     from .implementations import Skipped
 
 
@@ -53,14 +54,17 @@ def verify(
 ) -> Verified:
     """Compare all implementations in `build` with the weights of a checkpoint, or with random ones made from `seed`.
 
-    What differs is in the result. N3CError where nothing can be compared: exit code 2 where the build holds its
-    weights and none are named, 4 where the model is too large, 6 where a file is not what was built or the checkpoint
-    does not fit.
+    What differs is in the result. N3CError where nothing can be compared: exit code 2 for a seed that is negative or
+    beyond int64, and where the build holds its weights and none are named; 4 where the model is too large; 6 where a
+    file is not what was built or the checkpoint does not fit.
     """
+    require_between("seed", seed, 0)
     progress.phase("open")
     opened = open_build(Path(build))
-    from .compare import compare, diagnostics
-    from .implementations import forms, reference, require_small
+    from .comparison import compare, diagnostics
+    from .implementations import implementations
+    from .model_size import require_small
+    from .reference import references
     from .scenario import scenarios
     from .weights import checkpoint_for
 
@@ -68,9 +72,9 @@ def verify(
     checkpoint = checkpoint_for(opened, None if weights is None else Path(weights), seed)
     program, batch = opened.served.program, min(opened.spec.serving.batch_sizes)
     progress.phase("load")
-    base = reference(opened, checkpoint, batch)
-    with forms(opened, checkpoint, batch) as (compared, skipped):
-        progress.phase("compare")
-        verdicts = compare(base, compared, program, scenarios(opened.spec, program, batch, seed), progress)
+    expected = references(opened, checkpoint, batch)
+    compared, skipped = implementations(opened, checkpoint, batch)
+    progress.phase("compare")
+    verdicts = compare(expected, compared, program, scenarios(opened.spec, program, batch, seed), progress)
     found = diagnostics(verdicts, program, str(build))
     return Verified(Path(build), str(checkpoint.directory), tuple(verdicts), tuple(skipped), tuple(found))

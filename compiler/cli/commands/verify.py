@@ -15,14 +15,12 @@ from n3c.ir.diagnostics import ExitCode
 from n3c.runtime import verify
 
 if TYPE_CHECKING:
-    from n3c.runtime.verification.compare import Verdict
+    from n3c.runtime.verification.comparison import Verdict
 
 HEADER = ("implementation", "tensors", "largest error", "allowed", "at", "")
 
 
-@click.command(
-    "verify", help="Compare the PyTorch, ONNX and TensorRT code of BUILD with the reference, layer by layer."
-)
+@click.command("verify", help="Compare all implementations in BUILD with the reference, layer by layer.")
 @options.of(verify)
 @options.common
 def command(build: Path, as_json: bool, **_: Any) -> int:
@@ -44,5 +42,5 @@ def _row(verdict: Verdict) -> tuple[str, ...]:
     worst, ending = verdict.worst, "ok" if verdict.ok else "DIFFERS"
     if worst is None:
         return verdict.name, str(verdict.compared), "", "", "", ending
-    figures = f"{worst.difference.relative:.1e}", f"{worst.tolerance:.0e}", worst.difference.point
+    figures = f"{worst.error:.1e}", f"{worst.tolerance:.0e}", worst.difference.point
     return verdict.name, str(verdict.compared), *figures, ending
