@@ -100,7 +100,8 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def parameters_of(function: Callable[..., object]) -> list[Parameter]:
+@functools.cache
+def parameters_of(function: Callable[..., object]) -> tuple[Parameter, ...]:
     """Return the parameters of a function that are described, in order."""
     found: list[Parameter] = []
     for name, parameter in inspect.signature(function).parameters.items():
@@ -109,7 +110,7 @@ def parameters_of(function: Callable[..., object]) -> list[Parameter]:
             full, (described,) = hint.__origin__, hint.__metadata__
             required = parameter.default is parameter.empty and type(None) not in get_args(full)
             found.append(Parameter(name, _without_none(full), parameter.default, required, described))
-    return found
+    return tuple(found)
 
 
 def _without_none(hint: Any) -> Any:
@@ -146,7 +147,7 @@ def _usage(message: str) -> Diagnostic:
     return Diagnostic("E0701", message)
 
 
-def _faults(parameters: list[Parameter], given: Mapping[str, object], values: Mapping[str, object]) -> list[str]:
+def _faults(parameters: Sequence[Parameter], given: Mapping[str, object], values: Mapping[str, object]) -> list[str]:
     faults: list[str] = []
     for parameter in parameters:
         option, name = parameter.described, parameter.name

@@ -17,11 +17,14 @@ from n3c.backends.safetensors.layout import MAX_SHARD_BYTES
 from n3c.backends.safetensors.quantizer import Job, Outcome, quantize_checkpoint
 from n3c.compiler.report.tool_versions import peak_rss_bytes
 from n3c.ir.diagnostics import Diagnostic
+from n3c.ir.formats import FORMATS
 from n3c.passes.base import run_pipeline
 from n3c.passes.lower.model import lower
 from n3c.passes.quantize import Quantize
+from n3c.runtime.options import usage_error
 from n3c.specs.huggingface import export_config
 from n3c.specs.rules import format_rules
+from n3c.specs.schema import Spec
 
 from .formats_and_scales import FormatsAndScales, formats_and_scales
 from .reader_warnings import reader_warnings
@@ -79,6 +82,7 @@ def run(request: QuantizeRequest, progress: Progress) -> Quantized:
     start = time.perf_counter()
     progress.phase("read the headers")
     asked = requested_formats(request)
+    _require_blocks(asked.spec, request)
     fitting_checkpoint(asked.spec, request.weights, unquantized=True)
     prepared = formats_and_scales(asked.spec, request, progress)
     names, notes = asked.notes_for(prepared.spec)
@@ -102,3 +106,14 @@ def run(request: QuantizeRequest, progress: Progress) -> Quantized:
     outcome = quantize_checkpoint(job, progress)
     warnings = [*asked.warnings, *notes, *prepared.warnings, *reader_warnings(outcome.weights, outcome.out)]
     return Quantized(outcome, prepared, warnings, time.perf_counter() - start, peak_rss_bytes())
+
+
+def _require_blocks(spec: Spec, request: QuantizeRequest) -> None:
+    """Raise N3CError (exit code 2) for options of block scales where no rule gives a format that has any."""
+    table = spec.quantization
+    if table is None or request.like is not None or request.effective_bits is not None:
+        return  # formats that are taken or chosen later
+    blocked = any(FORMATS[name].blocked for name in (table.format, *(rule.format for rule in table.rules)))
+    for name, given in (("--block", request.block is not None), ("--search", request.search != "none")):
+        if given and not blocked:
+            raise usage_error(f"{name} has no effect: it needs a weight in nvfp4 or w4a16_nvfp4")

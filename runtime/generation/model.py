@@ -1,6 +1,7 @@
 """A build and the weights of a checkpoint, to generate with: `n3c.runtime.load`."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, overload
 
@@ -143,15 +144,15 @@ class Model:
         tags = tag_ids(thinking_tags, self.tokenizer, self.weights) if reasoning_budget is not None else None
         spec = self.build.spec
         Capacity.of(spec).require(ids, max(spec.serving.batch_sizes))
-        runner = self._ready(len(ids))
         options = Options(
             max_new_tokens=max_new_tokens,
             sampling=Sampling(temperature, top_k, top_p, seed),
-            stop_ids=frozenset([*stops, *(() if ignore_eos else runner.eos_ids)]),
             stop_texts=tuple(stop),
             tags=tags,
             reasoning_budget=reasoning_budget,
         )
+        runner = self._ready(len(ids))
+        options = replace(options, stop_ids=frozenset([*stops, *(() if ignore_eos else runner.eos_ids)]))
         if self._stream is not None:
             self._stream.interrupt()  # the engine has the states of one request
         self._stream = running = Stream(runner.generation(ids, options))

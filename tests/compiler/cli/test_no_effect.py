@@ -31,6 +31,8 @@ CASES = [
     ("quantize SPEC --weights W -o OUT --calibration-length 9", "--calibration-length", "--calibration"),
     ("quantize SPEC --weights W -o OUT --save-activation-scales s.json", "--save-activation-scales", "--calibration"),
     ("quantize SPEC --weights W -o OUT --like L --fmt fp8", "--fmt", "--like gives all formats"),
+    ("quantize PLAIN --weights W -o OUT --fmt fp8 --block 1x16", "--block", "a weight in nvfp4"),
+    ("quantize PLAIN --weights W -o OUT --search mse", "--search", "a weight in nvfp4"),
     ("run BUILD --weights W --prompt a --seed 1", "--seed", "--temperature above 0"),
     ("run BUILD --weights W --prompt a --top-k 3", "--top-k", "--temperature above 0"),
     ("run BUILD --weights W --prompt a --temperature 0 --top-p 0.5", "--top-p", "--temperature above 0"),
@@ -45,6 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("options")
     spec = write_small(folder)
     (folder / "W").mkdir()
+    (folder / "plain.toml").write_text(spec.read_text() + '[quantization]\nformat = "bf16"\nblock = [1, 16]\n')
     assert n3c("build", spec, "--target", "torch", "-o", folder / "built").code == 0
     assert n3c("export-config", spec, "-o", folder / "config.json").code == 0
     return folder
@@ -52,7 +55,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("line", "option", "needs"), CASES, ids=[case[0] for case in CASES])
 def test_the_message_names_the_option_and_what_it_needs(line: str, option: str, needs: str, folder: Path) -> None:
-    paths = {"SPEC": "small.toml", "BUILD": "built", "OUT": "out", "W": "W", "config.json": "config.json"}
+    paths = {
+        "SPEC": "small.toml",
+        "BUILD": "built",
+        "OUT": "out",
+        "W": "W",
+        "PLAIN": "plain.toml",
+        "config.json": "config.json",
+    }
     before = tree(folder)
     result = n3c(*(folder / paths[word] if word in paths else word for word in line.split()), "--json")
     assert (result.code, result.codes) == (2, ["E0701"]), result.err

@@ -170,11 +170,11 @@ def test_text_that_was_kept_back_is_returned_at_the_end() -> None:
     def texts(options: Options, interrupt: int = 99) -> tuple[str, str | None]:
         generation = Generation(FakeEngine(spell), [[0]], options, Capacity(64, 256), ByteTokenizer())
         pieces: list[str] = []
+        generation = Generation(FakeEngine(spell), [[0]], options, Capacity(64, 256), ByteTokenizer())
         for step in generation.steps():
             pieces += [piece.text for piece in step]
             if len(pieces) == interrupt:
                 generation.interrupt()
-                break
         return "".join(pieces), generation.result().completions[0].text
 
     stops = ("END",)

@@ -235,7 +235,7 @@ def test_other_weights_between_requests(folder: Path, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_prints_what_there_is(folder: Path) -> None:
-    """The context is short, so the listener of a slow terminal is played: it is stopped after its first token."""
+    """The context is short, so a slow terminal is played: the program is stopped after its first token."""
     script = (
         "import signal, os, n3c.compiler.cli.generation as r\n"
         "def show(self, piece):\n"
