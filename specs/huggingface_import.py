@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Severity, Span
 
-from .huggingface_names import FIELDS, MTP, N3C_KEYS, PATTERNS, SILENT, STATE_DTYPES, TABLES, UNSUPPORTED
+from .blocks import KINDS
+from .huggingface_names import FIELDS, MTP, N3C_KEYS, PATTERNS, SILENT, STATE_DTYPES, UNSUPPORTED
 from .json_places import JsonPlaces
+from .keys import COUNT
 from .modelopt import QuantizationError, import_quantization, role_globs
 from .modules import Group, module_groups
 from .pattern import (
@@ -23,7 +26,7 @@ from .pattern import (
 )
 from .places import shown
 from .reader import in_order, read_spec
-from .schema import Moe, Spec
+from .schema import Spec
 
 
 def import_config(
@@ -187,7 +190,7 @@ class _Importer:
     # Sizes
 
     def fields(self, main: Pattern, mtp: Pattern | None, own: Mapping[str, Any]) -> None:
-        tables = {"model"} | {TABLES[kind] for kind in (*main, *(mtp or ()))}
+        tables = {"model"} | {kind.table for kind in (*main, *(mtp or ()))}
         assumed: list[str] = []
         for path, (name, default, aliases) in FIELDS.items():
             table, key = str(path[0]), str(path[1])
@@ -281,10 +284,10 @@ class _Importer:
                 return
         if "quantization" in own:
             return  # the spec's own words, from which a quantizer made the other
-        moe = self.moe()
-        groups = module_groups(main, mtp, moe, self.raw["model"].get("tie_word_embeddings") is True)
+        tables = self.block_tables()
+        groups = module_groups(main, mtp, tables, self.raw["model"].get("tie_word_embeddings") is True)
         if quantization is None:
-            self.raw["quantization"] = self.policy(groups, moe)
+            self.raw["quantization"] = self.policy(groups, tables.get("moe"))
             return
         try:
             imported = import_quantization(quantization, groups, main)
@@ -299,21 +302,19 @@ class _Importer:
             message = f"{len(imported.unknown)} names of the quantization match no module, as `{first}`"
             self.warn("W0303", message, places.json_value(*root))
 
-    def moe(self) -> Moe | None:
-        """Return the MoE sizes that module names depend on, bad values as none; the reader reports them."""
-        table: Mapping[str, Any] | None = self.raw.get("moe")
-        if table is None:
-            return None
-        sizes = {key: value if type(value) is int and 0 < value <= 1 << 16 else 0 for key, value in table.items()}
-        return Moe(
-            num_experts=sizes["num_experts"],
-            top_k=sizes["top_k"],
-            intermediate_size=sizes["intermediate_size"],
-            shared_intermediate_size=sizes["shared_intermediate_size"],
-            latent_size=sizes.get("latent_size") or None,
-        )
+    def block_tables(self) -> dict[str, SimpleNamespace]:
+        """Return the sizes that module names depend on, bad values as 0; the reader reports them."""
 
-    def policy(self, groups: Sequence[Group], moe: Moe | None) -> dict[str, Any]:
+        def size(value: object) -> int:
+            return value if type(value) is int and 0 < value <= COUNT else 0
+
+        keys = {kind.table: [config.key for config in kind.config_keys] for kind in KINDS if kind.table in self.raw}
+        return {
+            table: SimpleNamespace(**{name: size(self.raw[table].get(name)) for name in names})
+            for table, names in keys.items()
+        }
+
+    def policy(self, groups: Sequence[Group], moe: SimpleNamespace | None) -> dict[str, Any]:
         """Return the published policy: routed experts NVFP4, Mamba and shared experts FP8, the rest BF16.
 
         ModelOpt's recipe of Nemotron 3 Super, nvfp4-max-calib; MLPs, which it does not know, as experts.
@@ -333,7 +334,7 @@ class _Importer:
             "rules": [*rules, {"roles": role_globs(bf16, present), "format": "bf16"}],
         }
 
-    def input_width(self, role: str, moe: Moe | None) -> int:
+    def input_width(self, role: str, moe: SimpleNamespace | None) -> int:
         hidden: Any = self.raw["model"]["hidden_size"]
         widths: dict[str, Any] = {
             "moe.experts.up": (moe.latent_size if moe else None) or hidden,

@@ -17,7 +17,7 @@ from n3c.ir.diagnostics import did_you_mean
 from .modules import Group
 from .pattern import Pattern
 from .places import shown
-from .roles import select_layers
+from .roles import ROLE_GLOBS, select_layers
 
 ALGORITHMS = {"NVFP4": "nvfp4", "W4A16_NVFP4": "w4a16_nvfp4", "FP8": "fp8"}
 
@@ -222,13 +222,10 @@ def _selector(wanted: Sequence[int], having: Sequence[int], pattern: Pattern) ->
     return None
 
 
-_GLOBS = ("mtp.*", "moe.*", "moe.experts.*", "moe.shared.*", "moe.latent_*", "mamba.*", "attention.*", "mlp.*")
-
-
 def role_globs(roles: Sequence[str], present: Sequence[str]) -> list[str]:
     """Shorten a list of roles by globs that match, of the roles `present` in a model, no others."""
     left = list(roles)
-    for glob in _GLOBS:
+    for glob in ROLE_GLOBS:
         matched = [role for role in present if fnmatchcase(role, glob)]
         if len(matched) > 1 and set(matched) <= set(left):
             place = left.index(matched[0])

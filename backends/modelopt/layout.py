@@ -18,6 +18,7 @@ from importlib.metadata import version
 from typing import Any
 
 from n3c.backends.safetensors.layout import BLOCK, KEEP, Weight
+from n3c.specs.blocks import KINDS
 
 PRODUCER = "modelopt"
 """Readers look for this name; `n3c` says under its own key who wrote the file."""
@@ -33,7 +34,7 @@ _SHAPE_KEYS = (
     "mtp_hybrid_override_pattern",
     "mtp_layers_block_type",
 )
-_BLOCK_TYPES = {"linear_attention": "mamba", "full_attention": "attention"}
+_BLOCK_TYPES = {kind.hf_name: kind.hf_names[-1] for kind in KINDS}
 """Spelling of transformers 5 → that which every reader knows."""
 _NEVER = ("embedding", "moe.router", "mtp.moe.router")
 """Not linears to any reader: never listed as left out."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 from n3c.passes.lower.model import lower
 from n3c.passes.serving import quantize_pass
+from n3c.specs.blocks import KINDS
 from n3c.specs.convert import run_import
 from n3c.specs.schema import Spec
 
@@ -16,20 +17,7 @@ from .sources import check_fit, check_formats
 
 COMPARED = {
     "model": ("hidden_size", "vocab_size", "norm_eps", "tie_word_embeddings"),
-    "mamba": ("num_heads", "head_dim", "state_size", "n_groups", "conv_kernel", "conv_bias"),
-    "attention": ("num_heads", "num_kv_heads", "head_dim"),
-    "moe": (
-        "num_experts",
-        "top_k",
-        "intermediate_size",
-        "shared_intermediate_size",
-        "latent_size",
-        "routed_scaling_factor",
-        "norm_topk_prob",
-        "n_group",
-        "topk_group",
-    ),
-    "mlp": ("intermediate_size",),
+    **{kind.table: tuple(config.key for config in kind.config_keys if config.computes) for kind in KINDS},
 }
 """Keys that decide what the model computes; several of them change no tensor's shape."""
 

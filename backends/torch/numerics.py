@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from n3c.specs.modules import Group, module_groups
+from n3c.specs.modules import Group, spec_groups
 from n3c.specs.roles import match_roles, select_layers
 from n3c.specs.schema import Rule, Spec
 
@@ -24,8 +24,7 @@ def _formats(spec: Spec) -> Iterator[tuple[str, str]]:
     table = spec.training
     if table is None:
         return
-    mtp = spec.mtp.pattern if spec.mtp else None
-    for group in module_groups(spec.model.pattern, mtp, spec.moe, spec.model.tie_word_embeddings):
+    for group in spec_groups(spec):
         if group.role in NOT_LINEAR:
             continue
         format_: str = table.format
