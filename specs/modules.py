@@ -29,7 +29,7 @@ class Group:
         return tuple(self.name.format(index) for index in range(self.experts)) if self.experts else (self.name,)
 
 
-def spec_groups(spec: Spec) -> list[Group]:
+def groups_of(spec: Spec) -> list[Group]:
     """Return every group of a spec's model, in the order of the layers."""
     tables = {kind.table: getattr(spec, kind.table) for kind in KINDS}
     mtp = spec.mtp.pattern if spec.mtp else None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from n3c.specs.blocks import KINDS, MAMBA, MOE
-from n3c.specs.modules import spec_groups
+from n3c.specs.modules import groups_of
 from n3c.specs.pattern import to_megatron
 from n3c.specs.schema import Spec
 
@@ -117,7 +117,7 @@ def _formats(spec: Spec) -> tuple[dict[str, dict[int | None, str]], list[int]]:
     formats = dict(training_formats(spec))
     by_role: dict[str, dict[int | None, str]] = defaultdict(dict)
     low: set[int] = set()
-    for group in spec_groups(spec):
+    for group in groups_of(spec):
         if group.role in NOT_LINEAR or group.role == "lm_head":
             continue
         format_ = formats.get(group.name.replace(".{}", ""), "bf16")

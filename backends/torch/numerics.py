@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from n3c.specs.modules import Group, spec_groups
+from n3c.specs.modules import Group, groups_of
 from n3c.specs.roles import match_roles, select_layers
 from n3c.specs.schema import Rule, Spec
 
@@ -24,7 +24,7 @@ def _formats(spec: Spec) -> Iterator[tuple[str, str]]:
     table = spec.training
     if table is None:
         return
-    for group in spec_groups(spec):
+    for group in groups_of(spec):
         if group.role in NOT_LINEAR:
             continue
         format_: str = table.format

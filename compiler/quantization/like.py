@@ -11,7 +11,7 @@ from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Severity, Span
 from n3c.specs.files import read_text
 from n3c.specs.json_places import JsonPlaces, parse_json
 from n3c.specs.modelopt import QuantizationError, import_quantization
-from n3c.specs.modules import spec_groups
+from n3c.specs.modules import groups_of
 from n3c.specs.places import shown
 from n3c.specs.schema import Spec
 
@@ -32,7 +32,7 @@ def spec_like(spec: Spec, path: Path, block: tuple[int, int] | None) -> tuple[Sp
     config, places = parse_json(read_text(file), str(file))
     root, quantization = _quantization(config, places)
     try:
-        imported = import_quantization(quantization, spec_groups(spec), spec.model.pattern)
+        imported = import_quantization(quantization, groups_of(spec), spec.model.pattern)
     except QuantizationError as error:
         span = places.json_value(*root, *error.path)
         raise N3CError(Diagnostic("E0305", error.message, span, help=error.advice), ExitCode.SPEC) from None

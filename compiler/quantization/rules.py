@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from n3c.compiler.quantization.search.units import unit_name
 from n3c.specs.modelopt import rules_table
-from n3c.specs.modules import Group, spec_groups
+from n3c.specs.modules import Group, groups_of
 from n3c.specs.schema import Format, Quantization, Rule, Spec
 
 _FORMATS: tuple[Format, ...] = get_args(Format)
@@ -22,7 +22,7 @@ def spec_with_formats(spec: Spec, formats: Mapping[str, str], block: tuple[int, 
             module = group.name.replace("{}", "*")
         return formats.get(unit_name(module), "bf16")
 
-    return spec_with_table(spec, rules_table(spec_groups(spec), format_of, spec.model.pattern), block)
+    return spec_with_table(spec, rules_table(groups_of(spec), format_of, spec.model.pattern), block)
 
 
 def spec_with_table(spec: Spec, table: Mapping[str, Any], block: tuple[int, int] | None = None) -> Spec:

@@ -10,12 +10,14 @@ from n3c.specs.dump import toml_value
 from n3c.specs.load import parse_spec
 from n3c.specs.schema import Spec
 
-SIZES = st.integers(1, 96)
-
 
 @st.composite
-def spec_texts(draw: st.DrawFn) -> str:
-    """Draw the TOML text of a valid small spec: every kind of block, odd sizes, rules, MTP."""
+def spec_texts(draw: st.DrawFn, narrowest: int = 1) -> str:
+    """Draw the TOML text of a valid small spec: every kind of block, odd sizes, rules, MTP.
+
+    `narrowest` is the least width of anything, in channels.
+    """
+    sizes = st.integers(narrowest, 96)
     symbols = draw(st.text("ME*-", min_size=1, max_size=8))
     cuts = draw(st.lists(st.integers(0, len(symbols)), max_size=2).map(sorted))
     text = symbols
@@ -28,7 +30,7 @@ def spec_texts(draw: st.DrawFn) -> str:
     longest = draw(st.integers(1, 10_000))
     tables: dict[str, dict[str, Any]] = {
         "model": {
-            "hidden_size": draw(SIZES),
+            "hidden_size": draw(sizes),
             "vocab_size": vocabulary,
             "pattern": text,
             "max_position_embeddings": longest,
@@ -45,11 +47,11 @@ def spec_texts(draw: st.DrawFn) -> str:
         low = draw(st.floats(1e-6, 1))
         tables["mamba"] = {
             "num_heads": groups * draw(st.integers(1, 4)),
-            "head_dim": draw(SIZES),
-            "state_size": draw(SIZES),
+            "head_dim": draw(sizes),
+            "state_size": draw(sizes),
             "n_groups": groups,
             "conv_kernel": draw(st.integers(2, 6)),
-            "chunk_size": draw(SIZES),
+            "chunk_size": draw(st.integers(1, 96)),
             "conv_bias": draw(st.booleans()),
             "time_step_min": low,
             "time_step_max": low * draw(st.integers(1, 9)),
@@ -58,7 +60,7 @@ def spec_texts(draw: st.DrawFn) -> str:
     if "*" in used:
         shared = draw(st.integers(1, 4))
         heads = shared * draw(st.integers(1, 4))
-        tables["attention"] = {"num_heads": heads, "num_kv_heads": shared, "head_dim": draw(SIZES)}
+        tables["attention"] = {"num_heads": heads, "num_kv_heads": shared, "head_dim": draw(sizes)}
     if "E" in used:
         groups = draw(st.integers(1, 4))
         in_group = draw(st.integers(2, 6))
@@ -66,16 +68,16 @@ def spec_texts(draw: st.DrawFn) -> str:
         tables["moe"] = {
             "num_experts": groups * in_group,
             "top_k": draw(st.integers(1, chosen * in_group)),
-            "intermediate_size": draw(SIZES),
+            "intermediate_size": draw(sizes),
             "shared_intermediate_size": draw(st.integers(0, 96)),
             "routed_scaling_factor": draw(st.floats(0.01, 100)),
             "norm_topk_prob": draw(st.booleans()),
             "n_group": groups,
             "topk_group": chosen,
-            **draw(st.fixed_dictionaries({}, optional={"latent_size": SIZES})),
+            **draw(st.fixed_dictionaries({}, optional={"latent_size": sizes})),
         }
     if "-" in symbols:
-        tables["mlp"] = {"intermediate_size": draw(SIZES)}
+        tables["mlp"] = {"intermediate_size": draw(sizes)}
     if mtp is not None:
         scale = draw(st.floats(0, 10))
         tables["mtp"] = {"pattern": mtp, "depth": draw(st.integers(1, 4)), "loss_scaling_factor": scale}
@@ -129,6 +131,6 @@ def _table(name: str, table: dict[str, Any]) -> str:
     return text
 
 
-def specs() -> st.SearchStrategy[Spec]:
-    """Draw a valid small spec."""
-    return spec_texts().map(lambda text: parse_spec(text, "random.toml")[0])
+def specs(narrowest: int = 1) -> st.SearchStrategy[Spec]:
+    """Draw a valid small spec, with `narrowest` channels of anything, or more."""
+    return spec_texts(narrowest).map(lambda text: parse_spec(text, "random.toml")[0])
