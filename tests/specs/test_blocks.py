@@ -11,6 +11,7 @@ from n3c.specs.block_kind import BlockKind
 from n3c.specs.blocks import KINDS, MOE, Moe
 from n3c.specs.reader import fields_of, plain
 from n3c.specs.schema import Spec
+from support.random_specs import BLOCK_TABLES
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,8 +34,9 @@ def test_conditions_and_counts_are_keys_of_the_table(kind: BlockKind) -> None:
 
 
 @each_kind
-def test_it_is_lowered_and_generated(kind: BlockKind) -> None:
+def test_it_is_lowered_generated_and_drawn(kind: BlockKind) -> None:
     assert kind in BLOCKS
+    assert kind in BLOCK_TABLES
     assert list((ROOT / "backends/torch/templates").rglob(kind.template))
 
 
