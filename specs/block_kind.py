@@ -24,7 +24,7 @@ class Module:
     count: str | None = None
     """A key of the table: how many modules `name` stands for; else it is one."""
     megatron: str | None = None
-    """The glob that names it in Megatron-core; None: it has no low-precision form."""
+    """The glob that names it in Megatron-core's recipes; None: they give it no format."""
 
 
 @dataclass(frozen=True, slots=True)

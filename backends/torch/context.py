@@ -37,6 +37,8 @@ def template_context(spec: Spec, spec_sha256: str, flops_per_token: tuple[int, i
     patterns = [spec.model.pattern] + ([spec.mtp.pattern] if spec.mtp else [])
     kinds = [kind for kind in KINDS if any(kind in pattern for pattern in patterns)]
     used = set(kinds)
+    tables = {kind.table: _table(getattr(spec, kind.table), kind in used, kind.table) for kind in KINDS}
+    tables["moe"] |= _moe_flags(spec.moe) if spec.moe else {}
     shared = MOE in used and spec.moe is not None and spec.moe.shared_intermediate_size > 0
     modules = [kind.template for kind in kinds if kind is not MLP]
     if shared or MLP in used:
@@ -74,10 +76,7 @@ def template_context(spec: Spec, spec_sha256: str, flops_per_token: tuple[int, i
         "hf_kinds": ", ".join(f'"{kind.symbol}": "{kind.hf_name}"' for kind in kinds),
         "model": _literals(spec.model, "model") | {"eos_token_id": _token_ids(spec.model.eos_token_ids)},
         "pattern_lines": _pattern_lines(spec.model.pattern),
-        "mamba": _table(spec.mamba, MAMBA in used, "mamba"),
-        "attention": _table(spec.attention, ATTENTION in used, "attention"),
-        "moe": _table(spec.moe, MOE in used, "moe") | (_moe_flags(spec.moe) if spec.moe else {}),
-        "mlp": _table(spec.mlp, MLP in used, "mlp"),
+        **tables,
         "mtp": _literals(spec.mtp, "mtp") if spec.mtp else {},
         "mtp_pattern_lines": _pattern_lines(spec.mtp.pattern) if spec.mtp else [],
     }

@@ -14,7 +14,7 @@ from n3c.specs.modules import groups_of
 from n3c.specs.pattern import to_megatron
 from n3c.specs.schema import Spec
 
-from .numerics import NOT_LINEAR, training_formats
+from .numerics import training_formats
 
 MODULES = {module.role: module.megatron for kind in KINDS for module in kind.modules if module.megatron is not None} | {
     "mtp.eh_proj": "mtp.*eh_proj"
@@ -118,7 +118,7 @@ def _formats(spec: Spec) -> tuple[dict[str, dict[int | None, str]], list[int]]:
     by_role: dict[str, dict[int | None, str]] = defaultdict(dict)
     low: set[int] = set()
     for group in groups_of(spec):
-        if group.role in NOT_LINEAR or group.role == "lm_head":
+        if group.role not in MODULES and group.role.removeprefix("mtp.") not in MODULES:
             continue
         format_ = formats.get(group.name.replace(".{}", ""), "bf16")
         by_role[group.role][group.layer] = format_
