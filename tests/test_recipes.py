@@ -65,7 +65,8 @@ class Copy:
         return ran.stdout
 
     def test(self, *arguments: str) -> None:
-        """Run tests of the copy."""
+        """Lint the edited files, and run tests of the copy."""
+        self.python("-m", "ruff", "check", "--no-cache", *sorted(path for path in self.edited if path.endswith(".py")))
         self.python("-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments)
 
 
@@ -85,7 +86,7 @@ def copy(tmp_path: Path) -> Copy:
 OP = '''
 @op()
 def swiglu(gate: TensorType, up: TensorType) -> TensorType:
-    """y = silu(gate) * up, silu(x) = x * sigmoid(x) (arXiv 2002.05202): f32 [B, S, N] each."""
+    """y[n] = silu(gate[n]) * up[n], silu(x) = x * sigmoid(x) (arXiv 2002.05202): f32 [B, S, N] each."""
     _require(gate == up, f"gate {gate} is not as up {up}")
     return gate
 '''
@@ -118,11 +119,7 @@ def add_op(copy: Copy) -> None:
     copy.insert("runtime/engines/reference/ops.py", "def concat(", MEANING.lstrip())
     copy.insert("runtime/engines/reference/ops.py", "        concat,", "        swiglu,\n")
     copy.append("backends/onnx/spellings/elementwise.py", SPELLING)
-    copy.insert(
-        "backends/onnx/registry.py",
-        "from n3c.backends.onnx.spellings.experts",
-        "from n3c.backends.onnx.spellings.elementwise import swiglu\n",
-    )
+    copy.replace("backends/onnx/registry.py", "relu2, shift_left, split\n", "relu2, shift_left, split, swiglu\n")
     copy.insert("backends/onnx/registry.py", "        write_cache,", "        swiglu,\n")
     refused = '    (ops.swiglu, [X, t("B", "S", 9)], {}, "is not as up"),\n'
     copy.insert("tests/ir/test_ops.py", "    (ops.linear, [X, None]", refused)
@@ -163,8 +160,6 @@ TWIN = '''
 
 def test_pause_changes_nothing(spec: Spec, checkpoint: Checkpoint) -> None:
     """The pipeline runs it, and says that it changed nothing."""
-    from n3c.passes.pause import Pause
-
     program = lower(spec)
     before = forward(program, checkpoint)
     assert not Pause().run(program)
@@ -179,6 +174,7 @@ def test_add_a_pass(copy: Copy) -> None:
     copy.insert("passes/pipelines.py", '    "cleanup":', '    "pause": "n3c.passes.pause:Pause",\n')
     copy.insert("passes/serving.py", '        "cleanup":', '        "pause": Pause(),\n')
     copy.insert("passes/serving.py", "from .pipelines", "from .pause import Pause\n")
+    copy.insert("tests/passes/test_twins.py", "from n3c.passes.plan_state", "from n3c.passes.pause import Pause\n")
     copy.append("tests/passes/test_twins.py", TWIN)
     assert copy.edited == files_of_recipe("Add a pass", "pause")
     copy.test("tests/passes/test_twins.py", "-k", "pause")
@@ -274,6 +270,7 @@ PARITY = '''"""The gated MLP: what is generated, evaluated and run by ONNX Runti
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -351,8 +348,6 @@ def test_lowering_and_template_agree(tmp_path: Path) -> None:
 
 
 def test_config_json_and_back() -> None:
-    import json
-
     spec = spec_from_text(SPEC)
     config = export_config(spec)
     assert config["layers_block_type"] == ["swiglu", "swiglu"]
@@ -367,14 +362,14 @@ def test_add_a_block_kind(copy: Copy) -> None:
     copy.replace("specs/blocks.py", "MOE, MLP)", "MOE, MLP, SWIGLU)")
     field = '    swiglu: Swiglu | None = key("Required where the pattern has S.", default=None)\n'
     copy.insert("specs/schema.py", "    mtp: Mtp | None", field)
-    copy.insert("specs/schema.py", "from .keys import", "from .blocks import Swiglu\n")
+    copy.replace("specs/schema.py", "Mamba, Mlp, Moe\n", "Mamba, Mlp, Moe, Swiglu\n")
     copy.insert("passes/lower/blocks.py", "BLOCKS: ", LOWERING)
     copy.insert("passes/lower/blocks.py", "    MLP: _mlp,", "    SWIGLU: _swiglu,\n")
-    copy.insert("passes/lower/blocks.py", "from n3c.specs.schema import", "from n3c.specs.blocks import SWIGLU\n")
+    copy.replace("passes/lower/blocks.py", "MLP, MOE\n", "MLP, MOE, SWIGLU\n")
     copy.create("backends/torch/templates/swiglu.jinja", TEMPLATE)
     copy.insert("tests/support/random_specs.py", "BLOCK_TABLES: ", DRAWN)
     copy.insert("tests/support/random_specs.py", "    MLP: _mlp,", "    SWIGLU: _swiglu,\n")
-    copy.insert("tests/support/random_specs.py", "from n3c.specs.dump", "from n3c.specs.blocks import SWIGLU\n")
+    copy.replace("tests/support/random_specs.py", "MLP, MOE\n", "MLP, MOE, SWIGLU\n")
     copy.create("tests/backends/torch/test_swiglu.py", PARITY)
     assert copy.edited == files_of_recipe("Add a block kind", "swiglu")
     tests = ("tests/backends/torch/test_swiglu.py", "tests/specs/test_blocks.py", "tests/specs/test_reference.py")
