@@ -71,7 +71,7 @@ class BlockKind:
     in_mtp: bool = False
     """Whether an MTP pattern may have it."""
     in_transformers: bool = True
-    """Whether transformers' own nemotron_h has it."""
+    """Whether transformers' NemotronHConfig takes it; where not, no modeling_n3c.py is written for it."""
 
     @property
     def hf_name(self) -> str:

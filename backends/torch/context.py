@@ -68,9 +68,8 @@ def template_context(spec: Spec, spec_sha256: str, flops_per_token: tuple[int, i
         "shared_out": shared_out,
         "imported": sorted(imported, key=lambda name: (not name.isupper(), name)),  # as isort
         "divided": _divided(used, shared),
-        "wrapped": spec.mtp is not None
-        or (MOE in used and not shared)
-        or not all(kind.in_transformers for kind in kinds),  # transformers lacks that
+        # What transformers lacks, in a model whose config it reads.
+        "wrapped": (spec.mtp is not None or (MOE in used and not shared)) and all(k.in_transformers for k in kinds),
         "tied": spec.model.tie_word_embeddings,
         "rescale": spec.model.rescale_prenorm_residual,
         "hf_kinds": ", ".join(f'"{kind.symbol}": "{kind.hf_name}"' for kind in kinds),
