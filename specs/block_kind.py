@@ -23,6 +23,8 @@ class Module:
     """A key of the table; the module is left out where that is 0 or not given."""
     count: str | None = None
     """A key of the table: how many modules `name` stands for; else it is one."""
+    linear: bool = True
+    """Whether a linear multiplies with its weight; what is none has no format but that of the model."""
     megatron: str | None = None
     """The glob that names it in Megatron-core's recipes; None: they give it no format."""
 
@@ -37,8 +39,6 @@ class ConfigKey:
     """That of transformers' NemotronHConfig."""
     aliases: tuple[str, ...] = ()
     """Other names in use."""
-    computes: bool = True
-    """Whether it decides what the model computes, so that a checkpoint must agree."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -37,8 +37,13 @@ def _shared_prefixes(roles: Sequence[str]) -> Iterator[str]:
 ROLE_GLOBS = ("mtp.*", *(f"{prefix}*" for kind in KINDS for prefix in _shared_prefixes(kind.roles)))
 """The globs in which people write roles, wide ones first."""
 
-UNQUANTIZABLE = frozenset({"norm", "mtp.norm"})
-"""Vectors that no format but that of the model fits."""
+ROUTERS = frozenset({"moe.router", "mtp.moe.router"})
+"""An error in these changes which experts run: no recipe quantizes them, and they train in float32."""
+
+_VECTORS = ("norm", *(module.role for kind in KINDS for module in kind.modules if not module.linear))
+
+NOT_LINEAR = frozenset({"embedding", *_VECTORS, *(f"mtp.{role}" for role in _VECTORS)}) & frozenset(ROLES)
+"""Roles of weights that no linear multiplies with: they have no format but that of the model."""
 
 
 def match_roles(globs: Iterable[str]) -> frozenset[str]:

@@ -13,9 +13,8 @@ from n3c.specs.json_places import JsonPlaces, parse_json
 from n3c.specs.modelopt import QuantizationError, import_quantization
 from n3c.specs.modules import groups_of
 from n3c.specs.places import shown
+from n3c.specs.rules_table import spec_with_table
 from n3c.specs.schema import Spec
-
-from .rules import spec_with_table
 
 FILES = ("hf_quant_config.json", "config.json")
 """Where a checkpoint says its formats, the first that is there."""

@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from n3c.backends.torch.emit import emit
 from n3c.specs.dump import dump_spec
 from n3c.specs.schema import Spec
 
-from .tensors import read_float
+from .float_tensors import read_float
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,6 +82,27 @@ class StreamedModel:
         with torch.no_grad():
             for inner, tensor in tensors.items():
                 tensor.copy_(read_float(self.checkpoint, f"{name}.{inner}", tuple(tensor.shape)))
+
+    @contextmanager
+    def experts_reading(self, read: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+        """Give routed experts `read(x, weight)` in place of their inputs x [tokens, K] while inside.
+
+        `weight` [E, N, K] is that of the projection which reads. A model without experts is left as it is.
+        """
+        original = getattr(self.generated, "grouped_linear", None)
+        if original is None:
+            yield
+            return
+
+        def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+            y: Tensor = original(read(x, weight), weight, counts)
+            return y
+
+        self.generated.grouped_linear = grouped_linear
+        try:
+            yield
+        finally:
+            self.generated.grouped_linear = original
 
     @property
     def head_parts(self) -> tuple[str, ...]:
