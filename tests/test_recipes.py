@@ -173,7 +173,7 @@ def test_add_a_pass(copy: Copy) -> None:
     copy.insert("passes/pipelines.py", "from .plan_state", "from .pause import Pause\n")
     place = "    # anywhere, as it changes nothing\n    Pause: lambda *_: Pause(),\n"
     copy.insert("passes/pipelines.py", "    # after plan_state: the dispatch", place)
-    copy.insert("tests/passes/test_twins.py", "from n3c.passes.plan_state", "from n3c.passes.pause import Pause\n")
+    copy.insert("tests/passes/test_twins.py", "from n3c.passes.pipelines ", "from n3c.passes.pause import Pause\n")
     copy.append("tests/passes/test_twins.py", TWIN)
     assert copy.edited == files_of_recipe("Add a pass", "pause")
     copy.test("tests/passes/test_twins.py", "-k", "pause")
