@@ -112,10 +112,7 @@ def inspect_spec(spec: Spec, *, context: int | None = None, batch: int = 1) -> d
         "name": spec.name,
         "layers": {
             "total": len(spec.model.pattern),
-            **{
-                kind.name.lower(): spec.model.pattern.symbols.count(kind.value)
-                for kind in dict.fromkeys(spec.model.pattern)
-            },
+            **{kind.table: spec.model.pattern.symbols.count(kind.symbol) for kind in dict.fromkeys(spec.model.pattern)},
         },
         "parameters": counts.as_json(),
         "flops_per_token": flops,

@@ -54,8 +54,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate `entry_point` on `inputs`; parameters and states are in their stored types (`TORCH_DTYPES`).
 
-    FP4 codes are uint8 with two elements a byte. Raises KeyError where an input, a parameter or a
-    state is missing.
+    FP4 codes are uint8 with two elements a byte. Where a parameter requires a gradient, so do the outputs that
+    depend on it. Raises KeyError where an input, a parameter or a state is missing.
     """
     entry = program.entry_points[entry_point]
     values = {name: inputs[name] for name in entry.inputs}
@@ -83,12 +83,11 @@ def _evaluate_call(
     """Evaluate one function: its outputs and next states."""
     formals = [*function.inputs, *function.parameters, *function.states]
     known = {id(v): t for v, t in zip(formals, [*inputs, *parameters, *states], strict=True)}
-    with torch.no_grad():
-        for node in function.nodes:
-            operands = [known[id(v)] if v is not None else None for v in node.operands]
-            results = evaluator(node)(*operands, **node.attributes)
-            for value, result in zip(node.results, results if isinstance(results, tuple) else (results,), strict=True):
-                known[id(value)] = result
+    for node in function.nodes:
+        operands = [known[id(v)] if v is not None else None for v in node.operands]
+        results = evaluator(node)(*operands, **node.attributes)
+        for value, result in zip(node.results, results if isinstance(results, tuple) else (results,), strict=True):
+            known[id(value)] = result
     return [known[id(v)] for v in function.outputs], [known[id(v)] for v in function.next_states]
 
 
