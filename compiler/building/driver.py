@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from n3c.backends.machine import peak_rss_bytes
 from n3c.backends.progress import Progress
 from n3c.compiler.report.cost import count_parameters, flops_per_token
-from n3c.compiler.report.tool_versions import peak_rss_bytes, tool_versions
+from n3c.compiler.report.tool_versions import tool_versions
 from n3c.ir.diagnostics import Diagnostic, Severity
 from n3c.ir.program import Program
 from n3c.passes.lower.model import lower

@@ -28,6 +28,11 @@ def format_bytes(size: float) -> str:
     return f"{size:.2f} TB"
 
 
+def format_peak(size: int | None) -> str:
+    """Return how the last line of a command goes on about peak memory; empty where the system does not tell it."""
+    return "" if size is None else f", peak memory {size / 2**30:.2f} GiB"
+
+
 def format_count(count: float) -> str:
     """Return a count as the field writes it: `120.67B`."""
     for unit in ("", "K", "M"):

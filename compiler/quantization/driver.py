@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
+from n3c.backends.machine import peak_rss_bytes
 from n3c.backends.progress import Progress
-from n3c.compiler.report.tool_versions import peak_rss_bytes
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Severity, Span, did_you_mean
 from n3c.passes.base import run_pipeline
 from n3c.passes.lower.model import lower

@@ -7,13 +7,14 @@ from typing import Any, Literal
 
 import click
 
+from n3c.backends.machine import peak_rss_bytes
 from n3c.backends.trt.targets import Flavour
 from n3c.compiler.building.driver import Build, build
 from n3c.compiler.building.request import TARGETS, Request
 from n3c.compiler.cli import options
 from n3c.compiler.cli.output import print_diagnostics, print_json, say, tell
 from n3c.compiler.cli.progress import TerminalProgress
-from n3c.compiler.cli.table import format_bytes
+from n3c.compiler.cli.table import format_bytes, format_peak
 from n3c.ir.diagnostics import ExitCode
 from n3c.ir.program import Program
 from n3c.passes.pipelines import SERVING
@@ -94,9 +95,8 @@ def _print(built: Build) -> None:
         say(f"{file['bytes']:>12,}  {built.out / file['path']}")
     if built.traffic:
         say(_traffic(built.traffic))
-    peak = built.as_json()["peak_rss_bytes"] / 2**30
     verdict = "FAILED: precision not realised" if built.mismatches else "ok"
-    say(f"{verdict}: {built.out} in {built.seconds:.1f} s, peak memory {peak:.2f} GiB")
+    say(f"{verdict}: {built.out} in {built.seconds:.1f} s{format_peak(peak_rss_bytes())}")
 
 
 def _traffic(entries: dict[str, Any]) -> str:

@@ -8,11 +8,12 @@ from typing import Literal
 
 import click
 
+from n3c.backends.machine import peak_rss_bytes
 from n3c.compiler.cli import options
 from n3c.compiler.cli.output import print_diagnostics, print_json, say
 from n3c.compiler.cli.progress import TerminalProgress
 from n3c.compiler.cli.quantize_options import sensitivity
-from n3c.compiler.cli.table import format_bytes, format_table
+from n3c.compiler.cli.table import format_bytes, format_peak, format_table
 from n3c.compiler.quantization.driver import BLOCK_NAMES, SEARCHES, Options, Quantized, chosen_spec, quantize
 from n3c.compiler.quantization.request import Request
 
@@ -116,5 +117,4 @@ def _print(quantized: Quantized, part: tuple[int, int]) -> None:
     if errors:
         say("")
         say(format_table(("read back: role", "format", "weights", "relative error"), errors))
-    peak = quantized.as_json()["peak_rss_bytes"] / 2**30
-    say(f"ok: {outcome.out} in {quantized.seconds:.1f} s, peak memory {peak:.2f} GiB")
+    say(f"ok: {outcome.out} in {quantized.seconds:.1f} s{format_peak(peak_rss_bytes())}")
