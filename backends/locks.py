@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 
 _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 """What file systems without locks answer."""
@@ -39,6 +40,8 @@ def locked(path: Path, waiting: Callable[[], None] | None = None) -> Generator[N
         try:
             lock.acquire(timeout=0)
         except Timeout:
+            if not path.exists():
+                _require_creatable(path)
             if waiting is None:
                 raise HeldError(str(path)) from None
             waiting()
@@ -62,3 +65,9 @@ def locked(path: Path, waiting: Callable[[], None] | None = None) -> Generator[N
             with suppress(OSError):
                 path.unlink()
         lock.release()
+
+
+def _require_creatable(path: Path) -> None:
+    """Raise OSError where no file can be made beside `path`, as in /proc: filelock takes that for another holder."""
+    with TemporaryFile(dir=path.parent):
+        pass

@@ -264,7 +264,7 @@ def half_way(spec: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_build_leaves_the_old_output_and_nothing_else(
     number: signal.Signals, half_way: subprocess.Popen[str], tmp_path: Path
 ) -> None:
