@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
 
+from n3c.ir.text import escaped
+
 MAX_BLOCKS = 4096
 """Most blocks of one pattern; the deepest released model has 108."""
 
@@ -180,11 +182,10 @@ def _unexpected(text: str, position: int) -> PatternError:
         return PatternError(message, position, end - position, "write the count directly after a symbol or `)`")
     if char == "/":
         return PatternError("`/` is not a pattern symbol", position, 1, "the blocks of MTP are [mtp] `pattern`")
-    shown = char if char.isprintable() else repr(char)[1:-1]
     advice = "symbols are M (Mamba-2), E (MoE), * (attention) and - (MLP)"
     if char.upper() in _KINDS:
         advice = f"did you mean `{char.upper()}`?"
-    return PatternError(f"`{shown}` is not a pattern symbol", position, 1, advice)
+    return PatternError(f"`{escaped(char)}` is not a pattern symbol", position, 1, advice)
 
 
 def _compact(symbols: str) -> str:

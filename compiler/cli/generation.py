@@ -7,7 +7,7 @@ from typing import Any
 from n3c.runtime.generation.loop import Generation
 from n3c.runtime.generation.sequence import Running
 
-from .output import say
+from .output import say, say_generated
 from .table import format_bytes
 
 
@@ -21,7 +21,7 @@ class Printer:
     def heard(self, index: int, token: int, piece: str) -> None:
         """Take a new token and the text that became certain."""
         if self._live:
-            say(piece if self._has_text else f"{token} ", newline=False)
+            say_generated(piece if self._has_text else f"{token} ")
 
     def finish(self, generation: Generation) -> None:
         """Show what has not been shown."""
@@ -29,7 +29,8 @@ class Printer:
             say("")
             return
         for i, sequence in enumerate(generation.sequences):
-            say(f"[{i + 1}] {text_of(sequence) if self._has_text else ' '.join(map(str, sequence.new))}")
+            text = text_of(sequence) if self._has_text else " ".join(map(str, sequence.new))
+            say_generated(f"[{i + 1}] {text}", newline=True)
 
 
 def text_of(sequence: Running) -> str | None:

@@ -8,6 +8,8 @@ import time
 from types import TracebackType
 from typing import Any
 
+from n3c.ir.text import escaped
+
 from .output import colored, tell
 
 PLAIN_INTERVAL = 5.0
@@ -48,7 +50,7 @@ class TerminalProgress:
         self._show(f"{self._phase}: {what}{count}", always=False)
 
     def _show(self, text: str, *, always: bool) -> None:
-        line = f"{time.monotonic() - self._start:6.1f} s  {text}"
+        line = f"{time.monotonic() - self._start:6.1f} s  {escaped(text)}"
         if self._live is not None:
             from rich.text import Text
 

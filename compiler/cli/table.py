@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from n3c.ir.text import escaped
+
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return aligned columns: the first to the left, the others to the right."""
-    table = [tuple(header), *(tuple(row) for row in rows)]
+    """Return aligned columns: the first to the left, the others to the right; cells stay on their line."""
+    table = [tuple(header), *(tuple(map(escaped, row)) for row in rows)]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     lines = [
         "  ".join(

@@ -12,7 +12,7 @@ from n3c.backends.trt.targets import Flavour
 from n3c.compiler.building.driver import Build, build
 from n3c.compiler.building.request import TARGETS, Request
 from n3c.compiler.cli import options
-from n3c.compiler.cli.output import print_diagnostics, print_json, say, tell
+from n3c.compiler.cli.output import print_diagnostics, print_json, say, say_line, tell
 from n3c.compiler.cli.progress import TerminalProgress
 from n3c.compiler.cli.table import format_bytes, format_peak
 from n3c.ir.diagnostics import ExitCode
@@ -92,11 +92,11 @@ def command(
 
 def _print(built: Build) -> None:
     for file in built.files:
-        say(f"{file['bytes']:>12,}  {built.out / file['path']}")
+        say_line(f"{file['bytes']:>12,}  {built.out / file['path']}")
     if built.traffic:
         say(_traffic(built.traffic))
     verdict = "FAILED: precision not realised" if built.mismatches else "ok"
-    say(f"{verdict}: {built.out} in {built.seconds:.1f} s{format_peak(peak_rss_bytes())}")
+    say_line(f"{verdict}: {built.out} in {built.seconds:.1f} s{format_peak(peak_rss_bytes())}")
 
 
 def _traffic(entries: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from n3c.backends.onnx.forms import Form
 from n3c.backends.trt.targets import Flavour
 from n3c.compiler.building.checks import check
 from n3c.compiler.cli import options
-from n3c.compiler.cli.output import print_diagnostics, print_json, say
+from n3c.compiler.cli.output import print_diagnostics, print_json, say, say_line
 from n3c.compiler.cli.table import format_table
 from n3c.ir.diagnostics import Diagnostic
 
@@ -51,7 +51,7 @@ def command(
             }
         )
         return
-    say(f"{spec}: ok ({checked.name})" + _counted(checked.warnings))
+    say_line(f"{spec}: ok ({checked.name})" + _counted(checked.warnings))
     if target == "trt":
         say(_forms(checked.forms))
     if context is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from n3c.compiler.cli import options
-from n3c.compiler.cli.output import print_diagnostics, print_json, say
+from n3c.compiler.cli.output import print_diagnostics, print_json, say, say_line
 from n3c.specs.convert import run_export_config
 from n3c.specs.load import load_spec
 
@@ -30,4 +30,4 @@ def command(spec: Path, output: Path | None, overrides: tuple[str, ...], as_json
     elif output is None:
         say(text, newline=False)
     else:
-        say(f"{output}: {loaded.name}")
+        say_line(f"{output}: {loaded.name}")

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from n3c.compiler.cli import options
-from n3c.compiler.cli.output import print_diagnostics, print_json, say
+from n3c.compiler.cli.output import print_diagnostics, print_json, say, say_line
 from n3c.specs.convert import run_import
 
 
@@ -26,4 +26,4 @@ def command(source: Path, output: Path | None, as_json: bool) -> None:
     elif output is None:
         say(imported.text, newline=False)
     else:
-        say(f"{output}: {imported.spec.name}")
+        say_line(f"{output}: {imported.spec.name}")

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from n3c.compiler.cli import options
-from n3c.compiler.cli.output import print_diagnostics, print_json, say
+from n3c.compiler.cli.output import print_diagnostics, print_json, say, say_line
 from n3c.compiler.cli.table import format_bytes, format_count, format_table
 from n3c.compiler.report.cost import inspect_spec
 from n3c.runtime.manifest import MANIFEST, out_error, read_manifest
@@ -112,7 +112,8 @@ def _print_checkpoint(held: dict[str, Any]) -> None:
 
 
 def _print_build(path: Path, manifest: dict[str, Any]) -> None:
-    say(f"{path}: {manifest['spec']['name']} (spec {manifest['spec']['sha256'][:12]})\n")
+    say_line(f"{path}: {manifest['spec']['name']} (spec {manifest['spec']['sha256'][:12]})")
+    say("")
     formats: dict[str, tuple[int, int]] = {}
     for entry in manifest["ledger"]:
         count, size = formats.get(entry["format"], (0, 0))

@@ -10,7 +10,7 @@ import click
 
 from n3c.backends.machine import peak_rss_bytes
 from n3c.compiler.cli import options
-from n3c.compiler.cli.output import print_diagnostics, print_json, say
+from n3c.compiler.cli.output import print_diagnostics, print_json, say, say_line
 from n3c.compiler.cli.progress import TerminalProgress
 from n3c.compiler.cli.quantize_options import sensitivity
 from n3c.compiler.cli.table import format_bytes, format_peak, format_table
@@ -104,7 +104,7 @@ def command(
 def _print(quantized: Quantized, part: tuple[int, int]) -> None:
     outcome, formats = quantized.outcome, quantized.formats()
     if not outcome.finished:
-        say(f"ok: part {part[0]} of {part[1]} of {outcome.out} in {quantized.seconds:.1f} s")
+        say_line(f"ok: part {part[0]} of {part[1]} of {outcome.out} in {quantized.seconds:.1f} s")
         say("when all parts are done, run the same command without --part and with --resume: it joins and checks them")
         return
     rows = [(name, f"{entry['weights']:,}", format_bytes(entry["bytes"])) for name, entry in formats.items()]
@@ -117,4 +117,4 @@ def _print(quantized: Quantized, part: tuple[int, int]) -> None:
     if errors:
         say("")
         say(format_table(("read back: role", "format", "weights", "relative error"), errors))
-    say(f"ok: {outcome.out} in {quantized.seconds:.1f} s{format_peak(peak_rss_bytes())}")
+    say_line(f"ok: {outcome.out} in {quantized.seconds:.1f} s{format_peak(peak_rss_bytes())}")

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from n3c.compiler.cli import options
-from n3c.compiler.cli.output import print_diagnostics, print_json, say
+from n3c.compiler.cli.output import print_diagnostics, print_json, say, say_line
 from n3c.compiler.cli.progress import TerminalProgress
 from n3c.compiler.cli.table import format_table
 from n3c.ir.diagnostics import ExitCode
@@ -64,6 +64,6 @@ def command(build: Path, weights: Path | None, seed: int, as_json: bool) -> int:
         header = ("form", "tensors", "largest error", "allowed", "at", "")
         say(format_table(header, [row(verdict) for verdict in verdicts]))
         for form in skipped:
-            say(f"not compared: {form.name} ({form.reason})")
-        say(f"{'FAILED' if found else 'ok'}: {build} with {checkpoint.directory}")
+            say_line(f"not compared: {form.name} ({form.reason})")
+        say_line(f"{'FAILED' if found else 'ok'}: {build} with {checkpoint.directory}")
     return ExitCode.NUMERICS if found else ExitCode.OK
