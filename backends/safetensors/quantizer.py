@@ -256,6 +256,6 @@ def _write_files(
         LEDGER: {"schema": 1, "plan": mark, "search": job.search, "weights": ledger},
     }
     for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8", newline="\n")
         with (folder / name).open("rb") as file:
             os.fsync(file.fileno())

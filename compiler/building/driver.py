@@ -82,7 +82,7 @@ def build(request: Request, progress: Progress, after: Callable[[str, Program], 
         outdir.keep_other_targets(
             out, folder, spec_sha256, replaced={request.target} | ({"onnx"} if request.target == "trt" else set())
         )
-        (folder / "spec.toml").write_text(resolved, encoding="utf-8")
+        (folder / "spec.toml").write_text(resolved, encoding="utf-8", newline="\n")
         if request.target == "torch":
             built.warnings += _emit_torch(spec, spec_sha256, folder / "torch", progress)
         else:
@@ -91,7 +91,7 @@ def build(request: Request, progress: Progress, after: Callable[[str, Program], 
             built.mismatches, built.traffic = emit_engines(request, spec, spec_sha256, served, folder, progress)
         progress.phase("manifest")
         manifest = _manifest(spec, spec_sha256, served, folder)
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8", newline="\n")
     built.files = manifest["files"]
     built.seconds = time.perf_counter() - start
     return built
@@ -116,7 +116,7 @@ def _emit_torch(spec: Spec, spec_sha256: str, folder: Path, progress: Progress) 
     progress.phase("emit torch")
     folder.mkdir()
     for name, text in emit(spec, spec_sha256, (flops, next_flops - flops)).items():
-        (folder / name).write_text(text, encoding="utf-8")
+        (folder / name).write_text(text, encoding="utf-8", newline="\n")
     why = [f"no Megatron files: in Megatron-Bridge, {gap}" for gap in gaps(spec)]
     return [Diagnostic("W0519", text, severity=Severity.WARNING) for text in why]
 

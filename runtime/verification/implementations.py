@@ -79,7 +79,7 @@ def forms(build: OpenedBuild, checkpoint: Checkpoint, batch: int) -> Generator[t
         path = build.out / "torch" / "model.py"
         if not build.has("torch/model.py"):
             path = Path(folder) / "model.py"
-            path.write_text(emit(spec, build.manifest["spec"]["sha256"])["model.py"], encoding="utf-8")
+            path.write_text(emit(spec, build.manifest["spec"]["sha256"])["model.py"], encoding="utf-8", newline="\n")
         found: list[Leg] = [TorchLeg(path, spec, checkpoint, states)]
         entries = [emit_entry(program, name, batch=batch, rendering="float32") for name in program.entry_points]
         graphs = {e.name: [prepare(onnx.load_from_string(e.to_bytes()), program, onnx_runtime)] for e in entries}

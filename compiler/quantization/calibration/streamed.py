@@ -48,7 +48,7 @@ class StreamedModel:
         name = f"n3c_generated_{sha256[:16]}"
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.py"
-            path.write_text(emit(spec, sha256)["model.py"], encoding="utf-8")
+            path.write_text(emit(spec, sha256)["model.py"], encoding="utf-8", newline="\n")
             found = importlib.util.spec_from_file_location(name, path)
             if found is None or found.loader is None:
                 raise RuntimeError(f"{path} cannot be imported")
