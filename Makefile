@@ -3,6 +3,7 @@ PYTHON ?= python3
 SPEC ?= specs/super.toml
 TARGET ?= trt
 ENTRY ?= decode
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made
@@ -26,8 +27,8 @@ $(STAMP): pyproject.toml constraints.txt
 build: venv ## Build SPEC (specs/super.toml) for TARGET (trt; or onnx, torch): decode plans, or those of ENTRY (all).
 	$(BIN)/n3c build $(SPEC) --target $(TARGET) $(if $(filter torch,$(TARGET))$(filter all,$(ENTRY)),,--entry $(ENTRY))
 
-test: venv ## Run the tests.
-	$(BIN)/pytest -q
+test: venv ## Run the tests, JOBS (2) files at a time.
+	$(BIN)/pytest -q --numprocesses $(JOBS) --dist loadfile
 
 test-slow: venv ## Run the full-size builds too (Super and Ultra, several minutes).
 	$(BIN)/pytest -q -m slow

@@ -13,7 +13,7 @@ from n3c.ir.diagnostics import ExitCode
 from support.command import n3c
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("ir", "passes", "specs", "backends", "compiler")
+FOLDERS = ("ir", "specs", "passes", "backends", "runtime", "compiler")
 
 
 def codes_in(texts: Iterable[str], pattern: str) -> list[str]:
