@@ -28,10 +28,10 @@ from n3c.backends.progress import SILENT
 from n3c.backends.safetensors import nvfp4
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.compiler.quantization.calibration.calibrate import Amax, calibrate
-from n3c.compiler.quantization.calibration.streamed import StreamedModel
+from n3c.compiler.quantization.calibration.streamed_model import StreamedModel
 from n3c.compiler.quantization.search import fake_quant
-from n3c.compiler.quantization.search.auto import measure
 from n3c.compiler.quantization.search.budget import mean_bits
+from n3c.compiler.quantization.search.sensitivity import measure
 from n3c.compiler.quantization.search.units import Linear, Unit, find_units
 from n3c.specs.dump import dump_spec
 from n3c.specs.load import load_spec

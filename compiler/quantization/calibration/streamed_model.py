@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from n3c.backends.torch.emit import emit
 from n3c.specs.dump import dump_spec
 from n3c.specs.schema import Spec
 
-from .tensors import read_float
+from .float_tensors import read_float
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +36,7 @@ class StreamedModel:
         self.spec = spec
         self.checkpoint = checkpoint
         self.generated = self.generate(spec)
-        with torch.device("meta"):
+        with _compiler_cache_that_goes(), torch.device("meta"):
             self.model: Any = self.generated.Model()
         self.model.requires_grad_(False)
         self.model.eval()
@@ -83,6 +84,27 @@ class StreamedModel:
             for inner, tensor in tensors.items():
                 tensor.copy_(read_float(self.checkpoint, f"{name}.{inner}", tuple(tensor.shape)))
 
+    @contextmanager
+    def experts_reading(self, read: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+        """Give routed experts `read(x, weight)` in place of their inputs x [tokens, K] while inside.
+
+        `weight` [E, N, K] is that of the projection which reads. A model without experts is left as it is.
+        """
+        original = getattr(self.generated, "grouped_linear", None)
+        if original is None:
+            yield
+            return
+
+        def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+            y: Tensor = original(read(x, weight), weight, counts)
+            return y
+
+        self.generated.grouped_linear = grouped_linear
+        try:
+            yield
+        finally:
+            self.generated.grouped_linear = original
+
     @property
     def head_parts(self) -> tuple[str, ...]:
         """The parts that logits need, from the output of the last block on."""
@@ -94,3 +116,20 @@ def batches(ids: Tensor, tokens: int | None = None) -> list[slice]:
     """Return slices of the sequences of `ids` [N, L], each of at most `tokens` (BATCH_TOKENS) or one sequence."""
     size = max(1, (tokens or BATCH_TOKENS) // ids.shape[1])
     return [slice(start, start + size) for start in range(0, len(ids), size)]
+
+
+@contextmanager
+def _compiler_cache_that_goes() -> Iterator[None]:
+    """Give PyTorch's compiler a folder for its cache that is removed again, unless the user has named one.
+
+    The first tensor on the meta device loads the compiler, which then makes the folder; nothing is compiled.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+            yield
+            return
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["TORCHINDUCTOR_CACHE_DIR"]
