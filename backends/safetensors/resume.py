@@ -41,7 +41,7 @@ class Done:
 class WorkDirectory:
     """The directory beside the output in which it is made. `waiting` hears that another process is waited for."""
 
-    def __init__(self, out: Path, waiting: Callable[[str], None]) -> None:
+    def __init__(self, out: Path, waiting: Callable[[str], None] = lambda _: None) -> None:
         self.out = out.resolve()
         self.folder = self.out.with_name(f".{self.out.name}.n3c-quantize")
         self.state = self.folder / "state"

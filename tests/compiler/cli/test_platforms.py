@@ -79,7 +79,7 @@ def test_every_command_without_what_the_system_lacks(system: str, tmp_path: Path
     spec.write_text(SPEC.lstrip(), encoding="utf-8")
     write_checkpoint(weights, spec_from_text(SPEC), shards=2)
     (weights / "tokenizer.json").unlink()
-    commands = [
+    commands: list[list[object]] = [
         ["check", spec],
         ["inspect", spec],
         ["inspect", weights],
