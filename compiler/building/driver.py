@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from n3c.backends.machine import peak_rss_bytes
 from n3c.backends.progress import SILENT, Progress
 from n3c.backends.trt.targets import Flavour, lacking, sm_versions
 from n3c.compiler.common_options import SET, SM, SPEC, TRT, Target
 from n3c.compiler.report.cost import Parameters, count_parameters, flops_per_token
-from n3c.compiler.report.tool_versions import peak_rss_bytes, tool_versions
+from n3c.compiler.report.tool_versions import tool_versions
 from n3c.ir.diagnostics import Diagnostic, Severity
 from n3c.ir.program import Program
 from n3c.passes.lower.model import lower
@@ -46,7 +47,7 @@ class Built:
     traffic: dict[str, Any]
     """Of each entry point at each batch size the bytes that it moves and must move, as in audit.json."""
     seconds: float
-    peak_rss_bytes: int
+    peak_rss_bytes: int | None
 
     def as_json(self) -> dict[str, Any]:
         """Return the form of `n3c build --json`."""
@@ -122,7 +123,7 @@ def build(
     traffic: dict[str, Any] = {}
     with outdir.replacing(out, progress.phase) as folder:
         outdir.keep_other_targets(out, folder, spec_sha256, replaced=("trt", "onnx") if target == "trt" else (target,))
-        (folder / "spec.toml").write_text(resolved, encoding="utf-8")
+        (folder / "spec.toml").write_text(resolved, encoding="utf-8", newline="\n")
         job = Job(request, read, spec_sha256, served, folder, progress)
         if target == "torch":
             warnings += _emit_torch(job, flops[0], flops[1] - flops[0])
@@ -132,7 +133,7 @@ def build(
             mismatches, traffic = emit_engines(job)
         progress.phase("manifest")
         manifest = _manifest(job, counts)
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8", newline="\n")
     seconds = time.perf_counter() - start
     return Built(out, manifest["files"], warnings, mismatches, traffic, seconds, peak_rss_bytes())
 
@@ -146,7 +147,7 @@ def _emit_torch(job: Job, flops: int, flops_of_context: int) -> list[Diagnostic]
     folder = job.folder / "torch"
     folder.mkdir()
     for name, text in emit(job.spec, job.spec_sha256, (flops, flops_of_context)).items():
-        (folder / name).write_text(text, encoding="utf-8")
+        (folder / name).write_text(text, encoding="utf-8", newline="\n")
     why = [f"no Megatron files: in Megatron-Bridge, {gap}" for gap in gaps(job.spec)]
     return [Diagnostic("W0519", text, severity=Severity.WARNING) for text in why]
 

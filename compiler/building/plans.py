@@ -189,4 +189,4 @@ def _describe(job: Job, part: Part, result: PlanResult, version: str) -> None:
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8", newline="\n")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from n3c.backends.machine import memory_bytes
 from n3c.backends.progress import Progress
 from n3c.backends.trt.targets import Flavour
 from n3c.compiler.common_options import Target
@@ -57,7 +57,9 @@ def require_request(spec: Spec, served: Served, request: Request) -> None:
     if faults:
         raise N3CError(faults, ExitCode.USAGE)
     if request.weights_mode == "embedded" and request.target == "trt":
-        require_memory(served.program, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), spec.span("model"))
+        memory = memory_bytes()
+        if memory is not None:
+            require_memory(served.program, memory, spec.span("model"))
 
 
 def _usage(spec: Spec, served: Served, request: Request) -> Iterator[Diagnostic]:

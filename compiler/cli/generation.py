@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from n3c.runtime.generation.result import Generated, Piece
 
-from .output import say
+from .output import say, say_generated
 from .table import format_bytes
 
 
@@ -18,7 +18,7 @@ class Printer:
     def show(self, piece: Piece) -> None:
         """Show a new token where it is of the only sequence."""
         if self._live:
-            say(piece.text if self._has_text else f"{piece.token_id} ", newline=False)
+            say_generated(piece.text if self._has_text else f"{piece.token_id} ")
 
     def finish(self, generated: Generated) -> None:
         """Show what has not been shown."""
@@ -27,7 +27,7 @@ class Printer:
             return
         for i, completion in enumerate(generated.completions):
             text = completion.text if completion.text is not None else " ".join(map(str, completion.token_ids))
-            say(f"[{i + 1}] {text}")
+            say_generated(f"[{i + 1}] {text}", newline=True)
 
 
 def summary(generated: Generated) -> str:

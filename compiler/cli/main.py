@@ -13,6 +13,7 @@ import click
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 
 from .output import print_failure, tell
+from .signals import interruptible
 
 COMMANDS = {
     "check": "Find everything that would fail later, without weights, GPU or build.",
@@ -82,7 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character still gets the rest
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    sys.exit(run(arguments))
+    with interruptible():
+        code = run(arguments)
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:

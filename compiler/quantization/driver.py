@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from n3c.backends.machine import peak_rss_bytes
 from n3c.backends.progress import Progress
 from n3c.backends.safetensors.checkpoint_fit import fitting_checkpoint
 from n3c.backends.safetensors.layout import MAX_SHARD_BYTES
 from n3c.backends.safetensors.quantizer import Job, Outcome, quantize_checkpoint
-from n3c.compiler.report.tool_versions import peak_rss_bytes
 from n3c.ir.diagnostics import Diagnostic
 from n3c.ir.formats import FORMATS
 from n3c.passes.base import run_pipeline
@@ -40,7 +40,7 @@ class Quantized:
     prepared: FormatsAndScales
     warnings: Sequence[Diagnostic]
     seconds: float
-    peak_rss_bytes: int
+    peak_rss_bytes: int | None
 
     @property
     def out(self) -> Path:

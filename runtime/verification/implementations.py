@@ -57,7 +57,7 @@ def _torch_module(build: OpenedBuild, checkpoint: Checkpoint) -> TorchModule:
         return TorchModule(build.out / "torch" / "model.py", build.spec, checkpoint)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.py"
-        path.write_text(emit(build.spec, build.manifest["spec"]["sha256"])["model.py"], encoding="utf-8")
+        path.write_text(emit(build.spec, build.manifest["spec"]["sha256"])["model.py"], encoding="utf-8", newline="\n")
         return TorchModule(path, build.spec, checkpoint)
 
 

@@ -9,9 +9,9 @@ import click
 from n3c.compiler import build
 from n3c.compiler.building.driver import Built
 from n3c.compiler.cli import options
-from n3c.compiler.cli.output import print_diagnostics, print_json, say, tell
+from n3c.compiler.cli.output import print_diagnostics, print_json, say, say_line, tell
 from n3c.compiler.cli.progress import TerminalProgress
-from n3c.compiler.cli.table import format_bytes
+from n3c.compiler.cli.table import format_bytes, format_peak
 from n3c.ir.diagnostics import ExitCode
 from n3c.ir.program import Program
 from n3c.passes.pipelines import STAGES
@@ -46,12 +46,11 @@ def command(print_ir_after: str | None, as_json: bool, **_: Any) -> int:
 
 def _print(built: Built) -> None:
     for file in built.files:
-        say(f"{file['bytes']:>12,}  {built.out / file['path']}")
+        say_line(f"{file['bytes']:>12,}  {built.out / file['path']}")
     if built.traffic:
         say(_traffic(built.traffic))
-    peak = built.peak_rss_bytes / 2**30
     verdict = "FAILED: precision not realised" if built.mismatches else "ok"
-    say(f"{verdict}: {built.out} in {built.seconds:.1f} s, peak memory {peak:.2f} GiB")
+    say_line(f"{verdict}: {built.out} in {built.seconds:.1f} s{format_peak(built.peak_rss_bytes)}")
 
 
 def _traffic(entries: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ import click
 from n3c.compiler import check
 from n3c.compiler.cli import options
 from n3c.compiler.cli.fits import format_fits
-from n3c.compiler.cli.output import print_diagnostics, print_json, say
+from n3c.compiler.cli.output import print_diagnostics, print_json, say, say_line
 from n3c.compiler.cli.table import format_table
 
 if TYPE_CHECKING:  # only asked for what a target's forms are
@@ -30,7 +30,7 @@ def command(spec: Path, as_json: bool, **_: Any) -> None:
         return
     count = len(checked.warnings)
     counted = f", {count} warning{'s' if count > 1 else ''}" if count else ""
-    say(f"{spec}: ok ({checked.spec.name}){counted}")
+    say_line(f"{spec}: ok ({checked.spec.name}){counted}")
     if checked.target == "trt":
         say(_forms(checked.forms()))
     if {"context", "batch"} & set(given):

@@ -8,7 +8,7 @@ import click
 
 from n3c.compiler import export_config
 from n3c.compiler.cli import options
-from n3c.compiler.cli.output import print_diagnostics, print_json, say
+from n3c.compiler.cli.output import print_diagnostics, print_json, say, say_line
 
 
 @click.command("export-config", help="Turn a SPEC into a Hugging Face nemotron_h config.json.")
@@ -23,4 +23,4 @@ def command(as_json: bool, **_: Any) -> None:
     elif exported.out is None:
         say(exported.text, newline=False)
     else:
-        say(f"{exported.out}: {exported.spec.name}")
+        say_line(f"{exported.out}: {exported.spec.name}")

@@ -8,7 +8,7 @@ import click
 
 from n3c.compiler import import_config
 from n3c.compiler.cli import options
-from n3c.compiler.cli.output import print_diagnostics, print_json, say
+from n3c.compiler.cli.output import print_diagnostics, print_json, say, say_line
 
 
 @click.command("import", help="Turn a Hugging Face config.json, or a checkpoint directory with one, into a spec.")
@@ -23,4 +23,4 @@ def command(as_json: bool, **_: Any) -> None:
     elif imported.out is None:
         say(imported.text, newline=False)
     else:
-        say(f"{imported.out}: {imported.spec.name}")
+        say_line(f"{imported.out}: {imported.spec.name}")

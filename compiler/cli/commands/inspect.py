@@ -10,7 +10,7 @@ import click
 from n3c.compiler import inspect
 from n3c.compiler.cli import options
 from n3c.compiler.cli.fits import format_fits
-from n3c.compiler.cli.output import print_diagnostics, print_json, say
+from n3c.compiler.cli.output import print_diagnostics, print_json, say, say_line
 from n3c.compiler.cli.table import format_bytes, format_count, format_table
 
 
@@ -79,7 +79,8 @@ def _print_checkpoint(held: dict[str, Any]) -> None:
 
 
 def _print_build(path: Path, manifest: dict[str, Any]) -> None:
-    say(f"{path}: {manifest['spec']['name']} (spec {manifest['spec']['sha256'][:12]})\n")
+    say_line(f"{path}: {manifest['spec']['name']} (spec {manifest['spec']['sha256'][:12]})")
+    say("")
     formats: dict[str, tuple[int, int]] = {}
     for entry in manifest["ledger"]:
         count, size = formats.get(entry["format"], (0, 0))

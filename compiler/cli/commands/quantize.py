@@ -8,9 +8,9 @@ import click
 
 from n3c.compiler import quantize
 from n3c.compiler.cli import options
-from n3c.compiler.cli.output import print_diagnostics, print_json, say
+from n3c.compiler.cli.output import print_diagnostics, print_json, say, say_line
 from n3c.compiler.cli.progress import TerminalProgress
-from n3c.compiler.cli.table import format_bytes, format_table
+from n3c.compiler.cli.table import format_bytes, format_peak, format_table
 
 if TYPE_CHECKING:
     from n3c.compiler.quantization.driver import Quantized
@@ -30,7 +30,7 @@ def command(part: str, as_json: bool, **_: Any) -> None:
 def _print(quantized: Quantized, part: str) -> None:
     outcome = quantized.outcome
     if not outcome.finished:
-        say(f"ok: part {part.replace('/', ' of ')} of {outcome.out} in {quantized.seconds:.1f} s")
+        say_line(f"ok: part {part.replace('/', ' of ')} of {outcome.out} in {quantized.seconds:.1f} s")
         say("when all parts are done, run the same command without --part and with --resume: it joins and checks them")
         return
     rows = [
@@ -45,5 +45,4 @@ def _print(quantized: Quantized, part: str) -> None:
     if errors:
         say("")
         say(format_table(("read back: role", "format", "weights", "relative error"), errors))
-    peak = quantized.peak_rss_bytes / 2**30
-    say(f"ok: {outcome.out} in {quantized.seconds:.1f} s, peak memory {peak:.2f} GiB")
+    say_line(f"ok: {outcome.out} in {quantized.seconds:.1f} s{format_peak(quantized.peak_rss_bytes)}")

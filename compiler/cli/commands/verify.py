@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from n3c.compiler.cli import options
-from n3c.compiler.cli.output import print_diagnostics, print_json, say
+from n3c.compiler.cli.output import print_diagnostics, print_json, say, say_line
 from n3c.compiler.cli.progress import TerminalProgress
 from n3c.compiler.cli.table import format_table
 from n3c.ir.diagnostics import ExitCode
@@ -33,8 +33,8 @@ def command(build: Path, as_json: bool, **_: Any) -> int:
     else:
         say(format_table(HEADER, [_row(verdict) for verdict in verified.verdicts]))
         for skipped in verified.not_compared:
-            say(f"not compared: {skipped.name} ({skipped.reason})")
-        say(f"{'ok' if verified.ok else 'FAILED'}: {build} with {verified.weights}")
+            say_line(f"not compared: {skipped.name} ({skipped.reason})")
+        say_line(f"{'ok' if verified.ok else 'FAILED'}: {build} with {verified.weights}")
     return ExitCode.OK if verified.ok else ExitCode.NUMERICS
 
 
