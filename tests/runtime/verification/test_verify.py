@@ -65,9 +65,9 @@ def test_all_implementations_of_a_build_agree(built: Path) -> None:
     assert found["ONNX Runtime, float32"]["tensors"] > found["PyTorch"]["tensors"] > 100
     text = n3c("verify", built, "--seed", 3)
     assert text.code == 0
-    for seed, code in ((-1, "E0701"), (2**63, "E0816")):
+    for seed, expected in ((-1, "E0701"), (2**63, "E0816")):
         refused = n3c("verify", built, "--seed", seed, "--json")
-        assert (refused.code, refused.codes) == (2, [code])
+        assert (refused.code, refused.codes) == (2, [expected])
     assert "ok: " in text.out and "not compared: TensorRT" in text.out
 
 
