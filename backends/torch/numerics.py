@@ -12,6 +12,8 @@ def training_formats(spec: Spec) -> list[tuple[str, str]]:
 
     The routed experts of a layer are one module for each projection.
     """
+    if spec.training is None:
+        return []
     return [(_module(weight.name), rule.format) for weight, rule in low_precision(spec, lower(spec))]
 
 
