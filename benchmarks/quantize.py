@@ -193,7 +193,7 @@ def _checkpoint(quick: bool) -> Iterator[str]:
 
 
 _N3C = (sys.executable, "-c", "from n3c.compiler.cli.main import main; main()")
-_PEAK = "from n3c.compiler.report.tool_versions import peak_rss_bytes; print(peak_rss_bytes())"
+_PEAK = "from n3c.backends.machine import peak_rss_bytes; print(peak_rss_bytes())"
 
 
 def _peak(command: list[str]) -> int:

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 
+from .text import escaped
+
 
 class ExitCode(IntEnum):
     """Exit codes of the command line, the same for every command."""
@@ -59,18 +61,16 @@ class Diagnostic:
     help: str | None = None
 
     def render(self) -> str:
-        """Return the text form: place, code, message, the line with carets, help."""
-        head = f"{self.severity.value}[{self.code}]: {self.message}"
+        """Return the text form: place, code, message, the line with carets, help; what is no text in them escaped."""
+        head = f"{self.severity.value}[{self.code}]: {escaped(self.message)}"
         if self.span is None:
             lines = [head]
         else:
-            lines = [f"{self.span}: {head}"]
+            lines = [f"{escaped(str(self.span))}: {head}"]
             if self.span.source is not None:
-                lines.append(f"{self.span.line:>5} | {self.span.source}")
-                blank = "".join("\t" if c == "\t" else " " for c in self.span.source[: self.span.column - 1])
-                lines.append(f"      | {blank}{'^' * max(1, self.span.length)}")
+                lines += _pointed_at(self.span, self.span.source)
         if self.help is not None:
-            lines.append(f"  help: {self.help}")
+            lines.append(f"  help: {escaped(self.help)}")
         return "\n".join(lines)
 
     def as_json(self) -> dict[str, object]:
@@ -85,6 +85,16 @@ class Diagnostic:
             "message": self.message,
             "help": self.help,
         }
+
+
+def _pointed_at(span: Span, source: str) -> tuple[str, str]:
+    """Return the line of a span and the carets below it."""
+    start = span.column - 1
+    marked = source[start : start + span.length]
+    blank = "".join("\t" if c == "\t" else " " * len(escaped(c)) for c in source[:start])
+    carets = "^" * max(1, span.length + len(escaped(marked)) - len(marked))
+    line = "\t".join(map(escaped, source.split("\t")))
+    return f"{span.line:>5} | {line}", f"      | {blank}{carets}"
 
 
 class N3CError(Exception):

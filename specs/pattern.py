@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from n3c.ir.text import escaped
+
 from .block_kind import BlockKind
 from .blocks import ATTENTION, BY_SYMBOL, KINDS, MAMBA
 
@@ -151,11 +153,10 @@ def _unexpected(text: str, position: int) -> PatternError:
         return PatternError(message, position, end - position, "write the count directly after a symbol or `)`")
     if char == "/":
         return PatternError("`/` is not a pattern symbol", position, 1, "the blocks of MTP are [mtp] `pattern`")
-    shown = char if char.isprintable() else repr(char)[1:-1]
     advice = f"symbols are {_listed([f'{kind.symbol} ({kind.title})' for kind in KINDS])}"
     if char.upper() in BY_SYMBOL:
         advice = f"did you mean `{char.upper()}`?"
-    return PatternError(f"`{shown}` is not a pattern symbol", position, 1, advice)
+    return PatternError(f"`{escaped(char)}` is not a pattern symbol", position, 1, advice)
 
 
 def _listed(words: Sequence[str]) -> str:

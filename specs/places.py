@@ -56,7 +56,7 @@ class Text:
         stop = self._starts[row + 1] - 1 if row + 1 < len(self._starts) else len(self.text)
         column = start - begin + 1
         length = max(1, min(end, stop, begin + _SHOWN) - start)
-        source = printable(self.text[begin : min(stop, begin + _SHOWN)]) if column <= _SHOWN else None
+        source = self.text[begin : min(stop, begin + _SHOWN)] if column <= _SHOWN else None
         return Span(self.file, row + 1, column, length, source)
 
     def line_span(self, line: int, column: int) -> Span:
@@ -65,14 +65,9 @@ class Text:
         return self.span(min(self._starts[row] + max(column, 1) - 1, len(self.text)), 0)
 
 
-def printable(text: str) -> str:
-    """Return `text` with control characters replaced, one for one, so that a terminal shows it safely."""
-    return "".join(c if c.isprintable() or c == "\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
 def shown(text: str) -> str:
-    """Return `text` for a message: printable, and cut where it is long."""
-    return printable(text if len(text) <= 60 else text[:57] + "...")
+    """Return `text` for a message, cut where it is long."""
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def window(offsets: Sequence[int], offset: int, length: int) -> tuple[int, int]:

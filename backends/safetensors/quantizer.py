@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from n3c.backends.machine import usable_cores
 from n3c.backends.modelopt.layout import algorithm, config_json, hf_quant_config
 from n3c.backends.progress import Progress
 from n3c.ir.diagnostics import N3CError
@@ -26,7 +27,7 @@ from .checkpoint import INDEX, Checkpoint, file_error
 from .header import SIZES
 from .layout import KEEP, MAX_SHARD_BYTES, Shard, Weight, fingerprint, index_json, plan_shards, plan_weights
 from .packing import Search
-from .resume import Done, WorkDirectory
+from .resume import Done, WorkDirectory, require_new
 from .selfcheck import Checked, check
 from .stream import BAND_BYTES, JOURNAL_BYTES, Quantizer, make_shard
 
@@ -85,34 +86,31 @@ def quantize_checkpoint(job: Job, progress: Progress) -> Outcome:
     shards = plan_shards(weights, job.max_shard_bytes)
     mark = fingerprint(shards, job.search)
     outcome = Outcome(job.out, False, weights, shards=len(shards), bytes=sum(shard.size for shard in shards))
+    work, whole = WorkDirectory(job.out, progress.phase), job.part == (1, 1)
     if _is_finished(job, mark):
-        WorkDirectory(job.out).discard()
+        work.clear()
         outcome.ledger = json.loads((job.out / LEDGER).read_text(encoding="utf-8"))["weights"]
         outcome.finished = True
         return outcome
-    _require_place(job, shards)
-    work = WorkDirectory(job.out)
-    whole = job.part == (1, 1)
-    work.claim(_plan(mark, checkpoint, job), resume=job.resume, shared=not whole)
-    try:
-        done = _make(job, checkpoint, weights, shards, work, progress)
-        if not whole:
-            return outcome
-        progress.phase("check the result")
-        outcome.ledger = _ledger(shards, done)
-        _write_files(job, config, weights, shards, work.result, mark, outcome.ledger)
-        outcome.checked = check(checkpoint, Checkpoint(work.result), shards)
-    except N3CError as error:
-        if whole and any(d.code in ("E0607", "E0609", "E0618") for d in error.diagnostics):
-            work.discard()  # what is wrong is in the files: nothing of it can be continued
-        raise
-    except OSError as error:
-        reason = error.strerror or str(error)
-        help_ = f"make space and run again with --resume; what is done is kept in {work.folder}"
-        raise file_error("E0613", f"writing the output failed: {reason}", job.out, help_) from error
-    if job.out.is_dir():
-        job.out.rmdir()  # it was empty
-    work.finish()
+    _require_place(job, work, shards)
+    with work.claimed(_plan(mark, checkpoint, job), job.part, resume=job.resume):
+        try:
+            done = _make(job, checkpoint, weights, shards, work, progress)
+            if not whole:
+                return outcome
+            progress.phase("check the result")
+            outcome.ledger = _ledger(shards, done)
+            _write_files(job, config, weights, shards, work.result, mark, outcome.ledger)
+            outcome.checked = check(checkpoint, Checkpoint(work.result), shards)
+            work.finish()
+        except N3CError as error:
+            if whole and any(d.code in ("E0607", "E0609", "E0618") for d in error.diagnostics):
+                work.discard()  # what is wrong is in the files: nothing of it can be continued
+            raise
+        except OSError as error:
+            reason = error.strerror or str(error)
+            help_ = f"make space and run again with --resume; what is done is kept in {work.folder}"
+            raise file_error("E0613", f"writing the output failed: {reason}", job.out, help_) from error
     outcome.finished = True
     return outcome
 
@@ -137,7 +135,7 @@ def _make(
 
     progress.phase("quantize")
     done = work.done({shard.file: shard.size for shard in shards})
-    threads = job.threads or len(os.sched_getaffinity(0))
+    threads = job.threads or usable_cores()
     resume = job.resume or parts == 1
     with work.journal(job.part, resume) as journal, ThreadPoolExecutor(threads) as pool:
         quantizer = Quantizer(checkpoint, weights, job.search, job.band_bytes)
@@ -172,23 +170,31 @@ def _is_finished(job: Job, mark: str) -> bool:
         return False
 
 
-def _require_place(job: Job, shards: Sequence[Shard]) -> None:
-    """Raise N3CError before any work where the output is there, or has no room, or is inside the source."""
+def _require_place(job: Job, work: WorkDirectory, shards: Sequence[Shard]) -> None:
+    """Raise N3CError before any work where the output is there, or has no space, or overlaps with the source."""
     out, source = job.out.resolve(), job.source.resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise file_error("E0611", "the output is there already; it is left as it is", job.out, "choose another -o")
+    require_new(job.out)
     if out == source or source in out.parents:
         raise file_error("E0612", "the output is inside the checkpoint, which is never written to", job.out)
+    if work.folder == source or work.folder in source.parents:
+        message = f"the checkpoint is inside {work.folder}, in which this output is made"
+        raise file_error("E0612", message, job.out, "move the checkpoint, or choose another -o")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out.parent).free
-        kept = sum(p.stat().st_blocks * 512 for p in WorkDirectory(job.out).result.glob("*"))
+        free = shutil.disk_usage(next(folder for folder in out.parents if folder.exists())).free
+        kept = sum(_allocated(path) for path in work.result.glob("*"))
     except (OSError, ValueError) as error:
         raise file_error("E0612", f"the output cannot be written here: {error}", job.out) from error
     wanted = sum(shard.size for i, shard in enumerate(shards) if i % job.part[1] == job.part[0] - 1)
     if wanted > free + kept:
         message = f"the output needs {wanted / 1e9:.1f} GB, the disk has {(free + kept) / 1e9:.1f} GB left"
         raise file_error("E0613", message, job.out, "make space, or choose another -o")
+
+
+def _allocated(path: Path) -> int:
+    """Return the bytes of the disk that a file has; where the system does not tell, those that it will have."""
+    status = path.stat()
+    blocks: int | None = getattr(status, "st_blocks", None)  # Windows has none
+    return status.st_size if blocks is None else blocks * 512
 
 
 def _plan(mark: str, checkpoint: Checkpoint, job: Job) -> dict[str, Any]:
@@ -247,6 +253,6 @@ def _write_files(
         LEDGER: {"schema": 1, "plan": mark, "search": job.search, "weights": ledger},
     }
     for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8", newline="\n")
         with (folder / name).open("rb") as file:
             os.fsync(file.fileno())

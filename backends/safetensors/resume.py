@@ -2,7 +2,9 @@
 
     .OUT.n3c-quantize/state/plan.json           what is being made, and from what
     .OUT.n3c-quantize/state/part-1-of-4.jsonl   a line each time some weights are safely on the disk
+    .OUT.n3c-quantize/state/part-1-of-4.lock    held while that part is made; of a whole run part-1-of-1.lock
     .OUT.n3c-quantize/result/                   shards, and in the end everything else; renamed to OUT last
+    .OUT.n3c-lock                               held for moments: to begin, and to rename and clear up
 
 A line is written after fsync of the data that it speaks of, and a torn last line is ignored; so whatever
 the lines say is true after a crash of the process or of the machine, and all else is made again.
@@ -10,16 +12,17 @@ the lines say is true after a crash of the process or of the machine, and all el
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from n3c.backends.locks import HeldError, locked, output_lock
 from n3c.ir.diagnostics import N3CError
 
 from .checkpoint import file_error
@@ -36,20 +39,59 @@ class Done:
 
 
 class WorkDirectory:
-    """The directory beside the output in which it is made."""
+    """The directory beside the output in which it is made. `waiting` hears that another process is waited for."""
 
-    def __init__(self, out: Path) -> None:
-        real = out.resolve()
-        self.out = real
-        self.folder = real.with_name(f".{real.name}.n3c-quantize")
+    def __init__(self, out: Path, waiting: Callable[[str], None] = lambda _: None) -> None:
+        self.out = out.resolve()
+        self.folder = self.out.with_name(f".{self.out.name}.n3c-quantize")
         self.state = self.folder / "state"
         self.result = self.folder / "result"
+        self._waiting = waiting
+        self._part = ExitStack()
+        """Holds the lock of the part that this process makes."""
 
-    def claim(self, plan: Mapping[str, Any], *, resume: bool, shared: bool) -> None:
-        """Make the directory, or take up what an interrupted run of the same plan left.
+    @contextmanager
+    def claimed(self, plan: Mapping[str, Any], part: tuple[int, int], *, resume: bool) -> Iterator[None]:
+        """Make the directory, or take up what an interrupted run of the same plan left; inside, it is this process's.
 
-        `shared`: other parts may be at work in it. N3CError where there is one that this run must not touch.
+        Other parts of the same division may be at work in it, too, where this is one. N3CError where somebody
+        else is, or where there is an output or a directory that this run must not touch.
         """
+        with self._part:
+            try:
+                self.out.parent.mkdir(parents=True, exist_ok=True)
+                with self._alone():
+                    require_new(self.out)
+                    self._refuse_at_work(part)
+                    self._take(plan, resume=resume, shared=part != (1, 1))
+                    self._part.enter_context(locked(self._lock(part)))
+            except OSError as error:
+                message = f"the output cannot be written: {error.strerror or error}"
+                raise file_error("E0612", message, self.out) from error
+            yield
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Keep other processes from beginning and ending anything at this output."""
+        return locked(output_lock(self.out), lambda: self._waiting(f"waiting for another process at {self.out}"))
+
+    def _lock(self, part: tuple[int, int]) -> Path:
+        return self.state / f"part-{part[0]}-of-{part[1]}.lock"
+
+    def _refuse_at_work(self, part: tuple[int, int]) -> None:
+        """Raise N3CError where a process makes shards that this one would make, too."""
+        for path in sorted(self.state.glob("part-*.lock")):
+            numbers = re.fullmatch(r"part-(\d+)-of-(\d+)", path.stem)
+            if numbers is None or (int(numbers[2]) == part[1] and int(numbers[1]) != part[0]):
+                continue
+            try:
+                with locked(path):
+                    pass  # left by a process that was killed
+            except HeldError as error:
+                what = "this output" if numbers[2] == "1" else path.stem.replace("-", " ")
+                message = f"another process is at work on {what}"
+                raise file_error("E0617", message, self.out, "wait for it to end") from error
+
+    def _take(self, plan: Mapping[str, Any], *, resume: bool, shared: bool) -> None:
         found = self._plan()
         if found is None:
             if self.folder.exists() and not shared:
@@ -57,8 +99,9 @@ class WorkDirectory:
             self.state.mkdir(parents=True, exist_ok=True)
             self.result.mkdir(exist_ok=True)
             temporary = self.state / f".{PLAN}.{os.getpid()}"
-            temporary.write_text(json.dumps(plan, indent=1), encoding="utf-8")
-            with temporary.open("rb") as file:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(json.dumps(plan, indent=1))
+                file.flush()
                 os.fsync(file.fileno())
             temporary.replace(self.state / PLAN)
             return
@@ -92,17 +135,16 @@ class WorkDirectory:
 
     @contextmanager
     def journal(self, part: tuple[int, int], resume: bool) -> Iterator[Journal]:
-        """Open this part's journal, under a lock that ends with the process."""
+        """Open this part's journal."""
         path = self.state / f"part-{part[0]}-of-{part[1]}.jsonl"
         try:
             self.state.mkdir(parents=True, exist_ok=True)
             with path.open("ab") as file:
-                _lock(file.fileno(), path, self.out)
                 if file.tell() and not resume:
                     message = f"part {part[0]} of {part[1]} was begun already"
                     raise file_error("E0617", message, self.out, "add --resume to continue it")
                 file.write(b"\n")  # ends a line that a crash tore
-                yield Journal(file.fileno())
+                yield Journal(file)
         except N3CError:
             raise
         except OSError as error:
@@ -111,28 +153,51 @@ class WorkDirectory:
             raise file_error("E0613", f"writing the output failed: {reason}", self.out, help_) from error
 
     def finish(self) -> None:
-        """Rename the result to the output, and clear up."""
+        """Rename the result to the output, and clear up. N3CError where somebody has put something in its place."""
         _sync(self.result)
-        self.result.rename(self.out)
-        _sync(self.out.parent)
-        self.discard()
+        with self._alone():
+            require_new(self.out, f"run again with --resume; what is done is kept in {self.folder}")
+            if self.out.is_dir():
+                self.out.rmdir()
+            self.result.rename(self.out)
+            _sync(self.out.parent)
+            self._remove()
 
     def discard(self) -> None:
         """Remove the directory and all in it."""
+        with self._alone():
+            self._remove()
+
+    def clear(self) -> None:
+        """Remove what a run left that was killed when its output was in place already."""
+        if self.folder.exists():
+            with suppress(N3CError, OSError), self._alone():
+                self._refuse_at_work((1, 1))
+                self._remove()
+
+    def _remove(self) -> None:
+        self._part.close()  # its file is in there, and Windows removes no open files
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def require_new(out: Path, help: str = "choose another -o") -> None:
+    """Raise N3CError where the output is there already, but for an empty directory."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise file_error("E0611", "the output is there already; it is left as it is", out, help)
 
 
 class Journal:
     """The lines of one part."""
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
 
     def write(self, shard: str, weights: int, figures: Mapping[str, list[float]]) -> None:
         """Say that the first `weights` of `shard` are on the disk; call it after fsync of the shard."""
         line = json.dumps({"shard": shard, "weights": weights, "figures": figures})
-        os.write(self._descriptor, line.encode() + b"\n")
-        os.fsync(self._descriptor)
+        self._file.write(line.encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
 
 def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -145,17 +210,9 @@ def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield line
 
 
-def _lock(descriptor: int, path: Path, out: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        message = f"another process is at work on {path.stem.replace('-', ' ')}"
-        raise file_error("E0617", message, out, "wait for it to end") from error
-    except OSError:  # some network file systems have no locks: then one part must not be started twice
-        return
-
-
 def _sync(folder: Path) -> None:
+    if not hasattr(os, "O_DIRECTORY"):  # Windows opens no folders, and needs no such call
+        return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -173,18 +173,17 @@ def make_shard(
 
     What is done is made safe each time `journal_bytes` of the result were written.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
+    with path.open("r+b" if done.weights else "w+b") as file:
         if done.weights == 0:
-            os.ftruncate(descriptor, 0)
-            os.ftruncate(descriptor, shard.size)
-            _write(descriptor, 0, shard.header)
+            file.truncate(shard.size)
+            file.write(shard.header)
         fresh: dict[str, list[float]] = {}
         unsafe = 0
         figures = [0.0, 0.0, 0.0]
         for weight, band, is_last in _packed_in_order(shard.weights[done.weights :], quantizer, pool):
             for piece in band.pieces:
-                _write(descriptor, shard.offsets[piece.name] + piece.start, piece.data)
+                file.seek(shard.offsets[piece.name] + piece.start)
+                file.write(piece.data)
                 unsafe += len(piece.data)
                 progress(len(piece.data))
             figures = [total + more for total, more in zip(figures, band.figures, strict=True)]
@@ -195,11 +194,10 @@ def make_shard(
                 fresh[weight.name] = done.figures[weight.name] = figures
             figures = [0.0, 0.0, 0.0]
             if unsafe >= journal_bytes or done.weights == len(shard.weights):
-                os.fsync(descriptor)
+                file.flush()
+                os.fsync(file.fileno())
                 journal.write(shard.file, done.weights, fresh)
                 fresh, unsafe = {}, 0
-    finally:
-        os.close(descriptor)
 
 
 def _packed_in_order(
@@ -234,10 +232,3 @@ def _packed_in_order(
 def _oldest(waiting: deque[tuple[Weight, Future[Band], bool, int]]) -> tuple[Weight, Band, bool]:
     weight, future, is_last, _ = waiting.popleft()
     return weight, future.result(), is_last
-
-
-def _write(descriptor: int, at: int, data: bytes | memoryview) -> None:
-    left = memoryview(data)
-    while left:
-        count = os.pwrite(descriptor, left, at)
-        left, at = left[count:], at + count

@@ -61,7 +61,7 @@ def sidecar_path(plan: Path) -> Path:
 
 def write_sidecar(plan: Path, sidecar: Sidecar) -> None:
     """Write the sidecar beside `plan`."""
-    sidecar_path(plan).write_text(json.dumps(sidecar.as_json(), indent=1) + "\n", encoding="utf-8")
+    sidecar_path(plan).write_text(json.dumps(sidecar.as_json(), indent=1) + "\n", encoding="utf-8", newline="\n")
 
 
 def read_sidecar(plan: Path) -> Sidecar:

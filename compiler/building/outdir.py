@@ -1,24 +1,26 @@
 """Writing OUT: into a sibling that is renamed at the end, so a killed build leaves the old output or none.
 
-While `OUT` is built, `.OUT.n3c-new` beside it holds what is made, under a lock that ends with its
-process: builds of one output wait for each other, and what a killed one left is cleared by the next.
+While `OUT` is built, `.OUT.n3c-new` beside it holds what is made, under the lock `.OUT.n3c-lock`: builds of
+one output wait for each other, and what a killed one left is cleared by the next.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
+from n3c.backends.locks import locked, output_lock
 from n3c.ir.diagnostics import N3CError
 from n3c.runtime.manifest import MANIFEST, out_error, read_manifest, sha256_file
 
 _MOST_NAMED = 3
 """Foreign files that a message names."""
+_BINARY = (".onnx", ".data", ".plan")
+"""What nobody edits; where it differs from what was built it is damaged, and building again is the cure."""
 
 
 def require_writable(out: Path) -> None:
@@ -45,27 +47,34 @@ def _unwritable(out: Path, error: Exception) -> N3CError:
     return out_error("E0612", f"the output cannot be written: {reason}", out)
 
 
-def _require_ours(out: Path) -> None:
-    """Raise N3CError where replacing `out` would lose a file that no build of n3c wrote."""
-    if out.exists() and not out.is_dir():
+def _require_ours(out: Path, folder: Path | None = None) -> None:
+    """Raise N3CError where replacing `out` would lose a file, or an edit, that no build of n3c made.
+
+    `folder` is where the files of `out` are, where they have been moved.
+    """
+    folder = folder or out
+    if folder.exists() and not folder.is_dir():
         raise out_error("E0610", "the output is a file, not a directory", out)
-    if not out.is_dir() or not any(out.iterdir()):
+    if not folder.is_dir() or not any(folder.iterdir()):
         return
-    manifest = read_manifest(out)
+    manifest = read_manifest(folder)
     if manifest is None:
         message = f"the output holds files but no {MANIFEST} of n3c; it is left as it is"
         raise out_error("E0611", message, out, "choose another -o")
-    written = {MANIFEST, *(file["path"] for file in manifest["files"])}
-    foreign = [name for name in _files(out) if name not in written and "__pycache__" not in name.split("/")]
-    if foreign:
-        more = f" and {len(foreign) - _MOST_NAMED} more" if len(foreign) > _MOST_NAMED else ""
-        named = ", ".join(foreign[:_MOST_NAMED])
-        raise out_error(
-            "E0611",
-            f"the output holds files that n3c did not write: {named}{more}; it is left as it is",
-            out,
-            "move them elsewhere, or choose another -o",
-        )
+    built = {file["path"]: file for file in manifest["files"]}
+    found = [name for name in _files(folder) if name != MANIFEST and "__pycache__" not in name.split("/")]
+    foreign = [name for name in found if name not in built]
+    edited = [name for name in found if name in built and _is_edited(folder / name, built[name])]
+    for names, what in ((foreign, "that n3c did not write"), (edited, "that were edited since they were built")):
+        if names:
+            more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+            message = f"the output holds files {what}: {', '.join(names[:_MOST_NAMED])}{more}; it is left as it is"
+            raise out_error("E0611", message, out, "move them elsewhere or delete them, or choose another -o")
+
+
+def _is_edited(path: Path, built: dict[str, Any]) -> bool:
+    """Whether a file is no longer what its line of the manifest says, by somebody's hand."""
+    return path.is_symlink() or (path.suffix not in _BINARY and sha256_file(path) != built.get("sha256"))
 
 
 def _files(directory: Path) -> list[str]:
@@ -98,49 +107,26 @@ def replacing(out: Path, waiting: Callable[[str], None]) -> Generator[Path]:
 
 @contextlib.contextmanager
 def _claimed(real: Path, out: Path, waiting: Callable[[str], None]) -> Generator[Path]:
-    """Make `.OUT.n3c-new` under a lock, empty, and remove it in the end if it is still there."""
-    folder, lock = real.with_name(f".{real.name}.n3c-new"), -1
-    try:
-        while lock < 0:
-            folder.mkdir(exist_ok=True)
-            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                _lock(lock, lambda: waiting(f"waiting for another build of {out}"))
-                gone = not folder.exists() or not os.path.samestat(os.fstat(lock), folder.stat())
-            except BaseException:
-                os.close(lock)
-                raise
-            if gone:  # the other build renamed or removed it: what is locked is no longer the claim
-                os.close(lock)
-                lock = -1
-        _restore(real)
-        _clear(folder)
-    except OSError as error:
-        raise _unwritable(out, error) from error
-    try:
+    """Make `.OUT.n3c-new` under the output's lock, empty, and remove it in the end if it is still there."""
+    folder = real.with_name(f".{real.name}.n3c-new")
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(output_lock(real), lambda: waiting(f"waiting for another process at {out}")))
+            _restore(real)
+            _clear(folder)
+            folder.mkdir()
+        except OSError as error:
+            raise _unwritable(out, error) from error
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
         yield folder
-    finally:
-        if folder.exists() and os.path.samestat(os.fstat(lock), folder.stat()):
-            shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
 
 
-def _lock(descriptor: int, waiting: Callable[[], None]) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        waiting()
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError:  # some network file systems have no locks: then builds of one output must not run at once
-        return
-
-
-def _clear(folder: Path) -> None:
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+def _clear(path: Path) -> None:
+    """Remove what a killed build left; of a link only the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _old(real: Path) -> Path:
@@ -148,20 +134,21 @@ def _old(real: Path) -> Path:
 
 
 def _restore(real: Path) -> None:
-    """Put back the output that a build which was killed between its two renames had moved away."""
+    """Put back the output that a build which was killed or refused between its two renames had moved away."""
     old = _old(real)
-    if old.is_dir() and not real.exists():
+    if old.exists() and not real.exists():
         old.rename(real)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def _swap(folder: Path, real: Path) -> None:
-    _require_ours(real)  # again: a build takes a minute, in which somebody may have put a file there
     if not real.exists():
         folder.rename(real)
         return
     try:
         real.rename(_old(real))
+        # Again: a build takes a minute, in which somebody may have put a file there. Now nobody can any more.
+        _require_ours(real, _old(real))
         folder.rename(real)
     finally:
         _restore(real)
@@ -175,7 +162,7 @@ def _remove_empty(folder: Path, kept: Path) -> None:
             folder = folder.parent
 
 
-def keep_other_targets(out: Path, temporary: Path, spec_sha256: str, replaced: set[str]) -> None:
+def keep_other_targets(out: Path, temporary: Path, spec_sha256: str, replaced: Sequence[str]) -> None:
     """Link what an earlier build of the same spec made for other targets into the new output."""
     manifest = read_manifest(out)
     if manifest is None or manifest["spec"].get("sha256") != spec_sha256:

@@ -13,13 +13,14 @@ import click
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 
 from .output import print_failure, tell
+from .signals import interruptible
 
 COMMANDS = {
     "check": "Find everything that would fail later, without weights, GPU or build.",
     "inspect": "Count parameters, FLOPs, weight and state bytes.",
     "build": "Compile a spec to PyTorch, ONNX or TensorRT.",
     "quantize": "Quantize a checkpoint to NVFP4 or FP8, in ModelOpt's layout.",
-    "verify": "Compare all forms of a model, layer by layer.",
+    "verify": "Compare all implementations of a model, layer by layer.",
     "run": "Generate text with a build and the weights of a checkpoint.",
     "import": "Turn a Hugging Face config into a spec.",
     "export-config": "Turn a spec into a Hugging Face config.json.",
@@ -82,7 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character still gets the rest
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    sys.exit(run(arguments))
+    with interruptible():
+        code = run(arguments)
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -10,17 +10,33 @@ from typing import Any, TextIO
 import click
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Severity
+from n3c.ir.text import escaped, escaped_lines
 
 _COLORS = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.NOTE: "cyan"}
 
 
 def say(text: str, *, newline: bool = True) -> None:
-    """Print a result on stdout; N3CError (exit code 6) where that fails.
+    """Print a result on stdout, what a terminal would obey in it escaped; N3CError (exit code 6) where that fails.
 
     A reader that has left (`n3c inspect … | head`) is no error: the exit code is that of the work.
     """
+    _say(escaped_lines(text), newline=newline)
+
+
+def say_line(text: str) -> None:
+    """Print one line on stdout as `say` does: a line end in a name begins no other."""
+    say(escaped(text))
+
+
+def say_generated(text: str, *, newline: bool = False) -> None:
+    """Print what a model says: for a terminal escaped, elsewhere as it is. Raises what `say` raises."""
+    _say(escaped_lines(text) if sys.stdout.isatty() else text, newline=newline)
+
+
+def _say(text: str, *, newline: bool) -> None:
     try:
-        click.echo(text, nl=newline)
+        sys.stdout.write(text + "\n" if newline else text)
+        sys.stdout.flush()
     except BrokenPipeError:
         _discard(sys.stdout)
     except OSError as error:
@@ -30,7 +46,14 @@ def say(text: str, *, newline: bool = True) -> None:
 
 
 def tell(text: str) -> None:
-    """Print on stderr. Nothing that can be said there changes what a command does, so failing is ignored."""
+    """Print on stderr, what a terminal would obey escaped.
+
+    Nothing that can be said there changes what a command does, so failing is ignored.
+    """
+    _tell(escaped_lines(text))
+
+
+def _tell(text: str) -> None:
     try:
         click.echo(text, err=True)
     except OSError:
@@ -51,7 +74,7 @@ def print_json(data: Mapping[str, Any]) -> None:
     """Print one JSON object on stdout."""
     import json  # here, as `n3c check` starts faster without
 
-    say(json.dumps(data, indent=2))
+    _say(json.dumps(data, indent=2), newline=True)  # which escapes everything but ASCII
 
 
 def colored() -> bool:
@@ -66,7 +89,7 @@ def print_diagnostics(diagnostics: Iterable[Diagnostic]) -> None:
         if colored():
             head, newline, rest = text.partition("\n")
             text = click.style(head, fg=_COLORS[diagnostic.severity], bold=True) + newline + rest
-        tell(text)
+        _tell(text)  # escaped by `render`
 
 
 def print_failure(error: N3CError, as_json: bool) -> int:

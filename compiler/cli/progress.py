@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
 import time
 from types import TracebackType
 from typing import Any
+
+from n3c.ir.text import escaped
 
 from .output import colored, tell
 
@@ -17,21 +17,15 @@ PLAIN_INTERVAL = 5.0
 
 
 class TerminalProgress:
-    """Phases, what they are at, and the time since the start; a context manager.
-
-    Inside, SIGTERM interrupts as Ctrl-C does, so that a killed build cleans up and shows the cursor again.
-    """
+    """Phases, what they are at, and the time since the start; a context manager."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
         self._phase = ""
         self._last = 0.0
         self._live: Any = None
-        self._on_terminate: Any = None
 
     def __enter__(self) -> TerminalProgress:
-        if threading.current_thread() is threading.main_thread():
-            self._on_terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
         if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
             from rich.console import Console
 
@@ -44,8 +38,6 @@ class TerminalProgress:
     ) -> None:
         if self._live is not None:
             self._live.stop()  # shows the cursor again, after an error too
-        if self._on_terminate is not None:
-            signal.signal(signal.SIGTERM, self._on_terminate)
 
     def phase(self, name: str) -> None:
         """Begin a phase."""
@@ -58,7 +50,7 @@ class TerminalProgress:
         self._show(f"{self._phase}: {what}{count}", always=False)
 
     def _show(self, text: str, *, always: bool) -> None:
-        line = f"{time.monotonic() - self._start:6.1f} s  {text}"
+        line = f"{time.monotonic() - self._start:6.1f} s  {escaped(text)}"
         if self._live is not None:
             from rich.text import Text
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from n3c.ir.text import escaped
+
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return aligned columns: the first to the left, the others to the right."""
-    table = [tuple(header), *(tuple(row) for row in rows)]
+    """Return aligned columns: the first to the left, the others to the right; cells stay on their line."""
+    table = [tuple(header), *(tuple(map(escaped, row)) for row in rows)]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     lines = [
         "  ".join(
@@ -26,6 +28,11 @@ def format_bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
         size /= 1000
     return f"{size:.2f} TB"
+
+
+def format_peak(size: int | None) -> str:
+    """Return how the last line of a command goes on about peak memory; empty where the system does not tell it."""
+    return "" if size is None else f", peak memory {size / 2**30:.2f} GiB"
 
 
 def format_count(count: float) -> str:

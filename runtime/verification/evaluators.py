@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +11,7 @@ import onnx
 from onnx.reference.op_run import OpRun
 
 from n3c.runtime.engines.interface import Array
+from n3c.runtime.engines.onnxruntime.session import inference_session
 
 from .onnx_graph import Evaluate
 
@@ -47,23 +46,15 @@ def reference_evaluator(model: onnx.ModelProto) -> Evaluate:
     """ONNX's own evaluator in Python, which knows FP4, FP8 and BF16: it runs the very file of an engine."""
     from onnx.reference import ReferenceEvaluator
 
-    session: Any = ReferenceEvaluator(model, new_ops=[FP4DynamicQuantize, GatherElements])
-
-    def evaluate(inputs: Mapping[str, Array]) -> Sequence[Array]:
-        outputs: Sequence[Array] = session.run(None, dict(inputs))
-        return outputs
-
-    return evaluate
+    return _evaluate(ReferenceEvaluator(model, new_ops=[FP4DynamicQuantize, GatherElements]))
 
 
 def onnx_runtime(model: onnx.ModelProto) -> Evaluate:
     """ONNX Runtime on the CPU, for float32 renderings."""
-    runtime: Any = importlib.import_module("onnxruntime")  # it has no type stubs
-    options: Any = runtime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "0"))
-    session: Any = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return _evaluate(inference_session(model.SerializeToString()))
 
+
+def _evaluate(session: Any) -> Evaluate:
     def evaluate(inputs: Mapping[str, Array]) -> Sequence[Array]:
         outputs: Sequence[Array] = session.run(None, dict(inputs))
         return outputs

@@ -41,3 +41,16 @@ def test_an_error_holds_all_diagnostics() -> None:
 def test_did_you_mean() -> None:
     assert did_you_mean("latent_dim", ["latent_size", "top_k"]) == "did you mean `latent_size`?"
     assert did_you_mean("zzz", ["latent_size", "top_k"]) is None
+
+
+def test_what_a_terminal_would_obey_is_spelled_out_and_the_carets_stay_below() -> None:
+    span = Span("a\x1b]0;x\x07.toml", 3, 5, 2, "\ta\x1b[\u202eb\x9bc")
+    diagnostic = Diagnostic("E0102", "`\u2066\n`\x7f\t", span, help="\ud800 é \U000e0041")
+    assert diagnostic.render() == (
+        "a\\x1b]0;x\\x07.toml:3:5: error[E0102]: `\\u2066\\n`\\x7f\\t\n"
+        "    3 | \ta\\x1b[\\u202eb\\x9bc\n"
+        "      | \t      ^^^^^^^\n"
+        "  help: \\ud800 é \\U000e0041"
+    )
+    assert diagnostic.as_json()["file"] == span.file  # JSON escapes by itself
+    assert str(N3CError(diagnostic, ExitCode.SPEC)) == diagnostic.render()

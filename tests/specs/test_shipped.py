@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ from jsonschema import Draft202012Validator
 
 from n3c.specs.block_kind import BlockKind
 from n3c.specs.blocks import ATTENTION, KINDS, MAMBA, MLP
-from n3c.specs.convert import run_schema
 from n3c.specs.dump import dump_spec
+from n3c.specs.json_schema import json_schema
 from n3c.specs.load import load_spec, parse_spec
 from n3c.specs.roles import match_roles, select_layers
 from n3c.specs.schema import Spec
@@ -21,7 +20,7 @@ from n3c.specs.schema import Spec
 SPECS = Path(__file__).parents[2] / "specs"
 NAMES = sorted(path.stem for path in SPECS.glob("*.toml"))
 # The stubs of jsonschema leave types unknown.
-VALIDATOR: Any = Draft202012Validator(json.loads(run_schema()))
+VALIDATOR: Any = Draft202012Validator(json_schema())
 
 
 def load(name: str) -> Spec:

@@ -1,4 +1,4 @@
-"""Random small models of transformers: the oracle of every leg."""
+"""Random small models of transformers: the oracle of every implementation."""
 
 from __future__ import annotations
 

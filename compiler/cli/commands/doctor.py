@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from n3c.backends.machine import memory_bytes
 from n3c.compiler.cli import options
 from n3c.compiler.cli.output import print_json, say
 from n3c.compiler.report.tool_versions import version
@@ -35,7 +36,7 @@ def command(as_json: bool) -> None:
         print_json(report)
         return
     for key, value in report["machine"].items():
-        say(f"{key:<18} {value}")
+        say(f"{key:<18} {'not told by the system' if value is None else value}")
     say("")
     for name, installed in report["packages"].items():
         say(f"{name:<18} {installed or 'not installed':<16} {USES[name]}")
@@ -47,14 +48,14 @@ def command(as_json: bool) -> None:
 def examine() -> dict[str, Any]:
     """Return machine, package versions and targets, importing none of the packages."""
     packages = {name: version(name) for name in USES}
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    memory = memory_bytes()
     return {
         "machine": {
             "n3c": version("n3c"),
             "python": platform.python_version(),
             "system": f"{platform.system()} {platform.machine()}",
             "cores": os.cpu_count(),
-            "memory_gib": round(memory / 2**30, 1),
+            "memory_gib": round(memory / 2**30, 1) if memory is not None else None,
             "disk_free_gib": round(shutil.disk_usage(".").free / 2**30, 1),
             "nvidia_driver": shutil.which("nvidia-smi") is not None,
         },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ class StreamedModel:
         self.spec = spec
         self.checkpoint = checkpoint
         self.generated = self.generate(spec)
-        with torch.device("meta"):
+        with _compiler_cache_that_goes(), torch.device("meta"):
             self.model: Any = self.generated.Model()
         self.model.requires_grad_(False)
         self.model.eval()
@@ -48,7 +49,7 @@ class StreamedModel:
         name = f"n3c_generated_{sha256[:16]}"
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.py"
-            path.write_text(emit(spec, sha256)["model.py"], encoding="utf-8")
+            path.write_text(emit(spec, sha256)["model.py"], encoding="utf-8", newline="\n")
             found = importlib.util.spec_from_file_location(name, path)
             if found is None or found.loader is None:
                 raise RuntimeError(f"{path} cannot be imported")
@@ -115,3 +116,20 @@ def batches(ids: Tensor, tokens: int | None = None) -> list[slice]:
     """Return slices of the sequences of `ids` [N, L], each of at most `tokens` (BATCH_TOKENS) or one sequence."""
     size = max(1, (tokens or BATCH_TOKENS) // ids.shape[1])
     return [slice(start, start + size) for start in range(0, len(ids), size)]
+
+
+@contextmanager
+def _compiler_cache_that_goes() -> Iterator[None]:
+    """Give PyTorch's compiler a folder for its cache that is removed again, unless the user has named one.
+
+    The first tensor on the meta device loads the compiler, which then makes the folder; nothing is compiled.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+            yield
+            return
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["TORCHINDUCTOR_CACHE_DIR"]

@@ -65,13 +65,23 @@ def _dims(name: str, shape: tuple[int, ...]) -> tuple[int | str, ...]:
     return tuple(name if size < 0 else size for size in shape)
 
 
-def _load(entry: OnnxEntry) -> Any:
+def inference_session(model: bytes) -> Any:
+    """Return a session on the CPU, of `OMP_NUM_THREADS` threads or one a core, that sends nothing to anybody.
+
+    Raises what ONNX Runtime raises for a graph that it refuses.
+    """
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read when the library is imported
     runtime: Any = importlib.import_module("onnxruntime")  # it has no type stubs
+    getattr(runtime, "disable_telemetry_events", lambda: None)()
     options: Any = runtime.SessionOptions()
     options.log_severity_level = 3  # it warns of each cache that it cannot write in place before it sees our buffers
     options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "0"))  # 0: one a core
+    return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _load(entry: OnnxEntry) -> Any:
     try:
-        return runtime.InferenceSession(entry.to_bytes(), options, providers=["CPUExecutionProvider"])
+        return inference_session(entry.to_bytes())
     except Exception as error:  # ONNX Runtime's own classes share no base but Exception
         message = f"ONNX Runtime refuses `{entry.name}`: {error}"
         help_ = "a fault of n3c, or a version of ONNX Runtime that was not tried: report it"

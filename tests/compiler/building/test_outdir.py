@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import resource
 import shutil
@@ -110,14 +111,60 @@ def test_what_python_leaves_beside_the_code_is_not_foreign(spec: Path, tmp_path:
     assert {"config.json", "model.py", *TRAINER} <= set(written)
 
 
-def test_a_file_put_there_during_the_build_is_not_lost(tmp_path: Path) -> None:
+def test_edited_files_are_refused_and_untouched(spec: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    build(spec, out)
+    edited = [out / "torch" / "model.py", out / "spec.toml"]
+    for path in edited:
+        path.write_text("# mine\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
+        before = tree(tmp_path)
+        for source in (spec, out / "spec.toml"):
+            result = n3c("build", source, "--target", "onnx", "-o", out, "--json")
+            assert (result.code, result.codes) == (6, ["E0611"])
+            assert path.relative_to(out).as_posix() in result.err
+            assert "edited" in result.err and "delete" in result.err
+        assert tree(tmp_path) == before
+        path.unlink()
+        build(spec, out)
+        assert "# mine" not in path.read_text(encoding="utf-8")
+
+
+def test_a_link_in_place_of_a_built_file_is_not_lost(spec: Path, tmp_path: Path) -> None:
+    build(spec, tmp_path / "out")
+    model = tmp_path / "out" / "torch" / "model.py"
+    model.rename(tmp_path / "mine.py")
+    model.symlink_to(tmp_path / "mine.py")  # the same bytes, but it is the link that would go
+    assert n3c("build", spec, "--target", "torch", "-o", tmp_path / "out", "--json").codes == ["E0611"]
+    assert model.is_symlink()
+
+
+def test_damaged_graphs_are_built_again(spec: Path, tmp_path: Path) -> None:
+    assert n3c("build", spec, "--target", "onnx", "-o", tmp_path / "out").code == 0
+    graph = tmp_path / "out" / "onnx" / "decode.onnx"
+    built = graph.read_bytes()
+    graph.write_bytes(built[:-1])
+    assert n3c("build", spec, "--target", "onnx", "-o", tmp_path / "out").code == 0
+    assert graph.read_bytes() == built
+
+
+@pytest.mark.parametrize(("name", "code"), [("out/notes.txt", "E0611"), ("out", "E0610")])
+def test_a_file_put_there_during_the_build_is_not_lost(name: str, code: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(N3CError) as caught, outdir.replacing(out, silent) as folder:
         (folder / "made").touch()
-        out.mkdir()
-        (out / "notes.txt").write_text("mine", encoding="utf-8")
-    assert caught.value.diagnostics[0].code == "E0611"
-    assert tree(tmp_path) == {"out/notes.txt": b"mine"}
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine", encoding="utf-8")
+    assert caught.value.diagnostics[0].code == code
+    assert tree(tmp_path) == {name: b"mine"}
+
+
+def test_a_link_in_the_place_of_the_working_folder_is_not_followed(spec: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine", encoding="utf-8")
+    (tmp_path / ".out.n3c-new").symlink_to(tmp_path / "mine")
+    build(spec, tmp_path / "out")
+    assert names(tmp_path) == ["mine", "out", "small.toml"]
+    assert names(tmp_path / "mine") == ["notes.txt"]
 
 
 def test_a_link_to_the_output_stays_a_link(spec: Path, tmp_path: Path) -> None:
@@ -131,7 +178,7 @@ def test_a_link_to_the_output_stays_a_link(spec: Path, tmp_path: Path) -> None:
 def test_single_files_replace_no_device_and_no_link(spec: Path, tmp_path: Path) -> None:
     (tmp_path / "real.json").write_text("old", encoding="utf-8")
     (tmp_path / "link.json").symlink_to("real.json")
-    assert n3c("export-config", spec, "-o", tmp_path / "link.json").code == 0
+    assert n3c("export-config", spec, "-o", tmp_path / "link.json", "--force").code == 0
     assert (tmp_path / "link.json").is_symlink()
     assert "nemotron_h" in (tmp_path / "real.json").read_text(encoding="utf-8")
     os.mkfifo(tmp_path / "pipe")
@@ -192,10 +239,11 @@ import sys, time
 from n3c.compiler.cli.main import main
 from n3c.compiler.building import driver
 
-def slow(spec, sha256, folder, progress):
+def slow(job, *flops):
+    folder = job.folder / "torch"
     folder.mkdir()
     (folder / "half.py").write_text("half")
-    progress.phase("half")
+    job.progress.phase("half")
     time.sleep(60)
 
 driver._emit_torch = slow
@@ -217,11 +265,11 @@ def half_way(spec: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_build_leaves_the_old_output_and_nothing_else(
     number: signal.Signals, half_way: subprocess.Popen[str], tmp_path: Path
 ) -> None:
-    before = {name: content for name, content in tree(tmp_path).items() if "n3c-new" not in name}
+    before = {name: content for name, content in tree(tmp_path).items() if ".out.n3c-" not in name}
     half_way.send_signal(number)
     _, err = half_way.communicate(timeout=30)
     assert half_way.returncode == 1
@@ -234,7 +282,7 @@ def test_a_killed_build_leaves_the_old_output_and_the_next_one_clears_up(
 ) -> None:
     half_way.kill()
     half_way.wait()
-    assert names(tmp_path) == [".out.n3c-new", "out", "small.toml"]
+    assert names(tmp_path) == [".out.n3c-lock", ".out.n3c-new", "out", "small.toml"]
     assert names(tmp_path / "out") == ["manifest.json", "spec.toml", "torch"]
     build(spec, tmp_path / "out")
     assert names(tmp_path) == ["out", "small.toml"]
@@ -257,9 +305,9 @@ def test_builds_of_one_output_wait_for_each_other(spec: Path, tmp_path: Path) ->
             (folder / "first").touch()
             inside.set()
             waited.wait(30)
-            (folder / "manifest.json").write_text(
-                '{"spec": {"name": "", "sha256": ""}, "ledger": [], "files": [{"path": "first", "bytes": 0}]}'
-            )
+            listed = {"path": "first", "bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
+            manifest = {"spec": {"name": "", "sha256": ""}, "ledger": [], "files": [listed]}
+            (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
     thread = threading.Thread(target=first)
     thread.start()

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from n3c.backends.locks import locked
 from n3c.backends.safetensors.packing import Packed, pack_nvfp4_rows
 from n3c.passes.lower.model import lower
 from support.checkpoints import policy_spec, write_checkpoint
@@ -288,3 +289,86 @@ def test_a_result_that_is_not_what_the_ledger_says(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr("n3c.backends.safetensors.stream.pack_nvfp4_rows", flipped)
     refused(tmp_path / "model", "E0618", "bytes are not what its scales give")
+
+
+def command_of(tmp_path: Path, *more: object) -> tuple[object, ...]:
+    return ("quantize", "--weights", tmp_path / "model", "-o", tmp_path / "out", *more, "--json")
+
+
+@pytest.mark.parametrize(
+    ("at_work", "wanted", "refused_for"),
+    [
+        ("1/1", "1/1", "this output"),
+        ("1/1", "2/3", "this output"),
+        ("2/3", "1/1", "part 2 of 3"),
+        ("2/3", "2/3", "part 2 of 3"),
+        ("2/3", "1/2", "part 2 of 3"),
+        ("2/3", "1/3", None),
+    ],
+)
+def test_runs_at_the_same_shards_exclude_each_other(
+    tmp_path: Path, at_work: str, wanted: str, refused_for: str | None
+) -> None:
+    write_checkpoint(tmp_path / "model", policy_spec())
+    assert n3c(*command_of(tmp_path, "--part", "3/3")).code == 0  # leaves a plan, as any run does
+    i, n = at_work.split("/")
+    with locked(tmp_path / ".out.n3c-quantize" / "state" / f"part-{i}-of-{n}.lock"):
+        before = tree(tmp_path)
+        result = n3c(*command_of(tmp_path, "--resume", "--part", wanted))
+        if refused_for is None:
+            assert result.code == 0
+            return
+        assert (result.code, result.codes) == (6, ["E0617"])
+        assert f"another process is at work on {refused_for}" in result.err
+        assert "remove" not in result.err  # what another process works in is never to be removed
+        assert tree(tmp_path) == before
+    assert n3c(*command_of(tmp_path, "--resume")).code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_what_appears_as_the_output_meanwhile_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path / "model", policy_spec())
+
+    def checked(*_: object) -> list[object]:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "notes.txt").write_text("mine", encoding="utf-8")
+        return []
+
+    with monkeypatch.context() as patch:
+        patch.setattr("n3c.backends.safetensors.quantizer.check", checked)
+        result = n3c(*command_of(tmp_path))
+    assert (result.code, result.codes) == (6, ["E0611"])
+    assert tree(tmp_path / "out") == {"notes.txt": b"mine"}
+    shutil.rmtree(tmp_path / "out")
+    assert n3c(*command_of(tmp_path, "--resume")).code == 0
+
+
+def test_the_source_is_never_inside_the_working_folder(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / ".out.n3c-quantize" / "result", policy_spec())
+    before = tree(tmp_path)
+    result = n3c("quantize", "--weights", tmp_path / ".out.n3c-quantize/result", "-o", tmp_path / "out", "--json")
+    assert (result.code, result.codes) == (6, ["E0612"])
+    assert tree(tmp_path) == before
+
+
+def test_a_link_to_an_empty_folder_stays_a_link(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model", policy_spec())
+    (tmp_path / "big").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "big")
+    assert n3c(*command_of(tmp_path)).code == 0
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "big" / "config.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["big", "model", "out"]
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o002])
+def test_permissions_are_those_of_the_umask(tmp_path: Path, mask: int) -> None:
+    write_checkpoint(tmp_path / "model", policy_spec())
+    old = os.umask(mask)
+    try:
+        assert n3c(*command_of(tmp_path)).code == 0
+    finally:
+        os.umask(old)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert modes and set(modes.values()) == {0o666 & ~mask}
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~mask

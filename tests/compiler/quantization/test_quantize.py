@@ -187,6 +187,17 @@ def test_parts_join_to_the_same_bytes(source: Path, whole: Path, tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_of_two_whole_runs_one_makes_the_output(source: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    runs = [subprocess.Popen(command(source, out), stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [(process.communicate(timeout=120)[1], process.returncode) for process in runs]
+    assert sorted(code for _, code in said) == [0, 6]
+    refused = next(text for text, code in said if code == 6)
+    assert "E0617" in refused or "E0611" in refused  # still at work, or done already
+    assert tree(out) == tree(whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_finished_run_may_be_resumed(source: Path, whole: Path) -> None:
     before = tree(whole)
     result = quantize(source, whole, "--resume")
