@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 
 from n3c.backends.trt.module import load_trt
-from n3c.compiler.building.driver import build
-from n3c.compiler.building.request import Request
+from n3c.compiler import build
 from n3c.compiler.cli.progress import TerminalProgress
 
 
@@ -48,9 +47,16 @@ def main() -> None:
     # Loading onnx-ir and TensorRT costs the same for every size: outside of the phases that are compared.
     importlib.import_module("n3c.compiler.building.plans")
     load_trt()
-    sms = tuple(int(sm) for sm in given.sm.split(","))
-    request = Request(given.spec, "trt", given.out, given.set, sms=sms, stages=given.stages, entries=tuple(given.entry))
-    built = build(request, timed)
+    built = build(
+        given.spec,
+        target="trt",
+        output=given.out,
+        sm=given.sm,
+        stages=given.stages,
+        entry=given.entry,
+        set=given.set,
+        progress=timed,
+    )
     sizes = {file["path"].rpartition("/")[2]: file["bytes"] for file in built.files}
     audit = json.loads((given.out / "trt" / "audit.json").read_text())
     figures = {
@@ -58,7 +64,7 @@ def main() -> None:
         "build_seconds": _sum(timed.seconds, "build"),
         "cpu_seconds": _sum(timed.cpu_seconds, "emit") + _sum(timed.cpu_seconds, "build"),
         "plan_bytes": sum(size for name, size in sizes.items() if name.endswith(".plan")),
-        "peak_bytes": built.as_json()["peak_rss_bytes"],
+        "peak_bytes": built.peak_rss_bytes,
         "mismatches": len(built.mismatches),
         "plans": {
             plan: {

@@ -1,7 +1,7 @@
 """`make demo`: the whole way of a model on a CPU, from nothing, in about ten minutes on two cores.
 
 Trains specs/tiny.toml with the generated code on the source files of Python's own standard library, quantizes
-the weights to NVFP4, builds ONNX graphs and TensorRT plans, verifies that all forms agree, and generates text
+the weights to NVFP4, builds ONNX graphs and TensorRT plans, verifies that all implementations agree, and generates text
 with and without multi-token prediction. What it prints at the end is one table.
 """
 
@@ -35,6 +35,10 @@ SPEC = ROOT / "specs" / "tiny.toml"
 N3C = Path(sys.executable).with_name("n3c")
 HELD_OUT = 20
 """Every so many files are not trained on."""
+MARK = ".n3c-demo"
+"""The file that says that a folder is the demo's own."""
+MADE = ("text", "held_out", "tiny", "run", "nvfp4")
+"""The folders that it makes there."""
 SAMPLE = "def read(self, size"
 
 
@@ -57,8 +61,7 @@ def main() -> None:
     arguments = parser.parse_args()
     work: Path = arguments.work
     trained: Path = arguments.trained or work / "run" / "export"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    begin(work)
     start = time.monotonic()
 
     def phase(title: str) -> None:
@@ -95,6 +98,18 @@ def main() -> None:
     different = sum(a != b for a, b in zip(plain.tokens, drafted.tokens, strict=True))
     if different or not verified["ok"]:
         sys.exit(5)
+
+
+def begin(work: Path) -> None:
+    """Make the folder, or remove from it what an earlier demo made; exit with 2 where it is somebody else's."""
+    mark = work / MARK
+    if (work.exists() and not work.is_dir()) or (work.is_dir() and any(work.iterdir()) and not mark.is_file()):
+        print(f"{work} is not of an earlier demo, and is left as it is: give --work another folder", file=sys.stderr)
+        sys.exit(2)
+    work.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    for name in MADE:
+        shutil.rmtree(work / name, ignore_errors=True)
 
 
 def n3c(*arguments: object) -> str:
@@ -193,7 +208,7 @@ def table(build: OpenedBuild, work: Path, trained: Path, verified: dict[str, Any
     """Return the table."""
     text, quantized = held_out(work), work / "nvfp4"
     plans = [file for file in build.manifest["files"] if file["path"].endswith(".plan")]
-    worst = {form["name"]: form["worst"]["relative"] for form in verified["forms"]}
+    worst = {form["name"]: form["worst"]["relative"] for form in verified["implementations"]}
     different = sum(a != b for a, b in zip(plain.tokens, drafted.tokens, strict=True))
 
     def size(folder: Path) -> str:

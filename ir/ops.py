@@ -23,8 +23,8 @@ from .types import Dim, DType, TensorType
 
 Attribute = int | float | bool | str | tuple[int, ...]
 Types = tuple[TensorType, ...]
-Named = Mapping[str, TensorType | None]
-"""Types of operands by name; None for an optional one that is left out."""
+Flops = Callable[[Mapping[str, TensorType | None], Types, Mapping[str, Attribute]], int]
+"""FLOPs of operands by name, results and attributes; a multiply-add is two, symbolic dims count as one."""
 T = TypeVar("T")
 
 CACHE_MAX = 352.0
@@ -43,7 +43,10 @@ class OpDef:
     attributes: tuple[str, ...]
     rule: Callable[..., TensorType | Types]
     weights: tuple[str, ...] = ()
-    """Operands that are weights of linears, [..., N, K]: what formats apply to, and what audits follow."""
+    """Operands that are weights of linears, [..., N, K]: what formats apply to, and what audits follow.
+
+    An op with weights reads the rows that it multiplies as its operand `x`, [B, S, ..., K].
+    """
     flops: Flops | None = None
 
     def position(self, operand: str) -> int:
@@ -74,9 +77,6 @@ class OpDef:
         return [*operands, *(None for name in missing if name in self.optional)]
 
 
-Flops = Callable[[Any, Types, Mapping[str, Attribute]], int]
-"""FLOPs of operands (by name), results and attributes; a multiply-add is two, symbolic dims count as one."""
-
 OPS: dict[str, OpDef] = {}
 """Every op by its name."""
 
@@ -99,7 +99,7 @@ def op(
             weights=weights,
             flops=flops,
         )
-        for name in weights:
+        for name in (*weights, "x") if weights else ():
             definition.position(name)
         OPS[definition.name] = definition
         return definition

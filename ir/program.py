@@ -257,15 +257,24 @@ class Program:
         """Return the parameter that `call` binds to `formal`; ValueError where that is no parameter of its function."""
         return self.parameters[call.parameters[self.functions[call.function].parameters.index(formal)]]
 
-    def extract(self, entry: EntryPoint) -> Program:
-        """Return a program of a copy of `entry` alone, with what it uses: passes may rewrite it, this one stays."""
-        calls = [replace(call, parameters=list(call.parameters), states=list(call.states)) for call in entry.calls]
-        names = {name: None for call in calls for name in call.parameters}
+    def extract(self, *entries: EntryPoint) -> Program:
+        """Return a program of copies of `entries`, with what they use: passes may rewrite it, this one stays."""
+        copies = [
+            replace(
+                entry,
+                inputs=dict(entry.inputs),
+                outputs=list(entry.outputs),
+                calls=[replace(c, parameters=list(c.parameters), states=list(c.states)) for c in entry.calls],
+            )
+            for entry in entries
+        ]
+        calls = [call for entry in copies for call in entry.calls]
+        parameters = dict.fromkeys(name for call in calls for name in call.parameters)
         states = {name for call in calls for name in call.states}
         return Program(
             self.name,
             {name: self.functions[name].clone(name) for name in dict.fromkeys(call.function for call in calls)},
-            {name: self.parameters[name] for name in names},
+            {name: self.parameters[name] for name in parameters},
             {name: state for name, state in self.states.items() if name in states},
-            {entry.name: replace(entry, inputs=dict(entry.inputs), calls=calls, outputs=list(entry.outputs))},
+            {entry.name: entry for entry in copies},
         )

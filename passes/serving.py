@@ -29,13 +29,18 @@ class Served:
 
 
 def serve(
-    spec: Spec, after: Callable[[str, Program], None] | None = None, *, lacking: Collection[DType] = ()
+    spec: Spec,
+    after: Callable[[str, Program], None] | None = None,
+    *,
+    lacking: Collection[DType] = (),
+    lowered: Program | None = None,
 ) -> Served:
     """Lower `spec` and run the serving pipeline, for a target that lacks the types `lacking`.
 
-    N3CError (exit code 3) where a rule does not fit the model.
+    `lowered` is the program of `spec`, where the caller has lowered it; the passes rewrite it. N3CError (exit code 3)
+    where a rule does not fit the model.
     """
-    program = lower(spec)
+    program = lower(spec) if lowered is None else lowered
     if after is not None:
         after("lower", program)
     weights = tuple(program.parameters.values())

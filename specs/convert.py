@@ -1,4 +1,4 @@
-"""`n3c import`, `n3c export-config` and `n3c schema`: the work behind the commands."""
+"""Configs and checkpoint folders to specs, and specs to config texts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from typing import cast
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 
 from .dump import dump_spec
-from .files import read_text, write_text
+from .files import read_text
 from .huggingface import export_config, import_config
 from .json_places import JsonPlaces, parse_json
-from .json_schema import json_schema
 from .schema import Spec
 
 
@@ -28,11 +27,10 @@ class Imported:
     warnings: tuple[Diagnostic, ...]
 
 
-def run_import(source: Path, output: Path | None = None, *, formats_matter: bool = True) -> Imported:
+def run_import(source: Path, *, formats_matter: bool = True) -> Imported:
     """Import a config.json, or a checkpoint folder with one and perhaps a hf_quant_config.json.
 
-    Writes the TOML text to `output` where given. Without `formats_matter` a quantization config of another
-    layout than ModelOpt's is passed over. Raises N3CError.
+    Without `formats_matter` a quantization config of another layout than ModelOpt's is passed over. Raises N3CError.
     """
     file = source / "config.json" if source.is_dir() else source
     config, places = parse_json(read_text(file), str(file))
@@ -42,25 +40,12 @@ def run_import(source: Path, output: Path | None = None, *, formats_matter: bool
     name = _name(source.resolve().name if source.is_dir() else _stem(source))
     spec, warnings = import_config(config, places, name, quantization, quantization_places)
     text = dump_spec(spec)
-    if output is not None:
-        write_text(output, text)
     return Imported(spec, text, tuple(warnings))
 
 
-def run_export_config(spec: Spec, output: Path | None = None) -> str:
-    """Return the config.json text of a spec; write it to `output` where given. Raises N3CError."""
-    text = json.dumps(export_config(spec), indent=2) + "\n"
-    if output is not None:
-        write_text(output, text)
-    return text
-
-
-def run_schema(output: Path | None = None) -> str:
-    """Return the JSON Schema text; write it to `output` where given. Raises N3CError."""
-    text = json.dumps(json_schema(), indent=2) + "\n"
-    if output is not None:
-        write_text(output, text)
-    return text
+def config_text(spec: Spec) -> str:
+    """Return the config.json text of a spec. Raises N3CError."""
+    return json.dumps(export_config(spec), indent=2) + "\n"
 
 
 def _quantization(config_file: Path) -> tuple[Mapping[str, object] | None, JsonPlaces | None]:

@@ -18,9 +18,9 @@ def dump_spec(spec: Spec) -> str:
     `parse_spec(dump_spec(spec), ...)` is equal to `spec`, for every spec that the reader makes.
     """
     lines = [f"schema = {spec.schema}", f"name = {toml_value(spec.name)}"]
-    for name in ("model", "mamba", "attention", "moe", "mlp", "mtp", "quantization", "training", "serving"):
+    for name in fields_of(Spec):
         table = getattr(spec, name)
-        if table is None:
+        if not dataclasses.is_dataclass(table) or isinstance(table, type):
             continue
         lines += ["", f"[{name}]", *_pairs(table)]
         if isinstance(table, (Quantization, Training)):

@@ -19,8 +19,7 @@ def read_text(path: Path) -> str:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        message = f"cannot read {shown(str(path))}: {reason}"
+        message = f"cannot read {shown(str(path))}: {_reason(error)}"
         raise N3CError(Diagnostic("E0601", message, Span(str(path))), ExitCode.FILE) from None
     if len(data) > MAX_BYTES:
         message = f"larger than {MAX_BYTES >> 20} MiB: not a spec or a configuration"
@@ -32,6 +31,36 @@ def read_text(path: Path) -> str:
         span = good.span(len(good.text) - 1, len(good.text))
         message = f"not UTF-8: byte 0x{data[error.start]:02x}"
         raise N3CError(Diagnostic("E0100", message, span), ExitCode.SPEC) from None
+
+
+def require_new(path: Path, source: Path | None = None, *, force: bool = False) -> None:
+    """Raise N3CError (E0602, FILE) before any work where writing `path` would lose a file.
+
+    A folder and `source`, the file that is read, are never replaced; a file or a link that is there only with
+    `force`. A device or a pipe, as /dev/stdout, has nothing to lose.
+    """
+    try:
+        there = path.exists()
+        if there and not path.is_file() and not path.is_dir():
+            return
+        if there and source is not None and source.exists() and path.samefile(source):
+            raise _not_written(path, "it is the file that is read", "choose another name")
+        if path.is_dir():
+            raise _not_written(path, "Is a directory", "name a file")
+        if (there or path.is_symlink()) and not force:
+            kind = "a link" if path.is_symlink() else "a file"
+            raise _not_written(path, f"{kind} of that name is there", "--force overwrites it")
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links
+        raise _not_written(path, _reason(error)) from None
+
+
+def _not_written(path: Path, reason: str, help: str | None = None) -> N3CError:
+    message = f"cannot write {shown(str(path))}: {reason}"
+    return N3CError(Diagnostic("E0602", message, Span(str(path)), help=help), ExitCode.FILE)
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -53,9 +82,7 @@ def write_text(path: Path, text: str) -> None:
         os.replace(temporary, target)  # noqa: PTH105
         temporary = None
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        message = f"cannot write {shown(str(path))}: {reason}"
-        raise N3CError(Diagnostic("E0602", message, Span(str(path))), ExitCode.FILE) from None
+        raise _not_written(path, _reason(error)) from None
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Severity, Span
 
-from .huggingface_names import FIELDS, MTP, N3C_KEYS, PATTERNS, SILENT, STATE_DTYPES, TABLES, UNSUPPORTED
+from .blocks import KINDS
+from .huggingface_names import FIELDS, MTP, N3C_KEYS, PATTERNS, SILENT, STATE_DTYPES, UNSUPPORTED
 from .json_places import JsonPlaces
+from .keys import COUNT
 from .modelopt import QuantizationError, import_quantization
 from .modules import module_groups
 from .pattern import (
@@ -25,7 +28,7 @@ from .places import shown
 from .reader import in_order, read_spec
 from .recipe import published_recipe
 from .rules_table import spec_with_quantization
-from .schema import Moe, Spec
+from .schema import Spec
 
 
 def import_config(
@@ -191,7 +194,7 @@ class _Importer:
     # Sizes
 
     def fields(self, main: Pattern, mtp: Pattern | None, own: Mapping[str, Any]) -> None:
-        tables = {"model"} | {TABLES[kind] for kind in (*main, *(mtp or ()))}
+        tables = {"model"} | {kind.table for kind in (*main, *(mtp or ()))}
         assumed: list[str] = []
         for path, (name, default, aliases) in FIELDS.items():
             table, key = str(path[0]), str(path[1])
@@ -283,7 +286,8 @@ class _Importer:
                 return
         if quantization is None or "quantization" in own:
             return  # where there are two, `n3c` has the spec's own words, from which a quantizer made the other
-        groups = module_groups(main, mtp, self.moe(), self.raw["model"].get("tie_word_embeddings") is True)
+        tied = self.raw["model"].get("tie_word_embeddings") is True
+        groups = module_groups(main, mtp, self.block_tables(), tied)
         try:
             imported = import_quantization(quantization, groups, main)
         except QuantizationError as error:
@@ -297,19 +301,17 @@ class _Importer:
             message = f"{len(imported.unknown)} names of the quantization match no module, as `{first}`"
             self.warn("W0303", message, places.json_value(*root))
 
-    def moe(self) -> Moe | None:
-        """Return the MoE sizes that module names depend on, bad values as none; the reader reports them."""
-        table: Mapping[str, Any] | None = self.raw.get("moe")
-        if table is None:
-            return None
-        sizes = {key: value if type(value) is int and 0 < value <= 1 << 16 else 0 for key, value in table.items()}
-        return Moe(
-            num_experts=sizes["num_experts"],
-            top_k=sizes["top_k"],
-            intermediate_size=sizes["intermediate_size"],
-            shared_intermediate_size=sizes["shared_intermediate_size"],
-            latent_size=sizes.get("latent_size") or None,
-        )
+    def block_tables(self) -> dict[str, SimpleNamespace]:
+        """Return the sizes that module names depend on, bad values as 0; the reader reports them."""
+
+        def size(value: object) -> int:
+            return value if type(value) is int and 0 < value <= COUNT else 0
+
+        keys = {kind.table: [config.key for config in kind.config_keys] for kind in KINDS if kind.table in self.raw}
+        return {
+            table: SimpleNamespace(**{name: size(self.raw[table].get(name)) for name in names})
+            for table, names in keys.items()
+        }
 
 
 def _json(value: object) -> str:

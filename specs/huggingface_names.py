@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .pattern import BlockKind
+from .blocks import KINDS
 from .places import Path
 
 # Spec key → (name in config.json, default of NemotronHConfig, other names in use)
@@ -22,29 +22,11 @@ FIELDS: dict[Path, tuple[str, Any, tuple[str, ...]]] = {
     ("model", "pad_token_id"): ("pad_token_id", 0, ()),
     ("model", "bos_token_id"): ("bos_token_id", 1, ()),
     ("model", "eos_token_ids"): ("eos_token_id", 2, ()),
-    ("mamba", "num_heads"): ("mamba_num_heads", 128, ()),
-    ("mamba", "head_dim"): ("mamba_head_dim", 64, ()),
-    ("mamba", "state_size"): ("ssm_state_size", 128, ("mamba_state_dim",)),
-    ("mamba", "n_groups"): ("n_groups", 8, ("mamba_n_groups", "mamba_num_groups")),
-    ("mamba", "conv_kernel"): ("conv_kernel", 4, ("mamba_d_conv",)),
-    ("mamba", "chunk_size"): ("chunk_size", 128, ("mamba_chunk_size",)),
-    ("mamba", "conv_bias"): ("use_conv_bias", True, ("mamba_conv_bias",)),
-    ("mamba", "time_step_min"): ("time_step_min", 1e-3, ("mamba_dt_min",)),
-    ("mamba", "time_step_max"): ("time_step_max", 0.1, ("mamba_dt_max",)),
-    ("mamba", "time_step_floor"): ("time_step_floor", 1e-4, ("mamba_dt_init_floor",)),
-    ("attention", "num_heads"): ("num_attention_heads", 32, ()),
-    ("attention", "num_kv_heads"): ("num_key_value_heads", 8, ()),
-    ("attention", "head_dim"): ("head_dim", 128, ("attention_head_dim",)),
-    ("moe", "num_experts"): ("n_routed_experts", 8, ("num_local_experts",)),
-    ("moe", "top_k"): ("num_experts_per_tok", 2, ()),
-    ("moe", "intermediate_size"): ("moe_intermediate_size", 7688, ()),
-    ("moe", "shared_intermediate_size"): ("moe_shared_expert_intermediate_size", 7688, ()),
-    ("moe", "latent_size"): ("moe_latent_size", None, ()),
-    ("moe", "routed_scaling_factor"): ("routed_scaling_factor", 1.0, ()),
-    ("moe", "norm_topk_prob"): ("norm_topk_prob", True, ()),
-    ("moe", "n_group"): ("n_group", 1, ()),
-    ("moe", "topk_group"): ("topk_group", 1, ()),
-    ("mlp", "intermediate_size"): ("intermediate_size", 21504, ()),
+    **{
+        (kind.table, config.key): (config.name, config.default, config.aliases)
+        for kind in KINDS
+        for config in kind.config_keys
+    },
 }
 
 # Features that a spec cannot say: name → the values that mean "not used"
@@ -92,5 +74,4 @@ MTP = (
     "mtp_loss_scaling_factor",
 )
 STATE_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-TABLES = {BlockKind.MAMBA: "mamba", BlockKind.ATTENTION: "attention", BlockKind.MOE: "moe", BlockKind.MLP: "mlp"}
 N3C_KEYS = ("name", "pipeline_cuts", "quantization", "training", "serving", "time_step_min")

@@ -17,6 +17,20 @@ from .schema import Spec
 from .toml_places import TomlPlaces
 
 
+def loaded(spec: str | Path | Spec, overrides: Sequence[str] = ()) -> tuple[Spec, list[Diagnostic]]:
+    """Return a spec that is given as such or by its path, with `overrides` laid over it, and the warnings.
+
+    Raises as `load_spec`.
+    """
+    if not isinstance(spec, Spec):
+        return load_spec(spec, overrides)
+    if not overrides:
+        return spec, []
+    from .dump import dump_spec  # a file needs none
+
+    return parse_spec(dump_spec(spec), spec.name, overrides)
+
+
 def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Spec, list[Diagnostic]]:
     """Load a spec file; return it with the warnings.
 

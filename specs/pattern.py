@@ -1,7 +1,7 @@
 """The pattern DSL: which block stands at each layer, and the forms in which others write it.
 
     pattern = item* ; item = block | group | cut
-    block   = symbol count?            symbol: M Mamba-2, E MoE, * attention, - MLP
+    block   = symbol count?            symbol: one of `blocks.LEGEND`, as M Mamba-2 and * attention
     group   = "(" block-or-group+ ")" count?
     cut     = "|"                      a pipeline cut, as Megatron writes it; outside groups only
     count   = decimal digits directly after the symbol or the bracket: `M3` is `MMM`, `(ME)4` four pairs
@@ -16,44 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from itertools import pairwise
 
 from n3c.ir.text import escaped
 
+from .block_kind import BlockKind
+from .blocks import ATTENTION, BY_SYMBOL, KINDS, MAMBA
+
 MAX_BLOCKS = 4096
 """Most blocks of one pattern; the deepest released model has 108."""
-
-
-class BlockKind(Enum):
-    """What one residual block does; the value is its pattern symbol."""
-
-    MAMBA = "M"
-    MOE = "E"
-    ATTENTION = "*"
-    MLP = "-"
-
-    @property
-    def hf_name(self) -> str:
-        """The name in `layers_block_type` as transformers 5 writes it."""
-        return _HF_NAMES[self][0]
-
-    @classmethod
-    def from_hf_name(cls, name: str) -> BlockKind:
-        """Return the kind of a `layers_block_type` entry in any of its spellings; ValueError if unknown."""
-        for kind, names in _HF_NAMES.items():
-            if name in names or name == kind.value:
-                return kind
-        raise ValueError(f"unknown block type `{name}`")
-
-
-_HF_NAMES = {
-    BlockKind.MAMBA: ("linear_attention", "mamba"),
-    BlockKind.MOE: ("moe",),
-    BlockKind.ATTENTION: ("full_attention", "attention"),
-    BlockKind.MLP: ("mlp",),
-}
-_KINDS = {kind.value: kind for kind in BlockKind}
 
 
 class PatternError(ValueError):
@@ -88,7 +59,7 @@ class Pattern:
     @property
     def kinds(self) -> tuple[BlockKind, ...]:
         """The kind of each block."""
-        return tuple(_KINDS[symbol] for symbol in self.symbols)
+        return tuple(BY_SYMBOL[symbol] for symbol in self.symbols)
 
     def __iter__(self) -> Iterator[BlockKind]:
         return iter(self.kinds)
@@ -97,11 +68,11 @@ class Pattern:
         return len(self.symbols)
 
     def __contains__(self, kind: object) -> bool:
-        return isinstance(kind, BlockKind) and kind.value in self.symbols
+        return isinstance(kind, BlockKind) and kind.symbol in self.symbols
 
     def layers(self, kind: BlockKind) -> tuple[int, ...]:
         """Return the layer indexes of `kind`."""
-        return tuple(index for index, symbol in enumerate(self.symbols) if symbol == kind.value)
+        return tuple(index for index, symbol in enumerate(self.symbols) if symbol == kind.symbol)
 
     def compact(self) -> str:
         """Return a short, readable DSL text that parses to an equal pattern, as `(ME)3 M*E`."""
@@ -132,7 +103,7 @@ def _parse(text: str) -> Pattern:
                 raise PatternError("a pipeline cut `|` cannot stand inside a group", position)
             stages.append(len(symbols))
             position += 1
-        elif char in _KINDS or char == ")":
+        elif char in BY_SYMBOL or char == ")":
             if char == ")":
                 if not opened:
                     raise PatternError("`)` closes no group", position)
@@ -182,10 +153,14 @@ def _unexpected(text: str, position: int) -> PatternError:
         return PatternError(message, position, end - position, "write the count directly after a symbol or `)`")
     if char == "/":
         return PatternError("`/` is not a pattern symbol", position, 1, "the blocks of MTP are [mtp] `pattern`")
-    advice = "symbols are M (Mamba-2), E (MoE), * (attention) and - (MLP)"
-    if char.upper() in _KINDS:
+    advice = f"symbols are {_listed([f'{kind.symbol} ({kind.title})' for kind in KINDS])}"
+    if char.upper() in BY_SYMBOL:
         advice = f"did you mean `{char.upper()}`?"
     return PatternError(f"`{escaped(char)}` is not a pattern symbol", position, 1, advice)
+
+
+def _listed(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def _compact(symbols: str) -> str:
@@ -224,7 +199,7 @@ def _best_unit(symbols: str, place: int) -> tuple[str, int]:
 
 def _reads_well(unit: str) -> bool:
     """Whether people would repeat `unit`: `ME` rather than `EM`, and attention ends a period."""
-    mamba, attention = BlockKind.MAMBA.value, BlockKind.ATTENTION.value
+    mamba, attention = MAMBA.symbol, ATTENTION.symbol
     if mamba not in unit:
         return True
     after_attention = unit[unit.rfind(attention) + 1 :] if attention in unit else ""
@@ -234,7 +209,7 @@ def _reads_well(unit: str) -> bool:
 def from_hybrid_override(text: str) -> Pattern:
     """Read `hybrid_override_pattern`: symbols only. Raises PatternError."""
     for offset, char in enumerate(text):
-        if char not in _KINDS:
+        if char not in BY_SYMBOL:
             raise _unexpected(text, offset)
     return _parse(text)
 
@@ -243,10 +218,11 @@ def from_layers_block_type(names: Sequence[str]) -> Pattern:
     """Read `layers_block_type` in any spelling; PatternError's offset is the index of the bad entry."""
     symbols: list[str] = []
     for index, name in enumerate(names):
-        try:
-            symbols.append(BlockKind.from_hf_name(name).value)
-        except ValueError as error:
-            raise PatternError(str(error), index, 1, "types are mamba, attention, moe and mlp") from None
+        kind = next((kind for kind in KINDS if name in (kind.symbol, *kind.hf_names)), None)
+        if kind is None:
+            types = _listed([kind.hf_names[-1] for kind in KINDS])
+            raise PatternError(f"unknown block type `{name}`", index, 1, f"types are {types}")
+        symbols.append(kind.symbol)
         if index >= MAX_BLOCKS:
             raise PatternError(f"pattern has more than {MAX_BLOCKS} blocks", index)
     if not symbols:
@@ -282,7 +258,7 @@ def from_megatron(text: str) -> tuple[Pattern, Pattern | None, int]:
 
 def _megatron_part(text: str, start: int, *, cuts: bool) -> Pattern:
     for offset, char in enumerate(text):
-        if char not in _KINDS and not (cuts and char == "|"):
+        if char not in BY_SYMBOL and not (cuts and char == "|"):
             error = _unexpected(text, offset)
             raise PatternError(error.message, start + offset, error.length, error.advice)
     try:

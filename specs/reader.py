@@ -16,10 +16,11 @@ from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from n3c.ir.diagnostics import Diagnostic, Severity, Span, did_you_mean
 
+from .blocks import KINDS
 from .consistency import check
 from .pattern import Pattern, PatternError
 from .places import Path, Places, dotted, shown
-from .roles import NOT_LINEAR, ROLES, match_roles, select_layers
+from .roles import NOT_LINEAR, ROLE_GLOBS, ROLES, match_roles, select_layers
 from .schema import Format, Rule, Serving, Spec, TrainingFormat
 
 MAX_ERRORS = 100
@@ -28,8 +29,6 @@ MAX_ENTRIES = 64
 """Most entries of an array, other than rules and modules."""
 
 _BAD = object()  # what a value that was reported reads as
-_TABLES = ("mamba", "attention", "moe", "mlp")
-_GLOBS = ("mamba.*", "attention.*", "moe.*", "moe.latent_*", "moe.experts.*", "moe.shared.*", "mlp.*", "mtp.*")
 
 
 def read_spec(
@@ -108,10 +107,8 @@ class _Reader:
         if values is None or self.failed:
             return None
         values["serving"] = Serving(**{name: self.values[f"serving.{name}"] for name in fields_of(Serving)})
-        used = self.values["model.pattern"].symbols + (values["mtp"].pattern.symbols if values["mtp"] else "")
-        for symbol, name in zip("M*E-", _TABLES, strict=True):
-            if symbol not in used:
-                values[name] = None
+        used = {*values["model"].pattern, *(values["mtp"].pattern if values["mtp"] else ())}
+        values |= {kind.table: None for kind in KINDS if kind not in used}
         return Spec(**values, spans=self.spans())
 
     def fit_serving(self) -> None:
@@ -294,7 +291,8 @@ class _Reader:
             span = self.places.value((*path, "roles", index))
             if not matched:
                 trunk = [role for role in ROLES if not role.startswith("mtp.")]
-                advice = did_you_mean(glob[:80], (*_GLOBS, *ROLES)) or f"roles: {', '.join(trunk)}; in MTP with `mtp.`"
+                nearest = did_you_mean(glob[:80], (*ROLE_GLOBS, *ROLES))
+                advice = nearest or f"roles: {', '.join(trunk)}; in MTP with `mtp.`"
                 self.say("E0109", f"`{shown(glob)}` matches no role", span, advice)
             elif matched <= NOT_LINEAR and chosen not in (None, "bf16"):
                 self.say("E0113", f"`{glob}` cannot be {chosen}: only the weights of linears can", span)

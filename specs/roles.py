@@ -2,47 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
-from .pattern import BlockKind, Pattern
+from .block_kind import BlockKind
+from .blocks import ATTENTION, KINDS, MAMBA
+from .pattern import Pattern
 
-_TRUNK = (
-    "norm",
-    "mamba.in_proj",
-    "mamba.conv1d",
-    "mamba.out_proj",
-    "attention.q_proj",
-    "attention.k_proj",
-    "attention.v_proj",
-    "attention.o_proj",
-    "moe.router",
-    "moe.latent_down",
-    "moe.latent_up",
-    "moe.experts.up",
-    "moe.experts.down",
-    "moe.shared.up",
-    "moe.shared.down",
-    "mlp.up",
-    "mlp.down",
-)
+
+def _roles(kinds: Iterable[BlockKind]) -> tuple[str, ...]:
+    return ("norm", *(role for kind in kinds for role in kind.roles))
+
 
 ROLES = (
     "embedding",
     "lm_head",
-    *_TRUNK,
-    *(f"mtp.{role}" for role in _TRUNK if not role.startswith(("mamba.", "mlp."))),
+    *_roles(KINDS),
+    *(f"mtp.{role}" for role in _roles(kind for kind in KINDS if kind.in_mtp)),
     "mtp.eh_proj",
 )
-"""Every role that a rule can name. MTP blocks are attention and MoE only, under `mtp.`.
+"""Every role that a rule can name; those of the blocks of MTP under `mtp.`.
 
 Reports also know `mamba.ssm` (A_log, D, dt_bias), which has no format but its own.
 """
 
+
+def _shared_prefixes(roles: Sequence[str]) -> Iterator[str]:
+    """Yield what several roles begin with, up to a dot or underscore: `moe.`, `moe.latent_`."""
+    counts = Counter(role[: end + 1] for role in roles for end, char in enumerate(role) if char in "._")
+    return (prefix for prefix, count in counts.items() if count > 1)
+
+
+ROLE_GLOBS = ("mtp.*", *(f"{prefix}*" for kind in KINDS for prefix in _shared_prefixes(kind.roles)))
+"""The globs in which people write roles, wide ones first."""
+
 ROUTERS = frozenset({"moe.router", "mtp.moe.router"})
 """An error in these changes which experts run: no recipe quantizes them, and they train in float32."""
 
-NOT_LINEAR = frozenset(role for role in ROLES if role.endswith(("norm", "conv1d"))) | {"embedding"}
+_VECTORS = ("norm", *(module.role for kind in KINDS for module in kind.modules if not module.linear))
+
+NOT_LINEAR = frozenset({"embedding", *_VECTORS, *(f"mtp.{role}" for role in _VECTORS)}) & frozenset(ROLES)
 """Roles of weights that no linear multiplies with: they have no format but that of the model."""
 
 
@@ -63,9 +63,8 @@ def select_layers(selector: str, pattern: Pattern) -> frozenset[int]:
     if selector == "all":
         return frozenset(range(total))
     if selector == "before attention":
-        mamba, attention = BlockKind.MAMBA.value, BlockKind.ATTENTION.value
         pairs = zip(pattern.symbols, pattern.symbols[1:], strict=False)
-        return frozenset(index for index, pair in enumerate(pairs) if pair == (mamba, attention))
+        return frozenset(index for index, pair in enumerate(pairs) if pair == (MAMBA.symbol, ATTENTION.symbol))
     word, _, number = selector.rpartition(" ")
     if word in ("first", "last") and _is_number(number):
         count = int(number)

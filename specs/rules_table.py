@@ -12,7 +12,7 @@ from n3c.ir.formats import FORMATS
 
 from .modules import Group
 from .pattern import Pattern
-from .roles import select_layers
+from .roles import ROLE_GLOBS, select_layers
 from .schema import Format, Quantization, Rule, Spec
 
 
@@ -90,13 +90,10 @@ def _selector(wanted: Sequence[int], having: Sequence[int], pattern: Pattern) ->
     return None
 
 
-_GLOBS = ("mtp.*", "moe.*", "moe.experts.*", "moe.shared.*", "moe.latent_*", "mamba.*", "attention.*", "mlp.*")
-
-
 def role_globs(roles: Sequence[str], present: Sequence[str]) -> list[str]:
     """Shorten a list of roles by globs that match, of the roles `present` in a model, no others."""
     left = list(roles)
-    for glob in _GLOBS:
+    for glob in ROLE_GLOBS:
         matched = [role for role in present if fnmatchcase(role, glob)]
         if len(matched) > 1 and set(matched) <= set(left):
             place = left.index(matched[0])

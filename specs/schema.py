@@ -2,18 +2,20 @@
 """The spec, as frozen dataclasses. They are the schema: loader, JSON Schema and docs derive from them.
 
 Each field is declared with `key(...)`: its documentation, its bounds and its default. A field
-without a default is required. The names and their meaning are a contract with users. The maxima are
-far above any model; they keep sizes, and products of sizes, within what later stages can count.
+without a default is required. The names and their meaning are a contract with users. The tables of
+the block kinds stand in `blocks`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from n3c.ir.diagnostics import Span
 
+from .blocks import LEGEND, Attention, Mamba, Mlp, Moe
+from .keys import COUNT, LENGTH, WIDTH, key
 from .pattern import Pattern
 
 Format = Literal["nvfp4", "w4a16_nvfp4", "fp8", "bf16"]
@@ -24,44 +26,9 @@ TrainingFormat = Literal["nvfp4", "mxfp8", "bf16"]
 BLOCKS = ((16, 16), (1, 16))
 """Weight blocks of NVFP4: two-dimensional (arXiv 2509.25149), and one-dimensional."""
 
-WIDTH = 1 << 20
-"""Most channels of anything."""
-COUNT = 1 << 16
-"""Most heads, experts, groups or prediction steps."""
-LENGTH = (1 << 31) - 1
-"""Longest sequence, in tokens; positions are 32-bit integers in every backend."""
-
 NAME = r"[a-z0-9][a-z0-9._-]{0,79}"
 MODULE = r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*"
 LAYERS = r"all|[0-9]+|[0-9]+\.\.[0-9]+|first [0-9]+|last [0-9]+|before attention"
-
-
-def key(
-    doc: str,
-    *,
-    default: Any = ...,
-    minimum: float | None = None,
-    above: float | None = None,
-    maximum: float | None = None,
-    regex: str | None = None,
-    choices: tuple[Any, ...] | None = None,
-) -> Any:
-    """Declare a spec key.
-
-    `minimum` and `maximum` include their value, `above` excludes it; in an array they bound each
-    entry, as does `regex`, which must match a whole string. `choices` lists the values allowed.
-    """
-    metadata = {
-        "doc": doc,
-        "minimum": minimum,
-        "above": above,
-        "maximum": maximum,
-        "regex": regex,
-        "choices": choices,
-    }
-    if default is ...:
-        return field(metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +37,7 @@ class Model:
 
     hidden_size: int = key("Width of the residual stream.", minimum=1, maximum=WIDTH)
     vocab_size: int = key("Rows of the embedding and of the head.", minimum=1, maximum=1 << 24)
-    pattern: Pattern = key("One symbol a residual block: M Mamba-2, E MoE, * attention, - MLP; groups repeat, `(ME)4`.")
+    pattern: Pattern = key(f"One symbol a residual block: {LEGEND}; groups repeat, `(ME)4`.")
     max_position_embeddings: int = key("Longest context, in tokens.", default=4096, minimum=1, maximum=LENGTH)
     norm_eps: float = key("Epsilon of every RMSNorm.", default=1e-5, above=0)
     tie_word_embeddings: bool = key("Whether the head is the embedding.", default=False)
@@ -81,75 +48,6 @@ class Model:
         "Token that begins a sequence; leave out for none.", default=None, minimum=0, maximum=LENGTH
     )
     eos_token_ids: tuple[int, ...] = key("Tokens that end a sequence.", default=(), minimum=0, maximum=LENGTH)
-
-
-@dataclass(frozen=True, slots=True)
-class Mamba:
-    """[mamba]: a Mamba-2 mixer (arXiv 2405.21060). Inner width = num_heads * head_dim."""
-
-    num_heads: int = key("Heads H.", minimum=1, maximum=COUNT)
-    head_dim: int = key("Channels of a head, P.", minimum=1, maximum=COUNT)
-    state_size: int = key("State of a channel, N.", minimum=1, maximum=COUNT)
-    n_groups: int = key("Groups that share B and C, G; also of the gated norm.", minimum=1, maximum=COUNT)
-    conv_kernel: int = key("Width of the causal convolution.", default=4, minimum=2, maximum=256)
-    chunk_size: int = key("Chunk of the SSD algorithm, in tokens.", default=128, minimum=1, maximum=COUNT)
-    conv_bias: bool = key("Whether the convolution has a bias.", default=True)
-    time_step_min: float = key("Smallest fresh time step.", default=1e-3, above=0)
-    time_step_max: float = key("Largest fresh time step.", default=0.1, above=0)
-    time_step_floor: float = key("Floor of fresh time steps.", default=1e-4, above=0)
-
-    @property
-    def inner_size(self) -> int:
-        """Width of z and x: num_heads * head_dim (`expand` of published configs is dead)."""
-        return self.num_heads * self.head_dim
-
-    @property
-    def conv_size(self) -> int:
-        """Channels of the convolution: x, B and C."""
-        return self.inner_size + 2 * self.n_groups * self.state_size
-
-    @property
-    def in_proj_size(self) -> int:
-        """Rows of in_proj, in this order: z, (x, B, C), dt."""
-        return self.inner_size + self.conv_size + self.num_heads
-
-
-@dataclass(frozen=True, slots=True)
-class Attention:
-    """[attention]: grouped-query attention without position encoding."""
-
-    num_heads: int = key("Query heads.", minimum=1, maximum=COUNT)
-    num_kv_heads: int = key("Key and value heads.", minimum=1, maximum=COUNT)
-    head_dim: int = key("Channels of a head.", minimum=1, maximum=COUNT)
-
-
-@dataclass(frozen=True, slots=True)
-class Moe:
-    """[moe]: routed experts with squared ReLU, in a latent width where `latent_size` is given."""
-
-    num_experts: int = key("Routed experts.", minimum=1, maximum=COUNT)
-    top_k: int = key("Experts a token.", minimum=1, maximum=COUNT)
-    intermediate_size: int = key("Inner width of a routed expert.", minimum=1, maximum=WIDTH)
-    shared_intermediate_size: int = key(
-        "Inner width of the shared expert; 0: none.", default=0, minimum=0, maximum=WIDTH
-    )
-    latent_size: int | None = key(
-        "Width in which experts live (LatentMoE); leave out for a standard MoE.",
-        default=None,
-        minimum=1,
-        maximum=WIDTH,
-    )
-    routed_scaling_factor: float = key("Factor of the routed sum.", default=1.0, above=0)
-    norm_topk_prob: bool = key("Whether the chosen scores are divided by their sum.", default=True)
-    n_group: int = key("Router groups.", default=1, minimum=1, maximum=COUNT)
-    topk_group: int = key("Router groups that a token may use.", default=1, minimum=1, maximum=COUNT)
-
-
-@dataclass(frozen=True, slots=True)
-class Mlp:
-    """[mlp]: a dense MLP with squared ReLU."""
-
-    intermediate_size: int = key("Inner width.", minimum=1, maximum=WIDTH)
 
 
 @dataclass(frozen=True, slots=True)

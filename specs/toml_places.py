@@ -53,7 +53,7 @@ class TomlPlaces:
     def _scan(self) -> None:
         try:
             self._document()
-        except (IndexError, RecursionError):  # the text ends early, or nests deeper than tomllib reads
+        except (ValueError, IndexError, RecursionError):  # the text ends early, or nests deeper than tomllib reads
             return
 
     def _document(self) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from n3c.backends.safetensors.layout import KEEP, Weight
 from n3c.ir.formats import FORMATS, FP8, NVFP4_BLOCK, W4A16_NVFP4
+from n3c.specs.blocks import KINDS
 from n3c.specs.roles import ROUTERS
 
 PRODUCER = "modelopt"
@@ -35,7 +36,7 @@ _SHAPE_KEYS = (
     "mtp_hybrid_override_pattern",
     "mtp_layers_block_type",
 )
-_BLOCK_TYPES = {"linear_attention": "mamba", "full_attention": "attention"}
+_BLOCK_TYPES = {kind.hf_name: kind.hf_names[-1] for kind in KINDS}
 """Spelling of transformers 5 → that which every reader knows."""
 _NEVER = ROUTERS | {"embedding"}
 """Not linears to any reader: never listed as left out, as convolutions are."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import cast
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
-from n3c.specs.pattern import BlockKind, Pattern
-from n3c.specs.schema import Moe, Spec
+from n3c.specs.block_kind import BlockKind
+from n3c.specs.blocks import ATTENTION, BY_SYMBOL, KINDS, MAMBA, MLP, MOE, Moe
+from n3c.specs.pattern import Pattern
+from n3c.specs.schema import Spec
 
 from .numerics import training_formats
 
@@ -27,37 +29,19 @@ PATTERN_CHUNK = 40
 """Blocks of a long pattern on one line."""
 
 
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """How one block kind is generated: its template holds everything that only it needs."""
-
-    kind: BlockKind
-    template: str
-    class_name: str
-    legend: str
-    stateful: bool
-
-
-KINDS = (
-    Kind(BlockKind.MAMBA, "mamba2.jinja", "Mamba2", "Mamba-2", stateful=True),
-    Kind(BlockKind.ATTENTION, "attention.jinja", "Attention", "attention", stateful=True),
-    Kind(BlockKind.MOE, "moe.jinja", "MoE", "mixture of experts", stateful=False),
-    Kind(BlockKind.MLP, "mlp.jinja", "MLP", "dense MLP", stateful=False),
-)
-"""The block kinds, in the order in which the generated file has them."""
-
-
 def template_context(spec: Spec, spec_sha256: str, flops_per_token: tuple[int, int]) -> dict[str, object]:
     """Return the variables of `templates/model.py.jinja` and `templates/train.py.jinja`.
 
     Raises N3CError (E0510) where a value is not what a validated spec would hold.
     """
     patterns = [spec.model.pattern] + ([spec.mtp.pattern] if spec.mtp else [])
-    kinds = [kind for kind in KINDS if any(kind.kind in pattern for pattern in patterns)]
-    used = {kind.kind for kind in kinds}
-    shared = BlockKind.MOE in used and spec.moe is not None and spec.moe.shared_intermediate_size > 0
-    modules = [kind.template for kind in kinds if kind.kind is not BlockKind.MLP]
-    if shared or BlockKind.MLP in used:
+    kinds = [kind for kind in KINDS if any(kind in pattern for pattern in patterns)]
+    used = set(kinds)
+    tables = {kind.table: _table(getattr(spec, kind.table), kind in used, kind.table) for kind in KINDS}
+    tables["moe"] |= _moe_flags(spec.moe) if spec.moe else {}
+    shared = MOE in used and spec.moe is not None and spec.moe.shared_intermediate_size > 0
+    modules = [kind.template for kind in kinds if kind is not MLP]
+    if shared or MLP in used:
         modules.insert(0, "mlp.jinja")  # the shared expert is an MLP, too
     shared_out = _shared_out(used, shared)
     imported = ["Config", "Model", *shared_out]
@@ -69,31 +53,29 @@ def template_context(spec: Spec, spec_sha256: str, flops_per_token: tuple[int, i
         "summary": _summary(spec, kinds),
         "flops_per_token": _literal(flops_per_token[0], "flops"),
         "flops_per_token_of_context": _literal(flops_per_token[1], "flops"),
-        "legend": ", ".join(f"{kind.kind.value} {kind.legend}" for kind in kinds),
+        "legend": ", ".join(f"{kind.symbol} {kind.legend}" for kind in kinds),
         "kinds": kinds,
         "modules": modules,
         "formats": [(_matching(MODULE, name, "training"), format_) for name, format_ in training_formats(spec)],
         "one_dimensional": spec.training is not None and spec.training.block == (1, 16),
         "stateful": [kind.class_name for kind in kinds if kind.stateful],
         "uses": {
-            "mamba": BlockKind.MAMBA in used,
-            "attention": BlockKind.ATTENTION in used,
-            "moe": BlockKind.MOE in used,
+            "mamba": MAMBA in used,
+            "attention": ATTENTION in used,
+            "moe": MOE in used,
             "mtp": spec.mtp is not None,
         },
         "shared_out": shared_out,
         "imported": sorted(imported, key=lambda name: (not name.isupper(), name)),  # as isort
         "divided": _divided(used, shared),
-        "wrapped": spec.mtp is not None or (BlockKind.MOE in used and not shared),  # transformers lacks that
+        # What transformers lacks, in a model whose config it reads.
+        "wrapped": (spec.mtp is not None or (MOE in used and not shared)) and all(k.in_transformers for k in kinds),
         "tied": spec.model.tie_word_embeddings,
         "rescale": spec.model.rescale_prenorm_residual,
-        "hf_kinds": ", ".join(f'"{kind.kind.value}": "{kind.kind.hf_name}"' for kind in kinds),
+        "hf_kinds": ", ".join(f'"{kind.symbol}": "{kind.hf_name}"' for kind in kinds),
         "model": _literals(spec.model, "model") | {"eos_token_id": _token_ids(spec.model.eos_token_ids)},
         "pattern_lines": _pattern_lines(spec.model.pattern),
-        "mamba": _table(spec.mamba, BlockKind.MAMBA in used, "mamba"),
-        "attention": _table(spec.attention, BlockKind.ATTENTION in used, "attention"),
-        "moe": _table(spec.moe, BlockKind.MOE in used, "moe") | (_moe_flags(spec.moe) if spec.moe else {}),
-        "mlp": _table(spec.mlp, BlockKind.MLP in used, "mlp"),
+        **tables,
         "mtp": _literals(spec.mtp, "mtp") if spec.mtp else {},
         "mtp_pattern_lines": _pattern_lines(spec.mtp.pattern) if spec.mtp else [],
     }
@@ -102,10 +84,10 @@ def template_context(spec: Spec, spec_sha256: str, flops_per_token: tuple[int, i
 def _shared_out(used: Set[BlockKind], shared_expert: bool) -> list[str]:
     """Return the classes of model.py that tensor-parallel processes share out."""
     pairs = (
-        ("Attention", BlockKind.ATTENTION in used),
-        ("Experts", BlockKind.MOE in used),
-        ("Mamba2", BlockKind.MAMBA in used),
-        ("MLP", BlockKind.MLP in used or shared_expert),
+        ("Attention", ATTENTION in used),
+        ("Experts", MOE in used),
+        ("Mamba2", MAMBA in used),
+        ("MLP", MLP in used or shared_expert),
     )
     return [name for name, there in pairs if there]
 
@@ -113,12 +95,12 @@ def _shared_out(used: Set[BlockKind], shared_expert: bool) -> list[str]:
 def _divided(used: Set[BlockKind], shared_expert: bool) -> list[str]:
     """Return the sizes of Config that tensor parallelism divides."""
     pairs = (
-        ("attention_num_heads", BlockKind.ATTENTION in used),
-        ("mamba_num_heads", BlockKind.MAMBA in used),
-        ("mamba_n_groups", BlockKind.MAMBA in used),
-        ("moe_intermediate_size", BlockKind.MOE in used),
+        ("attention_num_heads", ATTENTION in used),
+        ("mamba_num_heads", MAMBA in used),
+        ("mamba_n_groups", MAMBA in used),
+        ("moe_intermediate_size", MOE in used),
         ("moe_shared_intermediate_size", shared_expert),
-        ("mlp_intermediate_size", BlockKind.MLP in used),
+        ("mlp_intermediate_size", MLP in used),
     )
     return [name for name, there in pairs if there]
 
@@ -132,7 +114,7 @@ def _moe_flags(moe: Moe) -> dict[str, object]:
     }
 
 
-def _summary(spec: Spec, kinds: Sequence[Kind]) -> str:
+def _summary(spec: Spec, kinds: Sequence[BlockKind]) -> str:
     return ", ".join([kind.legend for kind in kinds] + (["multi-token prediction"] if spec.mtp else []))
 
 
@@ -168,9 +150,8 @@ def _literal(value: object, path: str) -> str:
 
 
 def _symbols(pattern: Pattern, path: str) -> str:
-    symbols = {kind.value for kind in BlockKind}
-    if type(pattern.symbols) is not str or not pattern.symbols or not set(pattern.symbols) <= symbols:
-        raise _refused(path, f"{pattern.symbols!r} is not made of the symbols {' '.join(sorted(symbols))}")
+    if type(pattern.symbols) is not str or not pattern.symbols or not set(pattern.symbols) <= BY_SYMBOL.keys():
+        raise _refused(path, f"{pattern.symbols!r} is not made of the symbols {' '.join(sorted(BY_SYMBOL))}")
     return f'"{pattern.symbols}"'
 
 

@@ -9,29 +9,15 @@ from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
 
+from n3c.specs.blocks import KINDS, MAMBA, MOE
 from n3c.specs.modules import groups_of
-from n3c.specs.pattern import BlockKind, to_megatron
-from n3c.specs.roles import NOT_LINEAR, ROUTERS
+from n3c.specs.pattern import to_megatron
 from n3c.specs.schema import Spec
 
 from .numerics import training_formats
 
-MODULES = {
-    "mamba.in_proj": "*mixer.in_proj",
-    "mamba.out_proj": "*mixer.out_proj",
-    "attention.q_proj": "*.linear_qkv",
-    "attention.k_proj": "*.linear_qkv",
-    "attention.v_proj": "*.linear_qkv",
-    "attention.o_proj": "*.linear_proj",
-    "moe.latent_down": "*mlp.fc1_latent_proj",
-    "moe.latent_up": "*mlp.fc2_latent_proj",
-    "moe.experts.up": "*mlp.experts.linear_fc1",
-    "moe.experts.down": "*mlp.experts.linear_fc2",
-    "moe.shared.up": "*mlp.shared_experts.linear_fc1",
-    "moe.shared.down": "*mlp.shared_experts.linear_fc2",
-    "mlp.up": "*.mlp.linear_fc1",
-    "mlp.down": "*.mlp.linear_fc2",
-    "mtp.eh_proj": "mtp.*eh_proj",
+MODULES = {module.role: module.megatron for kind in KINDS for module in kind.modules if module.megatron is not None} | {
+    "mtp.eh_proj": "mtp.*eh_proj"
 }
 """The glob that names the modules of a role; inside MTP they begin with `mtp.`."""
 
@@ -90,9 +76,11 @@ def gaps(spec: Spec) -> list[str]:
     found: list[str] = []
     kinds = {kind for pattern in (spec.model.pattern, spec.mtp and spec.mtp.pattern) for kind in pattern or ()}
     mamba, moe = spec.mamba, spec.moe
-    if BlockKind.MAMBA in kinds and mamba is not None and (mamba.conv_kernel != 4 or not mamba.conv_bias):
+    unknown = [kind for kind in KINDS if kind in kinds and not any(module.megatron for module in kind.modules)]
+    found += [f"it has no {kind.title} blocks (`{kind.symbol}`)" for kind in unknown]
+    if MAMBA in kinds and mamba is not None and (mamba.conv_kernel != 4 or not mamba.conv_bias):
         found.append("its convolution has 4 taps and a bias (mamba.conv_kernel, mamba.conv_bias)")
-    if BlockKind.MOE in kinds and moe is not None:
+    if MOE in kinds and moe is not None:
         if moe.norm_topk_prob != (moe.top_k > 1):
             found.append("it divides the chosen scores by their sum if and only if top_k > 1 (moe.norm_topk_prob)")
         if moe.n_group > 1 and moe.top_k // moe.topk_group != 2:
@@ -130,7 +118,7 @@ def _formats(spec: Spec) -> tuple[dict[str, dict[int | None, str]], list[int]]:
     by_role: dict[str, dict[int | None, str]] = defaultdict(dict)
     low: set[int] = set()
     for group in groups_of(spec):
-        if group.role in NOT_LINEAR | ROUTERS | {"lm_head"}:
+        if group.role not in MODULES and group.role.removeprefix("mtp.") not in MODULES:
             continue
         format_ = formats.get(group.name.replace(".{}", ""), "bf16")
         by_role[group.role][group.layer] = format_

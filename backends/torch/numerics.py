@@ -8,10 +8,12 @@ from n3c.specs.schema import Spec
 
 
 def training_formats(spec: Spec) -> list[tuple[str, str]]:
-    """Return (module of model.py, format) of every linear that is not BF16, in the order of the layers.
+    """Return (module of model.py, format) of every linear that is not BF16, in the order in which they compute.
 
     The routed experts of a layer are one module for each projection.
     """
+    if spec.training is None:
+        return []
     return [(_module(weight.name), rule.format) for weight, rule in low_precision(spec, lower(spec))]
 
 

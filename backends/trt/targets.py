@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from n3c.ir.diagnostics import Diagnostic, Span
+from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 from n3c.ir.types import DType
 
 Flavour = Literal["rtx", "full"]
@@ -52,6 +52,22 @@ TARGETS: dict[int, Target] = {
 
 PORTABLE = (80, 86, 89, 120, 121)
 """What `--sm portable` stands for: every GPU of TensorRT-RTX that n3c's plans can run on."""
+
+
+def sm_versions(given: int | str | Sequence[int]) -> tuple[int, ...]:
+    """Return the SM versions of `120`, `80,86`, `portable` or a sequence of numbers, each once.
+
+    N3CError (E0701, exit code 2) for a text that is none of these; whether they are targets `require` says.
+    """
+    if given == "portable":
+        return PORTABLE
+    if isinstance(given, int):
+        return (given,)
+    parts = given.split(",") if isinstance(given, str) else [str(sm) for sm in given]
+    if not parts or not all(part.strip().isascii() and part.strip().isdigit() and len(part) < 6 for part in parts):
+        message = f"--sm: {given!r} is no SM version, list of them or `portable`"
+        raise N3CError(Diagnostic("E0701", message), ExitCode.USAGE)
+    return tuple(dict.fromkeys(int(part) for part in parts))
 
 
 def lacking(sms: Sequence[int]) -> frozenset[DType]:

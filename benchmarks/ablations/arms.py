@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from n3c.specs.blocks import Moe
 from n3c.specs.load import load_spec
-from n3c.specs.schema import Moe, Mtp, Spec, Training
+from n3c.specs.schema import Mtp, Spec, Training
 
 SPEC = Path(__file__).parents[2] / "specs" / "tiny.toml"
 

@@ -1,56 +1,78 @@
-"""What `n3c check` checks: the spec, the passes over its program, and what the target can do."""
-
-from __future__ import annotations
+"""Checking a spec: the spec itself, the passes over its program, and what the target can do."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from n3c.backends.onnx.forms import Form, forms
-from n3c.backends.trt.targets import Flavour, lacking, require
+from n3c.backends.trt.targets import Flavour, lacking, require, sm_versions
+from n3c.compiler.common_options import BATCH, CONTEXT, SET, SM, SPEC, TRT, Target
 from n3c.compiler.report.memory_fit import Room, rooms
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 from n3c.ir.types import DType
-from n3c.passes.serving import serve
-from n3c.specs.load import load_spec
+from n3c.passes.serving import Served, serve
+from n3c.runtime.options import Option, checked
+from n3c.specs.load import loaded
 from n3c.specs.schema import Spec
+
+if TYPE_CHECKING:
+    from n3c.backends.onnx.forms import Form
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
     """A spec that is in order."""
 
-    name: str
-    warnings: list[Diagnostic]
-    forms: tuple[Form, ...]
-    """How TensorRT computes the linears of each entry point; none where that target was not asked for."""
-    rooms: tuple[Room, ...]
+    spec: Spec
+    served: Served
+    sms: tuple[int, ...]
+    target: Target | None
+    fits: tuple[Room, ...]
     """What cards take."""
+    warnings: tuple[Diagnostic, ...]
+
+    def forms(self) -> "tuple[Form, ...]":
+        """Return how TensorRT computes the linears of each entry point; nothing where another target was asked for."""
+        from n3c.backends.onnx.forms import forms
+
+        asked = self.target in (None, "trt")
+        return forms(self.served.program, self.spec.serving.batch_sizes, lacking(self.sms)) if asked else ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the form of `n3c check --json`."""
+        return {
+            "ok": True,
+            "name": self.spec.name,
+            "sms": list(self.sms),
+            "forms": [form.as_json() for form in self.forms()],
+            "fits": [room.as_json() for room in self.fits],
+            "diagnostics": [warning.as_json() for warning in self.warnings],
+        }
 
 
+@checked
 def check(
-    path: Path,
-    overrides: Sequence[str],
+    spec: Annotated[Path | str | Spec, SPEC],
     *,
-    target: str | None,
-    sms: Sequence[int],
-    flavour: Flavour = "rtx",
-    context: int | None = None,
-    batch: int = 1,
+    target: Annotated[Target | None, Option("Check for this target only.")] = None,
+    sm: Annotated[int | str | Sequence[int], SM] = 120,
+    trt: Annotated[Flavour, TRT] = "rtx",
+    context: Annotated[int | None, CONTEXT] = None,
+    batch: Annotated[int, BATCH] = 1,
+    set: Annotated[Sequence[str], SET] = (),
 ) -> Checked:
-    """Return what there is to say of a spec; N3CError with exit code 3, 4 or 6 for what would fail.
+    """Return what there is to say of a spec; N3CError with exit code 3, 4 or 6 for what would fail later.
 
     Without a target all of them are checked. `batch` requests of `context` tokens (serving.max_seq_len) are what
     cards are asked to take.
     """
-    spec, warnings = load_spec(path, overrides)
-    served = serve(spec)
+    sms = sm_versions(sm)
+    read, warnings = loaded(spec, set)
+    served = serve(read)
     if target != "torch":
-        require_target(spec, () if target == "onnx" else sms, flavour)
-    asked = target in (None, "trt")
-    found = forms(served.program, spec.serving.batch_sizes, lacking(sms)) if asked else ()
-    fits = rooms(spec, served, context or spec.serving.max_seq_len, batch)
-    return Checked(spec.name, [*warnings, *served.warnings], found, fits)
+        require_target(read, () if target == "onnx" else sms, trt)
+    fits = rooms(read, served, context or read.serving.max_seq_len, batch)
+    return Checked(read, served, sms, target, fits, (*warnings, *served.warnings))
 
 
 def require_target(spec: Spec, sms: Sequence[int], flavour: Flavour) -> None:

@@ -1,126 +1,165 @@
-"""The driver of `n3c build`: one spec in, one output directory out, in numbered phases.
+"""The driver of a build: one spec in, one output directory out, in numbered phases.
 
 1 load and check    2 passes    3 emit the target    4 manifest    5 rename into place
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from n3c.backends.machine import peak_rss_bytes
-from n3c.backends.progress import Progress
-from n3c.backends.trt.targets import lacking
-from n3c.compiler.report.cost import count_parameters, flops_per_token
+from n3c.backends.progress import SILENT, Progress
+from n3c.backends.trt.targets import Flavour, lacking, sm_versions
+from n3c.compiler.common_options import SET, SM, SPEC, TRT, Target
+from n3c.compiler.report.cost import Parameters, count_parameters, flops_per_token
 from n3c.compiler.report.tool_versions import tool_versions
 from n3c.ir.diagnostics import Diagnostic, Severity
 from n3c.ir.program import Program
 from n3c.passes.lower.model import lower
-from n3c.passes.serving import Served, serve
+from n3c.passes.serving import serve
 from n3c.runtime.manifest import MANIFEST
+from n3c.runtime.options import Needs, Option, checked
 from n3c.specs.dump import dump_spec
-from n3c.specs.load import load_spec
+from n3c.specs.load import loaded
 from n3c.specs.schema import Spec
 
 from . import outdir
 from .checks import require_target
-from .request import Request, require_request
+from .request import Entry, Job, Request, WeightsMode, require_request
+
+FOR_GRAPHS = Needs("target", ("onnx", "trt"))
 
 
-@dataclass(slots=True)
-class Build:
-    """A finished build. `mismatches` are precisions that plans do not realise (exit code 5)."""
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A finished build."""
 
     out: Path
-    files: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    seconds: float = 0.0
-    warnings: list[Diagnostic] = field(default_factory=list[Diagnostic])
-    mismatches: list[Diagnostic] = field(default_factory=list[Diagnostic])
-    traffic: dict[str, Any] = field(default_factory=dict[str, Any])
+    files: Sequence[dict[str, Any]]
+    """Path, bytes and sha256 of each."""
+    warnings: Sequence[Diagnostic]
+    mismatches: Sequence[Diagnostic]
+    """Precisions that plans do not realise (exit code 5)."""
+    traffic: dict[str, Any]
     """Of each entry point at each batch size the bytes that it moves and must move, as in audit.json."""
+    seconds: float
+    peak_rss_bytes: int | None
 
     def as_json(self) -> dict[str, Any]:
         """Return the form of `n3c build --json`."""
         return {
             "ok": not self.mismatches,
             "out": str(self.out),
-            "files": self.files,
+            "files": list(self.files),
             "seconds": round(self.seconds, 3),
-            "peak_rss_bytes": peak_rss_bytes(),
+            "peak_rss_bytes": self.peak_rss_bytes,
             "traffic": self.traffic,
             "diagnostics": [d.as_json() for d in (*self.warnings, *self.mismatches)],
         }
 
 
-def build(request: Request, progress: Progress, after: Callable[[str, Program], None] | None = None) -> Build:
-    """Build `request`; `after` sees the program after lowering and after each pass.
+@checked
+def build(
+    spec: Annotated[Path | str | Spec, SPEC],
+    *,
+    target: Annotated[Target, Option("What to build.")],
+    output: Annotated[Path | str | None, Option("Output directory (default: build/<name>).", short="-o")] = None,
+    weights: Annotated[Path | str | None, Option("Checkpoint directory; its tensors must fit the spec.")] = None,
+    trt: Annotated[Flavour, TRT] = "rtx",
+    sm: Annotated[int | str | Sequence[int], SM] = 120,
+    weights_mode: Annotated[
+        WeightsMode,
+        Option(
+            "Bound: weights are inputs of the engine. Embedded: constants in graph and plan; needs --weights.",
+            needs=FOR_GRAPHS,
+        ),
+    ] = "bound",
+    entry: Annotated[
+        Sequence[Entry], Option("Build this entry point only; may repeat. Default: all.", needs=FOR_GRAPHS)
+    ] = (),
+    stages: Annotated[
+        int,
+        Option("Cut each entry point into this many plans, at layer boundaries.", least=1, most=64, needs=FOR_GRAPHS),
+    ] = 1,
+    set: Annotated[Sequence[str], SET] = (),
+    after: Callable[[str, Program], None] | None = None,
+    progress: Progress = SILENT,
+) -> Built:
+    """Compile a spec to PyTorch code, ONNX graphs or TensorRT plans.
 
-    Raises N3CError: exit code 3 for the spec, 4 for the target, 6 for files; nothing is written then.
+    `after` sees the program after lowering and after each pass. Raises N3CError: exit code 2 for options that do not
+    fit, 3 for the spec, 4 for the target, 6 for files; nothing is written then.
     """
     start = time.perf_counter()
     progress.phase("load")
-    spec, warnings = load_spec(request.spec, request.overrides)
-    out = request.out if request.out is not None else Path("build") / spec.name
+    read, warnings = loaded(spec, set)
+    out = Path(output) if output is not None else Path("build") / read.name
     outdir.require_writable(out)
+    sms = sm_versions(sm) if target == "trt" else ()
+    checkpoint = Path(weights) if weights is not None else None
+    request = Request(target, checkpoint, trt, sms, stages, entry, weights_mode)
 
     progress.phase("passes")
-    served = serve(spec, after, lacking=lacking(request.sms) if request.target == "trt" else ())
-    if request.target != "torch":
-        require_request(spec, served, request)
-        require_target(spec, request.sms if request.target == "trt" else (), request.trt)
-    if request.weights is not None:
+    program = lower(read)
+    counts = count_parameters(program, read)
+    flops = tuple(flops_per_token(program, context, mtp=True) for context in (0, 1))
+    served = serve(read, after, lacking=lacking(sms), lowered=program)
+    if target != "torch":
+        require_request(read, served, request)
+        require_target(read, sms, trt)
+    if checkpoint is not None:
         from n3c.backends.safetensors.checkpoint_fit import fitting_checkpoint
 
-        fitting_checkpoint(spec, request.weights)
+        fitting_checkpoint(read, checkpoint)
 
-    resolved = dump_spec(spec)
+    resolved = dump_spec(read)
     spec_sha256 = hashlib.sha256(resolved.encode()).hexdigest()
-    built = Build(out, warnings=[*warnings, *served.warnings])
+    warnings = [*warnings, *served.warnings]
+    mismatches: list[Diagnostic] = []
+    traffic: dict[str, Any] = {}
     with outdir.replacing(out, progress.phase) as folder:
-        outdir.keep_other_targets(
-            out, folder, spec_sha256, replaced={request.target} | ({"onnx"} if request.target == "trt" else set())
-        )
+        outdir.keep_other_targets(out, folder, spec_sha256, replaced=("trt", "onnx") if target == "trt" else (target,))
         (folder / "spec.toml").write_text(resolved, encoding="utf-8", newline="\n")
-        if request.target == "torch":
-            built.warnings += _emit_torch(spec, spec_sha256, folder / "torch", progress)
+        job = Job(request, read, spec_sha256, served, folder, progress)
+        if target == "torch":
+            warnings += _emit_torch(job, flops[0], flops[1] - flops[0])
         else:
             from .plans import emit_engines
 
-            built.mismatches, built.traffic = emit_engines(request, spec, spec_sha256, served, folder, progress)
+            mismatches, traffic = emit_engines(job)
         progress.phase("manifest")
-        manifest = _manifest(spec, spec_sha256, served, folder)
+        manifest = _manifest(job, counts)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8", newline="\n")
-    built.files = manifest["files"]
-    built.seconds = time.perf_counter() - start
-    return built
+    seconds = time.perf_counter() - start
+    return Built(out, manifest["files"], warnings, mismatches, traffic, seconds, peak_rss_bytes())
 
 
-def _emit_torch(spec: Spec, spec_sha256: str, folder: Path, progress: Progress) -> list[Diagnostic]:
+def _emit_torch(job: Job, flops: int, flops_of_context: int) -> list[Diagnostic]:
+    """Write OUT/torch. A token takes `flops` and `flops_of_context` for each token that it attends to."""
     from n3c.backends.torch.emit import emit
     from n3c.backends.torch.megatron import gaps
 
-    program = lower(spec)
-    flops, next_flops = (flops_per_token(program, context, mtp=True) for context in (0, 1))
-    progress.phase("emit torch")
+    job.progress.phase("emit torch")
+    folder = job.folder / "torch"
     folder.mkdir()
-    for name, text in emit(spec, spec_sha256, (flops, next_flops - flops)).items():
+    for name, text in emit(job.spec, job.spec_sha256, (flops, flops_of_context)).items():
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
-    why = [f"no Megatron files: in Megatron-Bridge, {gap}" for gap in gaps(spec)]
+    why = [f"no Megatron files: in Megatron-Bridge, {gap}" for gap in gaps(job.spec)]
     return [Diagnostic("W0519", text, severity=Severity.WARNING) for text in why]
 
 
-def _manifest(spec: Spec, spec_sha256: str, served: Served, folder: Path) -> dict[str, Any]:
+def _manifest(job: Job, counts: Parameters) -> dict[str, Any]:
+    served = job.served
     return {
         "schema": 1,
-        "spec": {"name": spec.name, "sha256": spec_sha256},
+        "spec": {"name": job.spec.name, "sha256": job.spec_sha256},
         "tools": tool_versions(),
         "passes": [{"name": r.name, "seconds": round(r.seconds, 6), "changed": r.changed} for r in served.reports],
-        "parameters": count_parameters(lower(spec), spec).as_json(),
+        "parameters": counts.as_json(),
         "ledger": [
             {
                 "name": entry.name,
@@ -133,5 +172,5 @@ def _manifest(spec: Spec, spec_sha256: str, served: Served, folder: Path) -> dic
             for entry in served.program.ledger
         ],
         "state_plan": served.plan.as_json(),
-        "files": outdir.described_files(folder),
+        "files": outdir.described_files(job.folder),
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,7 @@ def _remove_empty(folder: Path, kept: Path) -> None:
             folder = folder.parent
 
 
-def keep_other_targets(out: Path, temporary: Path, spec_sha256: str, replaced: set[str]) -> None:
+def keep_other_targets(out: Path, temporary: Path, spec_sha256: str, replaced: Sequence[str]) -> None:
     """Link what an earlier build of the same spec made for other targets into the new output."""
     manifest = read_manifest(out)
     if manifest is None or manifest["spec"].get("sha256") != spec_sha256:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from n3c.backends.onnx.embedded import WeightsFile, embed
 from n3c.backends.onnx.emit import OnnxEntry, emit_entry
 from n3c.backends.onnx.forms import batches_of
 from n3c.backends.onnx.stages import balanced, layer_bytes, stages
-from n3c.backends.progress import Progress
 from n3c.backends.trt.audit import Audit, audit, audit_json
 from n3c.backends.trt.build import PlanResult, build_plan
 from n3c.backends.trt.constants import weights_as_inputs
@@ -26,7 +25,7 @@ from n3c.passes.serving import Served
 from n3c.runtime.manifest import sha256_file
 from n3c.specs.schema import Spec
 
-from .request import Request
+from .request import Job
 
 CONTEXT = 4096
 """Tokens of each sequence at which traffic is stated, where the cache holds as many."""
@@ -54,14 +53,40 @@ class Part:
 class _Made:
     """What is remembered of the parts that are done, for bindings.json and audit.json."""
 
+    job: Job
     bindings: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     weights: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     audits: dict[str, Audit] = field(default_factory=dict[str, Audit])
     traffic: dict[str, Traffic] = field(default_factory=dict[str, Traffic])
     entries: dict[str, str] = field(default_factory=dict[str, str])
 
+    def graph(self, part: Part, entry: OnnxEntry) -> None:
+        """Remember a graph: its inputs and outputs, and where its weights come from."""
+        for binding in entry.weights:
+            row = binding.as_json()
+            known = self.weights.setdefault(binding.name, row)
+            if known != row:
+                raise AssertionError(f"weight {binding.name} has two layouts: {known} and {row}")
+        self.bindings[part.staged_name] = {
+            "onnx": f"onnx/{part.onnx}",
+            "stage": part.stage,
+            "inputs": entry.inputs,
+            "outputs": entry.outputs,
+            "dynamic": {name: list(lengths) for name, lengths in entry.dynamic_inputs.items()},
+            "weights": [binding.name for binding in entry.weights],
+        }
 
-def parts_of(served: Served, spec: Spec, *, entries: tuple[str, ...], count: int) -> Iterator[Part]:
+    def plan(self, part: Part, entry: OnnxEntry, result: PlanResult) -> None:
+        """Judge a plan: the precisions that it realises, and the bytes that it moves."""
+        plan, served = result.path.name, self.job.served
+        kernels = weights_as_inputs(result.kernels, entry.weights)
+        self.audits[plan] = audit(entry.linears, kernels, entry.output_names, result.scratch_bytes)
+        context = min(CONTEXT, self.job.spec.serving.max_seq_len)
+        self.traffic[plan] = traffic(served.program, part.entry_point, entry, kernels, context=context)
+        self.entries[plan] = part.name
+
+
+def parts_of(served: Served, spec: Spec, *, entries: Sequence[str], count: int) -> Iterator[Part]:
     """Yield what there is to build: `entries`, or all, at each batch size, in `count` stages."""
     batches = spec.serving.batch_sizes
     starts = balanced(layer_bytes(served.program, len(spec.model.pattern), max(batches)), count)
@@ -78,86 +103,77 @@ def parts_of(served: Served, spec: Spec, *, entries: tuple[str, ...], count: int
                 yield Part(named, stage if count > 1 else None, batch, part, onnx)
 
 
-def emit_engines(
-    request: Request, spec: Spec, spec_sha256: str, served: Served, folder: Path, progress: Progress
-) -> tuple[list[Diagnostic], dict[str, Any]]:
+def emit_engines(job: Job) -> tuple[list[Diagnostic], dict[str, Any]]:
     """Write OUT/onnx, and OUT/trt for the target trt; return the precisions that are not realised, and the traffic.
 
     The traffic is that of audit.json, by entry point and batch size.
     """
-    plans = request.target == "trt"
-    trt = load_trt(request.trt) if plans else None  # where it is missing, say so before any work
-    made = _Made()
+    request, folder = job.request, job.folder
+    trt = load_trt(request.trt) if request.target == "trt" else None  # where it is missing, say so before any work
+    made = _Made(job)
     (folder / "onnx").mkdir()
-    if plans:
+    if trt is not None:
         (folder / "trt").mkdir()
-    with _weights(request, folder / "onnx") as weights:
-        for part in parts_of(served, spec, entries=request.entries, count=request.stages):
-            entry = _emit(served, part, weights, folder / "onnx", progress)
-            _remember(made, part, entry)
+    with _weights(job) as weights:
+        for part in parts_of(job.served, job.spec, entries=request.entries, count=request.stages):
+            entry = _emit(job, part, weights)
+            made.graph(part, entry)
             if trt is not None:
-                result = _build(trt, request, part, entry, folder, progress)
-                _judge(made, part, entry, result, served, spec)
-                _describe(request, part, result, trt.__version__, spec_sha256)
-    _write_json(folder / ("trt" if plans else "onnx") / "bindings.json", _bindings(made, request))
+                result = _build(job, part, entry, trt)
+                made.plan(part, entry, result)
+                _describe(job, part, result, trt.__version__)
+    # Weights are the same for every batch size and mostly for every entry point, so they are listed once.
+    bindings = {
+        "schema": 1,
+        "weights_mode": request.weights_mode,
+        "weights": list(made.weights.values()),
+        "entries": made.bindings,
+    }
+    _write_json(folder / ("onnx" if trt is None else "trt") / "bindings.json", bindings)
     moved = traffic_json(made.traffic, made.entries)
-    if plans:
+    if trt is not None:
         _write_json(folder / "trt" / "audit.json", audit_json(made.audits) | {"traffic": moved})
     mismatches = [diagnostic for verdict in made.audits.values() for diagnostic in verdict.diagnostics()]
     return mismatches, moved["entries"]
 
 
 @contextlib.contextmanager
-def _weights(request: Request, folder: Path) -> Generator[WeightsFile | None]:
+def _weights(job: Job) -> Generator[WeightsFile | None]:
     """Give the file of embedded weights, or None where they are bound."""
-    if request.weights_mode == "bound" or request.weights is None:
+    if job.request.weights_mode == "bound" or job.request.weights is None:
         yield None
         return
     from n3c.backends.safetensors.checkpoint import Checkpoint
 
-    with WeightsFile(folder, Checkpoint(request.weights)) as file:
+    with WeightsFile(job.folder / "onnx", Checkpoint(job.request.weights)) as file:
         yield file
 
 
-def _emit(
-    served: Served,
-    part: Part,
-    weights: WeightsFile | None,
-    folder: Path,
-    progress: Progress,
-) -> OnnxEntry:
-    progress.phase(f"emit {part.staged_name}")
-    entry = emit_entry(served.program, part.entry_point, batch=part.batch, progress=progress)
+def _emit(job: Job, part: Part, weights: WeightsFile | None) -> OnnxEntry:
+    job.progress.phase(f"emit {part.staged_name}")
+    entry = emit_entry(job.served.program, part.entry_point, batch=part.batch, progress=job.progress)
     if weights is not None:
         embed(entry, weights)
-    entry.save(folder / part.onnx)
+    entry.save(job.folder / "onnx" / part.onnx)
     return entry
 
 
-def _build(trt: Any, request: Request, part: Part, entry: OnnxEntry, folder: Path, progress: Progress) -> PlanResult:
+def _build(job: Job, part: Part, entry: OnnxEntry, trt: Any) -> PlanResult:
     plan = f"{part.staged_name}.plan"
-    progress.phase(f"build {plan}")
+    job.progress.phase(f"build {plan}")
     return build_plan(
-        folder / "onnx" / part.onnx,
-        folder / "trt" / plan,
+        job.folder / "onnx" / part.onnx,
+        job.folder / "trt" / plan,
         trt,
-        sms=request.sms,
+        sms=job.request.sms,
         ranges=entry.dynamic_inputs,
-        progress=progress,
+        progress=job.progress,
         locate=entry.locate,
     )
 
 
-def _judge(made: _Made, part: Part, entry: OnnxEntry, result: PlanResult, served: Served, spec: Spec) -> None:
-    plan = result.path.name
-    kernels = weights_as_inputs(result.kernels, entry.weights)
-    made.audits[plan] = audit(entry.linears, kernels, entry.output_names, result.scratch_bytes)
-    context = min(CONTEXT, spec.serving.max_seq_len)
-    made.traffic[plan] = traffic(served.program, part.entry_point, entry, kernels, context=context)
-    made.entries[plan] = part.name
-
-
-def _describe(request: Request, part: Part, result: PlanResult, version: str, spec_sha256: str) -> None:
+def _describe(job: Job, part: Part, result: PlanResult, version: str) -> None:
+    request = job.request
     sidecar = Sidecar(
         part.name,
         part.stage,
@@ -166,36 +182,10 @@ def _describe(request: Request, part: Part, result: PlanResult, version: str, sp
         request.sms,
         result.bytes,
         sha256_file(result.path),
-        spec_sha256,
+        job.spec_sha256,
         request.weights_mode,
     )
     write_sidecar(result.path, sidecar)
-
-
-def _remember(made: _Made, part: Part, entry: OnnxEntry) -> None:
-    for binding in entry.weights:
-        row = binding.as_json()
-        known = made.weights.setdefault(binding.name, row)
-        if known != row:
-            raise AssertionError(f"weight {binding.name} has two layouts: {known} and {row}")
-    made.bindings[part.staged_name] = {
-        "onnx": f"onnx/{part.onnx}",
-        "stage": part.stage,
-        "inputs": entry.inputs,
-        "outputs": entry.outputs,
-        "dynamic": {name: list(lengths) for name, lengths in entry.dynamic_inputs.items()},
-        "weights": [binding.name for binding in entry.weights],
-    }
-
-
-def _bindings(made: _Made, request: Request) -> dict[str, Any]:
-    """Weights are the same for every batch size and mostly for every entry point, so they are listed once."""
-    return {
-        "schema": 1,
-        "weights_mode": request.weights_mode,
-        "weights": list(made.weights.values()),
-        "entries": made.bindings,
-    }
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What `n3c build` is asked for, and what it refuses before any work."""
+"""What a build is asked for, and what is refused before any work."""
 
 from __future__ import annotations
 
@@ -8,36 +8,47 @@ from pathlib import Path
 from typing import Literal
 
 from n3c.backends.machine import memory_bytes
+from n3c.backends.progress import Progress
 from n3c.backends.trt.targets import Flavour
+from n3c.compiler.common_options import Target
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 from n3c.ir.program import Program
 from n3c.passes.serving import Served
 from n3c.specs.schema import Spec
 
+Entry = Literal["prefill", "decode", "verify", "draft"]
+WeightsMode = Literal["bound", "embedded"]
+
 BUILDER_COPIES = 3
 """Copies of embedded weights that building a plan holds at once; measured in docs/engine-forms.md."""
 
 
-TARGETS = ("torch", "onnx", "trt")
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to build of a spec."""
+
+    target: Target
+    weights: Path | None = None
+    trt: Flavour = "rtx"
+    sms: tuple[int, ...] = ()
+    """GPU architectures that each plan is for; none for graphs."""
+    stages: int = 1
+    """Plans that an entry point is cut into, at layer boundaries."""
+    entries: Sequence[Entry] = ()
+    """Entry points to build; none means all that the model has."""
+    weights_mode: WeightsMode = "bound"
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """What to build."""
+class Job:
+    """A build at work: what is asked for, the compiled spec, and the folder that it writes to."""
 
-    spec: Path
-    target: str
-    out: Path | None = None
-    overrides: Sequence[str] = ()
-    weights: Path | None = None
-    trt: Flavour = "rtx"
-    sms: tuple[int, ...] = (120,)
-    """GPU architectures that each plan is for."""
-    stages: int = 1
-    """Plans that an entry point is cut into, at layer boundaries."""
-    entries: tuple[str, ...] = ()
-    """Entry points to build; none means all that the model has."""
-    weights_mode: Literal["bound", "embedded"] = "bound"
+    request: Request
+    spec: Spec
+    spec_sha256: str
+    served: Served
+    folder: Path
+    progress: Progress
 
 
 def require_request(spec: Spec, served: Served, request: Request) -> None:
@@ -48,7 +59,7 @@ def require_request(spec: Spec, served: Served, request: Request) -> None:
     if request.weights_mode == "embedded" and request.target == "trt":
         memory = memory_bytes()
         if memory is not None:
-            require_memory(served.program, memory, request.spec)
+            require_memory(served.program, memory, spec.span("model"))
 
 
 def _usage(spec: Spec, served: Served, request: Request) -> Iterator[Diagnostic]:
@@ -62,11 +73,11 @@ def _usage(spec: Spec, served: Served, request: Request) -> Iterator[Diagnostic]
         yield Diagnostic("E0706", "--weights-mode embedded needs the weights", help="add --weights DIR")
 
 
-def require_memory(program: Program, memory: int, spec: Path) -> None:
+def require_memory(program: Program, memory: int, span: Span | None) -> None:
     """Raise N3CError (E0513, exit code 4) where building plans with weights inside takes more than `memory` bytes."""
     weights = sum(parameter.type.bytes for parameter in program.memories())
     if BUILDER_COPIES * weights > memory:
         needed = f"{BUILDER_COPIES * weights / 1e9:.1f} GB, {BUILDER_COPIES} times {weights / 1e9:.1f} GB of weights"
         message = f"embedding needs about {needed}; this machine has {memory / 1e9:.1f} GB of memory"
-        diagnostic = Diagnostic("E0513", message, Span(str(spec)), help="leave --weights-mode at `bound`")
+        diagnostic = Diagnostic("E0513", message, span, help="leave --weights-mode at `bound`")
         raise N3CError(diagnostic, ExitCode.TARGET)

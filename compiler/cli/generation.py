@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from n3c.runtime.generation.loop import Generation
-from n3c.runtime.generation.sequence import Running
+from n3c.runtime.generation.result import Generated, Piece
 
 from .output import say, say_generated
 from .table import format_bytes
@@ -18,65 +15,28 @@ class Printer:
         self._live = sequences == 1
         self._has_text = has_text
 
-    def heard(self, index: int, token: int, piece: str) -> None:
-        """Take a new token and the text that became certain."""
+    def show(self, piece: Piece) -> None:
+        """Show a new token where it is of the only sequence."""
         if self._live:
-            say_generated(piece if self._has_text else f"{token} ")
+            say_generated(piece.text if self._has_text else f"{piece.token_id} ")
 
-    def finish(self, generation: Generation) -> None:
+    def finish(self, generated: Generated) -> None:
         """Show what has not been shown."""
         if self._live:
             say("")
             return
-        for i, sequence in enumerate(generation.sequences):
-            text = text_of(sequence) if self._has_text else " ".join(map(str, sequence.new))
+        for i, completion in enumerate(generated.completions):
+            text = completion.text if completion.text is not None else " ".join(map(str, completion.token_ids))
             say_generated(f"[{i + 1}] {text}", newline=True)
 
 
-def text_of(sequence: Running) -> str | None:
-    """Return the text of a sequence, what is not certain yet too; None without a tokenizer."""
-    if sequence.growing is None:
-        return None
-    sequence.growing.finish()
-    return sequence.growing.text
-
-
-def report(generation: Generation, device: str) -> dict[str, Any]:
-    """Return the form of `n3c run --json`; `text` and `token_ids` are those of the first prompt."""
-    completions = [
-        {
-            "text": text_of(sequence),
-            "token_ids": sequence.new,
-            "finish_reason": sequence.ending,
-            "prompt_tokens": len(sequence.prompt),
-        }
-        for sequence in generation.sequences
-    ]
-    statistics, held = generation.statistics, generation.engine.allocated()
-    interrupted = any(sequence.ending == "interrupted" for sequence in generation.sequences)
-    return {
-        "ok": not interrupted,
-        "text": completions[0]["text"],
-        "token_ids": completions[0]["token_ids"],
-        "tokens_per_second": round(statistics.tokens_per_second, 3),
-        "acceptance_length": round(statistics.acceptance_length, 4),
-        "speculative": generation.drafter is not None,
-        "device": device,
-        "completions": completions,
-        "prefill_seconds": round(statistics.prefill_seconds, 4),
-        "decode_seconds": round(statistics.decode_seconds, 4),
-        "bytes": {"states": held.states, "spare_states": held.spare_states, "weights": held.weights},
-        "diagnostics": [],
-    }
-
-
-def summary(generation: Generation) -> str:
+def summary(generated: Generated) -> str:
     """Return one line of figures."""
-    statistics, held = generation.statistics, generation.engine.allocated()
     line = (
-        f"{statistics.prompt_tokens} prompt tokens in {statistics.prefill_seconds:.2f} s, {statistics.new_tokens} new"
-        f" at {statistics.tokens_per_second:.1f} tokens/s"
+        f"{generated.prompt_tokens} prompt tokens in {generated.prefill_seconds:.2f} s, {generated.new_tokens} new"
+        f" at {generated.tokens_per_second:.1f} tokens/s"
     )
-    if generation.drafter is not None:
-        line += f", {statistics.acceptance_length:.2f} tokens a round"
+    if generated.speculative:
+        line += f", {generated.acceptance_length:.2f} tokens a round"
+    held = generated.allocated
     return f"{line}; weights {format_bytes(held.weights)}, states {format_bytes(held.states)}"

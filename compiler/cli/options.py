@@ -1,53 +1,91 @@
-"""Options that several commands share."""
+"""Options of the command line, made of the signatures of the Python API."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
-from n3c.backends.trt.targets import PORTABLE
+from n3c.runtime.options import Argument, Option, Parameter, flag, parameters_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 debug = click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
-overrides = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a spec value, as moe.top_k=8; may repeat."
-)
-spec = click.argument("spec", type=click.Path(path_type=Path))
-
-
-class _Sms(click.ParamType[tuple[int, ...]]):
-    """`120`, `80,86` or `portable` → SM versions, each once."""
-
-    name = "SM[,SM]|portable"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        """Return the SM versions; whether they are targets is for the command to say."""
-        if value == "portable":
-            return PORTABLE
-        parts = str(value).split(",")
-        if not all(part.strip().isascii() and part.strip().isdigit() and len(part) < 6 for part in parts):
-            self.fail(f"{value!r} is no SM version, list of them or `portable`", param, ctx)
-        return tuple(dict.fromkeys(int(part) for part in parts))
-
-
-sms = click.option(
-    "--sm",
-    "sms",
-    type=_Sms(),
-    default="120",
-    show_default=True,
-    help="GPU architectures to build for: one plan for all of them.",
-)
-trt = click.option(
-    "--trt", type=click.Choice(["rtx", "full"]), default="rtx", show_default=True, help="Which TensorRT."
-)
 
 
 def common(command: F) -> F:
     """Add --json and --debug, which every command has."""
     return as_json(debug(command))
+
+
+def of(function: Callable[..., object]) -> Callable[[F], F]:
+    """Add the arguments and options that `function` of the API takes; the command gets their values by name."""
+
+    def add(command: F) -> F:
+        for parameter in reversed(parameters_of(function)):
+            command = _decorator(parameter)(command)
+        return command
+
+    return add
+
+
+def given(function: Callable[..., object]) -> dict[str, Any]:
+    """Return the arguments for `function` that the user gave to the running command: the others have their defaults."""
+    context = click.get_current_context()
+    default = click.core.ParameterSource.DEFAULT
+    return {
+        parameter.name: context.params[parameter.name]
+        for parameter in parameters_of(function)
+        if context.get_parameter_source(parameter.name) is not default
+    }
+
+
+def _decorator(parameter: Parameter) -> Callable[[F], F]:
+    described = parameter.described
+    if isinstance(described, Argument):
+        kind, _ = _click_type(parameter.hint, Option(""))
+        return click.argument(parameter.name, metavar=described.metavar, type=kind, required=parameter.required)
+    kind, more = _click_type(parameter.hint, described)
+    shown = parameter.default is not inspect.Parameter.empty and parameter.default not in ((), None)
+    shown = shown and parameter.default is not False
+    if shown:
+        more |= {"default": parameter.default, "show_default": True}
+    return click.option(
+        *([described.short] if described.short else []),
+        flag(parameter.name),
+        parameter.name,
+        type=kind,
+        metavar=described.metavar,
+        required=parameter.required,
+        help=described.help,
+        **more,
+    )
+
+
+def _click_type(hint: Any, option: Option) -> tuple[click.ParamType[Any] | None, dict[str, Any]]:
+    """Return click's type for a type of Python, and what else click must know."""
+    members = get_args(hint)
+    if hint is bool:
+        return None, {"is_flag": True}
+    if hint is int:
+        return click.IntRange(_whole(option.least), _whole(option.most)), {}
+    if hint is float:
+        above = option.above is not None
+        return click.FloatRange(option.above if above else option.least, option.most, min_open=above), {}
+    if get_origin(hint) is Literal:
+        return click.Choice(members), {}
+    if hint is Path or Path in members:
+        return click.Path(path_type=Path), {}
+    if get_origin(hint) is Sequence:
+        return _click_type(members[0], option)[0], {"multiple": True}
+    if get_origin(hint) is tuple:
+        return _click_type(members[0], option)[0], {"nargs": len(members)}
+    return click.STRING, {}
+
+
+def _whole(bound: float | None) -> int | None:
+    return None if bound is None else int(bound)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from n3c.backends.machine import peak_rss_bytes
@@ -16,11 +17,14 @@ from n3c.backends.safetensors.checkpoint_fit import fitting_checkpoint
 from n3c.backends.safetensors.layout import MAX_SHARD_BYTES
 from n3c.backends.safetensors.quantizer import Job, Outcome, quantize_checkpoint
 from n3c.ir.diagnostics import Diagnostic
+from n3c.ir.formats import FORMATS
 from n3c.passes.base import run_pipeline
 from n3c.passes.lower.model import lower
 from n3c.passes.quantize import Quantize
+from n3c.runtime.options import usage_error
 from n3c.specs.huggingface import export_config
 from n3c.specs.rules import format_rules
+from n3c.specs.schema import Spec
 
 from .formats_and_scales import FormatsAndScales, formats_and_scales
 from .reader_warnings import reader_warnings
@@ -37,6 +41,11 @@ class Quantized:
     warnings: Sequence[Diagnostic]
     seconds: float
     peak_rss_bytes: int | None
+
+    @property
+    def out(self) -> Path:
+        """The directory of the checkpoint."""
+        return self.outcome.out
 
     def as_json(self) -> dict[str, Any]:
         """Return the form of `n3c quantize --json`."""
@@ -64,7 +73,7 @@ class Quantized:
         return dict(sorted(counts.items()))
 
 
-def quantize(request: QuantizeRequest, progress: Progress) -> Quantized:
+def run(request: QuantizeRequest, progress: Progress) -> Quantized:
     """Quantize a checkpoint.
 
     Raises N3CError: exit code 2 for a budget that no choice of formats meets, 3 where the spec or a rule does not
@@ -73,6 +82,7 @@ def quantize(request: QuantizeRequest, progress: Progress) -> Quantized:
     start = time.perf_counter()
     progress.phase("read the headers")
     asked = requested_formats(request)
+    _require_blocks(asked.spec, request)
     fitting_checkpoint(asked.spec, request.weights, unquantized=True)
     prepared = formats_and_scales(asked.spec, request, progress)
     names, notes = asked.notes_for(prepared.spec)
@@ -96,3 +106,14 @@ def quantize(request: QuantizeRequest, progress: Progress) -> Quantized:
     outcome = quantize_checkpoint(job, progress)
     warnings = [*asked.warnings, *notes, *prepared.warnings, *reader_warnings(outcome.weights, outcome.out)]
     return Quantized(outcome, prepared, warnings, time.perf_counter() - start, peak_rss_bytes())
+
+
+def _require_blocks(spec: Spec, request: QuantizeRequest) -> None:
+    """Raise N3CError (exit code 2) for options of block scales where no rule gives a format that has any."""
+    table = spec.quantization
+    if table is None or request.like is not None or request.effective_bits is not None:
+        return  # formats that are taken or chosen later
+    blocked = any(FORMATS[name].blocked for name in (table.format, *(rule.format for rule in table.rules)))
+    for name, given in (("--block", request.block is not None), ("--search", request.search != "none")):
+        if given and not blocked:
+            raise usage_error(f"{name} has no effect: it needs a weight in nvfp4 or w4a16_nvfp4")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from n3c.specs.schema import BLOCKS, Format
+from n3c.specs.schema import BLOCKS, Format, Spec
 
 if TYPE_CHECKING:
     from n3c.backends.safetensors.packing import Search
@@ -24,7 +24,7 @@ class QuantizeRequest:
     """The checkpoint directory to quantize."""
     out: Path
     """The directory to make; it must be new."""
-    spec: Path | None = None
+    spec: Path | Spec | None = None
     """None: the spec is read from the checkpoint's config."""
     overrides: tuple[str, ...] = ()
     """`KEY=VALUE` of --set."""

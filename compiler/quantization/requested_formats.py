@@ -9,7 +9,7 @@ from typing import cast
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Severity, Span, did_you_mean
 from n3c.ir.formats import FORMATS as WEIGHT_FORMATS
 from n3c.specs.convert import run_import
-from n3c.specs.load import load_spec, parse_spec
+from n3c.specs.load import loaded, parse_spec
 from n3c.specs.recipe import DEFAULT, Recipe, is_published, published_recipe
 from n3c.specs.rules_table import spec_with_quantization
 from n3c.specs.schema import Format, Quantization, Spec
@@ -64,8 +64,8 @@ def requested_formats(request: QuantizeRequest) -> RequestedFormats:
 
 def _of_file(request: QuantizeRequest) -> _Source:
     assert request.spec is not None
-    spec, warnings = load_spec(request.spec, request.overrides)
-    return _Source(spec, str(request.spec), warnings)
+    spec, warnings = loaded(request.spec, request.overrides)
+    return _Source(spec, spec.name if isinstance(request.spec, Spec) else str(request.spec), warnings)
 
 
 def _of_checkpoint(request: QuantizeRequest) -> _Source:

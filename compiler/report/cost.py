@@ -101,22 +101,20 @@ def decode_bytes(served: Served, spec: Spec, batch: int, context: int) -> dict[s
 def inspect_spec(spec: Spec, *, context: int | None = None, batch: int = 1) -> dict[str, Any]:
     """Return the figures of `n3c inspect SPEC --json`; N3CError where the spec's rules do not fit."""
     context = spec.serving.max_seq_len if context is None else context
-    lowered, served = lower(spec), serve(spec)
+    lowered = lower(spec)
+    counts, flops = count_parameters(lowered, spec), flops_per_token(lowered, context)
+    served = serve(spec, lowered=lowered)
     by_format: dict[str, int] = {}
     for entry in served.program.ledger:
         by_format[entry.format] = by_format.get(entry.format, 0) + entry.bytes
-    flops, moved = flops_per_token(lowered, context), decode_bytes(served, spec, batch, context)
-    plan = served.plan
+    moved, plan = decode_bytes(served, spec, batch, context), served.plan
     return {
         "name": spec.name,
         "layers": {
             "total": len(spec.model.pattern),
-            **{
-                kind.name.lower(): spec.model.pattern.symbols.count(kind.value)
-                for kind in dict.fromkeys(spec.model.pattern)
-            },
+            **{kind.table: spec.model.pattern.symbols.count(kind.symbol) for kind in dict.fromkeys(spec.model.pattern)},
         },
-        "parameters": count_parameters(lowered, spec).as_json(),
+        "parameters": counts.as_json(),
         "flops_per_token": flops,
         "weights": {"bytes": sum(by_format.values()), "by_format": dict(sorted(by_format.items()))},
         "state": {

@@ -33,8 +33,8 @@ class Room:
     """Whether the requests fit at the context that was asked for, on one card."""
     longest_context: int
     """Tokens that each of the requests may have, at most what the model is made for; 0 where weights do not fit."""
-    most_requests: int
-    """Requests that fit at the context."""
+    most_requests: int | None
+    """Requests that fit at the context; None: as many as you like, of a model without states."""
     gpus: int
     """Cards that hold weights and the requests at the context together, cut into stages."""
 
@@ -67,5 +67,6 @@ def rooms(spec: Spec, served: Served, context: int, batch: int) -> tuple[Room, .
             most = spec.model.max_position_embeddings
             longest = most if a_token == 0 else min(most, caches // a_token)
         needed = weights + batch * request
-        found.append(Room(gb, cards, needed <= usable, longest, max(0, free // request), -(-needed // usable)))
+        most_requests = max(0, free // request) if request else None if free >= 0 else 0
+        found.append(Room(gb, cards, needed <= usable, longest, most_requests, -(-needed // usable)))
     return tuple(found)

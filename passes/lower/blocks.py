@@ -10,7 +10,8 @@ from n3c.ir.program import Function, Value
 from n3c.ir.rewrite import Builder
 from n3c.ir.source import NegExp, Source, Stack, Tensor
 from n3c.ir.types import Dim, DType, TensorType
-from n3c.specs.pattern import BlockKind
+from n3c.specs.block_kind import BlockKind
+from n3c.specs.blocks import ATTENTION, MAMBA, MLP, MOE
 from n3c.specs.schema import Spec
 
 
@@ -30,6 +31,8 @@ class Block:
 
     function: Function
     eps: float
+    kind: BlockKind | None = None
+    """Of a residual block: its record has the names of the modules."""
     declarations: dict[str, Declaration] = field(default_factory=dict[str, Declaration])
 
     def parameter(
@@ -43,6 +46,8 @@ class Block:
         buffer: bool = False,
     ) -> Value:
         """Declare a parameter; without `source` it is the tensor of that name."""
+        if self.kind is not None and role not in ("norm", *self.kind.roles, *self.kind.roles_without_module):
+            raise KeyError(f"{role}: not a role of {self.kind.title} blocks")
         type_ = TensorType(dtype, dims)
         self.declarations[name] = Declaration(type_, role, source or (lambda label: Tensor(f"{label}.{name}")), buffer)
         value = Value(name, type_)
@@ -66,15 +71,24 @@ class Block:
         w = self.parameter(weight, (rows, x.type.dims[-1]), role)
         return self.emit(ops.linear, x, w, name=name)
 
+    def projection(self, x: Value, role: str, rows: int, name: str) -> Value:
+        """Linear of the mixer's module of `role`, with its weight [rows, K]."""
+        return self.linear(x, self.weight(role), rows, role, name)
+
+    def weight(self, role: str) -> str:
+        """Return the name of a mixer's weight behind the block's label; `*` stands for each expert."""
+        assert self.kind is not None
+        return f"mixer.{self.kind.module(role).name.replace('{}', '*')}.weight"
+
 
 def _mamba2(block: Block, spec: Spec, x: Value) -> Value:
     m = spec.mamba
     assert m is not None
     d, g = m.inner_size, m.n_groups * m.state_size
     h = block.norm(x, "norm.weight")
-    zxbcdt = block.linear(h, "mixer.in_proj.weight", m.in_proj_size, "mamba.in_proj", "zxbcdt")
+    zxbcdt = block.projection(h, "mamba.in_proj", m.in_proj_size, "zxbcdt")
     z, xbc, dt = block.emit_many(ops.split, zxbcdt, names=["z", "xbc", "dt"], sizes=(d, m.conv_size, m.num_heads))
-    conv = block.parameter("mixer.conv1d.weight", (m.conv_size, 1, m.conv_kernel), "mamba.conv1d")
+    conv = block.parameter(block.weight("mamba.conv1d"), (m.conv_size, 1, m.conv_kernel), "mamba.conv1d")
     bias = block.parameter("mixer.conv1d.bias", (m.conv_size,), "mamba.conv1d") if m.conv_bias else None
     xbc = block.emit(ops.causal_conv1d, xbc, conv, bias, name="xbc")
     u, b, c = block.emit_many(ops.split, xbc, names=["u", "b", "c"], sizes=(d, g, g))
@@ -85,18 +99,18 @@ def _mamba2(block: Block, spec: Spec, x: Value) -> Value:
     y = block.emit(ops.ssd, u, dt, a, b, c, skip, dt_bias, name="y", n_groups=m.n_groups, chunk_size=m.chunk_size)
     weight = block.parameter("mixer.norm.weight", (d,), "norm")
     y = block.emit(ops.gated_rms_norm, y, z, weight, name="y", groups=m.n_groups, eps=block.eps)
-    return block.linear(y, "mixer.out_proj.weight", spec.model.hidden_size, "mamba.out_proj", "o")
+    return block.projection(y, "mamba.out_proj", spec.model.hidden_size, "o")
 
 
 def _attention(block: Block, spec: Spec, x: Value) -> Value:
     a = spec.attention
     assert a is not None
     h = block.norm(x, "norm.weight")
-    q = block.linear(h, "mixer.q_proj.weight", a.num_heads * a.head_dim, "attention.q_proj", "q")
-    k = block.linear(h, "mixer.k_proj.weight", a.num_kv_heads * a.head_dim, "attention.k_proj", "k")
-    v = block.linear(h, "mixer.v_proj.weight", a.num_kv_heads * a.head_dim, "attention.v_proj", "v")
+    q = block.projection(h, "attention.q_proj", a.num_heads * a.head_dim, "q")
+    k = block.projection(h, "attention.k_proj", a.num_kv_heads * a.head_dim, "k")
+    v = block.projection(h, "attention.v_proj", a.num_kv_heads * a.head_dim, "v")
     y = block.emit(ops.attention, q, k, v, name="y", num_heads=a.num_heads, num_kv_heads=a.num_kv_heads)
-    return block.linear(y, "mixer.o_proj.weight", spec.model.hidden_size, "attention.o_proj", "o")
+    return block.projection(y, "attention.o_proj", spec.model.hidden_size, "o")
 
 
 def _moe(block: Block, spec: Spec, x: Value) -> Value:
@@ -104,7 +118,7 @@ def _moe(block: Block, spec: Spec, x: Value) -> Value:
     assert m is not None
     d, e, i = spec.model.hidden_size, m.num_experts, m.intermediate_size
     h = block.norm(x, "norm.weight")
-    logits = block.linear(h, "mixer.gate.weight", e, "moe.router", "logits")
+    logits = block.projection(h, "moe.router", e, "logits")
     correction = block.parameter("mixer.gate.e_score_correction_bias", (e,), "moe.router", dtype=DType.F32, buffer=True)
     indices, weights = block.emit_many(
         ops.route,
@@ -119,20 +133,21 @@ def _moe(block: Block, spec: Spec, x: Value) -> Value:
     )
     u, width = h, d
     if m.latent_size is not None:
-        u, width = block.linear(h, "mixer.fc1_latent_proj.weight", m.latent_size, "moe.latent_down", "u"), m.latent_size
+        u, width = block.projection(h, "moe.latent_down", m.latent_size, "u"), m.latent_size
 
     def experts(projection: str, dims: tuple[int, int, int]) -> Value:
-        name = f"mixer.experts.*.{projection}_proj.weight"
-        return block.parameter(name, dims, f"moe.experts.{projection}", source=lambda at: Stack(f"{at}.{name}", e))
+        role = f"moe.experts.{projection}"
+        name = block.weight(role)
+        return block.parameter(name, dims, role, source=lambda at: Stack(f"{at}.{name}", e))
 
     up, down = experts("up", (e, i, width)), experts("down", (e, width, i))
     y = block.emit(ops.experts, u, indices, weights, up, down, name="y")
     if m.latent_size is not None:
-        y = block.linear(y, "mixer.fc2_latent_proj.weight", d, "moe.latent_up", "y")
+        y = block.projection(y, "moe.latent_up", d, "y")
     if m.shared_intermediate_size:
-        s = block.linear(h, "mixer.shared_experts.up_proj.weight", m.shared_intermediate_size, "moe.shared.up", "s")
+        s = block.projection(h, "moe.shared.up", m.shared_intermediate_size, "s")
         s = block.emit(ops.relu2, s, name="s")
-        s = block.linear(s, "mixer.shared_experts.down_proj.weight", d, "moe.shared.down", "s")
+        s = block.projection(s, "moe.shared.down", d, "s")
         y = block.emit(ops.add, y, s, name="y")
     return y
 
@@ -141,14 +156,15 @@ def _mlp(block: Block, spec: Spec, x: Value) -> Value:
     m = spec.mlp
     assert m is not None
     h = block.norm(x, "norm.weight")
-    y = block.linear(h, "mixer.up_proj.weight", m.intermediate_size, "mlp.up", "y")
+    y = block.projection(h, "mlp.up", m.intermediate_size, "y")
     y = block.emit(ops.relu2, y, name="y")
-    return block.linear(y, "mixer.down_proj.weight", spec.model.hidden_size, "mlp.down", "y")
+    return block.projection(y, "mlp.down", spec.model.hidden_size, "y")
 
 
-BLOCKS: dict[BlockKind, tuple[str, Callable[[Block, Spec, Value], Value]]] = {
-    BlockKind.MAMBA: ("mamba2", _mamba2),
-    BlockKind.ATTENTION: ("attention", _attention),
-    BlockKind.MOE: ("moe", _moe),
-    BlockKind.MLP: ("mlp", _mlp),
+BLOCKS: dict[BlockKind, Callable[[Block, Spec, Value], Value]] = {
+    MAMBA: _mamba2,
+    ATTENTION: _attention,
+    MOE: _moe,
+    MLP: _mlp,
 }
+"""What each kind adds to the residual stream [B, S, D]."""

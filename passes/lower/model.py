@@ -9,7 +9,7 @@ from n3c.ir import ops
 from n3c.ir.program import Call, EntryPoint, Function, Origin, Parameter, Program, Value
 from n3c.ir.source import Tensor
 from n3c.ir.types import DType, TensorType
-from n3c.specs.pattern import BlockKind
+from n3c.specs.block_kind import BlockKind
 from n3c.specs.schema import Spec
 
 from .blocks import BLOCKS, Block
@@ -107,13 +107,13 @@ class _Lowering:
 
     def residual(self, kind: BlockKind, label: str, x: str, y: str, *, layer: int, span_path: str) -> None:
         """Call the residual block x + mixer(norm(x)) of `kind`; its function is built on first use."""
-        name, build = BLOCKS[kind]
-        if name not in self.blocks:
-            block = self.end(name, [Value("x", self.x)], span_path)
-            inner = build(block, self.spec, block.function.inputs[0])
+        if kind.name not in self.blocks:
+            block = self.end(kind.name, [Value("x", self.x)], span_path)
+            block.kind = kind
+            inner = BLOCKS[kind](block, self.spec, block.function.inputs[0])
             block.function.outputs = [block.emit(ops.add, block.function.inputs[0], inner, name="out")]
         prefix = "mtp." if label.startswith("mtp.") else ""
-        self.call(name, label, [x], [y], layer=layer, role_prefix=prefix, span_path=span_path)
+        self.call(kind.name, label, [x], [y], layer=layer, role_prefix=prefix, span_path=span_path)
 
     def call(
         self,

@@ -7,22 +7,20 @@ free, or whose sequence has ended, are fed zeros that no other place sees.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from n3c.runtime.engines.interface import Array, Engine, call
 
+from .capacity import Capacity
 from .drafter import Drafter
-from .limits import Room
+from .result import Completion, Generated, Piece
 from .sampling import draw
 from .sequence import Options, Running
-from .speculative import judge
+from .speculative import Draft, judge
 from .tokenizer import Tokenizer
-
-Listener = Callable[[int, int, str], None]
-"""Called with the index of a sequence, its new token, and the text that became certain."""
 
 
 @dataclass(slots=True)
@@ -36,7 +34,7 @@ class Statistics:
     rounds: int = 0
     """Of a sequence: each gives one token, or with speculation one and those that were accepted."""
     decoded: int = 0
-    """Tokens that the rounds gave."""
+    """Tokens that the rounds gave and that are returned: none behind a stop or a limit."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -56,59 +54,106 @@ class Generation:
     engine: Engine
     prompts: Sequence[Sequence[int]]
     options: Options
-    room: Room
+    capacity: Capacity
     tokenizer: Tokenizer | None = None
     drafter: Drafter | None = None
     """None: no speculation."""
-    listener: Listener | None = None
+    device: str = "cpu"
+    """Of the engine, for the result."""
     sequences: list[Running] = field(init=False)
     statistics: Statistics = field(default_factory=Statistics)
+    _pieces: list[Piece] = field(default_factory=list[Piece], init=False)
+    """Tokens of the step at work."""
 
     def __post_init__(self) -> None:
-        self.room.require(self.prompts, self.engine.batch)
+        self.capacity.require(self.prompts, self.engine.batch)
         self.sequences = [Running.begin(p, i, self.options, self.tokenizer) for i, p in enumerate(self.prompts)]
 
     def run(self) -> None:
         """Continue every sequence to its end. KeyboardInterrupt is passed on; the engine may serve the next request."""
-        self.engine.reset()
+        for _ in self.steps():
+            pass
+
+    def steps(self) -> Iterator[list[Piece]]:
+        """Do what `run` does, and yield the new pieces after prefill and after each round."""
         try:
+            self.engine.reset()
             start = time.perf_counter()
             self._prefill()
             self.statistics.prefill_seconds = time.perf_counter() - start
-            start = time.perf_counter()
-            try:
-                while any(s.ending is None for s in self.sequences):
+            yield self._new_pieces()
+            while any(s.ending is None for s in self.sequences):
+                start = time.perf_counter()
+                try:
                     self._decode() if self.drafter is None else self._speculate(self.drafter)
-            finally:
-                self.statistics.decode_seconds = time.perf_counter() - start
+                finally:
+                    self.statistics.decode_seconds += time.perf_counter() - start
+                yield self._new_pieces()
         except KeyboardInterrupt:
-            for sequence in self.sequences:
-                sequence.ending = sequence.ending or "interrupted"
+            self.interrupt()
             raise
+
+    def interrupt(self) -> None:
+        """End every sequence that runs where it is."""
+        for sequence in self.sequences:
+            sequence.interrupt()
+
+    def _new_pieces(self) -> list[Piece]:
+        pieces, self._pieces = self._pieces, []
+        return pieces
+
+    def result(self) -> Generated:
+        """Return what the request gave so far: all of it behind `run`, and what there is behind an interrupt."""
+        statistics = self.statistics
+        return Generated(
+            tuple(Completion(s.text, tuple(s.new), s.ending, len(s.prompt)) for s in self.sequences),
+            self.device,
+            self.drafter is not None,
+            statistics.prompt_tokens,
+            statistics.new_tokens,
+            statistics.tokens_per_second,
+            statistics.acceptance_length,
+            statistics.prefill_seconds,
+            statistics.decode_seconds,
+            self.engine.allocated(),
+        )
 
     def _prefill(self) -> None:
         """Feed the prompts by chunks; each sequence gets its first token from the chunk in which its prompt ends."""
         chunk = self.engine.signatures["prefill"].inputs["input_ids"].shape[1]
         assert isinstance(chunk, int)
         for begin in range(0, max(len(s.prompt) for s in self.sequences), chunk):
-            ids, following = self._zeros(chunk), self._zeros(chunk)
-            counts, lengths = self._zeros(), self._zeros()
-            for i, sequence in enumerate(self.sequences):
-                part, shifted = (sequence.prompt[begin + n :][:chunk] for n in (0, 1))
-                ids[i, : len(part)], following[i, : len(shifted)] = part, shifted
-                counts[i], lengths[i] = len(part), min(begin, len(sequence.prompt))
-            outputs = call(
-                self.engine, "prefill", input_ids=ids, counts=counts, lengths=lengths, following_ids=following
-            )
+            outputs = call(self.engine, "prefill", **self._prompt_chunk(begin, begin + chunk))
             for i, sequence in enumerate(self.sequences):
                 if begin < len(sequence.prompt) <= begin + chunk:
-                    if "hidden" in outputs:
-                        sequence.hidden = outputs["hidden"][i, 0]
-                    if self.options.max_new_tokens == 0 or len(sequence.tokens) >= self.room.tokens:
-                        sequence.ending = "length"
-                    else:
-                        self._draw(i, outputs["logits"][i, 0])
+                    self._begin(i, {name: value[i, 0] for name, value in outputs.items()})
         self.statistics.prompt_tokens = sum(len(s.prompt) for s in self.sequences)
+
+    def _prompt_chunk(self, begin: int, end: int) -> dict[str, Array]:
+        """Return the inputs of `prefill` for the places from `begin` to `end` of every prompt."""
+        size = end - begin
+        inputs = {
+            "input_ids": self._zeros(size),
+            "following_ids": self._zeros(size),
+            "counts": self._zeros(),
+            "lengths": self._zeros(),
+        }
+        for i, sequence in enumerate(self.sequences):
+            tokens, following = sequence.prompt[begin:end], sequence.prompt[begin + 1 : end + 1]
+            inputs["input_ids"][i, : len(tokens)] = tokens
+            inputs["following_ids"][i, : len(following)] = following
+            inputs["counts"][i] = len(tokens)
+            inputs["lengths"][i] = min(begin, len(sequence.prompt))
+        return inputs
+
+    def _begin(self, index: int, last: Mapping[str, Array]) -> None:
+        """Give a sequence its first token, unless none may follow; `last` are the outputs at its prompt's end."""
+        sequence = self.sequences[index]
+        sequence.hidden = last.get("hidden")
+        if self.options.max_new_tokens == 0 or len(sequence.tokens) >= self.capacity.context_length:
+            sequence.ending = "length"
+        else:
+            self._draw(index, last["logits"])
 
     def _decode(self) -> None:
         """Give every sequence that runs one token."""
@@ -138,32 +183,30 @@ class Generation:
             self.engine, "verify", input_ids=ids, following_ids=following, lengths=lengths, accepted=accepted
         )
         for i, sequence in enumerate(running):
-            if sequence is None:
-                continue
-            logits, states = outputs["logits"][i], [sequence.reasoning]
-            for draft in proposals[i]:
-                states.append(states[-1].after(draft.token) if states[-1] is not None else None)
-            verdict = judge(
-                proposals[i],
-                lambda n, s=sequence, x=logits, r=states: s.choice(x[n], r[n]),  # type: ignore[misc]
-                sequence.generator,
-            )
-            sequence.pending = 1 + verdict.accepted
-            sequence.hidden = outputs["hidden"][i, verdict.accepted]
-            self._count(1 + verdict.accepted)
-            for token in (*(draft.token for draft in proposals[i][: verdict.accepted]), verdict.following):
-                if sequence.ending is None:
-                    self._take(i, token)
+            if sequence is not None:
+                self._accept(i, proposals[i], {name: value[i] for name, value in outputs.items()})
+
+    def _accept(self, index: int, drafts: Sequence[Draft], outputs: Mapping[str, Array]) -> None:
+        """Judge the drafts of a sequence by the outputs of `verify`, and take those that stand and one token more."""
+        sequence = self.sequences[index]
+        verdict = judge(drafts, sequence.choices(drafts, outputs["logits"]), sequence.generator)
+        sequence.pending = 1 + verdict.accepted
+        sequence.hidden = outputs["hidden"][verdict.accepted]
+        taken = 0
+        for token in (*(draft.token for draft in drafts[: verdict.accepted]), verdict.following):
+            if sequence.ending is None:
+                self._take(index, token)
+                taken += 1
+        self._count(taken)
 
     def _draw(self, index: int, logits: Array) -> None:
         sequence = self.sequences[index]
         self._take(index, draw(sequence.choice(logits, sequence.reasoning), sequence.generator))
 
     def _take(self, index: int, token: int) -> None:
-        piece = self.sequences[index].take(token, self.room.tokens)
+        piece = self.sequences[index].take(token, self.capacity.context_length)
         self.statistics.new_tokens += 1
-        if self.listener is not None:
-            self.listener(index, token, piece)
+        self._pieces.append(Piece(index, token, piece))
 
     def _count(self, tokens: int) -> None:
         self.statistics.rounds += 1

@@ -15,13 +15,20 @@ _IDS = re.compile(r"\s*\d{1,12}(\s*,\s*\d{1,12})*\s*")
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Return the lines of a text file that are not empty."""
+    """Return the lines of a text file that are not empty.
+
+    N3CError: exit code 6 where it cannot be read, 2 where it has no such line.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "not UTF-8 text"
         raise N3CError(Diagnostic("E0601", f"cannot be read: {reason}", Span(str(path))), ExitCode.FILE) from error
-    return [line for line in lines if line.strip()]
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        help_ = "write one prompt a line"
+        raise N3CError(Diagnostic("E0802", "no prompt in this file", Span(str(path)), help=help_), ExitCode.USAGE)
+    return prompts
 
 
 def parse_ids(text: str) -> list[int] | None:

@@ -13,10 +13,11 @@ from n3c.backends.safetensors.checkpoint_fit import fitting_checkpoint
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 from n3c.runtime.build_folder import OpenedBuild
 from n3c.runtime.engines.interface import Engine
+from n3c.runtime.numbers import require_between
 
+from .capacity import Capacity
 from .drafter import Drafter, MtpDrafter
-from .limits import Room
-from .loop import Generation, Listener
+from .loop import Generation
 from .sequence import Options
 from .tokenizer import Tokenizer, find_tokenizer
 
@@ -33,13 +34,12 @@ class Runner:
     eos_ids: frozenset[int]
     drafter: Drafter | None
     """None: no speculation."""
+    device: Device = "cpu"
 
-    def generation(
-        self, prompts: Sequence[Sequence[int]], options: Options, listener: Listener | None = None
-    ) -> Generation:
+    def generation(self, prompts: Sequence[Sequence[int]], options: Options) -> Generation:
         """Return a request, not yet run; N3CError (exit code 2) where the build has no room for it."""
-        room = Room.of(self.build.spec)
-        return Generation(self.engine, prompts, options, room, self.tokenizer, self.drafter, listener)
+        capacity = Capacity.of(self.build.spec)
+        return Generation(self.engine, prompts, options, capacity, self.tokenizer, self.drafter, self.device)
 
     def replace_weights(self, directory: Path) -> None:
         """Take the weights of another checkpoint of the same spec, without building anything.
@@ -61,8 +61,9 @@ def open_runner(
 ) -> Runner:
     """Load `weights` for at most `sequences` sequences at once. `speculate` has effect where the spec has [mtp].
 
-    N3CError: exit code 4 where the device is not there, 6 where the weights do not fit.
+    N3CError: exit code 2 for no sequences, 4 where the device is not there, 6 where the weights do not fit.
     """
+    require_between("sequences", sequences, 1)
     spec = build.spec
     batch = _batch(spec.serving.batch_sizes, sequences)
     speculate = speculate and {"draft", "verify"} <= set(build.served.program.entry_points)
@@ -79,7 +80,7 @@ def open_runner(
         engine = cuda_engine(build, names, batch, checkpoint, progress)
     tokenizer = find_tokenizer([weights], spec.model.vocab_size)
     eos = _eos_ids(weights) or frozenset(spec.model.eos_token_ids)
-    return Runner(build, engine, tokenizer, eos, MtpDrafter() if speculate else None)
+    return Runner(build, engine, tokenizer, eos, MtpDrafter() if speculate else None, device)
 
 
 def require_weights(directory: Path | None) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
+from n3c.runtime.numbers import require_between
 
 Probabilities = NDArray[np.float64]
 
@@ -23,6 +25,13 @@ class Sampling:
     top_p: float = 1.0
     """Keep the fewest tokens whose probabilities sum to at least this (Holtzman et al., arXiv 1904.09751)."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise N3CError (E0816, exit code 2) for a number that is out of its range or not finite."""
+        require_between("temperature", self.temperature, 0, sys.float_info.max)
+        require_between("top_k", self.top_k, 0)
+        require_between("top_p", self.top_p, 0, 1, above=True)
+        require_between("seed", self.seed, 0)
 
     def generator(self, sequence: int) -> np.random.Generator:
         """Return the random numbers of one sequence: they depend on no other sequence of the batch."""
@@ -40,8 +49,9 @@ def distribution(logits: NDArray[Any], sampling: Sampling) -> Probabilities:
         raise N3CError(Diagnostic("E0806", "the model's logits are not finite", help=help_), ExitCode.NUMERICS)
     if sampling.temperature == 0:
         return certain(int(np.argmax(logits)), len(logits))
-    scaled = logits.astype(np.float64) / sampling.temperature
-    weights = np.exp(scaled - scaled.max())
+    below_best = logits.astype(np.float64) - float(logits.max())
+    with np.errstate(over="ignore"):  # of a temperature near 0: minus infinity, whose weight is 0
+        weights = np.exp(below_best / sampling.temperature)
     if 0 < sampling.top_k < len(weights) or sampling.top_p < 1:
         order = np.argsort(-weights, kind="stable")
         kept = order[: sampling.top_k] if sampling.top_k else order

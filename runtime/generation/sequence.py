@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from n3c.runtime.numbers import require_between
+
 from .reasoning import Reasoning, Tags
 from .sampling import Probabilities, Sampling, certain, distribution
+from .speculative import Draft
 from .text import GrowingText
 from .tokenizer import Tokenizer
 
@@ -29,6 +32,12 @@ class Options:
     tags: Tags | None = None
     reasoning_budget: int | None = None
     """Tokens between the tags after which the end tag is forced; None: no limit."""
+
+    def __post_init__(self) -> None:
+        """Raise N3CError (E0816, exit code 2) for a number that is out of its range."""
+        require_between("max_new_tokens", self.max_new_tokens, 0)
+        if self.reasoning_budget is not None:
+            require_between("reasoning_budget", self.reasoning_budget, 0)
 
 
 @dataclass(slots=True)
@@ -63,6 +72,18 @@ class Running:
         return self.tokens[len(self.prompt) :]
 
     @property
+    def text(self) -> str | None:
+        """The text of the new tokens as far as it is certain, which is all of it at the end; None without tokenizer."""
+        return self.growing.text if self.growing is not None else None
+
+    def interrupt(self) -> None:
+        """End a sequence that runs where it is; text that was kept back is its text now."""
+        if self.ending is None:
+            self.ending = "interrupted"
+            if self.growing is not None:
+                self.growing.finish()
+
+    @property
     def committed(self) -> int:
         """Tokens that the engine's states hold, with what the next `verify` commits."""
         return len(self.tokens) - 1
@@ -73,8 +94,16 @@ class Running:
             return certain(reasoning.next, len(logits))
         return distribution(logits, self.options.sampling)
 
-    def take(self, token: int, room: int) -> str:
-        """Append a generated token; return the text that became certain. `room`: most tokens of a sequence."""
+    def choices(self, drafts: Sequence[Draft], logits: NDArray[Any]) -> Callable[[int], Probabilities]:
+        """Return a function of n: what the token behind n of `drafts` is drawn from, given logits [1 + drafts, V]."""
+        states = [self.reasoning]
+        for draft in drafts:
+            before = states[-1]
+            states.append(before.after(draft.token) if before is not None else None)
+        return lambda n: self.choice(logits[n], states[n])
+
+    def take(self, token: int, context_length: int) -> str:
+        """Append a generated token; return the text that became certain, all of it where the sequence ends."""
         self.tokens.append(token)
         if self.reasoning is not None:
             self.reasoning = self.reasoning.after(token)
@@ -85,6 +114,6 @@ class Running:
             piece = self.growing.feed(token)
             if self.growing.stopped:
                 self.ending = "stop"
-        if self.ending is None and (len(self.new) >= self.options.max_new_tokens or len(self.tokens) >= room):
+        if self.ending is None and (len(self.new) >= self.options.max_new_tokens or len(self.tokens) >= context_length):
             self.ending = "length"
         return piece + self.growing.finish() if self.ending is not None and self.growing is not None else piece

@@ -8,20 +8,27 @@ from .tokenizer import Tokenizer
 
 
 class GrowingText:
-    """The text of one sequence. A stop string ends it and is not part of it."""
+    """The text of one sequence. A stop string ends it and is not part of it.
+
+    Special tokens are not part of the text either, but a stop string may be one, or hold one.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
-        self._stream = tokenizer.stream()
+        self._tokenizer, self._stream = tokenizer, tokenizer.stream()
         self._stops = tuple(stop for stop in stops if stop)
         self._pending = ""
         """Text that may turn out to be the beginning of a stop string."""
+        self._shown: list[bool] = []
+        """Of each character of it: whether it is text, and not of a special token."""
         self.text = ""
         """What is certain."""
         self.stopped = False
 
     def feed(self, token: int) -> str:
         """Take a token; return the text that became certain. `stopped` then says whether a stop string was found."""
-        return self._take(self._stream.feed([token]))
+        piece = self._take(self._stream.feed([token]))
+        special = self._tokenizer.special(token)
+        return piece if special is None else piece + self._take(special, shown=False)
 
     def finish(self) -> str:
         """Return what was kept back, when no token follows."""
@@ -29,23 +36,31 @@ class GrowingText:
             return ""
         piece = self._take(self._stream.finish())
         if not self.stopped:
-            piece += self._pending
-            self.text += self._pending
-            self._pending = ""
+            kept = _shown(self._pending, self._shown)
+            self.text += kept
+            self._pending, self._shown = "", []
+            piece += kept
         return piece
 
-    def _take(self, piece: str) -> str:
+    def _take(self, piece: str, *, shown: bool = True) -> str:
         if self.stopped:
             return ""
-        text = self._pending + piece
+        text, shows = self._pending + piece, [*self._shown, *[shown] * len(piece)]
         found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
-            self.stopped, certain, self._pending = True, text[: min(found)], ""
+            self.stopped, end = True, min(found)
+            self._pending, self._shown = "", []
         else:
-            kept = max((_overlap(text, stop) for stop in self._stops), default=0)
-            certain, self._pending = text[: len(text) - kept], text[len(text) - kept :]
+            end = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
+            self._pending, self._shown = text[end:], shows[end:]
+        certain = _shown(text[:end], shows)
         self.text += certain
         return certain
+
+
+def _shown(text: str, shows: Sequence[bool]) -> str:
+    """Return the characters of `text` that are shown."""
+    return "".join(character for character, show in zip(text, shows, strict=False) if show)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -34,7 +34,11 @@ class Tokenizer(Protocol):
         ...
 
     def stream(self) -> Stream:
-        """Return a decoder of one sequence."""
+        """Return a decoder of one sequence, which leaves special tokens out."""
+        ...
+
+    def special(self, token: int) -> str | None:
+        """Return how a special token is written, as `</think>`; None for every other token."""
         ...
 
 
@@ -55,6 +59,10 @@ class ByteTokenizer:
         """Return a decoder in which bytes that are no UTF-8 become U+FFFD."""
         return _ByteStream()
 
+    def special(self, token: int) -> str | None:
+        """Return None: every token is a byte."""
+        return None
+
 
 class _ByteStream:
     def __init__(self) -> None:
@@ -72,6 +80,8 @@ class FileTokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        added: dict[int, Any] = tokenizer.get_added_tokens_decoder()
+        self._special: dict[int, str] = {token: entry.content for token, entry in added.items() if entry.special}
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Return the ids of `text`."""
@@ -81,6 +91,10 @@ class FileTokenizer:
     def stream(self) -> Stream:
         """Return a decoder that leaves special tokens out."""
         return _FileStream(self._tokenizer)
+
+    def special(self, token: int) -> str | None:
+        """Return the content of a token that tokenizer.json calls special."""
+        return self._special.get(token)
 
 
 class _FileStream:

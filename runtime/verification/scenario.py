@@ -1,4 +1,4 @@
-"""What every form of a model is asked to compute: a prompt in chunks, then decoded tokens, or drafts that are verified.
+"""What every implementation is asked to compute: a prompt in chunks, then decoded tokens, or drafts to verify.
 
 Sequences of a batch have the same length here, since a PyTorch module has no padding; the tests of the entry
 points are about ragged batches.
@@ -44,17 +44,17 @@ def scenarios(spec: Spec, program: Program, batch: int, seed: int) -> list[list[
     Decoding and verification stand once by themselves, where nothing but weights is quantized, and once behind a
     prompt.
     """
-    room = spec.serving.max_seq_len
+    capacity = spec.serving.max_seq_len
     drafts = spec.serving.draft_tokens if {"draft", "verify"} <= set(program.entry_points) else None
     longest = 3 * (1 + drafts) + 1 if drafts is not None else 4
-    prompt = max(1, min(PROMPT, room - longest))
+    prompt = max(1, min(PROMPT, capacity - longest))
     ids = np.random.default_rng(seed).integers(0, spec.model.vocab_size, (batch, prompt + longest + 1))
     chunk = spec.serving.prefill_chunk
     prefill = [_step(ids, "prefill", at, at, min(chunk, prompt - at), prompt) for at in range(0, prompt, chunk)]
-    made = [_decoded(ids, 0, min(4, room)), [*prefill, *_decoded(ids, prompt, min(2, room - prompt))]]
-    if drafts is not None and longest <= room:
+    made = [_decoded(ids, 0, min(4, capacity)), [*prefill, *_decoded(ids, prompt, min(2, capacity - prompt))]]
+    if drafts is not None and longest <= capacity:
         made.append(_verified(ids, 0, drafts, spec.model.vocab_size))
-    if drafts is not None and prompt + longest <= room:
+    if drafts is not None and prompt + longest <= capacity:
         made.append([*prefill, *_verified(ids, prompt, drafts, spec.model.vocab_size)])
     return made
 

@@ -1,4 +1,4 @@
-"""The generated PyTorch module as a form of the model, with hooks behind every layer."""
+"""The generated PyTorch module as an implementation, with hooks behind every layer."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ from n3c.passes.widen import Widen
 from n3c.runtime.engines.interface import Array
 from n3c.specs.schema import Spec
 
+from .implementation import Rounding
 from .scenario import Step
+from .tolerance import Tolerance, float32
 from .trace import Trace
 
 _numbers = itertools.count()
 
 
-class TorchLeg:
+class TorchModule:
     """`Model.step` of a generated model.py, in float32 with the weights that are deployed, dequantized.
 
     The module has no drafting entry point: a draft is the whole sequence through the MTP block, and of a
@@ -36,14 +38,15 @@ class TorchLeg:
     """
 
     name = "PyTorch"
+    rounding: Rounding = "none"
+    tolerance: Tolerance = staticmethod(float32)
 
-    def __init__(self, path: Path, spec: Spec, checkpoint: Checkpoint, tolerance: float) -> None:
+    def __init__(self, path: Path, spec: Spec, checkpoint: Checkpoint) -> None:
         """Import `path` and fill its model; any exception of that file is passed on."""
-        self.tolerance = tolerance
         module = imported(path)
         self._model: Any = module.Model().eval()
         _fill(module.named_tensors(self._model), spec, checkpoint)
-        self._room = spec.serving.max_seq_len
+        self._capacity = spec.serving.max_seq_len
         self._head = "backbone.embeddings" if spec.model.tie_word_embeddings else "lm_head"
         self._seen: dict[str, Array] = {}
         self._watch()
@@ -54,12 +57,12 @@ class TorchLeg:
         self._state: Any = None
         self._ids: Any = None
 
-    def run(self, step: Step) -> Trace | None:
+    def run(self, step: Step, reference: Trace) -> Trace | None:
         """Take the step's tokens in."""
         tokens = torch.as_tensor(step.tokens)
         self._seen = {}
         if self._state is None:
-            self._state = self._model.allocate_state(len(tokens), self._room)
+            self._state = self._model.allocate_state(len(tokens), self._capacity)
             self._ids = tokens[:, :0]
         with torch.no_grad():
             if step.entry == "draft":

@@ -7,11 +7,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from n3c.ir.program import EntryPoint
+from n3c.ir.program import EntryPoint, Program
 from n3c.runtime.engines.interface import Array
 
 Trace = Mapping[str, Array]
 """Name of a point → its value: a layer's label for what it gave [B, n, …], a state's name for the state after it."""
+
+
+RESIDUAL = ("mamba2", "attention", "moe", "mlp")
+"""Kinds of functions whose result is their input and what they add."""
+TOKENS = 4
+"""Fewer have no median that leaves one out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,33 +26,42 @@ class Difference:
 
     point: str
     relative: float
-    """Root of the mean squared difference over that of the reference: one expert that is chosen otherwise by a
-    rounding error moves it little, a wrong weight much."""
+    """Root of the mean squared difference over that of the reference."""
+    typical: float
+    """The same of the median token of a layer, over that of all tokens; 0 where there are fewer than `TOKENS`."""
+    share: float
+    """Root of the mean square of what a layer adds to the residual stream, over that of the stream; else 1."""
     largest: float
     """Largest absolute difference."""
     index: tuple[int, ...]
     """Where that is."""
 
 
-def points(entry: EntryPoint) -> list[str]:
-    """Return the points of an entry point in the order of its layers: each label, and behind it its states."""
-    order: dict[str, None] = {}
+def points(entry: EntryPoint, program: Program) -> dict[str, str]:
+    """Return the points of an entry point in the order of its layers: each label, and behind it its states.
+
+    With each stands the label of the layer whose result it adds something to; empty where it is no residual layer.
+    """
+    order: dict[str, str] = {}
+    label_of: dict[str, str] = {}
     for call in entry.calls:
+        before = label_of.get(call.inputs[0], "") if program.functions[call.function].kind in RESIDUAL else ""
         if call.outputs:
             order.pop(call.label, None)  # a label's last call is what it gave
-            order[call.label] = None
-        order.update(dict.fromkeys(call.states))
-    return list(order)
+            order[call.label] = before
+        order.update(dict.fromkeys(call.states, ""))
+        label_of.update(dict.fromkeys(call.outputs, call.label))
+    return order
 
 
-def differences(order: list[str], reference: Trace, other: Trace) -> Iterator[Difference]:
+def differences(order: Mapping[str, str], reference: Trace, other: Trace) -> Iterator[Difference]:
     """Compare the points that both have, in `order`.
 
     Where the one has more tokens than the other, the last ones are compared: prefill keeps only its last token.
     """
-    for point in order:
+    for point, before in order.items():
         if point in reference and point in other:
-            yield _difference(point, *_aligned(reference[point], other[point]))
+            yield _difference(point, *_aligned(reference[point], other[point]), reference.get(before))
 
 
 def _aligned(reference: Array, other: Array) -> tuple[Array, Array]:
@@ -57,12 +72,25 @@ def _aligned(reference: Array, other: Array) -> tuple[Array, Array]:
     return a, b
 
 
-def _difference(point: str, reference: Array, other: Array) -> Difference:
+def _difference(point: str, reference: Array, other: Array, base: Array | None) -> Difference:
     if reference.shape != other.shape or not np.isfinite(other).all():
-        return Difference(point, float("inf"), float("inf"), ())
+        infinite = float("inf")
+        return Difference(point, infinite, infinite, 1.0, infinite, ())
     apart = np.abs(other - reference)
-    size = float(np.sqrt(np.square(reference).mean()))
-    error = float(np.sqrt(np.square(apart).mean()))
+    size = _size(reference)
     index = np.unravel_index(int(apart.argmax()), apart.shape) if apart.size else ()
-    relative = error / size if size > 0 else (0.0 if error == 0 else float("inf"))
-    return Difference(point, relative, float(apart.max(initial=0.0)), tuple(int(i) for i in index))
+    tokens = np.sqrt(np.square(apart).mean(-1)) if base is not None else np.zeros(1)
+    typical = float(np.median(tokens)) if tokens.size >= TOKENS else 0.0
+    share = _size(reference - base) / size if base is not None and base.shape == reference.shape and size > 0 else 1.0
+    largest = float(apart.max(initial=0.0))
+    place = tuple(int(i) for i in index)
+    return Difference(point, _over(_size(apart), size), _over(typical, size), share, largest, place)
+
+
+def _size(array: Array) -> float:
+    """Return the root of the mean square."""
+    return float(np.sqrt(np.square(array).mean()))
+
+
+def _over(error: float, size: float) -> float:
+    return error / size if size > 0 else (0.0 if error == 0 else float("inf"))

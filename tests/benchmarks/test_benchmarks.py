@@ -6,6 +6,9 @@ import importlib
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,3 +35,35 @@ def test_an_unknown_benchmark_is_a_usage_error() -> None:
     done = benchmarks("frob")
     assert (done.returncode, done.stdout) == (2, "")
     assert "no benchmark frob" in done.stderr
+
+
+def stop(_: Path) -> None:
+    sys.exit(0)
+
+
+def demo(work: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Return the demo's module, which stops before its work."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    module = importlib.import_module("benchmarks.demo")
+    monkeypatch.setattr(sys, "argv", ["demo", "--work", str(work)])
+    monkeypatch.setattr(module, "copy_text", stop)
+    return module
+
+
+def test_the_demo_deletes_only_what_it_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine" / "run").mkdir(parents=True)
+    (tmp_path / "mine" / "run" / "notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for theirs in ("mine", "file"):
+        with pytest.raises(SystemExit) as stopped:
+            demo(tmp_path / theirs, monkeypatch).main()
+        assert stopped.value.code == 2
+    assert (tmp_path / "mine" / "run" / "notes.txt").read_text() == "mine"
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stopped:
+            demo(tmp_path / "new", monkeypatch).main()
+        assert stopped.value.code == 0
+        assert not (tmp_path / "new" / "nvfp4").exists()
+        (tmp_path / "new" / "nvfp4").mkdir()
+        (tmp_path / "new" / "notes.txt").write_text("mine")
+    assert (tmp_path / "new" / "notes.txt").read_text() == "mine"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -54,6 +56,15 @@ def test_the_examples_give_what_the_document_shows(tmp_path: Path, monkeypatch: 
         result = n3c(*command.split())
         shown = re.sub(" +", " ", result.err + result.out)
         assert re.fullmatch(_pattern(re.sub(" +", " ", expected)), shown), f"n3c {command}\n{shown}"
+
+
+def test_the_examples_of_the_python_api_give_what_the_document_shows(tmp_path: Path) -> None:
+    page = ROOT / "docs/python.md"
+    assert len(re.findall(r"^>>> ", page.read_text(encoding="utf-8"), flags=re.MULTILINE)) > 30
+    (tmp_path / "specs").symlink_to(ROOT / "specs")
+    command = [sys.executable, "-m", "doctest", "-o", "FAIL_FAST", str(page)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def _pattern(expected: str) -> str:

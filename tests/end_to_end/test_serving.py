@@ -14,8 +14,8 @@ from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.compiler.cli.main import run
 from n3c.ir.program import Program
 from n3c.passes.serving import serve
+from n3c.specs.blocks import BY_SYMBOL
 from n3c.specs.load import load_spec
-from n3c.specs.pattern import BlockKind
 from support.models import transformers_model
 from support.modules import import_file
 from support.programs import load_parameters
@@ -43,7 +43,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     config = NemotronHConfig(
         vocab_size=97,
         hidden_size=64,
-        layers_block_type=[BlockKind(symbol).hf_name for symbol in "MEM*E"],
+        layers_block_type=[BY_SYMBOL[symbol].hf_name for symbol in "MEM*E"],
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,

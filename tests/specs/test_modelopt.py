@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from n3c.specs.convert import run_import
 from n3c.specs.huggingface import export_config, import_config
 from n3c.specs.json_places import parse_json
 from n3c.specs.load import load_spec
-from n3c.specs.modules import module_groups
+from n3c.specs.modules import groups_of
 from n3c.specs.roles import select_layers
 from n3c.specs.schema import Quantization, Rule, Spec
 
@@ -39,8 +40,7 @@ def formats(spec: Spec) -> dict[str, str]:
     """Apply the rules of [quantization] to every module, in the plainest way."""
     assert spec.quantization is not None
     found: dict[str, str] = {}
-    tied = spec.model.tie_word_embeddings
-    for group in module_groups(spec.model.pattern, spec.mtp.pattern if spec.mtp else None, spec.moe, tied):
+    for group in groups_of(spec):
         for module in group.modules:
             found[module] = decide(spec.quantization, spec, group.role, group.layer, module)
     return found
@@ -58,7 +58,7 @@ def decide(quantization: Quantization, spec: Spec, role: str, layer: int | None,
 
 def test_module_names() -> None:
     spec, _ = load_spec(SPECS / "tiny.toml")
-    groups = module_groups(spec.model.pattern, spec.mtp.pattern if spec.mtp else None, spec.moe, False)
+    groups = groups_of(spec)
     names = [name for group in groups for name in group.modules]
     assert len(names) == len(set(names))
     for name in (
@@ -181,7 +181,7 @@ def test_any_mixture_is_kept(data: st.DataObject) -> None:
     """Whatever format each module has: the rules give it back, and stay short where they can."""
     config = config_of("tiny-moe")
     spec, _ = read(config)
-    groups = module_groups(spec.model.pattern, None, spec.moe, False)
+    groups = groups_of(replace(spec, mtp=None))
     chosen: dict[str, str] = {}
     for group in groups:
         if group.role in ("embedding", "mamba.conv1d", "moe.router"):
@@ -225,7 +225,7 @@ def test_full_size_is_quick() -> None:
     """Every linear of Super named one by one, as the release does: 41,000 names."""
     spec, _ = load_spec(SPECS / "super.toml")
     assert spec.moe is not None
-    groups = module_groups(spec.model.pattern, None, spec.moe, False)
+    groups = groups_of(replace(spec, mtp=None))
     layers = {
         module: {"quant_algo": "NVFP4" if group.experts else "FP8"}
         for group in groups

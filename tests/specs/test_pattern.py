@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from n3c.specs.blocks import ATTENTION, MLP, MOE
 from n3c.specs.pattern import (
-    BlockKind,
     Pattern,
     PatternError,
     from_hybrid_override,
@@ -36,7 +36,7 @@ def test_parse(text: str, symbols: str) -> None:
     pattern = Pattern.parse(text)
     assert pattern.symbols == symbols
     assert len(pattern) == len(symbols)
-    assert "".join(kind.value for kind in pattern) == symbols
+    assert "".join(kind.symbol for kind in pattern) == symbols
     assert pattern.text == text
     assert "".join(text[offset] for offset in pattern.offsets) == symbols
 
@@ -185,6 +185,6 @@ def test_hugging_face_errors() -> None:
 
 def test_membership_and_layers() -> None:
     pattern = Pattern.parse("MEM*E")
-    assert BlockKind.ATTENTION in pattern
-    assert BlockKind.MLP not in pattern
-    assert pattern.layers(BlockKind.MOE) == (1, 4)
+    assert ATTENTION in pattern
+    assert MLP not in pattern
+    assert pattern.layers(MOE) == (1, 4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -10,17 +9,18 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from n3c.specs.convert import run_schema
+from n3c.specs.block_kind import BlockKind
+from n3c.specs.blocks import ATTENTION, KINDS, MAMBA, MLP
 from n3c.specs.dump import dump_spec
+from n3c.specs.json_schema import json_schema
 from n3c.specs.load import load_spec, parse_spec
-from n3c.specs.pattern import BlockKind
 from n3c.specs.roles import match_roles, select_layers
 from n3c.specs.schema import Spec
 
 SPECS = Path(__file__).parents[2] / "specs"
 NAMES = sorted(path.stem for path in SPECS.glob("*.toml"))
 # The stubs of jsonschema leave types unknown.
-VALIDATOR: Any = Draft202012Validator(json.loads(run_schema()))
+VALIDATOR: Any = Draft202012Validator(json_schema())
 
 
 def load(name: str) -> Spec:
@@ -32,16 +32,16 @@ def load(name: str) -> Spec:
 def block_parameters(spec: Spec, kind: BlockKind) -> int:
     """Count a block's parameters by its dimensions, its norm included, the router's bias buffer not."""
     width = spec.model.hidden_size
-    if kind is BlockKind.MAMBA and spec.mamba is not None:
+    if kind is MAMBA and spec.mamba is not None:
         m = spec.mamba
         inner = m.num_heads * m.head_dim
         convolved = inner + 2 * m.n_groups * m.state_size
         projections = (inner + convolved + m.num_heads) * width + inner * width
         return width + projections + convolved * (m.conv_kernel + m.conv_bias) + 3 * m.num_heads + inner
-    if kind is BlockKind.ATTENTION and spec.attention is not None:
+    if kind is ATTENTION and spec.attention is not None:
         a = spec.attention
         return width + 2 * width * a.head_dim * (a.num_heads + a.num_kv_heads)
-    if kind is BlockKind.MLP and spec.mlp is not None:
+    if kind is MLP and spec.mlp is not None:
         return width + 2 * width * spec.mlp.intermediate_size
     assert spec.moe is not None
     e = spec.moe
@@ -114,10 +114,10 @@ def test_states_are_the_published_ones(name: str, kv_bytes: int, state_bytes: in
     assert spec.attention is not None
     assert spec.mamba is not None
     heads = 2 * spec.attention.num_kv_heads * spec.attention.head_dim
-    assert 2 * heads * len(spec.model.pattern.layers(BlockKind.ATTENTION)) == kv_bytes
+    assert 2 * heads * len(spec.model.pattern.layers(ATTENTION)) == kv_bytes
     m = spec.mamba
     a_layer = 2 * m.conv_size * (m.conv_kernel - 1) + 4 * m.inner_size * m.state_size
-    assert a_layer * len(spec.model.pattern.layers(BlockKind.MAMBA)) == state_bytes
+    assert a_layer * len(spec.model.pattern.layers(MAMBA)) == state_bytes
     assert (spec.serving.kv_cache_dtype, spec.serving.ssm_state_dtype) == ("bf16", "fp32")
 
 
@@ -125,12 +125,7 @@ def test_states_are_the_published_ones(name: str, kv_bytes: int, state_bytes: in
 def test_every_rule_says_something(name: str) -> None:
     """Each glob matches a role that the model has, and each layer selector a layer that has such a role."""
     spec = load(name)
-    tables = {
-        BlockKind.MAMBA: "mamba.",
-        BlockKind.ATTENTION: "attention.",
-        BlockKind.MOE: "moe.",
-        BlockKind.MLP: "mlp.",
-    }
+    tables = {kind: f"{kind.table}." for kind in KINDS}
     for table in (spec.quantization, spec.training):
         for rule in table.rules if table else ():
             for glob in rule.roles:
@@ -150,7 +145,7 @@ def test_nano_4b_exceptions_are_mlps() -> None:
     modules = [module for rule in spec.quantization.rules for module in rule.modules]
     assert len(modules) == 9
     for module in modules:
-        assert spec.model.pattern.kinds[int(module.split(".")[2])] is BlockKind.MLP
+        assert spec.model.pattern.kinds[int(module.split(".")[2])] is MLP
 
 
 def test_tiny_weights_can_be_nvfp4() -> None:

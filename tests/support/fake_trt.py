@@ -2,6 +2,8 @@
 
 Everything up to the kernels is real: addresses, sizes, order, what is written where. An address outside of what was
 allocated on the device of the plan, an input that was not set, a stream or a current device that is another one fails.
+A CUDA graph keeps the addresses and shapes of its capture. Capturing what has not run before fails, and so does a
+replay while other addresses or shapes are bound: it would read and write where the captured call did.
 """
 
 from __future__ import annotations
@@ -9,14 +11,15 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar
 
 import numpy as np
 import onnx
-import onnxruntime
 
 from n3c.runtime.engines.interface import Array
+from n3c.runtime.engines.onnxruntime.session import inference_session
 
 TYPES: Mapping[int, type[np.generic]] = {onnx.TensorProto.FLOAT: np.float32, onnx.TensorProto.INT64: np.int64}
 
@@ -43,6 +46,8 @@ class HostDevice:
         self.stream = 77 + index
         self.memories: list[HostMemory] = []
         self.captured = self.replayed = self.received = 0
+        self.recording: list[tuple[_Context, Bound]] | None = None
+        """What a capture has enqueued so far; None outside of one."""
 
     @contextmanager
     def current(self) -> Generator[None]:
@@ -57,11 +62,13 @@ class HostDevice:
         return self.memories[-1]
 
     def write(self, memory: Any, offset: int, data: Array) -> None:
+        assert self.recording is None, "a graph would write these values again"
         raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
         assert offset + raw.size <= memory.bytes
         memory.data[offset : offset + raw.size] = raw
 
     def read(self, memory: Any, offset: int, size: int) -> bytes:
+        assert self.recording is None, "reading waits for the stream, which a capture forbids"
         return bytes(memory.data[offset : offset + size].tobytes())
 
     def copy(self, memory: Any, offset: int, source: Any, source_offset: int, size: int) -> None:
@@ -78,10 +85,18 @@ class HostDevice:
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         self.captured += 1
+        recorded: list[tuple[_Context, Bound]] = []
+        self.recording = recorded
+        try:
+            work()
+        finally:
+            self.recording = None
+        assert recorded, "an empty graph"
 
         def replay() -> None:
             self.replayed += 1
-            work()
+            for context, bound in recorded:
+                context.replay(bound)
 
         return replay
 
@@ -129,14 +144,21 @@ class _Engine:
         return _Context(self._trt, self._device, self.model)
 
 
+@dataclass(frozen=True)
+class Bound:
+    """The addresses and shapes of one execution."""
+
+    addresses: Mapping[str, int]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
 class _Context:
     def __init__(self, trt: FakeTrt, device: HostDevice, model: Any) -> None:
-        options: Any = onnxruntime.SessionOptions()
-        options.log_severity_level, options.intra_op_num_threads = 3, 1
-        self._session: Any = onnxruntime.InferenceSession(model.SerializeToString(), options)
+        self._session: Any = inference_session(model.SerializeToString())
         self._trt, self._device, self._graph = trt, device, model.graph
         self._addresses: dict[str, int] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._ran: list[Bound] = []
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self._addresses[name] = address
@@ -151,16 +173,31 @@ class _Context:
         assert HostDevice.in_use[-1] is self._device
         if self._trt.fails:
             return False
-        feeds = {value.name: self._array(value).copy() for value in self._graph.input}
-        for value, result in zip(self._graph.output, self._session.run(None, feeds), strict=True):
-            self._array(value)[...] = result
+        bound = Bound(dict(self._addresses), dict(self._shapes))
+        if self._device.recording is not None:
+            assert bound in self._ran, "captured before it ran: a first execution may allocate"
+            self._device.recording.append((self, bound))
+            return True
+        self._ran.append(bound)
+        self._execute(bound)
         return True
 
-    def _array(self, value: Any) -> Array:
+    def replay(self, bound: Bound) -> None:
+        assert HostDevice.in_use[-1] is self._device
+        assert bound.addresses == self._addresses, "the graph was captured with other addresses"
+        assert bound.shapes == self._shapes, "the graph was captured with other shapes"
+        self._execute(bound)
+
+    def _execute(self, bound: Bound) -> None:
+        feeds = {value.name: self._array(value, bound).copy() for value in self._graph.input}
+        for value, result in zip(self._graph.output, self._session.run(None, feeds), strict=True):
+            self._array(value, bound)[...] = result
+
+    def _array(self, value: Any, bound: Bound) -> Array:
         tensor = value.type.tensor_type
-        shape = self._shapes.get(value.name) or tuple(d.dim_value for d in tensor.shape.dim)
+        shape = bound.shapes.get(value.name) or tuple(d.dim_value for d in tensor.shape.dim)
         dtype = np.dtype(TYPES[tensor.elem_type])
-        address, size = self._addresses[value.name], prod(shape) * dtype.itemsize
+        address, size = bound.addresses[value.name], prod(shape) * dtype.itemsize
         assert self._device.holds(address, size), value.name
         array: Array = np.ctypeslib.as_array((ctypes.c_byte * size).from_address(address)).view(dtype).reshape(shape)
         return array

@@ -2,33 +2,96 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from hypothesis import strategies as st
 
+from n3c.specs.block_kind import BlockKind
+from n3c.specs.blocks import ATTENTION, MAMBA, MLP, MOE
 from n3c.specs.dump import toml_value
 from n3c.specs.load import parse_spec
 from n3c.specs.schema import Spec
 
-SIZES = st.integers(1, 96)
+Sizes = st.SearchStrategy[int]
+Table = dict[str, Any]
 
 
 @st.composite
-def spec_texts(draw: st.DrawFn) -> str:
-    """Draw the TOML text of a valid small spec: every kind of block, odd sizes, rules, MTP."""
-    symbols = draw(st.text("ME*-", min_size=1, max_size=8))
+def _mamba(draw: st.DrawFn, sizes: Sizes) -> Table:
+    groups = draw(st.integers(1, 4))
+    low = draw(st.floats(1e-6, 1))
+    return {
+        "num_heads": groups * draw(st.integers(1, 4)),
+        "head_dim": draw(sizes),
+        "state_size": draw(sizes),
+        "n_groups": groups,
+        "conv_kernel": draw(st.integers(2, 6)),
+        "chunk_size": draw(st.integers(1, 96)),
+        "conv_bias": draw(st.booleans()),
+        "time_step_min": low,
+        "time_step_max": low * draw(st.integers(1, 9)),
+        "time_step_floor": draw(st.floats(1e-9, 1)),
+    }
+
+
+@st.composite
+def _attention(draw: st.DrawFn, sizes: Sizes) -> Table:
+    shared = draw(st.integers(1, 4))
+    return {"num_heads": shared * draw(st.integers(1, 4)), "num_kv_heads": shared, "head_dim": draw(sizes)}
+
+
+@st.composite
+def _moe(draw: st.DrawFn, sizes: Sizes) -> Table:
+    groups = draw(st.integers(1, 4))
+    in_group = draw(st.integers(2, 6))
+    chosen = draw(st.integers(1, groups))
+    return {
+        "num_experts": groups * in_group,
+        "top_k": draw(st.integers(1, chosen * in_group)),
+        "intermediate_size": draw(sizes),
+        "shared_intermediate_size": draw(st.integers(0, 96)),
+        "routed_scaling_factor": draw(st.floats(0.01, 100)),
+        "norm_topk_prob": draw(st.booleans()),
+        "n_group": groups,
+        "topk_group": chosen,
+        **draw(st.fixed_dictionaries({}, optional={"latent_size": sizes})),
+    }
+
+
+def _mlp(sizes: Sizes) -> st.SearchStrategy[Table]:
+    return st.fixed_dictionaries({"intermediate_size": sizes})
+
+
+BLOCK_TABLES: dict[BlockKind, Callable[[Sizes], st.SearchStrategy[Table]]] = {
+    MAMBA: _mamba,
+    ATTENTION: _attention,
+    MOE: _moe,
+    MLP: _mlp,
+}
+"""How the table of each block kind is drawn, from a strategy for widths."""
+
+
+@st.composite
+def spec_texts(draw: st.DrawFn, narrowest: int = 1) -> str:
+    """Draw the TOML text of a valid small spec: every kind of block, odd sizes, rules, MTP.
+
+    `narrowest` is the least width of anything, in channels.
+    """
+    sizes = st.integers(narrowest, 96)
+    symbols = draw(st.text([kind.symbol for kind in BLOCK_TABLES], min_size=1, max_size=8))
     cuts = draw(st.lists(st.integers(0, len(symbols)), max_size=2).map(sorted))
     text = symbols
     for cut in reversed(cuts):
         text = text[:cut] + "|" + text[cut:]
-    mtp = draw(st.none() | st.text("*E", min_size=1, max_size=3))
+    mtp = draw(st.none() | st.text([kind.symbol for kind in BLOCK_TABLES if kind.in_mtp], min_size=1, max_size=3))
     used = symbols + (mtp or "")
     vocabulary = draw(st.integers(2, 300))
     token = st.integers(0, vocabulary - 1)
     longest = draw(st.integers(1, 10_000))
-    tables: dict[str, dict[str, Any]] = {
+    tables: dict[str, Table] = {
         "model": {
-            "hidden_size": draw(SIZES),
+            "hidden_size": draw(sizes),
             "vocab_size": vocabulary,
             "pattern": text,
             "max_position_embeddings": longest,
@@ -40,42 +103,9 @@ def spec_texts(draw: st.DrawFn) -> str:
             **draw(st.fixed_dictionaries({}, optional={"pad_token_id": token, "bos_token_id": token})),
         }
     }
-    if "M" in used:
-        groups = draw(st.integers(1, 4))
-        low = draw(st.floats(1e-6, 1))
-        tables["mamba"] = {
-            "num_heads": groups * draw(st.integers(1, 4)),
-            "head_dim": draw(SIZES),
-            "state_size": draw(SIZES),
-            "n_groups": groups,
-            "conv_kernel": draw(st.integers(2, 6)),
-            "chunk_size": draw(SIZES),
-            "conv_bias": draw(st.booleans()),
-            "time_step_min": low,
-            "time_step_max": low * draw(st.integers(1, 9)),
-            "time_step_floor": draw(st.floats(1e-9, 1)),
-        }
-    if "*" in used:
-        shared = draw(st.integers(1, 4))
-        heads = shared * draw(st.integers(1, 4))
-        tables["attention"] = {"num_heads": heads, "num_kv_heads": shared, "head_dim": draw(SIZES)}
-    if "E" in used:
-        groups = draw(st.integers(1, 4))
-        in_group = draw(st.integers(2, 6))
-        chosen = draw(st.integers(1, groups))
-        tables["moe"] = {
-            "num_experts": groups * in_group,
-            "top_k": draw(st.integers(1, chosen * in_group)),
-            "intermediate_size": draw(SIZES),
-            "shared_intermediate_size": draw(st.integers(0, 96)),
-            "routed_scaling_factor": draw(st.floats(0.01, 100)),
-            "norm_topk_prob": draw(st.booleans()),
-            "n_group": groups,
-            "topk_group": chosen,
-            **draw(st.fixed_dictionaries({}, optional={"latent_size": SIZES})),
-        }
-    if "-" in symbols:
-        tables["mlp"] = {"intermediate_size": draw(SIZES)}
+    for kind, table in BLOCK_TABLES.items():
+        if kind.symbol in used:
+            tables[kind.table] = draw(table(sizes))
     if mtp is not None:
         scale = draw(st.floats(0, 10))
         tables["mtp"] = {"pattern": mtp, "depth": draw(st.integers(1, 4)), "loss_scaling_factor": scale}
@@ -98,7 +128,7 @@ def spec_texts(draw: st.DrawFn) -> str:
 
 
 @st.composite
-def _rules(draw: st.DrawFn, formats: tuple[str, ...], layers: int) -> dict[str, Any]:
+def _rules(draw: st.DrawFn, formats: tuple[str, ...], layers: int) -> Table:
     layer = st.integers(0, layers - 1)
     selectors = st.one_of(
         st.sampled_from(["all", "before attention", f"first {layers}", "last 1"]),
@@ -121,7 +151,7 @@ def _rules(draw: st.DrawFn, formats: tuple[str, ...], layers: int) -> dict[str, 
     return {"format": draw(st.sampled_from(formats)), "block": draw(blocks), "rules": rules}
 
 
-def _table(name: str, table: dict[str, Any]) -> str:
+def _table(name: str, table: Table) -> str:
     pairs = [f"{key} = {toml_value(value)}\n" for key, value in table.items() if key != "rules"]
     text = f"[{name}]\n" + "".join(pairs)
     for rule in table.get("rules", ()):
@@ -129,6 +159,6 @@ def _table(name: str, table: dict[str, Any]) -> str:
     return text
 
 
-def specs() -> st.SearchStrategy[Spec]:
-    """Draw a valid small spec."""
-    return spec_texts().map(lambda text: parse_spec(text, "random.toml")[0])
+def specs(narrowest: int = 1) -> st.SearchStrategy[Spec]:
+    """Draw a valid small spec, with `narrowest` channels of anything, or more."""
+    return spec_texts(narrowest).map(lambda text: parse_spec(text, "random.toml")[0])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import onnxruntime
 import torch
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.backends.safetensors.sources import load
 from n3c.ir.program import Program
 from n3c.ir.types import TensorType
+from n3c.runtime.engines.onnxruntime.session import inference_session
 from n3c.runtime.engines.reference.evaluate import evaluate, zero_states
 
 from .onnx_run import Array, OnnxRunner
@@ -100,9 +100,7 @@ class RuntimeServed(Served):
     def _session(self, entry: str) -> tuple[OnnxEntry, Any, dict[str, Array]]:
         if entry not in self._sessions:
             made = emit_entry(self.program, entry, batch=self.batch, rendering="float32")
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads, options.log_severity_level = 1, 3
-            session = onnxruntime.InferenceSession(made.to_bytes(), options, providers=["CPUExecutionProvider"])
+            session = inference_session(made.to_bytes())
             weights = {b.name: load(p, self._checkpoint) for b, p in zip(made.weights, made.parameters, strict=True)}
             self._sessions[entry] = made, session, weights
         return self._sessions[entry]

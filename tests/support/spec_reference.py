@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from n3c.specs import schema
+from n3c.specs.blocks import KINDS
 from n3c.specs.pattern import Pattern
+from n3c.specs.reader import fields_of, plain
 from n3c.specs.roles import ROLES
+from n3c.specs.schema import Rule, Spec
 
-TABLES: tuple[tuple[str, type], ...] = (
-    ("", schema.Spec),
-    ("[model]", schema.Model),
-    ("[mamba]", schema.Mamba),
-    ("[attention]", schema.Attention),
-    ("[moe]", schema.Moe),
-    ("[mlp]", schema.Mlp),
-    ("[mtp]", schema.Mtp),
-    ("[quantization]", schema.Quantization),
-    ("[[quantization.rules]]", schema.Rule),
-    ("[training]", schema.Training),
-    ("[serving]", schema.Serving),
-)
 
-HEAD = """# Spec reference
+def _tables() -> Iterator[tuple[str, type]]:
+    yield "", Spec
+    for name, (hint, _, _) in fields_of(Spec).items():
+        if dataclasses.is_dataclass(plain(hint)):
+            yield f"[{name}]", plain(hint)
+        if name == "quantization":
+            yield "[[quantization.rules]]", Rule
 
-Made from `specs/schema.py` by `make golden`. A key without a default is required; a table is required where a
-pattern uses it. `n3c schema` prints the same as JSON Schema, for editors.
+
+TABLES = tuple(_tables())
+
+SYMBOLS = ", ".join(f"`{kind.symbol}` {kind.title}" for kind in KINDS)
+
+HEAD = f"""# Spec reference
+
+Made from `specs/schema.py` and `specs/blocks.py` by `make golden`. A key without a default is required; a table
+is required where a pattern uses it. `n3c schema` prints the same as JSON Schema, for editors.
 
 ## Patterns
 
-One symbol a residual block: `M` Mamba-2, `E` MoE, `*` attention, `-` MLP. `(ME)4` repeats a group and `M3` a symbol;
+One symbol a residual block: {SYMBOLS}. `(ME)4` repeats a group and `M3` a symbol;
 groups nest; white space and `#` comments are free; `|` is a pipeline cut, kept for Megatron.
 
 ## Rules
@@ -51,21 +54,15 @@ def _table(title: str, cls: type) -> str:
     rows: list[str] = []
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
-        if "doc" in field.metadata and _plain(hint) not in dict(TABLES).values():
+        if "doc" in field.metadata and plain(hint) not in dict(TABLES).values():
             cells = (f"`{field.name}`", _type(hint, field.metadata), _default(field), field.metadata["doc"])
             rows.append(f"| {' | '.join(cells)} |\n")
     heading = f"## `{title}`" if title else "## Top level"
     return f"\n{heading}\n\n| key | type | default | |\n|---|---|---|---|\n" + "".join(rows)
 
 
-def _plain(hint: Any) -> Any:
-    kept = [arg for arg in get_args(hint) if arg is not type(None)]
-    optional = type(None) in get_args(hint)
-    return kept[0] if optional and len(kept) == 1 else hint
-
-
 def _type(hint: Any, metadata: Any) -> str:
-    hint = _plain(hint)
+    hint = plain(hint)
     if metadata.get("choices"):
         return " or ".join(f"`{list(choice)}`" for choice in metadata["choices"])
     if get_origin(hint) is Literal:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
-from n3c.backends.machine import peak_rss_bytes
-from n3c.backends.trt.targets import Flavour
-from n3c.compiler.building.driver import Build, build
-from n3c.compiler.building.request import TARGETS, Request
+from n3c.compiler import build
+from n3c.compiler.building.driver import Built
 from n3c.compiler.cli import options
 from n3c.compiler.cli.output import print_diagnostics, print_json, say, say_line, tell
 from n3c.compiler.cli.progress import TerminalProgress
@@ -19,60 +16,16 @@ from n3c.ir.diagnostics import ExitCode
 from n3c.ir.program import Program
 from n3c.passes.pipelines import STAGES
 
-ENTRIES = ("prefill", "decode", "verify", "draft")
-
 
 @click.command("build", help="Compile SPEC to PyTorch code, ONNX graphs or TensorRT plans.")
-@options.spec
-@click.option("--target", type=click.Choice(TARGETS), required=True, help="What to build.")
-@click.option(
-    "-o", "--output", "out", type=click.Path(path_type=Path), help="Output directory (default: build/<name>)."
-)
-@click.option("--weights", type=click.Path(path_type=Path), help="Checkpoint directory; its tensors must fit the spec.")
-@options.trt
-@options.sms
-@click.option(
-    "--weights-mode",
-    type=click.Choice(["bound", "embedded"]),
-    default="bound",
-    show_default=True,
-    help="Bound: weights are inputs of the engine. Embedded: constants in graph and plan; needs --weights.",
-)
-@click.option(
-    "--entry",
-    "entries",
-    type=click.Choice(ENTRIES),
-    multiple=True,
-    help="Build this entry point only; may repeat. Default: all.",
-)
-@click.option(
-    "--stages",
-    type=click.IntRange(1, 64),
-    default=1,
-    show_default=True,
-    help="Cut each entry point into this many plans, at layer boundaries.",
-)
+@options.of(build)
 @click.option(
     "--print-ir-after",
     type=click.Choice([*STAGES, "all"]),
     help="Print the IR after a pass, on stderr.",
 )
-@options.overrides
 @options.common
-def command(
-    spec: Path,
-    target: str,
-    out: Path | None,
-    weights: Path | None,
-    trt: Flavour,
-    sms: tuple[int, ...],
-    weights_mode: Literal["bound", "embedded"],
-    entries: tuple[str, ...],
-    stages: int,
-    print_ir_after: str | None,
-    overrides: tuple[str, ...],
-    as_json: bool,
-) -> int:
+def command(print_ir_after: str | None, as_json: bool, **_: Any) -> int:
     """Build SPEC."""
 
     def after(name: str, program: Program) -> None:
@@ -82,8 +35,7 @@ def command(
             tell(f"// after {name}\n{print_program(program, origins=True)}")
 
     with TerminalProgress() as progress:
-        request = Request(spec, target, out, overrides, weights, trt, sms, stages, entries, weights_mode)
-        built = build(request, progress, after)
+        built = build(**options.given(build), after=after, progress=progress)
     print_diagnostics((*built.warnings, *built.mismatches))
     if as_json:
         print_json(built.as_json())
@@ -92,13 +44,13 @@ def command(
     return ExitCode.NUMERICS if built.mismatches else ExitCode.OK
 
 
-def _print(built: Build) -> None:
+def _print(built: Built) -> None:
     for file in built.files:
         say_line(f"{file['bytes']:>12,}  {built.out / file['path']}")
     if built.traffic:
         say(_traffic(built.traffic))
     verdict = "FAILED: precision not realised" if built.mismatches else "ok"
-    say_line(f"{verdict}: {built.out} in {built.seconds:.1f} s{format_peak(peak_rss_bytes())}")
+    say_line(f"{verdict}: {built.out} in {built.seconds:.1f} s{format_peak(built.peak_rss_bytes)}")
 
 
 def _traffic(entries: dict[str, Any]) -> str:

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from typing import Any
 
 import click
 
+from n3c.compiler import export_config
 from n3c.compiler.cli import options
 from n3c.compiler.cli.output import print_diagnostics, print_json, say, say_line
-from n3c.specs.convert import run_export_config
-from n3c.specs.load import load_spec
 
 
 @click.command("export-config", help="Turn a SPEC into a Hugging Face nemotron_h config.json.")
-@options.spec
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write it (default: stdout).")
-@options.overrides
+@options.of(export_config)
 @options.common
-def command(spec: Path, output: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+def command(as_json: bool, **_: Any) -> None:
     """Export SPEC."""
-    loaded, warnings = load_spec(spec, overrides)
-    text = run_export_config(loaded, output)
-    print_diagnostics(warnings)
+    exported = export_config(**options.given(export_config))
+    print_diagnostics(exported.warnings)
     if as_json:
-        diagnostics = [w.as_json() for w in warnings]
-        out = str(output) if output else None
-        print_json({"ok": True, "out": out, "config": json.loads(text), "diagnostics": diagnostics})
-    elif output is None:
-        say(text, newline=False)
+        print_json(exported.as_json())
+    elif exported.out is None:
+        say(exported.text, newline=False)
     else:
-        say_line(f"{output}: {loaded.name}")
+        say_line(f"{exported.out}: {exported.spec.name}")

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import click
 
+from n3c.compiler import import_config
 from n3c.compiler.cli import options
 from n3c.compiler.cli.output import print_diagnostics, print_json, say, say_line
-from n3c.specs.convert import run_import
 
 
 @click.command("import", help="Turn a Hugging Face config.json, or a checkpoint directory with one, into a spec.")
-@click.argument("source", metavar="CONFIG_JSON|CHECKPOINT_DIR", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write the spec (default: stdout).")
+@options.of(import_config)
 @options.common
-def command(source: Path, output: Path | None, as_json: bool) -> None:
+def command(as_json: bool, **_: Any) -> None:
     """Import SOURCE."""
-    imported = run_import(source, output)
+    imported = import_config(**options.given(import_config))
     print_diagnostics(imported.warnings)
     if as_json:
-        warnings = [w.as_json() for w in imported.warnings]
-        out = str(output) if output else None
-        print_json({"ok": True, "name": imported.spec.name, "out": out, "spec": imported.text, "diagnostics": warnings})
-    elif output is None:
+        print_json(imported.as_json())
+    elif imported.out is None:
         say(imported.text, newline=False)
     else:
-        say_line(f"{output}: {imported.spec.name}")
+        say_line(f"{imported.out}: {imported.spec.name}")

@@ -7,46 +7,28 @@ from typing import Any
 
 import click
 
+from n3c.compiler import inspect
 from n3c.compiler.cli import options
+from n3c.compiler.cli.fits import format_fits
 from n3c.compiler.cli.output import print_diagnostics, print_json, say, say_line
 from n3c.compiler.cli.table import format_bytes, format_count, format_table
-from n3c.compiler.report.cost import inspect_spec
-from n3c.runtime.manifest import MANIFEST, out_error, read_manifest
-from n3c.specs.convert import run_import
-from n3c.specs.load import load_spec
 
 
 @click.command(
     "inspect", help="Count parameters, FLOPs, weight and state bytes of a SPEC, a checkpoint's config or a build."
 )
-@click.argument("path", metavar="SPEC|CHECKPOINT|BUILD", type=click.Path(path_type=Path))
-@click.option("--context", type=click.IntRange(min=1), help="Tokens in the cache (default: serving.max_seq_len).")
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences.")
-@options.overrides
+@options.of(inspect)
 @options.common
-def command(path: Path, context: int | None, batch: int, overrides: tuple[str, ...], as_json: bool) -> None:
+def command(path: Path, as_json: bool, **_: Any) -> None:
     """Inspect PATH."""
-    if overrides and (path.is_dir() or path.suffix == ".json"):
-        raise click.UsageError(f"--set changes specs, and {path} is none: import it first (`n3c import`)")
-    if (path / MANIFEST).is_file():
-        manifest = read_manifest(path)
-        if manifest is None:
-            raise out_error("E0614", f"{MANIFEST} is not one of n3c", path / MANIFEST)
-        print_json(manifest) if as_json else _print_build(path, manifest)
-        return
-    if path.is_dir() or path.suffix == ".json":
-        imported = run_import(path, formats_matter=False)
-        spec, warnings = imported.spec, list(imported.warnings)
+    inspected = inspect(**options.given(inspect))
+    print_diagnostics(inspected.warnings)
+    if as_json:
+        print_json(inspected.as_json())
+    elif inspected.kind == "build":
+        _print_build(path, inspected.figures)
     else:
-        spec, warnings = load_spec(path, overrides)
-    figures = inspect_spec(spec, context=context, batch=batch)
-    if path.is_dir() and any(path.glob("*.safetensors*")):
-        from n3c.backends.safetensors.checkpoint import Checkpoint
-        from n3c.backends.safetensors.inventory import inventory
-
-        figures["checkpoint"] = inventory(Checkpoint(path)).as_json()
-    print_diagnostics(warnings)
-    print_json(figures) if as_json else _print_spec(figures)
+        _print_spec(inspected.figures)
 
 
 def _print_spec(figures: dict[str, Any]) -> None:
@@ -88,21 +70,6 @@ def _print_spec(figures: dict[str, Any]) -> None:
     say(format_fits(figures["fits"]))
     if "checkpoint" in figures:
         _print_checkpoint(figures["checkpoint"])
-
-
-def format_fits(fits: list[dict[str, Any]]) -> str:
-    """Lay out what each size of card takes."""
-    rows = [
-        (
-            f"{room['gpu_gb']} GB ({room['cards']})",
-            "yes" if room["fits"] else "no",
-            f"{room['longest_context']:,}",
-            f"{room['most_requests']:,}",
-            str(room["gpus"]),
-        )
-        for room in fits
-    ]
-    return format_table(("GPU", "fits", "longest context", "most requests", "GPUs needed"), rows)
 
 
 def _print_checkpoint(held: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from n3c.ir.program import EntryPoint, Program
 from n3c.ir.types import DType
 from n3c.runtime.engines.interface import Allocation, Array, Port, Signature, key_positions
 
-from .evaluate import TORCH_DTYPES, Evaluation, evaluate, zero_states
+from .evaluate import TORCH_DTYPES, Choice, Evaluation, by_definition, evaluate, zero_states
 
 
 def as_tensor(array: Array, dtype: DType) -> Tensor:
@@ -26,9 +26,14 @@ def as_tensor(array: Array, dtype: DType) -> Tensor:
 class ReferenceEngine:
     """Runs every entry point of a served program; `last` keeps the values between calls of the latest run."""
 
-    def __init__(self, program: Program, checkpoint: Checkpoint, *, batch: int, capacity: int) -> None:
-        """Read the weights; N3CError (exit code 6) where the checkpoint does not fit. `capacity` is in tokens."""
-        self.batch, self._program, self._capacity = batch, program, capacity
+    def __init__(
+        self, program: Program, checkpoint: Checkpoint, *, batch: int, capacity: int, choice: Choice = by_definition
+    ) -> None:
+        """Read the weights; N3CError (exit code 6) where the checkpoint does not fit.
+
+        `capacity` is in tokens; `choice` may take another evaluator of an op than its definition.
+        """
+        self.batch, self._program, self._capacity, self._choice = batch, program, capacity, choice
         self.last: Evaluation | None = None
         self.states: dict[str, Tensor] = {}
         self.signatures: Mapping[str, Signature] = {
@@ -41,7 +46,7 @@ class ReferenceEngine:
         names = self._program.entry_points[entry]
         given = {**inputs, **key_positions(self.signatures[entry], inputs, self._capacity)}
         tensors = {name: torch.as_tensor(np.array(value)) for name, value in given.items()}
-        self.last = evaluate(self._program, entry, tensors, self._parameters, self.states)
+        self.last = evaluate(self._program, entry, tensors, self._parameters, self.states, self._choice)
         self.states = self.last.states
         return {name: value.numpy() for name, value in zip(names.outputs, self.last.outputs, strict=True)}
 

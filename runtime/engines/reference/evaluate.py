@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from n3c.ir.program import Function, Program
+from n3c.ir.program import Call, EntryPoint, Function, Node, Program
 from n3c.ir.types import DType, TensorType
 
 from .ops import EVALUATORS
@@ -22,6 +23,16 @@ TORCH_DTYPES = {
     DType.I64: torch.int64,
     DType.I8: torch.int8,
 }
+
+Evaluator = Callable[..., Any]
+"""Takes the operands and attributes of a node, returns its results."""
+Choice = Callable[[Program, EntryPoint, Call, Node], Evaluator]
+"""Chooses the evaluator of a node in a call of an entry point."""
+
+
+def by_definition(program: Program, entry: EntryPoint, call: Call, node: Node) -> Evaluator:
+    """Return the evaluator that defines the node's op."""
+    return EVALUATORS[node.op.name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,40 +50,44 @@ def evaluate(
     inputs: Mapping[str, Tensor],
     parameters: Mapping[str, Tensor],
     states: Mapping[str, Tensor] | None = None,
+    choice: Choice = by_definition,
 ) -> Evaluation:
     """Evaluate `entry_point` on `inputs`; parameters and states are in their stored types (`TORCH_DTYPES`).
 
-    FP4 codes are uint8 with two elements a byte. Raises KeyError where an input, a parameter or a
-    state is missing.
+    FP4 codes are uint8 with two elements a byte. Where a parameter requires a gradient, so do the outputs that
+    depend on it. Raises KeyError where an input, a parameter or a state is missing.
     """
     entry = program.entry_points[entry_point]
     values = {name: inputs[name] for name in entry.inputs}
     after = dict(states or {})
     for call in entry.calls:
-        function = program.functions[call.function]
-        outputs, following = evaluate_function(
-            function,
+        outputs, following = _evaluate_call(
+            program.functions[call.function],
             [values[name] for name in call.inputs],
             [parameters[name] for name in call.parameters],
             [after[name] for name in call.states],
+            lambda node, call=call: choice(program, entry, call, node),  # type: ignore[misc]
         )
         values.update(zip(call.outputs, outputs, strict=True))
         after.update(zip(call.states, following, strict=True))
     return Evaluation(tuple(values[name] for name in entry.outputs), after, values)
 
 
-def evaluate_function(
-    function: Function, inputs: list[Tensor], parameters: list[Tensor], states: list[Tensor]
+def _evaluate_call(
+    function: Function,
+    inputs: list[Tensor],
+    parameters: list[Tensor],
+    states: list[Tensor],
+    evaluator: Callable[[Node], Evaluator],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Evaluate one function: its outputs and next states."""
     formals = [*function.inputs, *function.parameters, *function.states]
     known = {id(v): t for v, t in zip(formals, [*inputs, *parameters, *states], strict=True)}
-    with torch.no_grad():
-        for node in function.nodes:
-            operands = [known[id(v)] if v is not None else None for v in node.operands]
-            results = EVALUATORS[node.op.name](*operands, **node.attributes)
-            for value, result in zip(node.results, results if isinstance(results, tuple) else (results,), strict=True):
-                known[id(value)] = result
+    for node in function.nodes:
+        operands = [known[id(v)] if v is not None else None for v in node.operands]
+        results = evaluator(node)(*operands, **node.attributes)
+        for value, result in zip(node.results, results if isinstance(results, tuple) else (results,), strict=True):
+            known[id(value)] = result
     return [known[id(v)] for v in function.outputs], [known[id(v)] for v in function.next_states]
 
 

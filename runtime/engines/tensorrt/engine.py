@@ -3,7 +3,7 @@
 The plans of a GPU read the same buffers: one for each weight, one piece for the states of all sequences, laid out
 as the state plan says. Caches are written in place, as TensorRT's cache layer demands; of every other state there
 are two buffers that change places. Stages may lie on several GPUs; between them passes the residual stream. A call
-only sets addresses and enqueues; from its second time on with the same addresses and sizes it is a CUDA graph.
+only sets addresses and enqueues; from its second time on with the same addresses it is a CUDA graph.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class _Loaded:
     graphs: dict[tuple[int, ...], Callable[[], None] | None] = field(
         default_factory=dict[tuple[int, ...], Callable[[], None] | None]
     )
-    """Addresses and sizes of a call → its CUDA graph; None: it has run once without one."""
+    """Addresses of a call → its CUDA graph; None: it has run once without one. A buffer has one size, so they say the
+    sizes too."""
 
 
 class TrtEngine:
@@ -88,7 +89,7 @@ class TrtEngine:
         loaded: dict[Path, _Loaded] = {}
         self._memories: list[DeviceMemory] = []
         self._parameters: dict[str, Parameter] = {}
-        for device, here in zip(devices, _spread(plans, len(devices)), strict=True):
+        for device, here in zip(devices, spread(plans, len(devices)), strict=True):
             with device.current():
                 self._runtimes.append(trt.Runtime(self._logger))
                 contexts = [_context(self._runtimes[-1], plan) for plan in here]
@@ -172,7 +173,6 @@ class TrtEngine:
         """Bind all inputs and outputs of a plan and put it on the stream of its device."""
         plan, context, memory = stage.plan, stage.context, stage.memory
         places: list[tuple[str, int]] = [(b.name, memory.weights[memory_of(b)].address) for b in plan.weights]
-        sizes: list[int] = []
         for binding in plan.inputs:
             if binding.kind in ("state", "view"):  # a view is the memory of the state in another type
                 places.append((binding.name, memory.state_address(binding.source, row, after=False)))
@@ -186,7 +186,6 @@ class TrtEngine:
             places.append((binding.name, buffer.address))
             if -1 in binding.shape:
                 _require(context.set_input_shape(binding.name, value.shape), plan, f"refuses {value.shape}")
-                sizes += value.shape
         for binding in plan.outputs:
             if binding.kind == "state":
                 places.append((binding.name, memory.state_address(binding.source, row, after=True)))
@@ -195,11 +194,11 @@ class TrtEngine:
         for name, address in places:
             _require(context.set_tensor_address(name, address), plan, f"refuses the address of `{name}`")
         with memory.device.current():
-            _launch(stage, (*(address for _, address in places), *sizes))
+            _launch(stage, tuple(address for _, address in places))
 
 
-def _spread(plans: Sequence[Plan], devices: int) -> list[list[Plan]]:
-    """Return the plans of each device: stages in their order, as many on each as divides."""
+def spread(plans: Sequence[Plan], devices: int) -> list[list[Plan]]:
+    """Return the plans of each device: stages in their order, as evenly as they divide, the first ones taking more."""
     count = 1 + max(plan.stage for plan in plans)
     return [[plan for plan in plans if plan.stage * devices // count == index] for index in range(devices)]
 

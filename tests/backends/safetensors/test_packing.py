@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -257,3 +258,13 @@ def test_half_precision_is_packed_as_its_float32() -> None:
 def test_what_does_not_divide_is_refused(shape: tuple[int, int], rows: int) -> None:
     with pytest.raises(ValueError, match="does not divide"):
         pack_nvfp4(np.ones(shape, np.float32), rows)
+
+
+def test_one_file_holds_all_compiled_code() -> None:
+    """The compiler's cache on the disk does not notice a change in another file whose code it has inlined."""
+    root = Path(__file__).parents[3]
+    folders = ("backends", "compiler", "passes", "runtime")
+    using = {path for folder in folders for path in (root / folder).rglob("*.py") if "import numba" in path.read_text()}
+    assert {path.name for path in using} == {"packing.py"}
+    others = [path for folder in folders for path in (root / folder).rglob("*.py") if path not in using]
+    assert not [path for path in others if "@compiled" in path.read_text()]

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from n3c.backends.torch.emit import TRAINER, emit
+from n3c.specs.blocks import Attention, Mamba, Mlp, Moe
 from n3c.specs.pattern import Pattern
-from n3c.specs.schema import Attention, Mamba, Mlp, Model, Moe, Mtp, Spec
+from n3c.specs.schema import Model, Mtp, Spec
 from support.modules import import_file
 
 SHA256 = "0123456789abcdef" * 4

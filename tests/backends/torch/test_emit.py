@@ -17,9 +17,10 @@ import torch
 
 from n3c.backends.torch.emit import TRAINER, emit
 from n3c.ir.diagnostics import ExitCode, N3CError
+from n3c.specs.blocks import Mamba
 from n3c.specs.load import load_spec
 from n3c.specs.pattern import Pattern
-from n3c.specs.schema import Mamba, Model, Spec, Training
+from n3c.specs.schema import Model, Spec, Training
 from support.golden import assert_golden
 from support.specs import SPECS
 

@@ -14,9 +14,10 @@ import torch
 from n3c.backends.torch.emit import TRAINER, emit
 from n3c.backends.torch.engines import VERSIONS, engine_files
 from n3c.backends.torch.megatron import gaps, precision
+from n3c.specs.blocks import Mamba
 from n3c.specs.load import load_spec
 from n3c.specs.pattern import Pattern
-from n3c.specs.schema import Mamba, Rule, Spec, Training
+from n3c.specs.schema import Rule, Spec, Training
 from support.command import n3c
 from support.golden import assert_golden
 from support.specs import SPECS

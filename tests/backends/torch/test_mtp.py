@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import NemotronHConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHBlock
 
-from n3c.specs.pattern import BlockKind
+from n3c.specs.blocks import BY_SYMBOL
 
 from .generated import generate, tiny_spec
 
@@ -28,7 +28,7 @@ def block(model: Any, pattern: str, index: int) -> Any:
     attention: dict[str, Any] = {"attn_implementation": "sdpa"}
     config = NemotronHConfig(
         hidden_size=64,
-        layers_block_type=[BlockKind(symbol).hf_name for symbol in pattern],
+        layers_block_type=[BY_SYMBOL[symbol].hf_name for symbol in pattern],
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=24,

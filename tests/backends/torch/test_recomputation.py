@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from n3c.specs.schema import Attention, Mamba, Training
+from n3c.specs.blocks import Attention, Mamba
+from n3c.specs.schema import Training
 
 from .generated import generate, imported, tiny_spec, write_generated
 

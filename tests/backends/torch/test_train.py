@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from n3c.specs.schema import Attention, Mamba
+from n3c.specs.blocks import Attention, Mamba
 from support.modules import import_file
 
 from .generated import imported, tiny_spec, write_generated

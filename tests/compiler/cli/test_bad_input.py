@@ -108,6 +108,21 @@ def test_unreadable_specs(tmp_path: Path) -> None:
             assert n3c(command, tmp_path / name, "--json").code == 6, (command, name)
 
 
+@pytest.mark.parametrize("before", ["", "schema = 1\n", "a = 1\na = 2\n"])
+@pytest.mark.parametrize(
+    "end",
+    ["[x", "[[x", "[x.", "[", 'a = "', "a = '''", "a = [", "a = {", 'b = "\\u12', 'b = "\\uzzzz"', "b", "b =", '"b'],
+)
+def test_a_text_that_ends_early(before: str, end: str, tmp_path: Path) -> None:
+    for newline in ("", "\n"):
+        (tmp_path / "cut.toml").write_text(before + end + newline, encoding="utf-8")
+        result = n3c("check", tmp_path / "cut.toml", "--json")
+        assert (result.code, len(result.codes)) == (3, 1)
+        assert result.codes[0] == ("E0103" if before.startswith("a = 1") else "E0101")
+    with_spec = write_small(tmp_path, extra=f"{before}[mamba]\n{end}")
+    assert n3c("check", with_spec, "--json").code == 3
+
+
 def test_bad_targets(tmp_path: Path) -> None:
     spec = write_small(tmp_path, extra=QUANTIZED)
     for arguments, exit_code, code in [
@@ -134,8 +149,6 @@ def test_bad_targets(tmp_path: Path) -> None:
             arguments += ["-o", tmp_path / "out"]
         result = n3c(*arguments, "--json")
         assert (result.code, result.codes[0]) == (exit_code, code), arguments
-    for target in ("torch", "onnx"):
-        assert n3c("check", spec, "--sm", "75", "--target", target).code == 0
     assert not (tmp_path / "out").exists()
 
 

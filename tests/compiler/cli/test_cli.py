@@ -243,7 +243,7 @@ def test_a_fault_of_n3c_is_told_as_such_and_debug_shows_where(
 
 def test_a_precision_that_is_not_realised_is_exit_code_5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def emit_engines(*arguments: Any) -> tuple[list[Diagnostic], dict[str, Any]]:
-        folder = arguments[4]
+        folder = arguments[0].folder
         (folder / "trt").mkdir()
         (folder / "trt/audit.json").write_text("{}", encoding="utf-8")
         return [Diagnostic("E0506", "`lm_head` is fp8 but the plan computes it as bf16")], {}

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from n3c.compiler.building.driver import build
-from n3c.compiler.building.request import Request
+from n3c.compiler import build
 from n3c.compiler.cli.progress import TerminalProgress
 from support.command import PROGRAM, write_small
 from support.progress import Recorded
@@ -48,7 +47,7 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 def test_emission_and_builder_report_what_they_are_at(tmp_path: Path) -> None:
     spec = write_small(tmp_path, ONE_LAYER, ("[serving]", "[serving]\nbatch_sizes = [1]"))
     shown = Recorded()
-    built = build(Request(spec, "trt", tmp_path / "out", entries=("decode",)), shown)
+    built = build(spec, target="trt", output=tmp_path / "out", entry=("decode",), progress=shown)
     assert shown.phases == ["load", "passes", "emit decode.b1", "build decode.b1.plan", "manifest"]
     emitted = shown.by_phase["emit decode.b1"]
     assert [done for _, done, _ in emitted] == list(range(1, len(emitted) + 1))
@@ -66,9 +65,9 @@ import sys, time
 from n3c.compiler.cli.main import main
 from n3c.compiler.building import driver
 
-def slow(spec, sha256, folder, progress):
-    progress.phase("emit [x]")
-    progress.step("layer", 3, 7)
+def slow(job, *flops):
+    job.progress.phase("emit [x]")
+    job.progress.step("layer", 3, 7)
     time.sleep(60)
 
 driver._emit_torch = slow

@@ -17,8 +17,8 @@ from n3c.passes.serving import serve
 from n3c.runtime.engines.interface import Engine
 from n3c.runtime.engines.onnxruntime.engine import OnnxRuntimeEngine
 from n3c.runtime.engines.onnxruntime.open import cpu_engine
+from n3c.runtime.generation.capacity import Capacity
 from n3c.runtime.generation.drafter import Drafter, MtpDrafter
-from n3c.runtime.generation.limits import Room
 from n3c.runtime.generation.loop import Generation
 from n3c.runtime.generation.sampling import certain
 from n3c.runtime.generation.sequence import Options, Running
@@ -69,7 +69,7 @@ def prompts() -> list[list[int]]:
 def continued(
     engine: OnnxRuntimeEngine, prompts: list[list[int]], drafter: Drafter | None
 ) -> tuple[list[list[int]], float]:
-    generation = Generation(engine, prompts, Options(max_new_tokens=NEW), Room(30, VOCAB), drafter=drafter)
+    generation = Generation(engine, prompts, Options(max_new_tokens=NEW), Capacity(30, VOCAB), drafter=drafter)
     generation.run()
     return [sequence.new for sequence in generation.sequences], generation.statistics.acceptance_length
 

@@ -10,17 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from n3c.ir.diagnostics import ExitCode, N3CError
 from n3c.runtime.engines.interface import Array, Engine
+from n3c.runtime.generation.capacity import Capacity
 from n3c.runtime.generation.drafter import Drafter, MtpDrafter
-from n3c.runtime.generation.limits import Room
 from n3c.runtime.generation.loop import Generation
 from n3c.runtime.generation.sampling import Sampling, certain, distribution
 from n3c.runtime.generation.sequence import Options, Running
 from n3c.runtime.generation.speculative import Draft
+from n3c.runtime.generation.tokenizer import ByteTokenizer
 from support.fake_engine import FakeEngine, Logits, table
 
 VOCAB = 11
-ROOM = Room(tokens=64, vocab_size=VOCAB)
+CAPACITY = Capacity(context_length=64, vocab_size=VOCAB)
 
 
 class Adversary:
@@ -54,7 +56,7 @@ def plain(model: Logits, prompt: Sequence[int], count: int) -> list[int]:
 def generated(
     engine: FakeEngine, prompts: Sequence[Sequence[int]], options: Options, drafter: Drafter | None = None
 ) -> Generation:
-    generation = Generation(engine, prompts, options, ROOM, drafter=drafter)
+    generation = Generation(engine, prompts, options, CAPACITY, drafter=drafter)
     generation.run()
     return generation
 
@@ -101,9 +103,7 @@ def test_acceptance_length_counts_tokens_a_round(kind: Literal["wrong", "right"]
 
 def test_the_drafter_of_the_model_is_right_where_it_is_the_model() -> None:
     """With the drafter's logits equal to the model's, each recursion sees what the model will."""
-    done = generated(
-        FakeEngine(table(VOCAB), draft_tokens=3), [[4, 1], [2] * 9][:1], Options(max_new_tokens=12), MtpDrafter()
-    )
+    done = generated(FakeEngine(table(VOCAB), draft_tokens=3), [[4, 1]], Options(max_new_tokens=13), MtpDrafter())
     assert done.statistics.acceptance_length == 4.0
 
 
@@ -119,6 +119,74 @@ def test_a_state_read_one_token_late_is_noticed() -> None:
 
     with pytest.raises(AssertionError, match="too early or too late"):
         generated(Late(table(VOCAB)), [[1, 2]], Options(max_new_tokens=9), MtpDrafter())
+
+
+@pytest.mark.parametrize(("limit", "stop"), [(7, None), (20, 5)])
+def test_tokens_behind_a_stop_or_limit_are_not_counted(limit: int, stop: int | None) -> None:
+    """Rounds of 4 tokens that are all accepted: the last one is cut in its middle."""
+    model = table(VOCAB)
+    whole = plain(model, [1, 2, 3], 20)
+    stops = frozenset[int]() if stop is None else frozenset({whole[stop]})
+    returned = limit if stop is None else whole.index(whole[stop]) + 1
+    options = Options(max_new_tokens=limit, stop_ids=stops)
+    done = generated(FakeEngine(model, draft_tokens=3), [[1, 2, 3]], options, Adversary(model, "right"))
+    assert done.sequences[0].new == whole[:returned]
+    rounds = -(-(returned - 1) // 4)
+    assert (returned - 1) % 4 != 0
+    result = done.result()
+    assert (done.statistics.rounds, done.statistics.decoded, result.new_tokens) == (rounds, returned - 1, returned)
+    assert result.acceptance_length == (returned - 1) / rounds
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 9])
+def test_a_prompt_may_end_anywhere_in_a_chunk(length: int) -> None:
+    model, prompt = table(VOCAB), [i % VOCAB for i in range(length)]
+    engine = FakeEngine(model, chunk=4)
+    done = generated(engine, [prompt], Options(max_new_tokens=3))
+    assert done.sequences[0].new == plain(model, prompt, 3)
+    assert engine.calls.count("prefill") == -(-length // 4)
+
+
+@pytest.mark.parametrize("drafter", [None, MtpDrafter()], ids=["plain", "mtp"])
+def test_no_token_where_none_may_follow(drafter: Drafter | None) -> None:
+    """Because none is asked for, or because the prompt fills the context; its neighbour goes on."""
+    model = table(VOCAB)
+    none = generated(FakeEngine(model), [[1, 2]], Options(max_new_tokens=0), drafter)
+    assert (none.sequences[0].new, none.sequences[0].ending) == ([], "length")
+    engine = FakeEngine(model, batch=2)
+    generation = Generation(engine, [[1] * 6, [3]], Options(max_new_tokens=9), Capacity(6, VOCAB), drafter=drafter)
+    generation.run()
+    assert [s.new for s in generation.sequences] == [[], plain(model, [3], 5)]
+
+
+def test_text_that_was_kept_back_is_returned_at_the_end() -> None:
+    """It began like a stop string; then the limit, a stop id or an interrupt came."""
+
+    def spell(tokens: Sequence[int]) -> Array:
+        logits = np.zeros(256, np.float32)
+        logits[b"aEN!"[(len(tokens) - 1) % 4]] = 1
+        return logits
+
+    def texts(options: Options, interrupt: int = 99) -> tuple[str, str | None]:
+        generation = Generation(FakeEngine(spell), [[0]], options, Capacity(64, 256), ByteTokenizer())
+        pieces: list[str] = []
+        generation = Generation(FakeEngine(spell), [[0]], options, Capacity(64, 256), ByteTokenizer())
+        for step in generation.steps():
+            pieces += [piece.text for piece in step]
+            if len(pieces) == interrupt:
+                generation.interrupt()
+        return "".join(pieces), generation.result().completions[0].text
+
+    stops = ("END",)
+    assert texts(Options(max_new_tokens=3, stop_texts=stops)) == ("aEN", "aEN")
+    assert texts(Options(max_new_tokens=9, stop_texts=stops, stop_ids=frozenset(b"!"))) == ("aEN", "aEN")
+    assert texts(Options(max_new_tokens=9, stop_texts=stops), interrupt=3) == ("a", "aEN")
+
+
+def test_a_request_without_prompts_is_refused() -> None:
+    with pytest.raises(N3CError, match="E0802") as error:
+        Generation(FakeEngine(table(VOCAB)), [], Options(), CAPACITY)
+    assert error.value.exit_code == ExitCode.USAGE
 
 
 def test_prefill_takes_chunks_and_ends_with_each_prompt() -> None:
@@ -173,7 +241,7 @@ def test_sampling_with_speculation_keeps_the_distribution(kind: str, sampling: S
         options = Options(
             max_new_tokens=3, sampling=Sampling(sampling.temperature, sampling.top_k, sampling.top_p, round_)
         )
-        generation = Generation(engine, [[1, 2]] * batch, options, Room(64, size), drafter=drafter)
+        generation = Generation(engine, [[1, 2]] * batch, options, Capacity(64, size), drafter=drafter)
         generation.run()
         for sequence in generation.sequences:
             counts[tuple(sequence.new)] += 1
@@ -213,21 +281,26 @@ def test_a_wrong_rule_would_be_noticed() -> None:
 
 
 def test_an_interrupt_leaves_what_there_is_and_an_engine_that_serves_on() -> None:
-    model, count = table(VOCAB), 0
+    model = table(VOCAB)
     engine = FakeEngine(model)
+    generation = Generation(engine, [[1, 2]], Options(max_new_tokens=20), CAPACITY, drafter=MtpDrafter())
+    calls = 0
 
-    def listen(index: int, token: int, piece: str) -> None:
-        nonlocal count
-        count += 1
-        if count == 5:
-            raise KeyboardInterrupt
+    class Interrupting(MtpDrafter):
+        def propose(self, engine: Engine, sequences: Sequence[Running | None], count: int) -> list[list[Draft]]:
+            nonlocal calls
+            calls += 1
+            if calls == 4:
+                raise KeyboardInterrupt
+            return super().propose(engine, sequences, count)
 
-    generation = Generation(engine, [[1, 2]], Options(max_new_tokens=20), ROOM, drafter=MtpDrafter(), listener=listen)
+    generation.drafter = Interrupting()
     with pytest.raises(KeyboardInterrupt):
         generation.run()
     (sequence,) = generation.sequences
     assert sequence.ending == "interrupted"
-    assert sequence.new == plain(model, [1, 2], 5)
+    assert 4 <= len(sequence.new) < 20
+    assert sequence.new == plain(model, [1, 2], len(sequence.new))
     again = generated(engine, [[1, 2]], Options(max_new_tokens=20))
     assert again.sequences[0].new == plain(model, [1, 2], 20)
 
@@ -256,9 +329,9 @@ def test_the_room_of_the_caches_ends_a_sequence() -> None:
             return super().run(entry, given)
 
     for drafter in (None, MtpDrafter()):
-        room = Room(tokens=13, vocab_size=VOCAB)
+        capacity = Capacity(context_length=13, vocab_size=VOCAB)
         engine = Bounded(model, chunk=2, draft_tokens=4)
-        generation = Generation(engine, [[1, 2]], Options(max_new_tokens=99), room, drafter=drafter)
+        generation = Generation(engine, [[1, 2]], Options(max_new_tokens=99), capacity, drafter=drafter)
         generation.run()
         assert generation.sequences[0].tokens == [1, 2, *plain(model, [1, 2], 11)]
     assert max(places) <= 16

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from n3c.runtime.generation.capacity import Capacity
 from n3c.runtime.generation.drafter import Drafter, MtpDrafter
-from n3c.runtime.generation.limits import Room
 from n3c.runtime.generation.loop import Generation
 from n3c.runtime.generation.reasoning import Reasoning, Tags
 from n3c.runtime.generation.sampling import Sampling
@@ -39,6 +39,14 @@ def test_an_end_tag_that_has_begun_is_completed_not_repeated() -> None:
     assert forced_after(Reasoning(TAGS, 2), [7, 1, 8])[-1] == 9
 
 
+def test_only_what_stands_behind_the_start_tag_begins_the_end_tag() -> None:
+    """The start tag ends as the end tag begins; and an end tag that repeats its first token."""
+    assert forced_after(Reasoning(Tags((8,), (8, 9)), 0), [8]) == [None, 8]
+    assert forced_after(Reasoning(Tags((7, 8), (8, 9)), 1), [7, 8, 1]) == [None, None, None, 8]
+    assert forced_after(Reasoning(Tags((7,), (8, 8, 9)), 1), [7, 8, 8, 9]) == [None, None, 8, 9, None]
+    assert forced_after(Reasoning(Tags((7,), (8, 8, 9)), 3), [7, 1, 8, 8, 9]) == [None] * 4 + [9, None]
+
+
 def test_budget_zero_closes_at_once_and_each_block_has_its_own() -> None:
     assert forced_after(Reasoning(TAGS, 0), [7, 8, 9, 1, 7]) == [None, 8, 9, None, None, 8]
 
@@ -69,7 +77,7 @@ def thinking(size: int) -> Logits:
 def test_generation_obeys_it(drafter: Drafter | None, temperature: float) -> None:
     options = Options(max_new_tokens=14, sampling=Sampling(temperature), tags=TAGS, reasoning_budget=4)
     engine = FakeEngine(thinking(11), batch=2, draft_tokens=3)
-    generation = Generation(engine, [[1, 2], [3, 4]], options, Room(64, 11), drafter=drafter)
+    generation = Generation(engine, [[1, 2], [3, 4]], options, Capacity(64, 11), drafter=drafter)
     generation.run()
     for sequence in generation.sequences:
         assert sequence.new[0] == 7
@@ -81,7 +89,7 @@ def test_speculation_changes_nothing_of_greedy_output() -> None:
     options = Options(max_new_tokens=14, tags=TAGS, reasoning_budget=4)
     results: list[list[int]] = []
     for drafter in (None, MtpDrafter()):
-        generation = Generation(FakeEngine(thinking(11)), [[1, 2]], options, Room(64, 11), drafter=drafter)
+        generation = Generation(FakeEngine(thinking(11)), [[1, 2]], options, Capacity(64, 11), drafter=drafter)
         generation.run()
         results.append(generation.sequences[0].new)
     assert results[0] == results[1]

@@ -115,7 +115,7 @@ def test_a_reasoning_budget_forces_the_end_tag(run: Callable[..., Result]) -> No
 
 
 def test_prompts_that_do_not_fit(run: Callable[..., Result]) -> None:
-    """The room is 47 tokens: the caches hold 48, and a round writes two drafts behind the newest token."""
+    """The context length is 47 tokens: the caches hold 48, and a round writes two drafts behind the newest token."""
     assert run("--prompt", "a" * 47, "--json").data["token_ids"] == []
     assert len(run("--prompt", "a" * 46, "--json").data["token_ids"]) == 1
     too_long = run("--prompt", "a" * 48, "--prompt", "b", "--json")
@@ -127,6 +127,33 @@ def test_prompts_that_do_not_fit(run: Callable[..., Result]) -> None:
     assert run("--prompt", "", "--json").codes == ["E0802"]
     assert run("--prompt-ids", "1;2", "--json").codes == ["E0701"]
     assert run("--json").codes == ["E0701"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(("--temperature", bad) for bad in ("nan", "inf", "-1", "x")),
+        *(("--top-p", bad) for bad in ("nan", "0", "1.5", "-0.1", "inf")),
+        *((f"--{name}", bad) for name in ("top-k", "seed", "max-new-tokens") for bad in ("-1", str(2**63), "1.5")),
+        ("--reasoning-budget", "-1"),
+        ("--reasoning-budget", str(2**63)),
+    ],
+)
+def test_numbers_out_of_their_range(arguments: tuple[str, str], run: Callable[..., Result]) -> None:
+    result = run("--prompt", "a", *arguments, "--json")
+    assert result.code == 2
+    assert result.codes in (["E0701"], ["E0816"])
+    name = arguments[0].removeprefix("--")
+    message = result.data["diagnostics"][0]["message"]
+    assert name in message or name.replace("-", "_") in message
+
+
+@pytest.mark.parametrize("text", ["", "\n \n"])
+def test_a_file_without_prompts(text: str, run: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text(text)
+    result = run("--prompt-file", tmp_path / "prompts.txt", "--json")
+    assert (result.code, result.codes) == (2, ["E0802"])
+    assert result.data["diagnostics"][0]["file"].endswith("prompts.txt")
 
 
 def test_weights_that_do_not_fit(run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
@@ -208,12 +235,12 @@ def test_other_weights_between_requests(folder: Path, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_prints_what_there_is(folder: Path) -> None:
-    """The room is small, so the listener of a slow terminal is played: the program is stopped after its first token."""
+    """The context is short, so a slow terminal is played: the program is stopped after its first token."""
     script = (
         "import signal, os, n3c.compiler.cli.generation as r\n"
-        "def heard(self, index, token, piece):\n"
-        "    r.say(f'{token} ', newline=False); os.kill(os.getpid(), signal.SIGINT)\n"
-        "r.Printer.heard = heard\n"
+        "def show(self, piece):\n"
+        "    r.say(f'{piece.token_id} ', newline=False); os.kill(os.getpid(), signal.SIGINT)\n"
+        "r.Printer.show = show\n"
         "from n3c.compiler.cli.main import main; main()"
     )
     arguments = ["run", folder / "out", "--weights", folder / "weights", "--prompt", "ab", "--max-new-tokens", 20]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf, nan
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from n3c.ir.diagnostics import ExitCode, N3CError
 from n3c.runtime.generation.sampling import Sampling, distribution, draw
+from n3c.runtime.generation.sequence import Options
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.2, 0.3], np.float32))
 
@@ -32,6 +35,50 @@ def test_top_p_keeps_the_fewest_that_reach_it() -> None:
     assert distribution(LOGITS, Sampling(1.0, top_p=0.65)) == pytest.approx([0, 4 / 7, 0, 3 / 7], rel=1e-6)
     assert distribution(LOGITS, Sampling(1.0, top_p=0.75)) == pytest.approx([0, 4 / 9, 2 / 9, 3 / 9], rel=1e-6)
     assert distribution(LOGITS, Sampling(1.0, top_p=1e-9)).tolist() == [0, 1, 0, 0]
+
+
+def test_the_bounds_of_top_k_and_top_p_are_exact() -> None:
+    """Of equals the first are kept; a sum that is P is enough; K tokens of K are all."""
+    equal = np.zeros(4, np.float32)
+    assert distribution(equal, Sampling(1.0, top_k=1)).tolist() == [1, 0, 0, 0]
+    assert distribution(equal, Sampling(1.0, top_k=3)).tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
+    assert distribution(equal, Sampling(1.0, top_k=4)).tolist() == [0.25] * 4
+    assert distribution(equal, Sampling(1.0, top_p=0.5)).tolist() == [0.5, 0.5, 0, 0]
+    assert distribution(equal, Sampling(1.0, top_p=0.75)).tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
+    assert distribution(equal, Sampling(1.0, top_p=1.0)).tolist() == [0.25] * 4
+    assert distribution(equal, Sampling(1.0, top_k=2, top_p=0.5)).tolist() == [1, 0, 0, 0]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-30])
+def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
+    assert distribution(LOGITS, Sampling(temperature)).tolist() == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("bad", [nan, inf, -inf, -1, 2**63])
+@pytest.mark.parametrize("name", ["top_k", "top_p", "seed"])
+def test_numbers_out_of_their_range(name: str, bad: float) -> None:
+    with pytest.raises(N3CError, match=f"E0816.*`{name}`") as error:
+        Sampling(**{name: bad})  # type: ignore[arg-type]
+    assert error.value.exit_code == ExitCode.USAGE
+
+
+@pytest.mark.parametrize("bad", [nan, inf, -1e-9])
+def test_a_temperature_is_finite_and_not_negative(bad: float) -> None:
+    with pytest.raises(N3CError, match=r"E0816.*`temperature`"):
+        Sampling(bad)
+
+
+def test_top_p_is_above_zero() -> None:
+    with pytest.raises(N3CError, match="above 0, at most 1"):
+        Sampling(top_p=0)
+
+
+@pytest.mark.parametrize("bad", [nan, -1, 2**63])
+@pytest.mark.parametrize("name", ["max_new_tokens", "reasoning_budget"])
+def test_lengths_out_of_their_range(name: str, bad: float) -> None:
+    with pytest.raises(N3CError, match=f"E0816.*`{name}`"):
+        Options(**{name: bad})  # type: ignore[arg-type]
 
 
 def test_top_p_counts_what_top_k_left() -> None:

@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=300, special_tokens=["<eos>", "</think>"], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator([SAMPLE] * 4, trainer)
     path = tmp_path_factory.mktemp("tokenizer")
@@ -50,6 +50,28 @@ def test_special_tokens_are_not_text(folder: Path) -> None:
     assert tokenizer is not None
     (eos,) = tokenizer.encode("<eos>")
     assert decoded(tokenizer, [*tokenizer.encode("ab"), eos]) == "ab"
+
+
+@pytest.mark.parametrize("stop", ["</think>", "</think>ok", "b</thi", "ab</think>o"])
+def test_a_stop_string_may_hold_a_special_token(folder: Path, stop: str) -> None:
+    """`</think>` is one special token: no text, but a stop string sees it."""
+    tokenizer = find_tokenizer([folder], 400)
+    assert tokenizer is not None
+    ids = tokenizer.encode("xab</think>okay")
+    assert len(tokenizer.encode("</think>")) == 1
+    growing, shown = GrowingText(tokenizer, [stop]), ""
+    for token in ids:
+        shown += growing.feed(token)
+    assert growing.stopped
+    assert shown == growing.text == "xab</think>okay".partition(stop)[0].replace("</think>", "")
+
+
+def test_special_tokens_that_only_began_like_a_stop_string_are_not_shown(folder: Path) -> None:
+    tokenizer = find_tokenizer([folder], 400)
+    assert tokenizer is not None
+    growing = GrowingText(tokenizer, ["b</think>!"])
+    shown = "".join(growing.feed(token) for token in tokenizer.encode("ab</think>")) + growing.finish()
+    assert (shown, growing.text, growing.stopped) == ("ab", "ab", False)
 
 
 def test_bytes_that_are_no_text_are_marked() -> None:

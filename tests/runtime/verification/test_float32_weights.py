@@ -1,4 +1,4 @@
-"""Weights that a checkpoint holds in float32, as a training run exports them, are deployed rounded: all forms agree."""
+"""Float32 weights of a checkpoint, as a training run exports them, are deployed rounded by every implementation."""
 
 from __future__ import annotations
 

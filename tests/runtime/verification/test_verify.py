@@ -1,4 +1,4 @@
-"""`n3c verify`: all forms agree, and one altered line, node or table is found and named."""
+"""`n3c verify`: all implementations agree, and one altered line, node or table is found and named."""
 
 from __future__ import annotations
 
@@ -50,26 +50,29 @@ def altered(built: Path, tmp_path: Path) -> Callable[[str, Callable[[Path], None
     return alter
 
 
-def forms(out: Path) -> tuple[int, dict[str, Any]]:
+def compared(out: Path) -> tuple[int, dict[str, Any]]:
     result = n3c("verify", out, "--json")
-    return result.code, {form["name"]: form for form in result.data["forms"]}
+    return result.code, {row["name"]: row for row in result.data["implementations"]}
 
 
-def test_all_forms_of_a_build_agree(built: Path) -> None:
-    code, found = forms(built)
+def test_all_implementations_of_a_build_agree(built: Path) -> None:
+    code, found = compared(built)
     assert code == 0
     assert list(found) == ["PyTorch", "ONNX Runtime, float32", "ONNX files, reference evaluator"]
-    assert all(form["ok"] for form in found.values())
+    assert all(row["ok"] for row in found.values())
     for name in ("PyTorch", "ONNX Runtime, float32"):
         assert found[name]["worst"]["relative"] < 1e-5
     assert found["ONNX Runtime, float32"]["tensors"] > found["PyTorch"]["tensors"] > 100
     text = n3c("verify", built, "--seed", 3)
     assert text.code == 0
+    for wrong in (-1, 2**63):
+        refused = n3c("verify", built, "--seed", wrong, "--json")
+        assert (refused.code, refused.codes) == (2, ["E0701"])
     assert "ok: " in text.out and "not compared: TensorRT" in text.out
 
 
 def test_with_the_weights_of_a_checkpoint(built: Path, tmp_path: Path) -> None:
-    """BF16 weights are quantized on the way, the same for every form."""
+    """BF16 weights are quantized on the way, the same for every implementation."""
     write_checkpoint(tmp_path / "weights", spec_from_text(TEXT))
     result = n3c("verify", built, "--weights", tmp_path / "weights", "--json")
     assert result.code == 0
@@ -96,7 +99,7 @@ def test_one_line_of_the_module(
         assert old in text
         path.write_text(text.replace(old, new))
 
-    code, found = forms(altered("torch/model.py", change))
+    code, found = compared(altered("torch/model.py", change))
     assert code == 5
     assert found["PyTorch"]["first"]["tensor"] == layer
     assert found["ONNX files, reference evaluator"]["ok"]
@@ -106,9 +109,16 @@ def test_a_module_that_fails(altered: Callable[[str, Callable[[Path], None]], Pa
     def change(path: Path) -> None:
         path.write_text(path.read_text().replace("y = self.scan(", "y = self.skan("))
 
-    result = n3c("verify", altered("torch/model.py", change), "--json")
-    assert (result.code, result.codes) == (5, ["E0821"])
+    out = altered("torch/model.py", change)
+    result = n3c("verify", out, "--json")
+    assert (result.code, result.codes, result.data["ok"]) == (5, ["E0821"], False)
     assert "skan" in result.data["diagnostics"][0]["message"]
+    shown = n3c("verify", out)
+    assert shown.code == 5
+    rows = {line.split("  ")[0]: line.split()[-1] for line in shown.out.splitlines()}
+    assert (rows["PyTorch"], rows["ONNX Runtime, float32"]) == ("DIFFERS", "ok")
+    assert f"FAILED: {out} with random weights (seed 0)" in shown.out
+    assert "E0821" in shown.err
 
 
 def last_add(graph: Any, scope: str) -> Any:
@@ -122,7 +132,7 @@ def test_one_node_of_a_file(layer: int, altered: Callable[[str, Callable[[Path],
         last_add(model.graph, f"backbone.layers.{layer}").op_type = "Sub"
         onnx.save(model, path)
 
-    code, found = forms(altered("onnx/decode.onnx", change))
+    code, found = compared(altered("onnx/decode.onnx", change))
     assert code == 5
     first = found["ONNX files, reference evaluator"]["first"]
     assert (first["tensor"], first["step"]) == (f"backbone.layers.{layer}", "decode behind 0 tokens")
@@ -144,7 +154,7 @@ def test_a_state_that_is_written_wrongly(altered: Callable[[str, Callable[[Path]
         model.graph.node.append(wrong)
         onnx.save(model, path)
 
-    code, found = forms(altered("onnx/verify.onnx", change))
+    code, found = compared(altered("onnx/verify.onnx", change))
     first = found["ONNX files, reference evaluator"]["first"]
     assert (code, first["tensor"]) == (5, state)
     assert first["step"].startswith("verify behind")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,8 +22,9 @@ from n3c.passes.serving import Served, serve
 from n3c.runtime.engines.interface import Array, call
 from n3c.runtime.engines.onnxruntime.engine import OnnxRuntimeEngine
 from n3c.runtime.engines.onnxruntime.open import cpu_engine
+from n3c.runtime.engines.onnxruntime.session import inference_session
+from n3c.runtime.generation.capacity import Capacity
 from n3c.runtime.generation.drafter import MtpDrafter
-from n3c.runtime.generation.limits import Room
 from n3c.runtime.generation.loop import Generation
 from n3c.runtime.generation.sequence import Options
 from n3c.specs.schema import Spec
@@ -66,13 +70,13 @@ def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
 
 
 def test_greedy_generation_is_that_of_the_module(small: Small) -> None:
-    """Ragged prompts of several chunks, with drafts and without, up to the end of the room."""
+    """Ragged prompts of several chunks, with drafts and without, up to the context length."""
     generator = np.random.default_rng(0)
     prompts = [generator.integers(0, 97, size).tolist() for size in (19, 1, 8)]
-    engine, room = small.engine(4), Room.of(small.spec)
-    expected = [greedy(small.model, prompt, min(24, room.tokens - len(prompt))) for prompt in prompts]
+    engine, capacity = small.engine(4), Capacity.of(small.spec)
+    expected = [greedy(small.model, prompt, min(24, capacity.context_length - len(prompt))) for prompt in prompts]
     for drafter in (None, MtpDrafter()):
-        generation = Generation(engine, prompts, Options(max_new_tokens=24), room, drafter=drafter)
+        generation = Generation(engine, prompts, Options(max_new_tokens=24), capacity, drafter=drafter)
         generation.run()
         assert [sequence.new for sequence in generation.sequences] == expected
 
@@ -127,10 +131,10 @@ def test_a_state_read_one_token_late_changes_the_output(small: Small) -> None:
 
 
 def test_other_weights_in_the_same_engine(small: Small, tmp_path: Path) -> None:
-    engine, room, options = small.engine(1), Room.of(small.spec), Options(max_new_tokens=8)
+    engine, capacity, options = small.engine(1), Capacity.of(small.spec), Options(max_new_tokens=8)
 
     def run(with_engine: OnnxRuntimeEngine) -> list[int]:
-        generation = Generation(with_engine, [[1, 2, 3]], options, room, drafter=MtpDrafter())
+        generation = Generation(with_engine, [[1, 2, 3]], options, capacity, drafter=MtpDrafter())
         generation.run()
         return generation.sequences[0].new
 
@@ -141,6 +145,23 @@ def test_other_weights_in_the_same_engine(small: Small, tmp_path: Path) -> None:
     assert run(engine) == run(fresh) != before
     engine.replace_weights(small.checkpoint)
     assert run(engine) == before
+
+
+def test_telemetry_is_off_before_the_library_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+
+    def fake_import(name: str) -> Any:
+        seen.append((name, os.environ.get("ORT_DISABLE_TELEMETRY")))
+        return SimpleNamespace(
+            disable_telemetry_events=lambda: seen.append("disabled"),
+            SessionOptions=SimpleNamespace,
+            InferenceSession=lambda model, options, providers: seen.append((model, providers)),
+        )
+
+    monkeypatch.setattr(importlib, "import_module", fake_import)
+    inference_session(b"graph")
+    assert seen == [("onnxruntime", "1"), "disabled", (b"graph", ["CPUExecutionProvider"])]
 
 
 def test_a_graph_that_onnx_runtime_refuses(small: Small) -> None:

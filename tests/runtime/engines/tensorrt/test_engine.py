@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from n3c.backends.onnx.emit import OnnxEntry, emit_entry
@@ -21,9 +22,9 @@ from n3c.passes.serving import Served, serve
 from n3c.runtime.engines.onnxruntime.engine import OnnxRuntimeEngine
 from n3c.runtime.engines.onnxruntime.open import cpu_engine
 from n3c.runtime.engines.tensorrt.device import cuda_devices
-from n3c.runtime.engines.tensorrt.engine import Plan, TrtEngine
+from n3c.runtime.engines.tensorrt.engine import Plan, TrtEngine, spread
+from n3c.runtime.generation.capacity import Capacity
 from n3c.runtime.generation.drafter import MtpDrafter
-from n3c.runtime.generation.limits import Room
 from n3c.runtime.generation.loop import Generation
 from n3c.runtime.generation.sequence import Options
 from n3c.specs.schema import Spec
@@ -56,7 +57,7 @@ class Small:
 
     def generate(self, engine: Any, *, speculate: bool = True) -> list[list[int]]:
         drafter = MtpDrafter() if speculate else None
-        generation = Generation(engine, PROMPTS, Options(max_new_tokens=8), Room.of(self.spec), drafter=drafter)
+        generation = Generation(engine, PROMPTS, Options(max_new_tokens=8), Capacity.of(self.spec), drafter=drafter)
         generation.run()
         return [sequence.new for sequence in generation.sequences]
 
@@ -125,6 +126,88 @@ def test_a_call_that_comes_again_is_a_graph(small: Small) -> None:
     assert small.generate(engine) == first
     assert device.captured <= 2 * captured  # each entry point by the two places of its states, and no more each time
     assert device.replayed > replayed
+
+
+def test_calls_of_other_lengths_have_graphs_of_their_own(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention reads up to a multiple of `BUCKET` tokens: its size is an input of the call."""
+    whole, cut = HostDevice(), HostDevice()
+    expected = small.generate(small.engine(whole), speculate=False)
+    monkeypatch.setattr("n3c.runtime.engines.tensorrt.engine.BUCKET", 4)
+    engine = small.engine(cut)
+    for _ in range(3):
+        assert small.generate(engine, speculate=False) == expected
+    assert cut.captured > whole.captured
+
+
+def test_a_replay_with_other_addresses_or_shapes_fails(small: Small) -> None:
+    """The stand-in is one: what a real graph would silently get wrong is an error."""
+    device = HostDevice()
+    model = onnx.load_from_string(next(e for e in small.entries if e.name.startswith("draft")).to_bytes())
+    memory = {value.name: device.allocate(1 << 16) for value in (*model.graph.input, *model.graph.output)}
+    with device.current():
+        context = FakeTrt().Runtime(None).deserialize_cuda_engine(model.SerializeToString()).create_execution_context()
+        for name, piece in memory.items():
+            context.set_tensor_address(name, piece.address)
+        context.set_input_shape("key_positions", (4,))
+        with pytest.raises(AssertionError, match="captured before it ran"):
+            device.capture(lambda: context.execute_async_v3(device.stream))
+        assert context.execute_async_v3(device.stream)
+        replay = device.capture(lambda: context.execute_async_v3(device.stream))
+        replay()
+        context.set_input_shape("key_positions", (8,))
+        with pytest.raises(AssertionError, match="other shapes"):
+            replay()
+        context.set_input_shape("key_positions", (4,))
+        context.set_tensor_address("hidden", memory["hidden"].address + 256)
+        with pytest.raises(AssertionError, match="other addresses"):
+            replay()
+
+
+def test_stages_are_spread_evenly() -> None:
+    def stages_of(count: int, devices: int) -> list[list[int]]:
+        plans = [Plan(Path(f"{i}.plan"), "decode", 1, (), (), (), i) for i in range(count)]
+        return [[plan.stage for plan in part] for part in spread(plans, devices)]
+
+    assert stages_of(4, 3) == [[0, 1], [2], [3]]
+    assert stages_of(5, 2) == [[0, 1, 2], [3, 4]]
+    assert stages_of(3, 3) == [[0], [1], [2]]
+    assert stages_of(3, 1) == [[0, 1, 2]]
+
+
+def test_other_weights_reset_all_states(small: Small, tmp_path: Path) -> None:
+    device = HostDevice()
+    engine = small.engine(device)
+    small.generate(engine)
+    arena, spare = device.memories[:2]
+    assert arena.data.any() and spare.data.any()
+    engine.replace_weights(save_tensors(random_tensors(lower(small.spec), seed=5), tmp_path))
+    assert not arena.data.any() and not spare.data.any()
+
+
+class Unreadable(Checkpoint):
+    """A checkpoint whose tensors can be read for a while."""
+
+    def __init__(self, directory: Path, reads: int) -> None:
+        super().__init__(directory)
+        self._left = reads
+
+    def read(self, name: str) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            raise OSError("the disk is gone")
+        return super().read(name)
+
+
+@pytest.mark.parametrize("kind", ["plans", "onnxruntime"])
+def test_an_engine_with_half_of_other_weights_does_not_run(kind: str, small: Small) -> None:
+    engine = small.engine(HostDevice()) if kind == "plans" else small.cpu()
+    before = small.generate(engine)
+    with pytest.raises(OSError, match="the disk is gone"):
+        engine.replace_weights(Unreadable(small.checkpoint.directory, 3))
+    with pytest.raises(AssertionError, match="replace them again first"):
+        small.generate(engine)
+    engine.replace_weights(small.checkpoint)
+    assert small.generate(engine) == before
 
 
 def test_states_take_what_the_plan_says(small: Small) -> None:

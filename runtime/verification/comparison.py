@@ -1,8 +1,8 @@
-"""The work of `n3c verify`: run every form of a model through the same steps and find the first layer that differs."""
+"""Running implementations through the same steps, and finding the first layer of each that differs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,10 @@ from n3c.backends.progress import SILENT, Progress
 from n3c.ir.diagnostics import Diagnostic, Span
 from n3c.ir.program import Program
 
-from .implementation import Leg
+from .implementation import Implementation, Rounding
+from .reference import Reference
 from .scenario import Step
+from .tolerance import Bounds
 from .trace import Difference, differences, points
 
 
@@ -23,20 +25,28 @@ class Finding:
 
     difference: Difference
     step: str
+    error: float
+    """Of all tokens or of the median one, whichever is farther beyond what is allowed or nearer to it."""
     tolerance: float
+
+    @staticmethod
+    def of(difference: Difference, step: Step, bounds: Bounds) -> Finding:
+        """Return the worse of the two errors of `difference`, as a multiple of what is allowed."""
+        pairs = ((difference.relative, bounds.relative), (difference.typical, bounds.typical))
+        return Finding(difference, step.title, *max(pairs, key=lambda pair: pair[0] / pair[1]))
 
     @property
     def excess(self) -> float:
-        """The difference as a multiple of what is allowed."""
-        return self.difference.relative / self.tolerance
+        """The error as a multiple of what is allowed."""
+        return self.error / self.tolerance
 
     def as_json(self) -> dict[str, Any]:
         """Return the form of `n3c verify --json`; numbers that are not finite are null."""
-        finite = np.isfinite(self.difference.relative)
+        finite = np.isfinite(self.error)
         return {
             "step": self.step,
             "tensor": self.difference.point,
-            "relative": self.difference.relative if finite else None,
+            "relative": self.error if finite else None,
             "largest": self.difference.largest if finite else None,
             "index": list(self.difference.index),
             "tolerance": self.tolerance,
@@ -45,7 +55,7 @@ class Finding:
 
 @dataclass(slots=True)
 class Verdict:
-    """How one form compares. `first` is what differs first in the order of the computation."""
+    """How one implementation compares. `first` is what differs first in the order of the computation."""
 
     name: str
     steps: int = 0
@@ -63,7 +73,7 @@ class Verdict:
         return self.first is None and not self.failure
 
     def as_json(self) -> dict[str, Any]:
-        """Return the form of `n3c verify --json`, key `forms`."""
+        """Return the form of `n3c verify --json`, key `implementations`."""
         return {
             "name": self.name,
             "ok": self.ok,
@@ -76,47 +86,53 @@ class Verdict:
 
 
 def compare(
-    reference: Leg,
-    legs: list[Leg],
+    references: Mapping[Rounding, Reference],
+    implementations: Sequence[Implementation],
     program: Program,
-    runs: list[list[Step]],
+    runs: Sequence[Sequence[Step]],
     progress: Progress = SILENT,
 ) -> list[Verdict]:
-    """Run `runs`, each from fresh states. A form that differs or fails is not run on: the rest follows from that."""
-    verdicts = [Verdict(leg.name) for leg in legs]
+    """Run `runs`, each from fresh states, and compare each implementation with the reference of its rounding.
+
+    One that differs or fails is not run on: the rest follows from that.
+    """
+    verdicts = [Verdict(implementation.name) for implementation in implementations]
     for steps in runs:
-        for leg in (reference, *legs):
-            leg.reset()
-        lost: set[str] = set()  # forms without an entry point: what follows it in this run, they cannot know
+        for reference in references.values():
+            reference.reset()
+        for implementation in implementations:
+            implementation.reset()
+        lost: set[str] = set()  # those without an entry point: what follows it in this run, they cannot know
         for step in steps:
             progress.step(step.title)
-            trace = reference.run(step)
-            assert trace is not None
-            order = points(program.entry_points[step.entry])
-            for leg, verdict in zip(legs, verdicts, strict=True):
-                if not verdict.ok or leg.name in lost:
+            expected = {rounding: reference.run(step) for rounding, reference in references.items()}
+            order = points(program.entry_points[step.entry], program)
+            for implementation, verdict in zip(implementations, verdicts, strict=True):
+                if not verdict.ok or implementation.name in lost:
                     continue
+                right = expected[implementation.rounding]
                 try:
-                    other = leg.run(step)
+                    trace = implementation.run(step, right)
                 except Exception as error:  # whatever generated code or a runtime raises is a finding
                     verdict.failure = f"{step.title}: {type(error).__name__}: {error}"
                     continue
-                if other is None:
-                    lost.add(leg.name)
+                if trace is None:
+                    lost.add(implementation.name)
                     continue
                 verdict.steps += 1
-                _note(verdict, step, leg.tolerance, differences(order, trace, other))
+                _note(verdict, step, implementation, differences(order, right, trace))
     return verdicts
 
 
-def _note(verdict: Verdict, step: Step, tolerance: float, found: Iterator[Difference]) -> None:
+def _note(verdict: Verdict, step: Step, implementation: Implementation, found: Iterator[Difference]) -> None:
+    """Count what was compared, and remember the worst difference and the first that is too large."""
     for difference in found:
         verdict.compared += 1
-        here = Finding(difference, step.title, tolerance)
-        if verdict.worst is None or here.excess > verdict.worst.excess:
-            verdict.worst = here
-        if here.excess > 1:
-            verdict.first = here
+        finding = Finding.of(difference, step, implementation.tolerance(step, difference))
+        if verdict.worst is None or finding.excess > verdict.worst.excess:
+            verdict.worst = finding
+        if finding.excess > 1:
+            verdict.first = finding
             return
 
 
@@ -134,10 +150,10 @@ def diagnostics(verdicts: list[Verdict], program: Program, build: str) -> list[D
 
 def _sentence(name: str, found: Finding) -> str:
     first = found.difference
-    if not np.isfinite(first.relative):
+    if not np.isfinite(found.error):
         return f"{name}: `{first.point}` is not finite, or of another shape, in {found.step}"
     return (
-        f"{name}: the first difference is at `{first.point}` in {found.step}: {first.relative:.1e} of its size, where"
+        f"{name}: the first difference is at `{first.point}` in {found.step}: {found.error:.1e} of its size, where"
         f" {found.tolerance:.0e} is allowed; the largest is {first.largest:.2e} at {list(first.index)}"
     )
 

@@ -1,0 +1,79 @@
+"""Inspecting a spec, a checkpoint or a build: what it holds and costs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from n3c.compiler.common_options import BATCH, CONTEXT, SET
+from n3c.ir.diagnostics import Diagnostic
+from n3c.runtime.manifest import MANIFEST, out_error, read_manifest
+from n3c.runtime.options import Argument, Needs, checked
+from n3c.specs.convert import run_import
+from n3c.specs.load import loaded
+from n3c.specs.schema import Spec
+
+from .cost import inspect_spec
+
+
+@dataclass(frozen=True, slots=True)
+class Inspected:
+    """What was found."""
+
+    kind: Literal["spec", "checkpoint", "build"]
+    figures: dict[str, Any]
+    """Of a build its manifest."""
+    warnings: tuple[Diagnostic, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the form of `n3c inspect --json`."""
+        return self.figures
+
+
+def _is_spec(path: Path | str | Spec) -> bool:
+    return isinstance(path, Spec) or not (Path(path).is_dir() or Path(path).suffix == ".json")
+
+
+def _is_build(path: Path | str | Spec) -> bool:
+    return not isinstance(path, Spec) and (Path(path) / MANIFEST).is_file()
+
+
+A_SPEC = Needs("path", test=_is_spec, said="a SPEC (`n3c import` makes one)")
+NO_BUILD = Needs("path", test=lambda path: not _is_build(path), said="a SPEC or a CHECKPOINT, and this is a build")
+
+
+@checked
+def inspect(
+    path: Annotated[Path | str | Spec, Argument("SPEC|CHECKPOINT|BUILD")],
+    *,
+    context: Annotated[int | None, replace(CONTEXT, needs=NO_BUILD)] = None,
+    batch: Annotated[int, replace(BATCH, needs=NO_BUILD)] = 1,
+    set: Annotated[Sequence[str], replace(SET, needs=A_SPEC)] = (),
+) -> Inspected:
+    """Count parameters, FLOPs, weight and state bytes of a spec, a checkpoint (its config) or a build.
+
+    N3CError: exit code 2 for options that do not go with what `path` is, 3 for a spec or config, 6 for files.
+    """
+    if isinstance(path, Spec):
+        return _of_spec(path, set, context, batch)
+    place = Path(path)
+    if _is_build(place):
+        manifest = read_manifest(place)
+        if manifest is None:
+            raise out_error("E0614", f"{MANIFEST} is not one of n3c", place / MANIFEST)
+        return Inspected("build", manifest)
+    if _is_spec(place):
+        return _of_spec(place, set, context, batch)
+    imported = run_import(place, formats_matter=False)
+    figures = inspect_spec(imported.spec, context=context, batch=batch)
+    if place.is_dir() and any(place.glob("*.safetensors*")):
+        from n3c.backends.safetensors.checkpoint import Checkpoint
+        from n3c.backends.safetensors.inventory import inventory
+
+        figures["checkpoint"] = inventory(Checkpoint(place)).as_json()
+    return Inspected("checkpoint", figures, imported.warnings)
+
+
+def _of_spec(spec: Path | Spec, overrides: Sequence[str], context: int | None, batch: int) -> Inspected:
+    read, warnings = loaded(spec, overrides)
+    return Inspected("spec", inspect_spec(read, context=context, batch=batch), tuple(warnings))

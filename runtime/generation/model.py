@@ -1,0 +1,213 @@
+"""A build and the weights of a checkpoint, to generate with: `n3c.runtime.load`."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, overload
+
+from n3c.backends.progress import SILENT, Progress
+from n3c.runtime.build_folder import OpenedBuild, open_build
+from n3c.runtime.options import Argument, Needs, Option, checked, usage_error
+
+if TYPE_CHECKING:  # these load numpy
+    from .loop import Generation
+    from .result import Generated, Piece
+    from .runner import Runner
+
+Device = Literal["cpu", "cuda"]
+Prompt = str | Sequence[int]
+"""A text, or token ids."""
+
+
+class Stream(Iterator["Piece"]):
+    """The pieces of a request as they come. KeyboardInterrupt ends it and is passed on; `result` has what there is."""
+
+    def __init__(self, generation: "Generation") -> None:
+        self._generation = generation
+        self._pieces = (piece for step in generation.steps() for piece in step)
+
+    def __next__(self) -> "Piece":
+        return next(self._pieces)
+
+    def interrupt(self) -> None:
+        """End the sequences that run where they are, as an interrupt does: no piece follows."""
+        self._pieces.close()
+        self._generation.interrupt()
+
+    def result(self) -> "Generated":
+        """Return what there is so far; behind the last piece, all of it."""
+        return self._generation.result()
+
+
+SAMPLED = Needs("temperature", test=lambda temperature: temperature > 0, said="--temperature above 0")
+IDS = "IDS"
+
+
+class Model:
+    """Generates with a build. The weights are read by the first request, for as many sequences as it has prompts."""
+
+    def __init__(self, build: OpenedBuild, weights: Path, device: Device, speculate: bool, progress: Progress) -> None:
+        from .tokenizer import find_tokenizer
+
+        self.build = build
+        self.weights = weights
+        self.device: Device = device
+        self.tokenizer = find_tokenizer([weights], build.spec.model.vocab_size)
+        self._speculate = speculate
+        self._progress = progress
+        self._runner: Runner | None = None
+        self._stream: Stream | None = None
+
+    @overload
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int = ...,
+        temperature: float = ...,
+        top_k: int = ...,
+        top_p: float = ...,
+        seed: int = ...,
+        stop: Sequence[str] = ...,
+        stop_ids: str | Sequence[int] = ...,
+        ignore_eos: bool = ...,
+        reasoning_budget: int | None = ...,
+        thinking_tags: tuple[str, str] = ...,
+        stream: Literal[False] = ...,
+    ) -> "Generated": ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int = ...,
+        temperature: float = ...,
+        top_k: int = ...,
+        top_p: float = ...,
+        seed: int = ...,
+        stop: Sequence[str] = ...,
+        stop_ids: str | Sequence[int] = ...,
+        ignore_eos: bool = ...,
+        reasoning_budget: int | None = ...,
+        thinking_tags: tuple[str, str] = ...,
+        stream: Literal[True],
+    ) -> Stream: ...
+
+    @checked
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: Annotated[int, Option("Most new tokens.", least=0)] = 128,
+        temperature: Annotated[float, Option("0: greedy.", least=0)] = 0.0,
+        top_k: Annotated[int, Option("Draw from the K likeliest tokens; 0: all.", least=0, needs=SAMPLED)] = 0,
+        top_p: Annotated[
+            float,
+            Option("Draw from the fewest tokens whose probabilities sum to P.", above=0, most=1, needs=SAMPLED),
+        ] = 1.0,
+        seed: Annotated[int, Option("Of the random numbers.", least=0, needs=SAMPLED)] = 0,
+        stop: Annotated[Sequence[str], Option("Text that ends a sequence, and is not printed; may repeat.")] = (),
+        stop_ids: Annotated[
+            str | Sequence[int],
+            Option("Token ids that end a sequence, beside those of the checkpoint.", metavar=IDS),
+        ] = (),
+        ignore_eos: Annotated[bool, Option("Go on behind the checkpoint's end-of-sequence tokens.")] = False,
+        reasoning_budget: Annotated[int | None, Option("Tokens inside the thinking tags at most.", least=0)] = None,
+        thinking_tags: Annotated[
+            tuple[str, str],
+            Option(
+                "Thinking tags, as text or as token ids.",
+                metavar="START END",
+                needs=Needs("reasoning_budget"),
+            ),
+        ] = ("<think>", "</think>"),
+        stream: bool = False,
+    ) -> "Generated | Stream":
+        """Continue `prompts`, each a text or token ids; one alone may be given without a list.
+
+        With `stream` the pieces are yielded as they come; the next request ends it where it is.
+        N3CError: exit code 2 where the build cannot take the prompts, 4 where the device is not there, 6 where the
+        weights do not fit or a text has no tokenizer.
+        """
+        from .capacity import Capacity
+        from .prompts import parse_ids, tag_ids
+        from .sampling import Sampling
+        from .sequence import Options
+
+        ids = [self._ids(prompt) for prompt in _listed(prompts)]
+        if stop and self.tokenizer is None:
+            raise usage_error("--stop has no effect: it needs a tokenizer.json in the checkpoint")
+        stops = parse_ids(stop_ids) if isinstance(stop_ids, str) else stop_ids
+        if stops is None:
+            raise usage_error(f"--stop-ids: {stop_ids!r} is not a list of token ids, as 1,2,3")
+        tags = tag_ids(thinking_tags, self.tokenizer, self.weights) if reasoning_budget is not None else None
+        spec = self.build.spec
+        Capacity.of(spec).require(ids, max(spec.serving.batch_sizes))
+        options = Options(
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_k, top_p, seed),
+            stop_texts=tuple(stop),
+            tags=tags,
+            reasoning_budget=reasoning_budget,
+        )
+        runner = self._ready(len(ids))
+        options = replace(options, stop_ids=frozenset([*stops, *(() if ignore_eos else runner.eos_ids)]))
+        if self._stream is not None:
+            self._stream.interrupt()  # the engine has the states of one request
+        self._stream = running = Stream(runner.generation(ids, options))
+        if stream:
+            return running
+        for _ in running:
+            pass
+        return running.result()
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        from .prompts import encoded
+
+        return encoded([prompt], self.tokenizer, self.weights)[0] if isinstance(prompt, str) else list(prompt)
+
+    def _ready(self, sequences: int) -> "Runner":
+        """Return what runs `sequences` prompts at once; it is opened anew where the one at hand takes fewer."""
+        from .runner import open_runner
+
+        if self._runner is None or self._runner.engine.batch < sequences:
+            self._runner = None  # frees its weights before others are read
+            self._progress.phase("load")
+            self._runner = open_runner(
+                self.build,
+                self.weights,
+                device=self.device,
+                sequences=sequences,
+                speculate=self._speculate,
+                progress=self._progress,
+            )
+        return self._runner
+
+
+def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """Return the prompts of a request, which may be one alone."""
+    if isinstance(prompts, str):
+        return [prompts]
+    ids = [prompt for prompt in prompts if isinstance(prompt, int)]
+    return [ids] if ids else [prompt for prompt in prompts if not isinstance(prompt, int)]
+
+
+@checked
+def load(
+    build: Annotated[Path | str, Argument("BUILD")],
+    weights: Annotated[Path | str | None, Option("Checkpoint directory; must fit the build.")],
+    *,
+    no_mtp: Annotated[bool, Option("Decode token by token, without drafts.")] = False,
+    device: Annotated[Device, Option("Where to run.")] = "cpu",
+    progress: Progress = SILENT,
+) -> Model:
+    """Open a build to generate with the weights of a checkpoint.
+
+    N3CError: exit code 2 without weights, 6 where the build is damaged or the tokenizer is none of this model.
+    """
+    from .runner import require_weights
+
+    progress.phase("open")
+    opened = open_build(Path(build))
+    return Model(opened, require_weights(None if weights is None else Path(weights)), device, not no_mtp, progress)

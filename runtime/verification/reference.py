@@ -1,0 +1,63 @@
+"""The program of the spec, op by op: what implementations are compared with."""
+
+from __future__ import annotations
+
+from n3c.backends.safetensors.checkpoint import Checkpoint
+from n3c.ir.program import Program
+from n3c.passes.base import run_pipeline
+from n3c.passes.widen import Widen
+from n3c.runtime.build_folder import OpenedBuild
+from n3c.runtime.engines.interface import Array
+from n3c.runtime.engines.reference.engine import ReferenceEngine
+from n3c.runtime.engines.reference.engine_products import EngineProducts
+
+from .call_inputs import CallInputs, without_padding
+from .implementation import Rounding
+from .scenario import Step
+from .trace import Trace
+
+
+class Reference:
+    """The reference evaluation of a program's entry points."""
+
+    def __init__(self, program: Program, engine: ReferenceEngine) -> None:
+        self._program, self._engine, self._inputs = program, engine, CallInputs(program)
+
+    def reset(self) -> None:
+        """Begin new sequences: zero states."""
+        self._engine.reset()
+        self._inputs.reset()
+
+    def run(self, step: Step) -> Trace:
+        """Evaluate the step's entry point; return what each call gave first, and every state after it."""
+        entry = self._program.entry_points[step.entry]
+        given = self._inputs.of(step)
+        outputs = self._engine.run(step.entry, {name: given[name] for name in entry.inputs})
+        self._inputs.keep_hidden(step, outputs)
+        assert self._engine.last is not None
+        values, trace = self._engine.last.values, dict[str, Array]()
+        for call in entry.calls:
+            for name in call.outputs[:1]:
+                trace[call.label] = without_padding(values[name].float().numpy(), step, entry)
+            trace |= {name: self._engine.states[name].float().numpy() for name in call.states}
+        return trace
+
+
+def references(build: OpenedBuild, checkpoint: Checkpoint, batch: int) -> dict[Rounding, Reference]:
+    """Return the reference that rounds nothing but weights, and the one that rounds as what is deployed does."""
+    program, capacity = build.served.program, build.spec.serving.max_seq_len
+    wide = _float32(program)
+    products = EngineProducts(program, batch)
+    return {
+        "none": Reference(wide, ReferenceEngine(wide, checkpoint, batch=batch, capacity=capacity)),
+        "as deployed": Reference(
+            program, ReferenceEngine(program, checkpoint, batch=batch, capacity=capacity, choice=products)
+        ),
+    }
+
+
+def _float32(program: Program) -> Program:
+    """Return a copy of the program in float32."""
+    wide = program.extract(*program.entry_points.values())
+    run_pipeline(wide, [Widen()])
+    return wide

@@ -1,0 +1,78 @@
+"""`n3c verify`: run every implementation of a build through the same steps and tell what differs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from n3c.backends.progress import SILENT, Progress
+from n3c.ir.diagnostics import Diagnostic
+from n3c.runtime.build_folder import open_build
+from n3c.runtime.options import Argument, Option, checked
+
+if TYPE_CHECKING:  # these load numpy and ONNX
+    from .comparison import Verdict
+    from .implementations import Skipped
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """How the implementations of a build compare with the reference."""
+
+    build: Path
+    weights: str
+    """The checkpoint's directory, or which random weights were taken."""
+    verdicts: "tuple[Verdict, ...]"
+    """One for each implementation that was compared."""
+    not_compared: "tuple[Skipped, ...]"
+    diagnostics: tuple[Diagnostic, ...]
+    """What differs or fails, at the spec line of its layer; empty where all agree."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether every implementation that was compared agrees everywhere."""
+        return not self.diagnostics
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the form of `n3c verify --json`."""
+        return {
+            "ok": self.ok,
+            "weights": self.weights,
+            "implementations": [verdict.as_json() for verdict in self.verdicts],
+            "not_compared": [{"name": skipped.name, "reason": skipped.reason} for skipped in self.not_compared],
+            "diagnostics": [diagnostic.as_json() for diagnostic in self.diagnostics],
+        }
+
+
+@checked
+def verify(
+    build: Annotated[Path | str, Argument("BUILD")],
+    *,
+    weights: Annotated[Path | str | None, Option("Checkpoint directory (default: random weights).")] = None,
+    seed: Annotated[int, Option("Of tokens and random weights.", least=0)] = 0,
+    progress: Progress = SILENT,
+) -> Verified:
+    """Compare all implementations in `build` with the weights of a checkpoint, or with random ones made from `seed`.
+
+    What differs is in the result. N3CError where nothing can be compared: exit code 2 for a seed that is negative or
+    beyond int64, and where the build holds its weights and none are named; 4 where the model is too large; 6 where a
+    file is not what was built or the checkpoint does not fit.
+    """
+    progress.phase("open")
+    opened = open_build(Path(build))
+    from .comparison import compare, diagnostics
+    from .implementations import implementations
+    from .model_size import require_small
+    from .reference import references
+    from .scenario import scenarios
+    from .weights import checkpoint_for
+
+    require_small(opened)
+    checkpoint = checkpoint_for(opened, None if weights is None else Path(weights), seed)
+    program, batch = opened.served.program, min(opened.spec.serving.batch_sizes)
+    progress.phase("load")
+    expected = references(opened, checkpoint, batch)
+    compared, skipped = implementations(opened, checkpoint, batch)
+    progress.phase("compare")
+    verdicts = compare(expected, compared, program, scenarios(opened.spec, program, batch, seed), progress)
+    found = diagnostics(verdicts, program, str(build))
+    return Verified(Path(build), str(checkpoint.directory), tuple(verdicts), tuple(skipped), tuple(found))

@@ -1,0 +1,102 @@
+"""The form of a block kind's record: what n3c knows of a kind besides how it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Values = Mapping[str, Any]
+"""Dotted path → value, of what is good by itself, defaults included; a key that is missing or bad is absent."""
+Say = Callable[[str, str, str, str | None], None]
+"""`say(path, code, message, advice)`: report about the value, or the table, at a dotted path."""
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """A module with a weight: its role, and its name in released checkpoints behind `….mixer.`."""
+
+    role: str
+    name: str
+    """`{}` in it stands for the index of an expert."""
+    when: str | None = None
+    """A key of the table; the module is left out where that is 0 or not given."""
+    count: str | None = None
+    """A key of the table: how many modules `name` stands for; else it is one."""
+    linear: bool = True
+    """Whether a linear multiplies with its weight; what is none has no format but that of the model."""
+    megatron: str | None = None
+    """The glob that names it in Megatron-core's recipes; None: they give it no format."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigKey:
+    """What a nemotron_h config.json calls a key of the table."""
+
+    key: str
+    name: str
+    default: Any
+    """That of transformers' NemotronHConfig."""
+    aliases: tuple[str, ...] = ()
+    """Other names in use."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockKind:
+    """What one residual block does. Kinds are compared by identity: there is one record each."""
+
+    symbol: str
+    """Its symbol in patterns."""
+    name: str
+    """Its function in the IR, and its template."""
+    title: str
+    """What messages call it."""
+    legend: str
+    """What generated code calls it."""
+    class_name: str
+    """Its mixer in generated code."""
+    table: str
+    """Its table in the spec."""
+    modules: tuple[Module, ...]
+    hf_names: tuple[str, ...]
+    """Entries of `layers_block_type` that mean it: first as transformers 5 writes it, last as all readers know it."""
+    config_keys: tuple[ConfigKey, ...]
+    """Every key of the table, and what Hugging Face calls it."""
+    roles_without_module: tuple[str, ...] = ()
+    """Roles of vectors that reports name and no rule does."""
+    contradictions: Callable[[Values, Say], None] | None = None
+    """Reports what the keys of the table say of each other."""
+    stateful: bool = False
+    """Whether decoding carries a state; its template then has `state()`, and plan_state rewrites its ops."""
+    in_mtp: bool = False
+    """Whether an MTP pattern may have it."""
+    in_transformers: bool = True
+    """Whether transformers' NemotronHConfig takes it; where not, no modeling_n3c.py is written for it."""
+
+    @property
+    def hf_name(self) -> str:
+        """The name in `layers_block_type` as transformers 5 writes it."""
+        return self.hf_names[0]
+
+    @property
+    def template(self) -> str:
+        """The file in `backends/torch/templates/` that holds everything only this kind needs."""
+        return f"{self.name}.jinja"
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles of its modules, that rules can name."""
+        return tuple(module.role for module in self.modules)
+
+    def module(self, role: str) -> Module:
+        """Return the module of `role`; KeyError where the record has none."""
+        for module in self.modules:
+            if module.role == role:
+                return module
+        raise KeyError(f"{role}: not a role of {self.title} blocks")
+
+    def present(self, table: object) -> Iterator[tuple[Module, int]]:
+        """Yield the modules that a block of these sizes has, each with how many it stands for (0: it is one)."""
+        for module in self.modules:
+            if module.when is None or getattr(table, module.when, None):
+                yield module, getattr(table, module.count, 0) if module.count else 0
