@@ -46,8 +46,8 @@ class Verified:
 @checked
 def verify(
     build: Annotated[Path | str, Argument("BUILD")],
-    *,
     weights: Annotated[Path | str | None, Option("Checkpoint directory (default: random weights).")] = None,
+    *,
     seed: Annotated[int, Option("Of tokens and random weights.", least=0)] = 0,
     progress: Progress = SILENT,
 ) -> Verified:

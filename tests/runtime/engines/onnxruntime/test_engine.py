@@ -151,12 +151,15 @@ def test_telemetry_is_off_before_the_library_is_imported(monkeypatch: pytest.Mon
     seen: list[object] = []
     monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
 
+    def session(model: bytes, options: Any, providers: list[str]) -> None:
+        seen.append((model, providers))
+
     def fake_import(name: str) -> Any:
         seen.append((name, os.environ.get("ORT_DISABLE_TELEMETRY")))
         return SimpleNamespace(
             disable_telemetry_events=lambda: seen.append("disabled"),
             SessionOptions=SimpleNamespace,
-            InferenceSession=lambda model, options, providers: seen.append((model, providers)),
+            InferenceSession=session,
         )
 
     monkeypatch.setattr(importlib, "import_module", fake_import)
