@@ -58,6 +58,7 @@ lint: venv
 
 types: venv
 	$(BIN)/mypy
+	for platform in win32 darwin; do $(BIN)/mypy --platform $$platform --cache-dir .mypy_cache/$$platform typings/n3c || exit; done
 	$(BIN)/pyright
 
 check: lint types test ## Lint, types, import layers and tests: what every commit passes.

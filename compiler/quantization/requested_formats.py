@@ -47,8 +47,8 @@ class _Source:
 def requested_formats(request: QuantizeRequest) -> RequestedFormats:
     """Return the spec, of the file or of the checkpoint's config, with --fmt and --block in its [quantization].
 
-    Where nobody chose formats, they are those of the published recipe. Raises N3CError: exit code 3 for the spec
-    and for a wrong value, 6 for a checkpoint without config.
+    Where nobody chose formats, they are those of the published recipe. Raises N3CError: exit code 2 for a wrong value,
+    3 for the spec, 6 for a checkpoint without config.
     """
     if request.fmt is not None and request.fmt not in FORMATS:
         raise _wrong("--fmt", request.fmt, FORMATS)
@@ -82,7 +82,7 @@ def _of_checkpoint(request: QuantizeRequest) -> _Source:
 def _wrong(option: str, value: str, known: Iterable[str]) -> N3CError:
     span = Span(option, 1, 1, max(1, len(value)), value)
     advice = did_you_mean(value, known) or f"choose one of {', '.join(known)}"
-    return N3CError(Diagnostic("E0107", f"`{value}` is no value of {option}", span, help=advice), ExitCode.SPEC)
+    return N3CError(Diagnostic("E0701", f"`{value}` is no value of {option}", span, help=advice), ExitCode.USAGE)
 
 
 def _with_options(table: Quantization, request: QuantizeRequest) -> Quantization:

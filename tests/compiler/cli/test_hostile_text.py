@@ -65,8 +65,7 @@ def test_commands_and_values(spec: Path, tmp_path: Path) -> None:
     both(3, "check", spec, "--set", f"moe.top_k='{HOSTILE}'")
     both(3, "inspect", spec, "--set", f"model.{HOSTILE}=1")
     both(2, "quantize", "--weights", tmp_path, "-o", tmp_path / "out", "--part", HOSTILE)
-    result = shows_text_only(n3c("quantize", "--weights", tmp_path, "-o", tmp_path / "out", "--fmt", HOSTILE))
-    assert result.code in (2, 3)
+    both(2, "quantize", "--weights", tmp_path, "-o", tmp_path / "out", "--fmt", HOSTILE)
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ def test_directories_that_are_no_checkpoint(tmp_path: Path) -> None:
 def test_values_that_are_none(tmp_path: Path, option: str, value: str) -> None:
     write_checkpoint(tmp_path / "model", policy_spec())
     result = quantize(tmp_path / "model", option, value)
-    assert (result.code, result.codes) == (3, ["E0107"])
+    assert (result.code, result.codes) == (2, ["E0701"])
     assert result.data["diagnostics"][0]["file"] == option
 
 
