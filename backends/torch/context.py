@@ -6,15 +6,18 @@ must have, numbers are written from their value, and anything else is refused.
 
 from __future__ import annotations
 
+import keyword
 import math
 import re
-from collections.abc import Mapping, Sequence, Set
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import cast
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
+from n3c.ir.letters import TABLES
 from n3c.specs.pattern import BlockKind, Pattern
-from n3c.specs.schema import Moe, Spec
+from n3c.specs.schema import Spec
 
 from .numerics import training_formats
 
@@ -25,10 +28,15 @@ LINE_LENGTH = 100
 """Columns of generated code."""
 PATTERN_CHUNK = 40
 """Blocks of a long pattern on one line."""
+IMPORTED = {"torch", "safetensors", "numpy", "transformers", "transformer_engine", "torchtitan", "megatron", "train"}
+"""What a package must not be called, as the generated code and what it needs import that."""
+
+Literals = Mapping[str, str]
+"""Key of a spec's table → the text of its value in Python."""
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class BlockView:
     """How one block kind is generated: its template holds everything that only it needs."""
 
     kind: BlockKind
@@ -38,105 +46,222 @@ class Kind:
     stateful: bool
 
 
-KINDS = (
-    Kind(BlockKind.MAMBA, "mamba2.jinja", "Mamba2", "Mamba-2", stateful=True),
-    Kind(BlockKind.ATTENTION, "attention.jinja", "Attention", "attention", stateful=True),
-    Kind(BlockKind.MOE, "moe.jinja", "MoE", "mixture of experts", stateful=False),
-    Kind(BlockKind.MLP, "mlp.jinja", "MLP", "dense MLP", stateful=False),
+BLOCKS = (
+    BlockView(BlockKind.MAMBA, "blocks/mamba2.jinja", "Mamba2", "Mamba-2", stateful=True),
+    BlockView(BlockKind.MOE, "blocks/moe.jinja", "MoE", "mixture of experts", stateful=False),
+    BlockView(BlockKind.ATTENTION, "blocks/attention.jinja", "Attention", "attention", stateful=True),
+    BlockView(BlockKind.MLP, "blocks/mlp.jinja", "MLP", "dense MLP", stateful=False),
 )
-"""The block kinds, in the order in which the generated file has them."""
+"""The block kinds, in the order in which model.py has them."""
 
 
-def template_context(spec: Spec, spec_sha256: str, flops_per_token: tuple[int, int]) -> dict[str, object]:
-    """Return the variables of `templates/model.py.jinja` and `templates/train.py.jinja`.
+@dataclass(frozen=True, slots=True)
+class Uses:
+    """What the patterns of a spec have."""
+
+    mamba: bool
+    moe: bool
+    attention: bool
+    mlp: bool
+    mtp: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MoeView:
+    """The table [moe]: its literals, and which parts an MoE block has."""
+
+    literals: Literals
+    latent: bool
+    shared: bool
+    grouped: bool
+    normalised: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PatternLine:
+    """A piece of a pattern: a string literal, and the first and last block in it."""
+
+    text: str
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelView:
+    """What tensor parallelism divides."""
+
+    classes: tuple[str, ...]
+    """Classes of model.py that processes share out."""
+    sizes: tuple[str, ...]
+    """Fields of Config."""
+    imported: tuple[str, ...]
+    """What parallelize.py imports of model.py."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpecView:
+    """The variables of every template, by the names that these use."""
+
+    name: str
+    package: str
+    sha256: str
+    summary: str
+    legend: str
+    letters: tuple[str, ...]
+    """Lines of the table of letters."""
+    uses: Uses
+    blocks: tuple[BlockView, ...]
+    mixers: tuple[str, ...]
+    """Templates of the mixers; the MLP is one also where only shared experts use it."""
+    stateful: tuple[str, ...]
+    """Classes of the mixers with a state."""
+    tied: bool
+    rescale: bool
+    conv_bias: bool
+    wrapped: bool
+    """Whether transformers' own nemotron_h lacks something, so that modeling_n3c.py is written."""
+    hf_kinds: str
+    remote_code: tuple[str, ...]
+    model: Literals
+    mamba: Literals
+    attention: Literals
+    moe: MoeView | None
+    mlp: Literals
+    mtp: Literals
+    pattern_lines: tuple[PatternLine, ...]
+    mtp_pattern_lines: tuple[PatternLine, ...]
+    formats: tuple[tuple[str, str], ...]
+    """(module, format) of [training]."""
+    one_dimensional: bool
+    parallel: ParallelView
+    flops_per_token: str
+    flops_per_token_of_context: str
+
+
+def spec_view(spec: Spec, spec_sha256: str, flops_per_token: tuple[int, int]) -> SpecView:
+    """Return the variables of the templates.
 
     Raises N3CError (E0510) where a value is not what a validated spec would hold.
     """
     patterns = [spec.model.pattern] + ([spec.mtp.pattern] if spec.mtp else [])
-    kinds = [kind for kind in KINDS if any(kind.kind in pattern for pattern in patterns)]
-    used = {kind.kind for kind in kinds}
-    shared = BlockKind.MOE in used and spec.moe is not None and spec.moe.shared_intermediate_size > 0
-    modules = [kind.template for kind in kinds if kind.kind is not BlockKind.MLP]
-    if shared or BlockKind.MLP in used:
-        modules.insert(0, "mlp.jinja")  # the shared expert is an MLP, too
-    shared_out = _shared_out(used, shared)
-    imported = ["Config", "Model", *shared_out]
-    if not spec.model.tie_word_embeddings:
-        imported += ["head_loss", "sum_of_losses"]
-    return {
-        "name": _matching(NAME, spec.name, "name"),
-        "sha256": _matching(SHA256, spec_sha256, "sha256"),
-        "summary": _summary(spec, kinds),
-        "flops_per_token": _literal(flops_per_token[0], "flops"),
-        "flops_per_token_of_context": _literal(flops_per_token[1], "flops"),
-        "legend": ", ".join(f"{kind.kind.value} {kind.legend}" for kind in kinds),
-        "kinds": kinds,
-        "modules": modules,
-        "formats": [(_matching(MODULE, name, "training"), format_) for name, format_ in training_formats(spec)],
-        "one_dimensional": spec.training is not None and spec.training.block == (1, 16),
-        "stateful": [kind.class_name for kind in kinds if kind.stateful],
-        "uses": {
-            "mamba": BlockKind.MAMBA in used,
-            "attention": BlockKind.ATTENTION in used,
-            "moe": BlockKind.MOE in used,
-            "mtp": spec.mtp is not None,
-        },
-        "shared_out": shared_out,
-        "imported": sorted(imported, key=lambda name: (not name.isupper(), name)),  # as isort
-        "divided": _divided(used, shared),
-        "wrapped": spec.mtp is not None or (BlockKind.MOE in used and not shared),  # transformers lacks that
-        "tied": spec.model.tie_word_embeddings,
-        "rescale": spec.model.rescale_prenorm_residual,
-        "hf_kinds": ", ".join(f'"{kind.kind.value}": "{kind.kind.hf_name}"' for kind in kinds),
-        "model": _literals(spec.model, "model") | {"eos_token_id": _token_ids(spec.model.eos_token_ids)},
-        "pattern_lines": _pattern_lines(spec.model.pattern),
-        "mamba": _table(spec.mamba, BlockKind.MAMBA in used, "mamba"),
-        "attention": _table(spec.attention, BlockKind.ATTENTION in used, "attention"),
-        "moe": _table(spec.moe, BlockKind.MOE in used, "moe") | (_moe_flags(spec.moe) if spec.moe else {}),
-        "mlp": _table(spec.mlp, BlockKind.MLP in used, "mlp"),
-        "mtp": _literals(spec.mtp, "mtp") if spec.mtp else {},
-        "mtp_pattern_lines": _pattern_lines(spec.mtp.pattern) if spec.mtp else [],
-    }
-
-
-def _shared_out(used: Set[BlockKind], shared_expert: bool) -> list[str]:
-    """Return the classes of model.py that tensor-parallel processes share out."""
-    pairs = (
-        ("Attention", BlockKind.ATTENTION in used),
-        ("Experts", BlockKind.MOE in used),
-        ("Mamba2", BlockKind.MAMBA in used),
-        ("MLP", BlockKind.MLP in used or shared_expert),
+    blocks = tuple(block for block in BLOCKS if any(block.kind in pattern for pattern in patterns))
+    used = {block.kind for block in blocks}
+    uses = Uses(
+        mamba=BlockKind.MAMBA in used,
+        moe=BlockKind.MOE in used,
+        attention=BlockKind.ATTENTION in used,
+        mlp=BlockKind.MLP in used,
+        mtp=spec.mtp is not None,
     )
-    return [name for name, there in pairs if there]
-
-
-def _divided(used: Set[BlockKind], shared_expert: bool) -> list[str]:
-    """Return the sizes of Config that tensor parallelism divides."""
-    pairs = (
-        ("attention_num_heads", BlockKind.ATTENTION in used),
-        ("mamba_num_heads", BlockKind.MAMBA in used),
-        ("mamba_n_groups", BlockKind.MAMBA in used),
-        ("moe_intermediate_size", BlockKind.MOE in used),
-        ("moe_shared_intermediate_size", shared_expert),
-        ("mlp_intermediate_size", BlockKind.MLP in used),
+    moe = _moe(spec, uses)
+    shared = moe is not None and moe.shared
+    mixers = tuple(b.template for b in BLOCKS if b in blocks or (shared and b.kind is BlockKind.MLP))
+    mamba = _table(spec.mamba, uses.mamba, "mamba")
+    return SpecView(
+        name=_matching(NAME, spec.name, "name"),
+        package=package_name(spec),
+        sha256=_matching(SHA256, spec_sha256, "sha256"),
+        summary=", ".join([b.legend for b in blocks] + (["multi-token prediction"] if spec.mtp else [])),
+        legend=", ".join(f"{block.kind.value} {block.legend}" for block in blocks),
+        letters=_letters(blocks, shared),
+        uses=uses,
+        blocks=blocks,
+        mixers=mixers,
+        stateful=tuple(block.class_name for block in blocks if block.stateful),
+        tied=spec.model.tie_word_embeddings,
+        rescale=spec.model.rescale_prenorm_residual,
+        conv_bias=mamba.get("conv_bias") == "True",
+        wrapped=uses.mtp or (uses.moe and not shared),
+        hf_kinds=", ".join(f'"{block.kind.value}": "{block.kind.hf_name}"' for block in blocks),
+        remote_code=_remote_code(uses),
+        model={**_literals(spec.model, "model"), "eos_token_id": _token_ids(spec.model.eos_token_ids)},
+        mamba=mamba,
+        attention=_table(spec.attention, uses.attention, "attention"),
+        moe=moe,
+        mlp=_table(spec.mlp, uses.mlp, "mlp"),
+        mtp=_literals(spec.mtp, "mtp") if spec.mtp else {},
+        pattern_lines=_pattern_lines(spec.model.pattern),
+        mtp_pattern_lines=_pattern_lines(spec.mtp.pattern) if spec.mtp else (),
+        formats=tuple((_matching(MODULE, name, "training"), format_) for name, format_ in training_formats(spec)),
+        one_dimensional=spec.training is not None and spec.training.block == (1, 16),
+        parallel=_parallel(uses, shared),
+        flops_per_token=_literal(flops_per_token[0], "flops"),
+        flops_per_token_of_context=_literal(flops_per_token[1], "flops"),
     )
-    return [name for name, there in pairs if there]
 
 
-def _moe_flags(moe: Moe) -> dict[str, object]:
-    return {
-        "latent": moe.latent_size is not None,
-        "shared": moe.shared_intermediate_size > 0,
-        "grouped": moe.n_group > 1,
-        "normalised": moe.norm_topk_prob,
+def package_name(spec: Spec) -> str:
+    """Return the name of the generated package: that of the spec, as a Python identifier.
+
+    Raises N3CError (E0510) where Python, or a library that the code needs, has that name for something else.
+    """
+    name = re.sub(r"[^a-z0-9]", "_", _matching(NAME, spec.name, "name"))
+    name = f"m_{name}" if name[0].isdigit() else name
+    if keyword.iskeyword(name) or name in IMPORTED or name in sys.stdlib_module_names:
+        raise _refused("name", f"a package `{name}` would hide Python's own, or a library's, of that name")
+    return name
+
+
+def _remote_code(uses: Uses) -> tuple[str, ...]:
+    """Return modeling_n3c.py and what it imports, directly or not."""
+    files = ["loss.py", "model.py", "modeling_n3c.py", "norm.py", "recompute.py", "state.py"]
+    files += ["convolution.py", "ssd.py"] if uses.mamba else []
+    files += ["balance.py", "grouped.py"] if uses.moe else []
+    files += ["autocast.py"] if uses.mamba or uses.moe else []
+    return tuple(sorted(files))
+
+
+def _letters(blocks: Sequence[BlockView], shared: bool) -> tuple[str, ...]:
+    """Return the table of letters for the kinds that a model has, filled into lines."""
+    lines: list[str] = []
+    for symbol, title in [("", ""), *((block.kind.value, block.legend) for block in blocks)]:
+        parts = [f"{letter} {meaning}" for letter, meaning in TABLES[symbol].items() if letter != "U" or shared]
+        line = f"{title}: {parts[0]}" if title else parts[0]
+        for part in parts[1:]:
+            if len(line) + len(", ") + len(part) + len(",") > LINE_LENGTH - 4:
+                lines.append(f"{line},")
+                line = f"    {part}"
+            else:
+                line += f", {part}"
+        lines.append(line)
+    return tuple(lines)
+
+
+def _parallel(uses: Uses, shared: bool) -> ParallelView:
+    classes = {
+        "Attention": uses.attention,
+        "Experts": uses.moe,
+        "Mamba2": uses.mamba,
+        "MLP": uses.mlp or shared,
     }
+    sizes = {
+        "attention_num_heads": uses.attention,
+        "mamba_num_heads": uses.mamba,
+        "mamba_n_groups": uses.mamba,
+        "moe_intermediate_size": uses.moe,
+        "moe_shared_intermediate_size": shared,
+        "mlp_intermediate_size": uses.mlp,
+    }
+    names = tuple(name for name, used in classes.items() if used)
+    imported = sorted(["Config", "Model", *names], key=lambda name: (not name.isupper(), name))  # as isort
+    return ParallelView(names, tuple(name for name, used in sizes.items() if used), tuple(imported))
 
 
-def _summary(spec: Spec, kinds: Sequence[Kind]) -> str:
-    return ", ".join([kind.legend for kind in kinds] + (["multi-token prediction"] if spec.mtp else []))
+def _moe(spec: Spec, uses: Uses) -> MoeView | None:
+    if not uses.moe:
+        return None
+    literals = _table(spec.moe, uses.moe, "moe")
+    assert spec.moe is not None
+    return MoeView(
+        literals,
+        latent=spec.moe.latent_size is not None,
+        shared=spec.moe.shared_intermediate_size > 0,
+        grouped=spec.moe.n_group > 1,
+        normalised=spec.moe.norm_topk_prob,
+    )
 
 
-def _table(table: object | None, used: bool, path: str) -> dict[str, object]:
+def _table(table: object | None, used: bool, path: str) -> Literals:
     """Return the literals of a table that the spec uses; a table that it lacks is an error."""
     if not used:
         return {}
@@ -145,7 +270,7 @@ def _table(table: object | None, used: bool, path: str) -> dict[str, object]:
     return _literals(table, path)
 
 
-def _literals(table: object, path: str) -> dict[str, object]:
+def _literals(table: object, path: str) -> Literals:
     """Return each field of a spec table as the text of a Python literal."""
     names = [item.name for item in fields(table)]  # type: ignore[arg-type]
     return {name: _literal(getattr(table, name), f"{path}.{name}") for name in names}
@@ -185,16 +310,13 @@ def _token_ids(ids: tuple[int, ...]) -> str:
     return "[\n" + "".join(f"{indent}    {item},\n" for item in text[1:-1].split(", ")) + indent + "]"
 
 
-def _pattern_lines(pattern: Pattern) -> list[Mapping[str, object]]:
+def _pattern_lines(pattern: Pattern) -> tuple[PatternLine, ...]:
     """Return a pattern as one literal, or, where that is long, as literals of PATTERN_CHUNK blocks."""
     symbols = pattern.symbols
     _symbols(pattern, "pattern")
     size = PATTERN_CHUNK if len(symbols) > 64 else len(symbols)
-    lines: list[Mapping[str, object]] = []
-    for first in range(0, len(symbols), size):
-        chunk = symbols[first : first + size]
-        lines.append({"text": f'"{chunk}"', "first": first, "last": first + len(chunk) - 1})
-    return lines
+    pieces = [(first, symbols[first : first + size]) for first in range(0, len(symbols), size)]
+    return tuple(PatternLine(f'"{piece}"', first, first + len(piece) - 1) for first, piece in pieces)
 
 
 def _matching(form: re.Pattern[str], text: str, path: str) -> str:
