@@ -3,6 +3,7 @@ PYTHON ?= python3
 SPEC ?= specs/super.toml
 TARGET ?= trt
 ENTRY ?= decode
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made
@@ -20,14 +21,14 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "n3c needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[torch,trt,run,auto,dev]'
-	$(BIN)/python -m compileall -q backends compiler ir passes specs
+	$(BIN)/python -m compileall -q backends compiler ir passes runtime specs
 	@touch $@
 
 build: venv ## Build SPEC (specs/super.toml) for TARGET (trt; or onnx, torch): decode plans, or those of ENTRY (all).
 	$(BIN)/n3c build $(SPEC) --target $(TARGET) $(if $(filter torch,$(TARGET))$(filter all,$(ENTRY)),,--entry $(ENTRY))
 
-test: venv ## Run the tests.
-	$(BIN)/pytest -q
+test: venv ## Run the tests, JOBS (2) files at a time.
+	$(BIN)/pytest -q --numprocesses $(JOBS) --dist loadfile
 
 test-slow: venv ## Run the full-size builds too (Super and Ultra, several minutes).
 	$(BIN)/pytest -q -m slow

@@ -1,23 +1,30 @@
-"""Progress of long work, as plain values: backends report it, the command line shows it."""
+"""Progress of long work: whoever does it reports to a `Progress`; the command line shows one on stderr."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Protocol
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """One event: `step` of `total` steps of `phase` are done, `seconds` after the work began."""
+class Progress(Protocol):
+    """What long work reports to."""
 
-    phase: str
-    step: int
-    total: int
-    seconds: float
+    def phase(self, name: str) -> None:
+        """Report that the phase `name` begins."""
+        ...
+
+    def step(self, what: str, done: int = 0, total: int = 0) -> None:
+        """Report what the phase is at: `done` of `total`, where a total is known."""
+        ...
 
 
-Callback = Callable[[Progress], None]
+class _Silent:
+    """Reports that nobody reads."""
+
+    def phase(self, name: str) -> None:
+        """Ignore a phase."""
+
+    def step(self, what: str, done: int = 0, total: int = 0) -> None:
+        """Ignore a step."""
 
 
-def silent(event: Progress) -> None:
-    """Ignore an event."""
+SILENT: Progress = _Silent()

@@ -24,14 +24,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from n3c.backends.progress import SILENT
 from n3c.backends.safetensors import nvfp4
 from n3c.backends.safetensors.checkpoint import Checkpoint
-from n3c.compiler.sensitivity import fake_quant
-from n3c.compiler.sensitivity.auto import measure
-from n3c.compiler.sensitivity.budget import mean_bits
-from n3c.compiler.sensitivity.calibrate import Amax, calibrate
-from n3c.compiler.sensitivity.streamed import StreamedModel
-from n3c.compiler.sensitivity.units import Linear, Unit, find_units
+from n3c.compiler.quantization.calibration.calibrate import Amax, calibrate
+from n3c.compiler.quantization.calibration.streamed import StreamedModel
+from n3c.compiler.quantization.search import fake_quant
+from n3c.compiler.quantization.search.auto import measure
+from n3c.compiler.quantization.search.budget import mean_bits
+from n3c.compiler.quantization.search.units import Linear, Unit, find_units
 from n3c.specs.dump import dump_spec
 from n3c.specs.load import load_spec
 from n3c.specs.roles import select_layers
@@ -75,10 +76,10 @@ def _run(quick: bool) -> Iterator[str]:
         )
         model = StreamedModel(spec, Checkpoint(weights))
         ids, test = rows(text, CALIBRATION), rows(held_out, 16 if quick else HELD_OUT)
-        evaluated = Evaluated(model, weights, calibrate(model, ids, _silent, mtp=False), test)
+        evaluated = Evaluated(model, weights, calibrate(model, ids, SILENT, mtp=False), test)
         by_method = {
-            "weights": measure(spec, Checkpoint(weights), _silent),
-            "calibration": measure(spec, Checkpoint(weights), _silent, ids=ids),
+            "weights": measure(spec, Checkpoint(weights), SILENT),
+            "calibration": measure(spec, Checkpoint(weights), SILENT, ids=ids),
         }
         units = find_units(spec, "nvfp4", BLOCK[0], mtp=False)
         full = evaluated.loss({})
@@ -169,7 +170,7 @@ def quantize(
     np.save(tokens, ids.numpy())
     options = ("--auto", "--effective-bits", "4.8", "--calibration", str(tokens), "--calibration-length", str(LENGTH))
     start = time.perf_counter()
-    command = (sys.executable, "-c", "from n3c.compiler.cli import main; main()", "quantize", str(file), "--json")
+    command = (sys.executable, "-c", "from n3c.compiler.cli.main import main; main()", "quantize", str(file), "--json")
     done = subprocess.run(
         [*command, "--weights", str(weights), "-o", str(out), *options], check=True, capture_output=True, text=True
     )
@@ -312,7 +313,3 @@ def plot(chosen: Mapping[str, list[tuple[float, float]]], fixed: Mapping[str, tu
         y="loss above BF16, nats a byte",
         title="specs/tiny.toml, trained",
     )
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    del what, done, total

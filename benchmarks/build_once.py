@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 
 from n3c.backends.trt.module import load_trt
-from n3c.compiler.driver import Request, build
-from n3c.compiler.progress import Progress
+from n3c.compiler.building.driver import build
+from n3c.compiler.building.request import Request
+from n3c.compiler.cli.progress import TerminalProgress
 
 
-class Timed(Progress):
+class Timed(TerminalProgress):
     """Progress that adds up the seconds of each phase, on the clock and of the processor, and shows nothing."""
 
     def __init__(self) -> None:
@@ -45,7 +46,7 @@ def main() -> None:
     given = parser.parse_args()
     timed = Timed()
     # Loading onnx-ir and TensorRT costs the same for every size: outside of the phases that are compared.
-    importlib.import_module("n3c.compiler.engines")
+    importlib.import_module("n3c.compiler.building.plans")
     load_trt()
     sms = tuple(int(sm) for sm in given.sm.split(","))
     request = Request(given.spec, "trt", given.out, given.set, sms=sms, stages=given.stages, entries=tuple(given.entry))

@@ -23,12 +23,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from n3c.compiler.generate.loop import Generation
-from n3c.compiler.generate.runner import Runner, open_runner
-from n3c.compiler.generate.sequence import Options
-from n3c.compiler.opened import OpenedBuild, open_build
-from n3c.compiler.table import format_bytes, format_table
-from n3c.compiler.verifying.torch_leg import imported
+from n3c.compiler.cli.table import format_bytes, format_table
+from n3c.runtime.build_folder import OpenedBuild, open_build
+from n3c.runtime.generation.loop import Generation
+from n3c.runtime.generation.runner import Runner, open_runner
+from n3c.runtime.generation.sequence import Options
+from n3c.runtime.verification.torch_module import imported
 
 ROOT = Path(__file__).parents[1]
 SPEC = ROOT / "specs" / "tiny.toml"

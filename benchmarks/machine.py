@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from n3c.compiler.tools import tool_versions
+from n3c.compiler.report.tool_versions import tool_versions
 
 
 def describe() -> Iterator[str]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from n3c.backends.safetensors import nvfp4
 from n3c.backends.safetensors.packing import Array, Search, block_maxima, nvfp4_scale_2, pack_nvfp4, pack_nvfp4_rows
-from n3c.compiler.tools import version
+from n3c.compiler.report.tool_versions import version
 
 from .synthetic import write_checkpoint
 
@@ -192,8 +192,8 @@ def _checkpoint(quick: bool) -> Iterator[str]:
             subprocess.run(["rm", "-r", out], check=True)
 
 
-_N3C = (sys.executable, "-c", "from n3c.compiler.cli import main; main()")
-_PEAK = "from n3c.compiler.tools import peak_rss_bytes; print(peak_rss_bytes())"
+_N3C = (sys.executable, "-c", "from n3c.compiler.cli.main import main; main()")
+_PEAK = "from n3c.compiler.report.tool_versions import peak_rss_bytes; print(peak_rss_bytes())"
 
 
 def _peak(command: list[str]) -> int:

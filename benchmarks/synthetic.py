@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from n3c.backends.safetensors.header import SIZES, header_bytes
-from n3c.compiler.lower import lower
 from n3c.ir.source import Stack, tensor_names
+from n3c.passes.lower.model import lower
 from n3c.specs.huggingface import export_config
 from n3c.specs.load import load_spec
 

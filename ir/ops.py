@@ -3,7 +3,7 @@
 An op is one function here. Its positional parameters are the operands, its keyword-only parameters
 the attributes, its docstring the definition with the equation, its body the shape rule (ValueError
 where operands do not fit) and `flops` its cost. Backends only add how they spell it; the meaning is
-fixed by the reference evaluation in `n3c.backends.reference`.
+fixed by the reference evaluation in `n3c.runtime.engines.reference`.
 
 Letters: B sequences, S tokens of each, D residual width, K/N input/output width of a linear,
 E experts, R experts a token (top_k). Arithmetic is float32 whatever the storage types are.

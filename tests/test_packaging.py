@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("backends", "compiler", "ir", "passes", "specs")
+FOLDERS = ("backends", "compiler", "ir", "passes", "runtime", "specs")
 
 
 def tracked() -> list[Path]:

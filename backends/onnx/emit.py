@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as onnx
 
+from n3c.backends.progress import SILENT, Progress
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 from n3c.ir.program import Call, EntryPoint, Function, Parameter, Program
 from n3c.ir.types import DType, TensorType
-from n3c.passes.pack import packed
-from n3c.passes.widen import widened
+from n3c.passes.renderings.float32 import widened
+from n3c.passes.renderings.packed import packed
 
 from .bindings import Binding
 from .emitter import Emitter, Rendering
@@ -26,8 +27,6 @@ DYNAMIC = -1
 """In the shape of a binding: a length that is chosen at every call."""
 USUAL = 8192
 """Places of the caches that kernels are chosen for, where there are so many."""
-Step = Callable[[str, int, int], None]
-"""Called with the label of a call that is emitted, and how many of how many are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +92,7 @@ def emit_entry(
     tokens: int | None = None,
     rendering: Rendering = "engine",
     as_bytes: Collection[DType] = (),
-    progress: Step | None = None,
+    progress: Progress = SILENT,
 ) -> OnnxEntry:
     """Emit an entry point, by name or a stage of one, for `batch` sequences of `tokens` tokens (its own), both fixed.
 
@@ -122,7 +121,7 @@ class _Emission:
         self.next_states: dict[str, onnx.Value] = {}
         self.spans: dict[str, Span] = {}
 
-    def run(self, progress: Step | None) -> OnnxEntry:
+    def run(self, progress: Progress) -> OnnxEntry:
         program, calls = self.program, self.entry.calls
         states = [name for call in calls for name in call.states]
         names = dict.fromkeys(name for call in calls for name in call.parameters)
@@ -136,8 +135,7 @@ class _Emission:
         weights = [self.argument(p.name, p.type, "weight", str(p.source), p.memory) for p in parameters]
         for i, call in enumerate(calls):
             self.call(call)
-            if progress is not None:
-                progress(call.label, i + 1, len(calls))
+            progress.step(call.label, i + 1, len(calls))
         results = [self.result(n, self.values[n], self.types[n], "output", n) for n in self.entry.outputs]
         results += [
             self.result(f"{name}.next", self.next_states[name], bound_as(program.states[name].type), "state", name)

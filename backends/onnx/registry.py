@@ -5,15 +5,16 @@
 
 from __future__ import annotations
 
+from n3c.backends.onnx.spellings.attention import cached_attention, write_cache
+from n3c.backends.onnx.spellings.elementwise import add, concat, embedding, last_token, relu2, shift_left, split
+from n3c.backends.onnx.spellings.experts import combine_experts, expand_experts, expert_linear
+from n3c.backends.onnx.spellings.gemm import experts, linear
+from n3c.backends.onnx.spellings.linears import dequantize_fp8, dequantize_nvfp4
+from n3c.backends.onnx.spellings.mamba import causal_conv1d_update, ssd_update
+from n3c.backends.onnx.spellings.norms import gated_rms_norm, rms_norm
+from n3c.backends.onnx.spellings.router import route
+
 from .emitter import Spelling
-from .spellings.attention import cached_attention, write_cache
-from .spellings.elementwise import add, concat, embedding, last_token, relu2, shift_left, split
-from .spellings.experts import combine_experts, expand_experts, expert_linear
-from .spellings.gemm import experts, linear
-from .spellings.linears import dequantize_fp8, dequantize_nvfp4
-from .spellings.mamba import causal_conv1d_update, ssd_update
-from .spellings.norms import gated_rms_norm, rms_norm
-from .spellings.router import route
 
 SPELLINGS: dict[str, Spelling] = {
     spelling.__name__: spelling

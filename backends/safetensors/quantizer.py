@@ -14,14 +14,15 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from n3c.backends.modelopt.layout import algorithm, config_json, hf_quant_config
+from n3c.backends.progress import Progress
 from n3c.ir.diagnostics import N3CError
 from n3c.ir.program import Program
 
 from .checkpoint import INDEX, Checkpoint, file_error
 from .layout import KEEP, MAX_SHARD_BYTES, Shard, Weight, fingerprint, index_json, plan_shards, plan_weights
-from .modelopt_layout import algorithm, config_json, hf_quant_config
 from .packing import Search
 from .resume import Done, WorkDirectory
 from .selfcheck import Checked, check
@@ -30,16 +31,6 @@ from .stream import Quantizer, make_shard
 LEDGER = "n3c_ledger.json"
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 _REPLACED = ("config.json", "hf_quant_config.json", LEDGER)
-
-
-class Progress(Protocol):
-    """What is told of the work."""
-
-    def phase(self, name: str) -> None:
-        """Begin a phase."""
-
-    def step(self, what: str, done: int = 0, total: int = 0) -> None:
-        """Tell what the phase is at."""
 
 
 @dataclass(frozen=True, slots=True)

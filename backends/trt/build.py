@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from n3c.backends.progress import Callback, silent
+from n3c.backends.progress import SILENT, Progress
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 
 from .layers import Kernel, parse_layers
@@ -25,7 +25,7 @@ from .module import flavour_of
 from .targets import named, require
 
 _HEARTBEAT = 0.2
-"""Seconds between progress events."""
+"""Seconds between reports of progress."""
 
 Locate = Callable[[str], Span | None]
 """Name of an ONNX node → where the spec asked for it."""
@@ -56,7 +56,7 @@ def build_plan(
     *,
     sms: Sequence[int],
     ranges: Mapping[str, Range] | None = None,
-    progress: Callback = silent,
+    progress: Progress = SILENT,
     locate: Locate | None = None,
 ) -> PlanResult:
     """Compile `model` (serialised ONNX, or a file of it with its external data) for `sms` into the file `plan`.
@@ -76,7 +76,7 @@ def build_plan(
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     steps.begin("Parsing ONNX", 0)
-    progress(steps.now())
+    _report(steps, progress)
     parser = _parse(trt, network, logger, model, locate)
     _allow_decomposed_attention(trt, network)
     parsed = time.perf_counter()
@@ -190,7 +190,12 @@ def _written(path: Path) -> Generator[Callable[[Any], int]]:
         raise
 
 
-def _in_thread(build: Callable[[], bool], steps: Steps, progress: Callback) -> bool:
+def _report(steps: Steps, progress: Progress) -> None:
+    now = steps.now()
+    progress.step(now.phase, now.done, now.total)
+
+
+def _in_thread(build: Callable[[], bool], steps: Steps, progress: Progress) -> bool:
     """Run `build` in a thread and report until it is done: one compilation lasts minutes without an event."""
     result: list[bool] = []
     thread = threading.Thread(target=lambda: result.append(bool(build())), name="TensorRT builder", daemon=True)
@@ -198,7 +203,7 @@ def _in_thread(build: Callable[[], bool], steps: Steps, progress: Callback) -> b
     try:
         while thread.is_alive():
             thread.join(_HEARTBEAT)
-            progress(steps.now())
+            _report(steps, progress)
     except BaseException:
         steps.cancelled = True
         thread.join()

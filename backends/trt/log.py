@@ -6,9 +6,8 @@ C++ calls them, from the thread that builds: they only take notes and never rais
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
-
-from n3c.backends.progress import Progress
 
 from .layers import LISTING
 
@@ -60,14 +59,22 @@ def make_logger(trt: Any, captured: Captured) -> Any:
     return _subclass(trt.ILogger, "CapturingLogger", log=log)
 
 
+@dataclass(frozen=True, slots=True)
+class BuilderStep:
+    """Where the builder is: `done` of `total` steps of `phase`."""
+
+    phase: str
+    done: int
+    total: int
+
+
 class Steps:
     """Where the builder is, written by its thread and read by the one that waits, and the wish to cancel."""
 
     def __init__(self) -> None:
         self.cancelled = False
-        self._start = time.perf_counter()
         self._at = ("Starting", 0, 0)
-        self._last = self._start
+        self._last = time.perf_counter()
 
     def begin(self, phase: str, total: int) -> None:
         """A phase of `total` steps begins; phases nest, the innermost is told."""
@@ -79,11 +86,10 @@ class Steps:
         self._at, self._last = (phase, done, total if known == phase else 0), time.perf_counter()
         return not self.cancelled
 
-    def now(self) -> Progress:
-        """Return the last event, with the time that has passed; `COMPILING` where none came for a while."""
-        now = time.perf_counter()
-        at = self._at if now - self._last < _SILENCE else (COMPILING, 0, 0)
-        return Progress(*at, now - self._start)
+    def now(self) -> BuilderStep:
+        """Return the last event; `COMPILING` where none came for a while."""
+        silent = time.perf_counter() - self._last >= _SILENCE
+        return BuilderStep(COMPILING, 0, 0) if silent else BuilderStep(*self._at)
 
 
 def make_monitor(trt: Any, steps: Steps) -> Any:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from statistics import mean, stdev
 from textwrap import fill
 
-from n3c.compiler.lower import lower
-from n3c.compiler.sizes import count_parameters
+from n3c.compiler.report.cost import count_parameters
+from n3c.passes.lower.model import lower
 
 from ..plot import Series, line_plot
 from .arms import Arm, Question

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from n3c.compiler.cli import COMMANDS
+from n3c.compiler.cli.main import COMMANDS
 from n3c.ir.diagnostics import ExitCode
 from support.command import n3c
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("ir", "passes", "specs", "backends", "compiler")
+FOLDERS = ("ir", "specs", "passes", "backends", "runtime", "compiler")
 
 
 def codes_in(texts: Iterable[str], pattern: str) -> list[str]:

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 
 from n3c.backends.torch.emit import emit
-from n3c.compiler.lower import lower
-from n3c.compiler.sizes import count_parameters
+from n3c.compiler.report.cost import count_parameters
 from n3c.ir.source import Stack, tensor_names
+from n3c.passes.lower.model import lower
 from n3c.specs.load import load_spec, parse_spec
 from n3c.specs.schema import Spec
 from support.modules import import_file

@@ -13,9 +13,9 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
 from n3c.backends.onnx.bindings import Binding
-from n3c.backends.reference.evaluate import evaluate, zero_states
 from n3c.backends.safetensors.checkpoint import Checkpoint
-from n3c.compiler.serving import serve
+from n3c.passes.serving import serve
+from n3c.runtime.engines.reference.evaluate import evaluate, zero_states
 from n3c.specs.load import load_spec
 from support.command import n3c
 from support.models import random_config

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import NemotronHConfig
 
 from n3c.backends.safetensors.checkpoint import Checkpoint
-from n3c.compiler.cli import run
-from n3c.compiler.serving import serve
+from n3c.compiler.cli.main import run
 from n3c.ir.program import Program
+from n3c.passes.serving import serve
 from n3c.specs.load import load_spec
 from n3c.specs.pattern import BlockKind
 from support.models import transformers_model

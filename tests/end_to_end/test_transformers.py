@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from n3c.backends.reference.evaluate import evaluate
 from n3c.backends.safetensors.checkpoint import Checkpoint
-from n3c.compiler.cli import run
-from n3c.compiler.lower import lower
+from n3c.compiler.cli.main import run
+from n3c.passes.lower.model import lower
+from n3c.runtime.engines.reference.evaluate import evaluate
 from n3c.specs.load import load_spec
 from support.models import random_config, transformers_model
 from support.modules import import_file

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from n3c.backends.reference.ops import EVALUATORS
 from n3c.ir import ops
 from n3c.ir.types import DType, TensorType
+from n3c.runtime.engines.reference.ops import EVALUATORS
 
 F32, BF16, I64 = DType.F32, DType.BF16, DType.I64
 

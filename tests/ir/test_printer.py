@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from n3c.compiler.serving import serve
 from n3c.ir.printer import print_program
 from n3c.ir.program import Program
 from n3c.passes.pipelines import SERVING
+from n3c.passes.serving import serve
 from support.golden import assert_golden
 from support.specs import QUANTIZED, small_spec
 

@@ -7,13 +7,13 @@ from typing import ClassVar
 
 import pytest
 
-from n3c.compiler.lower import lower
-from n3c.compiler.serving import serve
 from n3c.ir import ops
 from n3c.ir.program import Program
 from n3c.ir.types import DType, TensorType
 from n3c.ir.verify import InvalidProgramError, verify
 from n3c.passes.base import BrokenPassError, run_pipeline
+from n3c.passes.lower.model import lower
+from n3c.passes.serving import serve
 from support.specs import small_spec
 
 

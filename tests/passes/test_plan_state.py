@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from n3c.compiler.serving import serve
+from n3c.passes.serving import serve
 from n3c.passes.state_plan import ALIGNMENT
 from n3c.specs.load import load_spec
 from support.specs import SPECS, small_spec

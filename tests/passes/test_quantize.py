@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from n3c.compiler.lower import lower
-from n3c.compiler.serving import serve
 from n3c.ir.diagnostics import ExitCode, N3CError
 from n3c.ir.program import LedgerEntry, Program
+from n3c.passes.lower.model import lower
+from n3c.passes.serving import serve
 from n3c.specs.load import load_spec
 from support.specs import QUANTIZED, SMALL, SPECS, small_spec
 

@@ -8,18 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from n3c.backends.reference.evaluate import evaluate, zero_states
-from n3c.backends.reference.ops import dequantize_fp8, dequantize_nvfp4
 from n3c.backends.safetensors.checkpoint import Checkpoint
-from n3c.compiler.lower import lower
-from n3c.compiler.serving import quantize_pass, serve, serving_passes
 from n3c.ir.program import Program
 from n3c.ir.source import Fp8, Nvfp4
 from n3c.ir.types import DType
 from n3c.passes.base import run_pipeline
 from n3c.passes.cleanup import Cleanup
 from n3c.passes.fuse_moe import FuseMoe
+from n3c.passes.lower.model import lower
 from n3c.passes.plan_state import PlanState
+from n3c.passes.serving import quantize_pass, serve, serving_passes
+from n3c.runtime.engines.reference.evaluate import evaluate, zero_states
+from n3c.runtime.engines.reference.ops import dequantize_fp8, dequantize_nvfp4
 from n3c.specs.schema import Spec
 from support.programs import load_parameters, random_tensors, save_tensors
 from support.specs import QUANTIZED, small_spec

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from n3c.compiler.lower import lower
+from n3c.passes.lower.model import lower
 from n3c.specs.huggingface import export_config
 from n3c.specs.schema import Spec
 from support.programs import random_tensors

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from n3c.compiler.cli import run
+from n3c.compiler.cli.main import run
 from support.specs import SMALL
 
-PROGRAM = (sys.executable, "-c", "from n3c.compiler.cli import main; main()")
+PROGRAM = (sys.executable, "-c", "from n3c.compiler.cli.main import main; main()")
 """What the installed `n3c` script runs."""
 
 

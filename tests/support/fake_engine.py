@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from n3c.backends.engine import Allocation, Array, Port, Signature
 from n3c.backends.safetensors.checkpoint import Checkpoint
+from n3c.runtime.engines.interface import Allocation, Array, Port, Signature
 
 Logits = Callable[[Sequence[int]], npt.NDArray[np.float32]]
 """Logits [V] behind a sequence of tokens."""

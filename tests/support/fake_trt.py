@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from n3c.backends.engine import Array
+from n3c.runtime.engines.interface import Array
 
 TYPES: Mapping[int, type[np.generic]] = {onnx.TensorProto.FLOAT: np.float32, onnx.TensorProto.INT64: np.int64}
 

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from n3c.backends.reference.evaluate import TORCH_DTYPES
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.backends.safetensors.sources import load
 from n3c.ir.program import Parameter, Program
 from n3c.ir.source import Stack, tensor_names
 from n3c.ir.types import DType
+from n3c.runtime.engines.reference.evaluate import TORCH_DTYPES
 
 
 def random_tensors(program: Program, seed: int = 0) -> dict[str, Tensor]:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from n3c.backends.onnx.emit import OnnxEntry, emit_entry
-from n3c.backends.reference.evaluate import evaluate, zero_states
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.backends.safetensors.sources import load
 from n3c.ir.program import Program
 from n3c.ir.types import TensorType
+from n3c.runtime.engines.reference.evaluate import evaluate, zero_states
 
 from .onnx_run import Array, OnnxRunner
 

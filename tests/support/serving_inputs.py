@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from n3c.backends.onnx.emit import OnnxEntry
-from n3c.backends.reference.evaluate import zero_states
 from n3c.ir.program import Program
+from n3c.runtime.engines.reference.evaluate import zero_states
 
 BATCH = 2
 

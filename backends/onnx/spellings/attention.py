@@ -6,11 +6,11 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as onnx
 
+from n3c.backends.onnx.dtypes import ONNX_DTYPES
+from n3c.backends.onnx.emitter import Emitter, Rows, integer
 from n3c.ir.program import Node
 from n3c.ir.types import DType
 
-from ..dtypes import ONNX_DTYPES
-from ..emitter import Emitter, Rows, integer
 from .elementwise import rows_of
 from .fp8_cache import NEVER, attend_one, cut, pairs, rounded
 

@@ -7,9 +7,8 @@ from math import prod
 import numpy as np
 import onnx_ir as onnx
 
+from n3c.backends.onnx.emitter import Emitter
 from n3c.ir.program import Node
-
-from ..emitter import Emitter
 
 
 def embedding(emitter: Emitter, node: Node) -> None:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import onnx_ir as onnx
 
+from n3c.backends.onnx.emitter import DenseWeight, Emitter, Fp8Weight, Nvfp4Weight, Weight
 from n3c.ir.program import Node
 
-from ..emitter import DenseWeight, Emitter, Fp8Weight, Nvfp4Weight, Weight
 from . import tables
 from .linears import block_scales, tensor_scale, unscaled
 

@@ -12,9 +12,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as onnx
 
+from n3c.backends.onnx.emitter import Emitter, Rows
 from n3c.ir.ops import CACHE_MAX
-
-from ..emitter import Emitter, Rows
 
 NEVER = -1e30
 """Score of a place that a query does not see; its exponential is 0, and no difference of two is not a number."""

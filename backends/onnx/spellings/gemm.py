@@ -22,11 +22,11 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as onnx
 
+from n3c.backends.onnx.emitter import DenseWeight, Emitter, Fp8Weight, Nvfp4Weight, Weight
+from n3c.backends.onnx.forms import FEW_ROWS
 from n3c.ir.ops import NVFP4_BLOCK
 from n3c.ir.program import Node
 
-from ..emitter import DenseWeight, Emitter, Fp8Weight, Nvfp4Weight, Weight
-from ..forms import FEW_ROWS
 from .linears import linear_sum, tensor_scale, unscaled
 
 E4M3_MAX = 448.0

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import onnx_ir as onnx
 
+from n3c.backends.onnx.emitter import DenseWeight, Emitter, Fp8Weight, Nvfp4Weight, Weight
 from n3c.ir.ops import NVFP4_BLOCK
 from n3c.ir.program import Node
 from n3c.ir.types import DType
 
-from ..emitter import DenseWeight, Emitter, Fp8Weight, Nvfp4Weight, Weight
 from . import tables
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as onnx
 
+from n3c.backends.onnx.dtypes import ONNX_DTYPES
+from n3c.backends.onnx.emitter import Emitter, integer
 from n3c.ir.program import Node, Value
 from n3c.ir.types import DType
 
-from ..dtypes import ONNX_DTYPES
-from ..emitter import Emitter, integer
 from .elementwise import rows_of, silu
 
 FEW_TOKENS = 8

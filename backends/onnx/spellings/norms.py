@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import onnx_ir as onnx
 
+from n3c.backends.onnx.emitter import Emitter, integer, number
 from n3c.ir.program import Node
 
-from ..emitter import Emitter, integer, number
 from .elementwise import silu
 
 

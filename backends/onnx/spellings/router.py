@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as onnx
 
+from n3c.backends.onnx.emitter import Emitter, integer, number
 from n3c.ir.program import Node
-
-from ..emitter import Emitter, integer, number
 
 
 def route(emitter: Emitter, node: Node) -> None:

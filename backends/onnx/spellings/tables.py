@@ -10,10 +10,9 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as onnx
 
+from n3c.backends.onnx.emitter import Emitter
+from n3c.backends.onnx.graph import Array
 from n3c.ir.ops import NVFP4_BLOCK
-
-from ..emitter import Emitter
-from ..graph import Array
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 """Code → value."""

@@ -11,13 +11,14 @@ import torch
 
 from n3c.backends.onnx.emit import emit_entry
 from n3c.backends.onnx.stages import stages
-from n3c.backends.reference.evaluate import evaluate, zero_states
-from n3c.compiler.lower import lower
-from n3c.compiler.serving import serve
+from n3c.passes.lower.model import lower
+from n3c.passes.serving import serve
+from n3c.runtime.engines.reference.evaluate import evaluate, zero_states
 from n3c.specs.load import load_spec
 from n3c.specs.schema import Spec
 from support.onnx_run import OnnxRunner
 from support.programs import load_parameters, random_tensors, save_tensors
+from support.progress import Recorded
 from support.specs import QUANTIZED, SPECS, small_spec
 
 
@@ -91,15 +92,10 @@ def test_weights_and_states_are_inputs_that_the_bindings_describe() -> None:
 
 
 def test_progress_and_places() -> None:
-    events: list[tuple[str, int, int]] = []
-    program = serve(small_spec()).program
-
-    def note(label: str, done: int, total: int) -> None:
-        events.append((label, done, total))
-
-    entry = emit_entry(program, "decode", batch=1, progress=note)
+    program, recorded = serve(small_spec()).program, Recorded()
+    entry = emit_entry(program, "decode", batch=1, progress=recorded)
     calls = program.entry_points["decode"].calls
-    assert events == [(call.label, i + 1, len(calls)) for i, call in enumerate(calls)]
+    assert recorded.steps == [(call.label, i + 1, len(calls)) for i, call in enumerate(calls)]
     span = entry.locate("backbone.layers.3/Attention")
     assert span is not None and span.source is not None and "pattern" in span.source
     assert entry.locate("nowhere") is None

@@ -19,9 +19,9 @@ from n3c.backends.trt.build import build_plan
 from n3c.backends.trt.constants import weights_as_inputs
 from n3c.backends.trt.module import load_trt
 from n3c.backends.trt.traffic import traffic
-from n3c.compiler.lower import lower
-from n3c.compiler.serving import Served, serve
 from n3c.ir.types import DType
+from n3c.passes.lower.model import lower
+from n3c.passes.serving import Served, serve
 from support.onnx_run import FP4DynamicQuantize, OnnxRunner, from_numpy, to_numpy
 from support.programs import as_torch, random_tensors, save_tensors
 from support.serving_inputs import BATCH, arguments

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from n3c.backends.onnx.emit import emit_entry
-from n3c.compiler.lower import lower
-from n3c.compiler.serving import serve
+from n3c.passes.lower.model import lower
+from n3c.passes.serving import serve
 from n3c.specs.schema import Spec
 from support.programs import load_parameters, random_tensors, save_tensors
 from support.serving import OnnxServed, RuntimeServed, Served

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from n3c.backends.onnx.emit import emit_entry
 from n3c.backends.onnx.forms import FEW_ROWS
-from n3c.backends.reference.ops import dequantize_fp8, dequantize_nvfp4
-from n3c.backends.reference.ops import experts as all_experts
 from n3c.ir import ops
 from n3c.ir.types import DType
+from n3c.runtime.engines.reference.ops import dequantize_fp8, dequantize_nvfp4
+from n3c.runtime.engines.reference.ops import experts as all_experts
 from support.one_op import OneOp
 from support.onnx_run import FP4DynamicQuantize, OnnxRunner
 

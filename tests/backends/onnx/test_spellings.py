@@ -10,12 +10,12 @@ from torch import Tensor
 
 from n3c.backends.onnx.emit import emit_entry
 from n3c.backends.onnx.registry import SPELLINGS
-from n3c.backends.reference.evaluate import evaluate
 from n3c.ir import ops
 from n3c.ir.diagnostics import ExitCode, N3CError, Span
 from n3c.ir.ops import OPS, OpDef
 from n3c.ir.program import Origin, Program
 from n3c.ir.types import DType
+from n3c.runtime.engines.reference.evaluate import evaluate
 from support.one_op import BF16, F16, F32, OneOp
 from support.onnx_run import OnnxRunner
 

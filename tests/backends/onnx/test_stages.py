@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from n3c.backends.onnx.stages import balanced, layer_bytes, stages
-from n3c.compiler.lower import lower
-from n3c.compiler.serving import serve
 from n3c.ir.program import EntryPoint
+from n3c.passes.lower.model import lower
+from n3c.passes.serving import serve
 from support.programs import random_tensors, save_tensors
 from support.serving import RuntimeServed
 from support.specs import QUANTIZED, small_spec

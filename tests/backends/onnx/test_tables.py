@@ -11,13 +11,13 @@ from torch import Tensor
 
 from n3c.backends.onnx.emit import OnnxEntry, emit_entry
 from n3c.backends.onnx.spellings.tables import e4m3_table, nibble_tables
-from n3c.backends.reference.evaluate import evaluate
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.backends.safetensors.sources import load
-from n3c.compiler.lower import lower
-from n3c.compiler.serving import serve
 from n3c.ir.program import Program
 from n3c.ir.types import DType
+from n3c.passes.lower.model import lower
+from n3c.passes.serving import serve
+from n3c.runtime.engines.reference.evaluate import evaluate
 from support.onnx_run import OnnxRunner
 from support.programs import as_torch, load_parameters, random_tensors, save_tensors
 from support.serving_inputs import BATCH, arguments

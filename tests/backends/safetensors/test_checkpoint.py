@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from n3c.backends.safetensors import nvfp4
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.backends.safetensors.sources import check_fit, load
-from n3c.compiler.lower import lower
-from n3c.compiler.serving import serve
 from n3c.ir.diagnostics import ExitCode, N3CError
 from n3c.ir.program import Parameter
 from n3c.ir.source import Bytes, CacheScale, Concat, NegExp, Nvfp4, Stack, Tensor
 from n3c.ir.types import DType, TensorType
+from n3c.passes.lower.model import lower
+from n3c.passes.serving import serve
 from support.programs import random_tensors, save_tensors
 from support.specs import QUANTIZED, small_spec
 

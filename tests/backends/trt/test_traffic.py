@@ -12,8 +12,8 @@ from n3c.backends.trt.build import build_plan
 from n3c.backends.trt.layers import Kernel, TensorInfo
 from n3c.backends.trt.module import load_trt
 from n3c.backends.trt.traffic import Moved, Traffic, traffic, traffic_json
-from n3c.compiler.serving import Served, serve
-from n3c.compiler.sizes import decode_bytes
+from n3c.compiler.report.cost import decode_bytes
+from n3c.passes.serving import Served, serve
 from n3c.specs.load import load_spec
 from support.specs import QUANTIZED, SMALL, SPECS, small_spec, spec_from_text
 

@@ -1,0 +1,1 @@
+"""Layouts of quantized checkpoints that ModelOpt and its readers define."""

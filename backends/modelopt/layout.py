@@ -1,0 +1,161 @@
+"""The two files in which ModelOpt says what of a checkpoint is quantized, as vLLM, SGLang and TensorRT read them.
+
+`hf_quant_config.json` and `quantization_config` of config.json say the same. One algorithm for all is
+written with the modules that it leaves out; several with one key for each quantized module, routed experts
+one by one, since not every reader understands a key for all experts of a layer. Names are full names of
+linears, as vLLM also takes an excluded name as a part of another one; where all routed experts of a layer are
+left out, so is `….mixer.experts`, the only name that SGLang asks for. No name carries the suffix that
+ModelOpt 0.47 appends by mistake under transformers 5.
+
+Block types are spelt `mamba`, `attention`, `mlp`, `moe`: the spelling of transformers 5 (`linear_attention`) is
+refused by SGLang and taken for another kind of layer by TensorRT Edge-LLM; transformers reads both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from n3c.backends.safetensors.layout import BLOCK, KEEP, Weight
+
+PRODUCER = "modelopt"
+"""Readers look for this name; `n3c` says under its own key who wrote the file."""
+LAYOUT_VERSION = "0.47.0"
+"""The ModelOpt release whose layout this is."""
+
+_SHAPE_KEYS = (
+    "architectures",
+    "model_type",
+    "num_hidden_layers",
+    "hybrid_override_pattern",
+    "layers_block_type",
+    "mtp_hybrid_override_pattern",
+    "mtp_layers_block_type",
+)
+_BLOCK_TYPES = {"linear_attention": "mamba", "full_attention": "attention"}
+"""Spelling of transformers 5 → that which every reader knows."""
+_NEVER = ("embedding", "moe.router", "mtp.moe.router")
+"""Not linears to any reader: never listed as left out."""
+
+
+def algorithm(weight: Weight) -> str | None:
+    """Return ModelOpt's name of a weight's format: NVFP4 only where activations have a scale; None: not quantized."""
+    calibrated = any(name.endswith(".input_scale") for name, _ in weight.scalars)
+    match weight.format:
+        case "fp8":
+            return "FP8"
+        case "nvfp4":
+            return "NVFP4" if calibrated else "W4A16_NVFP4"
+        case "w4a16_nvfp4":
+            return "W4A16_NVFP4"
+        case _:
+            return None
+
+
+def quantization(weights: Sequence[Weight], kv_cache: str | None) -> dict[str, Any]:
+    """Return the `quantization` object of hf_quant_config.json; `kv_cache` is "FP8" or None."""
+    layers = {weight.module: chosen for weight in weights if (chosen := algorithm(weight)) is not None}
+    algorithms = sorted(set(layers.values()))
+    if len(algorithms) > 1:
+        quantized = {module: _layer(chosen) for module, chosen in sorted(layers.items(), key=_by_layer)}
+        return {
+            "quant_algo": "MIXED_PRECISION",
+            "kv_cache_quant_algo": kv_cache,
+            "quantized_layers": quantized,
+        }
+    only = algorithms[0] if algorithms else None
+    found: dict[str, Any] = {"quant_algo": only, "kv_cache_quant_algo": kv_cache}
+    if only is not None and only != "FP8":
+        found["group_size"] = BLOCK
+    return found | {"exclude_modules": left_out(weights)}
+
+
+def left_out(weights: Sequence[Weight]) -> list[str]:
+    """Return the linears and convolutions that are not quantized, and the layers whose experts are not, sorted."""
+    kept = {
+        weight.module
+        for weight in weights
+        if weight.format == KEEP
+        and weight.name.endswith(".weight")
+        and len(weight.shape) > 1
+        and weight.role not in _NEVER
+        and not weight.name.endswith("embeddings.weight")
+    }
+    experts = {parent for module in kept if (parent := _experts(module))}
+    quantized = {_experts(weight.module) for weight in weights if weight.format != KEEP}
+    return sorted(kept | (experts - quantized), key=_natural)
+
+
+def _experts(module: str) -> str:
+    """Return the `….experts` that a routed expert's linear belongs to; empty for another linear."""
+    parent = module.rpartition(".")[0].rpartition(".")[0]
+    return parent if parent.endswith(".experts") else ""
+
+
+def _by_layer(item: tuple[str, str]) -> list[str]:
+    return _natural(item[0])
+
+
+def _natural(name: str) -> list[str]:
+    """Order `layers.2` before `layers.10`."""
+    return [f"{int(part):08d}" if part.isdecimal() else part for part in name.split(".")]
+
+
+def _layer(chosen: str) -> dict[str, Any]:
+    return {"quant_algo": chosen} if chosen == "FP8" else {"quant_algo": chosen, "group_size": BLOCK}
+
+
+def hf_quant_config(weights: Sequence[Weight], kv_cache: str | None) -> dict[str, Any]:
+    """Return hf_quant_config.json."""
+    return {"producer": _producer(), "quantization": quantization(weights, kv_cache)}
+
+
+def _producer() -> dict[str, str]:
+    return {"name": PRODUCER, "version": LAYOUT_VERSION, "written_by": f"n3c {version('n3c')}"}
+
+
+def quantization_config(weights: Sequence[Weight], kv_cache: str | None) -> dict[str, Any]:
+    """Return the `quantization_config` of config.json."""
+    said = quantization(weights, kv_cache)
+    members: dict[str, list[str]] = {}
+    for weight in weights:
+        chosen = algorithm(weight)
+        if chosen is not None:
+            members.setdefault(chosen, []).append(weight.module)
+    mixed = "quantized_layers" in said
+    groups = {
+        f"group_{i}": _group(chosen) | {"targets": sorted(members[chosen], key=_natural) if mixed else ["Linear"]}
+        for i, chosen in enumerate(sorted(members))
+    }
+    found: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": said["quant_algo"], "config_groups": groups}
+    if mixed:
+        found["quantized_layers"] = said["quantized_layers"]
+    found["ignore"] = left_out(weights)
+    if kv_cache == "FP8":
+        found["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
+    return found | {"producer": _producer()}
+
+
+def _group(chosen: str) -> dict[str, Any]:
+    bits: dict[str, Any] = {"dynamic": False, "num_bits": 8 if chosen == "FP8" else 4, "type": "float"}
+    if chosen != "FP8":
+        bits["group_size"] = BLOCK
+    return {"weights": bits} if chosen == "W4A16_NVFP4" else {"input_activations": bits, "weights": bits}
+
+
+def config_json(
+    source: Mapping[str, Any], exported: Mapping[str, Any], weights: Sequence[Weight], kv_cache: str | None
+) -> dict[str, Any]:
+    """Return config.json: that of the source, with what it lacks of `exported` (the spec's config), and quantized.
+
+    Both forms of the pattern and the number of layers are there, as some readers need each.
+    """
+    config = {key: value for key, value in source.items() if key not in ("quantization_config", "n3c")}
+    for key, value in exported.items():
+        if key in _SHAPE_KEYS:
+            config.setdefault(key, value)
+    for key in ("layers_block_type", "mtp_layers_block_type"):
+        if isinstance(config.get(key), list):
+            config[key] = [_BLOCK_TYPES.get(kind, kind) for kind in config[key]]
+    return config | {"quantization_config": quantization_config(weights, kv_cache), "n3c": exported["n3c"]}

@@ -1,1 +1,0 @@
-"""Reference evaluation of every op in PyTorch."""

@@ -1,0 +1,202 @@
+"""Writing OUT: into a sibling that is renamed at the end, so a killed build leaves the old output or none.
+
+While `OUT` is built, `.OUT.n3c-new` beside it holds what is made, under a lock that ends with its
+process: builds of one output wait for each other, and what a killed one left is cleared by the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+from n3c.ir.diagnostics import N3CError
+from n3c.runtime.manifest import MANIFEST, out_error, read_manifest, sha256_file
+
+_MOST_NAMED = 3
+"""Foreign files that a message names."""
+
+
+def require_writable(out: Path) -> None:
+    """Raise N3CError before any work where `out` cannot be written, or holds what n3c did not build."""
+    try:
+        _require_ours(out)
+        if out.is_dir() and os.path.ismount(out):
+            raise out_error("E0612", "the output is a mount point", out, "choose a folder inside it")
+        parent = _existing(out.resolve().parent)
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise out_error("E0612", "the output cannot be written here", out)
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, a loop of links
+        raise _unwritable(out, error) from error
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def _unwritable(out: Path, error: Exception) -> N3CError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return out_error("E0612", f"the output cannot be written: {reason}", out)
+
+
+def _require_ours(out: Path) -> None:
+    """Raise N3CError where replacing `out` would lose a file that no build of n3c wrote."""
+    if out.exists() and not out.is_dir():
+        raise out_error("E0610", "the output is a file, not a directory", out)
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    manifest = read_manifest(out)
+    if manifest is None:
+        message = f"the output holds files but no {MANIFEST} of n3c; it is left as it is"
+        raise out_error("E0611", message, out, "choose another -o")
+    written = {MANIFEST, *(file["path"] for file in manifest["files"])}
+    foreign = [name for name in _files(out) if name not in written and "__pycache__" not in name.split("/")]
+    if foreign:
+        more = f" and {len(foreign) - _MOST_NAMED} more" if len(foreign) > _MOST_NAMED else ""
+        named = ", ".join(foreign[:_MOST_NAMED])
+        raise out_error(
+            "E0611",
+            f"the output holds files that n3c did not write: {named}{more}; it is left as it is",
+            out,
+            "move them elsewhere, or choose another -o",
+        )
+
+
+def _files(directory: Path) -> list[str]:
+    """Return every file and every link below `directory`, sorted."""
+    found = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(path.relative_to(directory).as_posix() for path in found)
+
+
+@contextlib.contextmanager
+def replacing(out: Path, waiting: Callable[[str], None]) -> Generator[Path]:
+    """Yield an empty directory beside `out`; rename it to `out` at the end, or remove it on any error.
+
+    Where another build of `out` runs, `waiting` is told so and this one begins when that has ended.
+    """
+    try:
+        real = out.resolve()
+        kept = _existing(real.parent)
+        real.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _unwritable(out, error) from error
+    try:
+        with _claimed(real, out, waiting) as folder:
+            yield folder
+            _swap(folder, real)
+    except OSError as error:
+        raise out_error("E0613", f"writing the output failed: {error.strerror or error}", out) from error
+    finally:
+        _remove_empty(real.parent, kept)
+
+
+@contextlib.contextmanager
+def _claimed(real: Path, out: Path, waiting: Callable[[str], None]) -> Generator[Path]:
+    """Make `.OUT.n3c-new` under a lock, empty, and remove it in the end if it is still there."""
+    folder, lock = real.with_name(f".{real.name}.n3c-new"), -1
+    try:
+        while lock < 0:
+            folder.mkdir(exist_ok=True)
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                _lock(lock, lambda: waiting(f"waiting for another build of {out}"))
+                gone = not folder.exists() or not os.path.samestat(os.fstat(lock), folder.stat())
+            except BaseException:
+                os.close(lock)
+                raise
+            if gone:  # the other build renamed or removed it: what is locked is no longer the claim
+                os.close(lock)
+                lock = -1
+        _restore(real)
+        _clear(folder)
+    except OSError as error:
+        raise _unwritable(out, error) from error
+    try:
+        yield folder
+    finally:
+        if folder.exists() and os.path.samestat(os.fstat(lock), folder.stat()):
+            shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _lock(descriptor: int, waiting: Callable[[], None]) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        waiting()
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:  # some network file systems have no locks: then builds of one output must not run at once
+        return
+
+
+def _clear(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _old(real: Path) -> Path:
+    return real.with_name(f".{real.name}.n3c-old")
+
+
+def _restore(real: Path) -> None:
+    """Put back the output that a build which was killed between its two renames had moved away."""
+    old = _old(real)
+    if old.is_dir() and not real.exists():
+        old.rename(real)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _swap(folder: Path, real: Path) -> None:
+    _require_ours(real)  # again: a build takes a minute, in which somebody may have put a file there
+    if not real.exists():
+        folder.rename(real)
+        return
+    try:
+        real.rename(_old(real))
+        folder.rename(real)
+    finally:
+        _restore(real)
+
+
+def _remove_empty(folder: Path, kept: Path) -> None:
+    """Remove the directories from `folder` up to below `kept` that are empty."""
+    with contextlib.suppress(OSError):
+        while folder != kept:
+            folder.rmdir()
+            folder = folder.parent
+
+
+def keep_other_targets(out: Path, temporary: Path, spec_sha256: str, replaced: set[str]) -> None:
+    """Link what an earlier build of the same spec made for other targets into the new output."""
+    manifest = read_manifest(out)
+    if manifest is None or manifest["spec"].get("sha256") != spec_sha256:
+        return
+    for folder in sorted(p for p in out.iterdir() if p.is_dir() and p.name not in replaced):
+        shutil.copytree(
+            folder, temporary / folder.name, copy_function=_link, ignore=shutil.ignore_patterns("__pycache__")
+        )
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def described_files(directory: Path) -> list[dict[str, Any]]:
+    """Return path, bytes and sha256 of every file below `directory`, sorted by path."""
+    return [
+        {"path": path.relative_to(directory).as_posix(), "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    ]

@@ -1,0 +1,208 @@
+"""The engine half of the driver: entry points as ONNX, and plans built from those very files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from n3c.backends.onnx.embedded import WeightsFile, embed
+from n3c.backends.onnx.emit import OnnxEntry, emit_entry
+from n3c.backends.onnx.forms import batches_of
+from n3c.backends.onnx.stages import balanced, layer_bytes, stages
+from n3c.backends.progress import Progress
+from n3c.backends.trt.audit import Audit, audit, audit_json
+from n3c.backends.trt.build import PlanResult, build_plan
+from n3c.backends.trt.constants import weights_as_inputs
+from n3c.backends.trt.module import load_trt
+from n3c.backends.trt.plan_file import Sidecar, write_sidecar
+from n3c.backends.trt.targets import lacking
+from n3c.backends.trt.traffic import Traffic, traffic, traffic_json
+from n3c.ir.diagnostics import Diagnostic
+from n3c.ir.program import EntryPoint
+from n3c.ir.types import DType
+from n3c.passes.serving import Served
+from n3c.runtime.manifest import sha256_file
+from n3c.specs.schema import Spec
+
+from .request import Request
+
+CONTEXT = 4096
+"""Tokens of each sequence at which traffic is stated, where the cache holds as many."""
+CODES = (DType.F4E2M1, DType.F8E4M3)
+"""Types of codes, which can be bound as bytes where a GPU lacks them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What becomes one graph and one plan: an entry point, or a stage of it, at one batch size."""
+
+    name: str
+    """`decode.b4`."""
+    stage: int | None
+    batch: int
+    entry_point: EntryPoint
+    onnx: str
+    """Name of the ONNX file, which leaves the first batch size of an entry point out."""
+
+    @property
+    def staged_name(self) -> str:
+        """`decode.b4`, or `decode.b4.s1` for a stage."""
+        return self.name if self.stage is None else f"{self.name}.s{self.stage}"
+
+
+@dataclass(slots=True)
+class _Made:
+    """What is remembered of the parts that are done, for bindings.json and audit.json."""
+
+    bindings: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    weights: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    audits: dict[str, Audit] = field(default_factory=dict[str, Audit])
+    traffic: dict[str, Traffic] = field(default_factory=dict[str, Traffic])
+    entries: dict[str, str] = field(default_factory=dict[str, str])
+
+
+def parts_of(served: Served, spec: Spec, *, entries: tuple[str, ...], count: int) -> Iterator[Part]:
+    """Yield what there is to build: `entries`, or all, at each batch size, in `count` stages."""
+    batches = spec.serving.batch_sizes
+    starts = balanced(layer_bytes(served.program, len(spec.model.pattern), max(batches)), count)
+    for name, entry_point in served.program.entry_points.items():
+        if entries and name not in entries:
+            continue
+        cut = stages(served.program, entry_point, starts)
+        sizes = batches_of(name, batches)
+        for batch in sizes:
+            for stage, part in cut:
+                named = f"{name}.b{batch}"
+                suffix = "" if count == 1 else f".s{stage}"
+                onnx = f"{name if batch == sizes[0] else named}{suffix}.onnx"
+                yield Part(named, stage if count > 1 else None, batch, part, onnx)
+
+
+def emit_engines(
+    request: Request, spec: Spec, spec_sha256: str, served: Served, folder: Path, progress: Progress
+) -> tuple[list[Diagnostic], dict[str, Any]]:
+    """Write OUT/onnx, and OUT/trt for the target trt; return the precisions that are not realised, and the traffic.
+
+    The traffic is that of audit.json, by entry point and batch size.
+    """
+    plans = request.target == "trt"
+    trt = load_trt(request.trt) if plans else None  # where it is missing, say so before any work
+    as_bytes = tuple(dtype for dtype in CODES if dtype in lacking(request.sms)) if plans else ()
+    made = _Made()
+    (folder / "onnx").mkdir()
+    if plans:
+        (folder / "trt").mkdir()
+    with _weights(request, folder / "onnx") as weights:
+        for part in parts_of(served, spec, entries=request.entries, count=request.stages):
+            entry = _emit(served, part, as_bytes, weights, folder / "onnx", progress)
+            _remember(made, part, entry)
+            if trt is not None:
+                result = _build(trt, request, part, entry, folder, progress)
+                _judge(made, part, entry, result, served, spec)
+                _describe(request, part, result, trt.__version__, spec_sha256)
+    _write_json(folder / ("trt" if plans else "onnx") / "bindings.json", _bindings(made, request))
+    moved = traffic_json(made.traffic, made.entries)
+    if plans:
+        _write_json(folder / "trt" / "audit.json", audit_json(made.audits) | {"traffic": moved})
+    mismatches = [diagnostic for verdict in made.audits.values() for diagnostic in verdict.diagnostics()]
+    return mismatches, moved["entries"]
+
+
+@contextlib.contextmanager
+def _weights(request: Request, folder: Path) -> Generator[WeightsFile | None]:
+    """Give the file of embedded weights, or None where they are bound."""
+    if request.weights_mode == "bound" or request.weights is None:
+        yield None
+        return
+    from n3c.backends.safetensors.checkpoint import Checkpoint
+
+    with WeightsFile(folder, Checkpoint(request.weights)) as file:
+        yield file
+
+
+def _emit(
+    served: Served,
+    part: Part,
+    as_bytes: tuple[DType, ...],
+    weights: WeightsFile | None,
+    folder: Path,
+    progress: Progress,
+) -> OnnxEntry:
+    progress.phase(f"emit {part.staged_name}")
+    entry = emit_entry(served.program, part.entry_point, batch=part.batch, as_bytes=as_bytes, progress=progress)
+    if weights is not None:
+        embed(entry, weights)
+    entry.save(folder / part.onnx)
+    return entry
+
+
+def _build(trt: Any, request: Request, part: Part, entry: OnnxEntry, folder: Path, progress: Progress) -> PlanResult:
+    plan = f"{part.staged_name}.plan"
+    progress.phase(f"build {plan}")
+    return build_plan(
+        folder / "onnx" / part.onnx,
+        folder / "trt" / plan,
+        trt,
+        sms=request.sms,
+        ranges=entry.dynamic_inputs,
+        progress=progress,
+        locate=entry.locate,
+    )
+
+
+def _judge(made: _Made, part: Part, entry: OnnxEntry, result: PlanResult, served: Served, spec: Spec) -> None:
+    plan = result.path.name
+    kernels = weights_as_inputs(result.kernels, entry.weights)
+    made.audits[plan] = audit(entry.linears, kernels, entry.output_names, result.scratch_bytes)
+    context = min(CONTEXT, spec.serving.max_seq_len)
+    made.traffic[plan] = traffic(served.program, part.entry_point, entry, kernels, context=context)
+    made.entries[plan] = part.name
+
+
+def _describe(request: Request, part: Part, result: PlanResult, version: str, spec_sha256: str) -> None:
+    sidecar = Sidecar(
+        part.name,
+        part.stage,
+        request.trt,
+        version,
+        request.sms,
+        result.bytes,
+        sha256_file(result.path),
+        spec_sha256,
+        request.weights_mode,
+    )
+    write_sidecar(result.path, sidecar)
+
+
+def _remember(made: _Made, part: Part, entry: OnnxEntry) -> None:
+    for binding in entry.weights:
+        row = binding.as_json()
+        known = made.weights.setdefault(binding.name, row)
+        if known != row:
+            raise AssertionError(f"weight {binding.name} has two layouts: {known} and {row}")
+    made.bindings[part.staged_name] = {
+        "onnx": f"onnx/{part.onnx}",
+        "stage": part.stage,
+        "inputs": entry.inputs,
+        "outputs": entry.outputs,
+        "dynamic": {name: list(lengths) for name, lengths in entry.dynamic_inputs.items()},
+        "weights": [binding.name for binding in entry.weights],
+    }
+
+
+def _bindings(made: _Made, request: Request) -> dict[str, Any]:
+    """Weights are the same for every batch size and mostly for every entry point, so they are listed once."""
+    return {
+        "schema": 1,
+        "weights_mode": request.weights_mode,
+        "weights": list(made.weights.values()),
+        "entries": made.bindings,
+    }
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

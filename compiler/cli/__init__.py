@@ -1,0 +1,1 @@
+"""The command line: options, output, exit codes; it alone prints and exits."""

@@ -1,0 +1,17 @@
+"""n3c schema: the JSON Schema of specs, for editors."""
+
+from __future__ import annotations
+
+import click
+
+from n3c.compiler.cli import options
+from n3c.compiler.cli.output import print_json
+from n3c.specs.json_schema import json_schema
+
+
+@click.command("schema", help="Print the JSON Schema of specs.")
+@options.common
+def command(as_json: bool) -> None:
+    """Print the schema; it is JSON with and without --json."""
+    del as_json
+    print_json(json_schema())

@@ -1,1 +1,0 @@
-"""Generation: prompts in, tokens out, over any engine."""

@@ -1,0 +1,1 @@
+"""`n3c quantize`: which formats, and the checkpoint that is written."""

@@ -1,0 +1,181 @@
+"""Scales of activations: from calibrated magnitudes, to files, from files, and as the checkpoint has them.
+
+A file holds one number for each name, as JSON or safetensors:
+
+    <module>.input_amax       largest magnitude of what the linear reads; `….experts.*.up_proj` for all experts
+    <module>.output_amax      largest magnitude of what k_proj or v_proj gives to the KV cache
+    <module>.input_scale      amax / 2688 (NVFP4) or amax / 448 (FP8), as ModelOpt's checkpoints have it
+    <k_proj>.k_scale, <v_proj>.v_scale      amax / 448
+
+The first two hold for any choice of formats and are what n3c writes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from n3c.compiler.quantization.search.units import find_linears
+from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
+from n3c.ir.program import LedgerEntry
+from n3c.passes.lower.model import lower
+from n3c.passes.serving import quantize_pass
+from n3c.specs.files import read_text, write_text
+from n3c.specs.places import shown
+from n3c.specs.schema import Spec
+
+from .calibrate import Amax
+
+DIVISORS = {"nvfp4": 6 * 448, "fp8": 448}
+"""Format → amax / scale; formats with quantized activations are these."""
+
+_KINDS = ("input_amax", "output_amax", "input_scale", "k_scale", "v_scale")
+_MOST_FAULTS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """Scales as the checkpoint stores them."""
+
+    inputs: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Module, one for each expert too → `input_scale`."""
+    cache: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Tensor, as `….k_proj.k_scale` → value."""
+
+
+def entries_of(amax: Amax) -> dict[str, float]:
+    """Return calibrated magnitudes under the names of a file."""
+    inputs = {f"{module}.input_amax": value for module, value in sorted(amax.inputs.items())}
+    return inputs | {f"{module}.output_amax": value for module, value in sorted(amax.cache.items())}
+
+
+def save_scales(path: Path, entries: Mapping[str, float]) -> None:
+    """Write a file of scales, safetensors where its name ends so, else JSON; N3CError (exit code 6) where it fails."""
+    if path.suffix != ".safetensors":
+        write_text(path, json.dumps(dict(entries), indent=1) + "\n")
+        return
+    from safetensors.numpy import save_file
+
+    try:
+        save_file({name: np.array(value, np.float32) for name, value in entries.items()}, path)
+    except Exception as error:
+        raise _fault("E0602", f"cannot write the scales: {error}", path) from error
+
+
+def load_scales(path: Path, spec: Spec) -> dict[str, float]:
+    """Read a file of scales; N3CError (exit code 6) for names that the model does not have and values that are none."""
+    raw = _read_safetensors(path) if path.suffix == ".safetensors" else _read_json(path)
+    known = {module for linear in find_linears(spec) for module in (linear.module, *_experts(linear.module, spec))}
+    faults: list[Diagnostic] = []
+    for name, value in raw.items():
+        module, _, kind = name.rpartition(".")
+        if kind not in _KINDS or module not in known:
+            faults.append(Diagnostic("E0632", f"`{shown(name)}` is no scale of this model", Span(str(path))))
+        elif not _is_scale(value):
+            faults.append(Diagnostic("E0633", f"`{shown(name)}` is {shown(str(value))}", Span(str(path))))
+    _raise(faults, path)
+    return {name: float(cast("float", value)) for name, value in raw.items()}
+
+
+def resolve(spec: Spec, entries: Mapping[str, float], path: Path | None = None) -> Scales:
+    """Return the scales that the quantized checkpoint of `spec` needs.
+
+    Every NVFP4 and FP8 linear gets an input scale, and with an FP8 cache every k_proj and v_proj
+    theirs. Raises N3CError (exit code 6) for those that `entries` lacks; `path` is where they are from.
+    """
+    inputs: dict[str, float] = {}
+    cache: dict[str, float] = {}
+    missing: list[str] = []
+    for entry in ledger(spec):
+        module = entry.name.removesuffix(".weight")
+        if entry.format in DIVISORS:
+            for name in (*_experts(module, spec),) or (module,):
+                scale = _input_scale(name, module, entries, DIVISORS[entry.format])
+                if scale is None:
+                    missing.append(f"{name}.input_amax")
+                else:
+                    inputs[name] = scale
+        half = module.rpartition(".")[2]
+        cached = not module.startswith("mtp.") or f"{module}.output_amax" in entries
+        if spec.serving.kv_cache_dtype == "fp8" and half in ("k_proj", "v_proj") and cached:
+            name = f"{module}.{half[0]}_scale"
+            amax = entries.get(f"{module}.output_amax")
+            if name not in entries and amax is None:
+                missing.append(f"{module}.output_amax")
+            else:
+                cache[name] = entries[name] if amax is None else _scale(amax, DIVISORS["fp8"])
+    if missing:
+        place = path or Path("calibration")
+        _raise([Diagnostic("E0634", f"no scale `{name}`", Span(str(place))) for name in missing], place)
+    return Scales(inputs, cache)
+
+
+def ledger(spec: Spec) -> tuple[LedgerEntry, ...]:
+    """Return the format of every weight of a spec."""
+    program = lower(spec)
+    quantize_pass(spec).run(program)
+    return program.ledger
+
+
+def _input_scale(name: str, module: str, entries: Mapping[str, float], divisor: int) -> float | None:
+    for candidate in (name, module):
+        if f"{candidate}.input_scale" in entries:
+            return entries[f"{candidate}.input_scale"]
+        if f"{candidate}.input_amax" in entries:
+            return _scale(entries[f"{candidate}.input_amax"], divisor)
+    return None
+
+
+def _scale(amax: float, divisor: int) -> float:
+    """Divide in float32, as ModelOpt does; an input that was always 0 gets 1."""
+    return float(np.float32(amax) / np.float32(divisor)) if amax > 0 else 1.0
+
+
+def _experts(module: str, spec: Spec) -> Iterator[str]:
+    if ".experts.*." in module and spec.moe is not None:
+        for expert in range(spec.moe.num_experts):
+            yield module.replace("*", str(expert))
+
+
+def _is_scale(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    text = read_text(path)
+    try:
+        raw: object = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _fault("E0632", f"not JSON: {error}", path) from None
+    if not isinstance(raw, dict):
+        raise _fault("E0632", "not a JSON object of names and numbers", path)
+    return cast("dict[str, object]", raw)
+
+
+def _read_safetensors(path: Path) -> dict[str, object]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            handle: Any = file
+            tensors: dict[str, Any] = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, TypeError) as error:  # TypeError: an element type that numpy lacks
+        raise _fault("E0609", f"not a readable safetensors file of scales: {error}", path) from None
+    return {name: float(value.item()) if value.size == 1 else str(value.shape) for name, value in tensors.items()}
+
+
+def _raise(faults: list[Diagnostic], path: Path) -> None:
+    if faults:
+        more = len(faults) - _MOST_FAULTS
+        tail = [Diagnostic(faults[0].code, f"and {more} more", Span(str(path)))] if more > 0 else []
+        raise N3CError(faults[:_MOST_FAULTS] + tail, ExitCode.FILE)
+
+
+def _fault(code: str, message: str, path: Path) -> N3CError:
+    return N3CError(Diagnostic(code, message, Span(str(path))), ExitCode.FILE)

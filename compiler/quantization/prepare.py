@@ -1,0 +1,112 @@
+"""What `n3c quantize` does before it packs: formats from elsewhere or chosen, scales of activations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from n3c.backends.progress import Progress
+from n3c.backends.safetensors.checkpoint import Checkpoint
+from n3c.compiler.quantization.calibration.activations import (
+    Scales,
+    entries_of,
+    ledger,
+    load_scales,
+    resolve,
+    save_scales,
+)
+from n3c.compiler.quantization.calibration.calibrate import calibrate
+from n3c.compiler.quantization.calibration.streamed import StreamedModel
+from n3c.compiler.quantization.calibration.tokens import read_tokens
+from n3c.compiler.quantization.search.auto import Chosen, measure
+from n3c.ir.diagnostics import Diagnostic
+from n3c.specs.dump import dump_spec
+from n3c.specs.files import write_text
+from n3c.specs.schema import Spec
+
+from .like import spec_like
+from .request import Request
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What the packing goes by."""
+
+    spec: Spec
+    scales: Scales = field(default_factory=Scales)
+    warnings: list[Diagnostic] = field(default_factory=list[Diagnostic])
+    chosen: Chosen | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what `n3c quantize --json` tells of it."""
+        data: dict[str, Any] = {} if self.chosen is None else {"auto": self.chosen.as_json()}
+        return data | {"activation_scales": {"inputs": len(self.scales.inputs), "cache": len(self.scales.cache)}}
+
+
+def prepare(
+    spec: Spec, weights: Path, request: Request, progress: Progress, block: tuple[int, int] | None = None
+) -> Prepared:
+    """Return the spec with its final formats, and the scales of activations, where the request gives data for them.
+
+    `block` is what --block asked for, which outranks a format map. Raises N3CError as the parts do.
+    """
+    warnings: list[Diagnostic] = []
+    chosen: Chosen | None = None
+    amax = None
+    if request.like is not None:
+        spec, warnings = spec_like(spec, request.like, block)
+    ids = _tokens(spec, request)
+    if request.effective_bits is not None:
+        progress.phase("measure sensitivity")
+        sensitivity = measure(
+            spec, Checkpoint(weights), progress, ids=ids, mtp=request.mtp, at_least=request.effective_bits
+        )
+        chosen = sensitivity.within(request.effective_bits)
+        spec, amax = chosen.spec, chosen.amax
+    if request.write_spec is not None:
+        write_text(request.write_spec, _header(chosen) + dump_spec(spec))
+    entries: Mapping[str, float] | None = None
+    if request.activation_scales is not None:
+        entries = load_scales(request.activation_scales, spec)
+    elif ids is not None:
+        if amax is None:
+            progress.phase("calibrate")
+            amax = calibrate(StreamedModel(spec, Checkpoint(weights)), ids, progress, mtp=_quantizes_mtp(spec))
+        entries = entries_of(amax)
+        if request.save_activation_scales is not None:
+            save_scales(request.save_activation_scales, entries)
+    scales = Scales() if entries is None else resolve(spec, entries, request.activation_scales or request.calibration)
+    return Prepared(spec, scales, warnings, chosen)
+
+
+def _tokens(spec: Spec, request: Request) -> Tensor | None:
+    if request.calibration is None:
+        return None
+    # Fewer choices than experts take another path through the model, where nothing is recorded.
+    least = 2 if spec.moe is None else max(2, -(-spec.moe.num_experts // spec.moe.top_k))
+    return read_tokens(
+        request.calibration, spec.model.vocab_size, samples=request.samples, length=request.length, least=least
+    )
+
+
+def _quantizes_mtp(spec: Spec) -> bool:
+    return any(entry.role.startswith("mtp.") and entry.format in ("nvfp4", "fp8") for entry in ledger(spec))
+
+
+def _header(chosen: Chosen | None) -> str:
+    if chosen is None:
+        return ""
+    counts: dict[str, int] = {}
+    for unit in chosen.units:
+        format_ = chosen.formats[unit.name]
+        counts[format_] = counts.get(format_, 0) + unit.weights
+    shares = ", ".join(f"{format_} {count:,} weights" for format_, count in sorted(counts.items()))
+    return (
+        f"# Formats chosen by n3c quantize --auto from {chosen.method}: {chosen.bits:.4f} bits a weight, over the\n"
+        f"# linears that it may quantize ({shares}).\n"
+    )

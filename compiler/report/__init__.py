@@ -1,0 +1,1 @@
+"""What a model costs: parameters, FLOPs, bytes, and which GPUs hold it."""

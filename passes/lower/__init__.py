@@ -1,0 +1,1 @@
+"""Lowering, the first of the passes: a spec becomes a program."""

@@ -1,0 +1,153 @@
+"""Block kinds, lowered: each is one function that declares its parameters and emits its ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from n3c.ir import ops
+from n3c.ir.program import Function, Value
+from n3c.ir.source import NegExp, Source, Stack, Tensor
+from n3c.ir.types import Dim, DType, TensorType
+from n3c.specs.pattern import BlockKind
+from n3c.specs.schema import Spec
+
+
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """A parameter as the block declares it; `{}` in the source stands for the block's label."""
+
+    type: TensorType
+    role: str
+    source: Callable[[str], Source]
+    buffer: bool
+
+
+@dataclass(slots=True)
+class Block:
+    """A function in the making, and the declarations of its parameters."""
+
+    function: Function
+    eps: float
+    declarations: dict[str, Declaration] = field(default_factory=dict[str, Declaration])
+
+    def parameter(
+        self,
+        name: str,
+        dims: tuple[Dim, ...],
+        role: str,
+        *,
+        dtype: DType = DType.BF16,
+        source: Callable[[str], Source] | None = None,
+        buffer: bool = False,
+    ) -> Value:
+        """Declare a parameter; without `source` it is the tensor of that name."""
+        type_ = TensorType(dtype, dims)
+        self.declarations[name] = Declaration(type_, role, source or (lambda label: Tensor(f"{label}.{name}")), buffer)
+        value = Value(name, type_)
+        self.function.parameters.append(value)
+        return value
+
+    def emit(self, op: ops.OpDef, *operands: Value | None, name: str, **attributes: ops.Attribute) -> Value:
+        return self.emit_many(op, *operands, names=[name], **attributes)[0]
+
+    def emit_many(
+        self, op: ops.OpDef, *operands: Value | None, names: list[str], **attributes: ops.Attribute
+    ) -> list[Value]:
+        return self.function.emit_many(op, operands, names, attributes, origin=self.function.origin)
+
+    def norm(self, x: Value, weight: str, role: str = "norm", name: str = "h") -> Value:
+        """rms_norm with a declared weight."""
+        return self.emit(ops.rms_norm, x, self.parameter(weight, x.type.dims[-1:], role), name=name, eps=self.eps)
+
+    def linear(self, x: Value, weight: str, rows: int, role: str, name: str) -> Value:
+        """Linear with a declared weight [rows, K]."""
+        w = self.parameter(weight, (rows, x.type.dims[-1]), role)
+        return self.emit(ops.linear, x, w, name=name)
+
+
+def _mamba2(block: Block, spec: Spec, x: Value) -> Value:
+    m = spec.mamba
+    assert m is not None
+    d, g = m.inner_size, m.n_groups * m.state_size
+    h = block.norm(x, "norm.weight")
+    zxbcdt = block.linear(h, "mixer.in_proj.weight", m.in_proj_size, "mamba.in_proj", "zxbcdt")
+    z, xbc, dt = block.emit_many(ops.split, zxbcdt, names=["z", "xbc", "dt"], sizes=(d, m.conv_size, m.num_heads))
+    conv = block.parameter("mixer.conv1d.weight", (m.conv_size, 1, m.conv_kernel), "mamba.conv1d")
+    bias = block.parameter("mixer.conv1d.bias", (m.conv_size,), "mamba.conv1d") if m.conv_bias else None
+    xbc = block.emit(ops.causal_conv1d, xbc, conv, bias, name="xbc")
+    u, b, c = block.emit_many(ops.split, xbc, names=["u", "b", "c"], sizes=(d, g, g))
+    heads, f32 = (m.num_heads,), DType.F32
+    a = block.parameter("mixer.A", heads, "mamba.ssm", dtype=f32, source=lambda at: NegExp(Tensor(f"{at}.mixer.A_log")))
+    skip = block.parameter("mixer.D", heads, "mamba.ssm", dtype=f32)
+    dt_bias = block.parameter("mixer.dt_bias", heads, "mamba.ssm", dtype=f32)
+    y = block.emit(ops.ssd, u, dt, a, b, c, skip, dt_bias, name="y", n_groups=m.n_groups, chunk_size=m.chunk_size)
+    weight = block.parameter("mixer.norm.weight", (d,), "norm")
+    y = block.emit(ops.gated_rms_norm, y, z, weight, name="y", groups=m.n_groups, eps=block.eps)
+    return block.linear(y, "mixer.out_proj.weight", spec.model.hidden_size, "mamba.out_proj", "o")
+
+
+def _attention(block: Block, spec: Spec, x: Value) -> Value:
+    a = spec.attention
+    assert a is not None
+    h = block.norm(x, "norm.weight")
+    q = block.linear(h, "mixer.q_proj.weight", a.num_heads * a.head_dim, "attention.q_proj", "q")
+    k = block.linear(h, "mixer.k_proj.weight", a.num_kv_heads * a.head_dim, "attention.k_proj", "k")
+    v = block.linear(h, "mixer.v_proj.weight", a.num_kv_heads * a.head_dim, "attention.v_proj", "v")
+    y = block.emit(ops.attention, q, k, v, name="y", num_heads=a.num_heads, num_kv_heads=a.num_kv_heads)
+    return block.linear(y, "mixer.o_proj.weight", spec.model.hidden_size, "attention.o_proj", "o")
+
+
+def _moe(block: Block, spec: Spec, x: Value) -> Value:
+    m = spec.moe
+    assert m is not None
+    d, e, i = spec.model.hidden_size, m.num_experts, m.intermediate_size
+    h = block.norm(x, "norm.weight")
+    logits = block.linear(h, "mixer.gate.weight", e, "moe.router", "logits")
+    correction = block.parameter("mixer.gate.e_score_correction_bias", (e,), "moe.router", dtype=DType.F32, buffer=True)
+    indices, weights = block.emit_many(
+        ops.route,
+        logits,
+        correction,
+        names=["indices", "weights"],
+        top_k=m.top_k,
+        n_group=m.n_group,
+        topk_group=m.topk_group,
+        norm_topk_prob=m.norm_topk_prob,
+        scaling_factor=m.routed_scaling_factor,
+    )
+    u, width = h, d
+    if m.latent_size is not None:
+        u, width = block.linear(h, "mixer.fc1_latent_proj.weight", m.latent_size, "moe.latent_down", "u"), m.latent_size
+
+    def experts(projection: str, dims: tuple[int, int, int]) -> Value:
+        name = f"mixer.experts.*.{projection}_proj.weight"
+        return block.parameter(name, dims, f"moe.experts.{projection}", source=lambda at: Stack(f"{at}.{name}", e))
+
+    up, down = experts("up", (e, i, width)), experts("down", (e, width, i))
+    y = block.emit(ops.experts, u, indices, weights, up, down, name="y")
+    if m.latent_size is not None:
+        y = block.linear(y, "mixer.fc2_latent_proj.weight", d, "moe.latent_up", "y")
+    if m.shared_intermediate_size:
+        s = block.linear(h, "mixer.shared_experts.up_proj.weight", m.shared_intermediate_size, "moe.shared.up", "s")
+        s = block.emit(ops.relu2, s, name="s")
+        s = block.linear(s, "mixer.shared_experts.down_proj.weight", d, "moe.shared.down", "s")
+        y = block.emit(ops.add, y, s, name="y")
+    return y
+
+
+def _mlp(block: Block, spec: Spec, x: Value) -> Value:
+    m = spec.mlp
+    assert m is not None
+    h = block.norm(x, "norm.weight")
+    y = block.linear(h, "mixer.up_proj.weight", m.intermediate_size, "mlp.up", "y")
+    y = block.emit(ops.relu2, y, name="y")
+    return block.linear(y, "mixer.down_proj.weight", spec.model.hidden_size, "mlp.down", "y")
+
+
+BLOCKS: dict[BlockKind, tuple[str, Callable[[Block, Spec, Value], Value]]] = {
+    BlockKind.MAMBA: ("mamba2", _mamba2),
+    BlockKind.ATTENTION: ("attention", _attention),
+    BlockKind.MOE: ("moe", _moe),
+    BlockKind.MLP: ("mlp", _mlp),
+}

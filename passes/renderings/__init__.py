@@ -1,0 +1,1 @@
+"""Copies of a program in other types, for one engine of several."""

@@ -1,0 +1,1 @@
+"""Entry points on a CPU, by ONNX Runtime."""

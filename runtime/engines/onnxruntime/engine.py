@@ -1,0 +1,96 @@
+"""The engine on a CPU: sessions over one set of weights and one set of states."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+
+from n3c.backends.onnx.bindings import Binding
+from n3c.backends.onnx.emit import OnnxEntry
+from n3c.backends.progress import SILENT, Progress
+from n3c.backends.safetensors.checkpoint import Checkpoint
+from n3c.backends.safetensors.sources import load
+from n3c.ir.program import Parameter
+from n3c.runtime.engines.interface import Allocation, Array, Signature, key_positions
+
+from .session import DTYPES, Session
+
+
+class OnnxRuntimeEngine:
+    """Runs entry points of one batch size in their float32 rendering.
+
+    Caches are written in place. Of every other state there are two buffers, which change places after each call
+    that writes it: the graph may still read the old value when it writes the new one.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[OnnxEntry],
+        checkpoint: Checkpoint,
+        *,
+        capacity: int,
+        in_place: Collection[str] = (),
+        progress: Progress = SILENT,
+    ) -> None:
+        """Load weights and make sessions.
+
+        `capacity` is that of the caches in tokens; `in_place` names the states that a call may overwrite: caches.
+        Raises N3CError: exit code 4 where ONNX Runtime refuses a graph, 6 where the checkpoint does not fit.
+        """
+        (self.batch,) = {entry.batch for entry in entries}
+        self._parameters = _distinct(entries)
+        self._weights = {p.name: np.empty(p.type.static_dims, np.float32) for p in self._parameters}
+        self._broken = False
+        self._capacity = capacity
+        states = {b.name: b for entry in entries for b in entry.arguments if b.kind == "state"}
+        self.states = {name: _zeros(binding) for name, binding in states.items()}
+        self._spare = {name: _zeros(binding) for name, binding in states.items() if name not in in_place}
+        self._load(checkpoint, progress)
+        self._sessions = {entry.name: Session(entry, self._weights) for entry in entries}
+        self.signatures: Mapping[str, Signature] = {name: s.signature for name, s in self._sessions.items()}
+
+    def run(self, entry: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run an entry point. The length up to which attention reads follows from `lengths`."""
+        assert not self._broken, "replacing weights failed half-way: replace them again first"
+        session = self._sessions[entry]
+        after = {name: self._spare.get(name, self.states[name]) for name in session.states}
+        reach = key_positions(session.signature, inputs, self._capacity)
+        outputs = session.run({**inputs, **reach}, self.states, after)
+        for name in session.states:
+            if name in self._spare:
+                self.states[name], self._spare[name] = after[name], self.states[name]
+        return outputs
+
+    def reset(self) -> None:
+        """Zero all states."""
+        for state in self.states.values():
+            state.fill(0)
+
+    def replace_weights(self, checkpoint: Checkpoint) -> None:
+        """Read other weights into the same buffers."""
+        self._load(checkpoint, SILENT)
+        self.reset()
+
+    def allocated(self) -> Allocation:
+        """Count the buffers."""
+        states, spare, weights = (
+            sum(array.nbytes for array in arrays.values()) for arrays in (self.states, self._spare, self._weights)
+        )
+        return Allocation(states, spare, weights)
+
+    def _load(self, checkpoint: Checkpoint, progress: Progress) -> None:
+        self._broken = True
+        for i, parameter in enumerate(self._parameters):
+            np.copyto(self._weights[parameter.name], load(parameter, checkpoint))
+            progress.step(parameter.name, i + 1, len(self._parameters))
+        self._broken = False
+
+
+def _distinct(entries: Sequence[OnnxEntry]) -> list[Parameter]:
+    """Return the parameters of all entry points, each once."""
+    return list({p.name: p for entry in entries for p in entry.parameters}.values())
+
+
+def _zeros(binding: Binding) -> Array:
+    return np.zeros(binding.shape, DTYPES[binding.dtype])

@@ -1,0 +1,1 @@
+"""The meaning of every op in plain PyTorch, and a program evaluated by it."""

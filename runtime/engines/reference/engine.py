@@ -1,0 +1,75 @@
+"""The engine interface over the reference evaluation: slow, exact in what every op means, for proofs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from n3c.backends.safetensors.checkpoint import Checkpoint
+from n3c.backends.safetensors.sources import load
+from n3c.ir.program import EntryPoint, Program
+from n3c.ir.types import DType
+from n3c.runtime.engines.interface import Allocation, Array, Port, Signature, key_positions
+
+from .evaluate import TORCH_DTYPES, Evaluation, evaluate, zero_states
+
+
+def as_tensor(array: Array, dtype: DType) -> Tensor:
+    """Return a numpy array, of ml_dtypes too, as a tensor of the same bytes."""
+    raw = torch.as_tensor(np.ascontiguousarray(array).reshape(-1).view(np.uint8).copy())
+    return raw.view(TORCH_DTYPES[dtype]).reshape(array.shape)
+
+
+class ReferenceEngine:
+    """Runs every entry point of a served program; `last` keeps the values between calls of the latest run."""
+
+    def __init__(self, program: Program, checkpoint: Checkpoint, *, batch: int, capacity: int) -> None:
+        """Read the weights; N3CError (exit code 6) where the checkpoint does not fit. `capacity` is in tokens."""
+        self.batch, self._program, self._capacity = batch, program, capacity
+        self.last: Evaluation | None = None
+        self.states: dict[str, Tensor] = {}
+        self.signatures: Mapping[str, Signature] = {
+            name: _signature(program, entry, batch) for name, entry in program.entry_points.items()
+        }
+        self.replace_weights(checkpoint)
+
+    def run(self, entry: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Evaluate an entry point."""
+        names = self._program.entry_points[entry]
+        given = {**inputs, **key_positions(self.signatures[entry], inputs, self._capacity)}
+        tensors = {name: torch.as_tensor(np.array(value)) for name, value in given.items()}
+        self.last = evaluate(self._program, entry, tensors, self._parameters, self.states)
+        self.states = self.last.states
+        return {name: value.numpy() for name, value in zip(names.outputs, self.last.outputs, strict=True)}
+
+    def reset(self) -> None:
+        """Zero all states."""
+        self.states = zero_states(self._program, self.batch)
+
+    def replace_weights(self, checkpoint: Checkpoint) -> None:
+        """Read other weights."""
+        parameters = self._program.parameters
+        self._parameters = {name: as_tensor(load(p, checkpoint), p.type.dtype) for name, p in parameters.items()}
+        self.reset()
+
+    def allocated(self) -> Allocation:
+        """Count states and weights; every run makes new states."""
+        states, weights = (sum(t.nbytes for t in tensors.values()) for tensors in (self.states, self._parameters))
+        return Allocation(states, 0, weights)
+
+
+def _signature(program: Program, entry: EntryPoint, batch: int) -> Signature:
+    dims = {"B": batch, "S": entry.tokens}
+    types = dict(entry.inputs)
+    for call in entry.calls:
+        outputs = program.functions[call.function].outputs
+        types.update((name, value.type) for name, value in zip(call.outputs, outputs, strict=True))
+
+    def port(name: str) -> Port:
+        bound = types[name].bind(dims)
+        return Port(bound.dtype.value, bound.dims)
+
+    return Signature({name: port(name) for name in entry.inputs}, {name: port(name) for name in entry.outputs})

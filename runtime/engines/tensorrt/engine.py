@@ -1,0 +1,281 @@
+"""Plans on GPUs: the engine interface over TensorRT's runtime, with weights and states in memory of ours.
+
+The plans of a GPU read the same buffers: one for each weight, one piece for the states of all sequences, laid out
+as the state plan says. Caches are written in place, as TensorRT's cache layer demands; of every other state there
+are two buffers that change places. Stages may lie on several GPUs; between them passes the residual stream. A call
+only sets addresses and enqueues; from its second time on with the same addresses and sizes it is a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from n3c.backends.onnx.bindings import Binding
+from n3c.backends.progress import SILENT, Progress
+from n3c.backends.safetensors.checkpoint import Checkpoint
+from n3c.backends.safetensors.sources import load
+from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
+from n3c.ir.program import Parameter
+from n3c.passes.state_plan import StatePlan
+from n3c.runtime.engines.interface import KEY_POSITIONS, Allocation, Array, Port, Signature, key_positions
+
+from .device import Device, Memory
+from .memory import DeviceMemory, memory_of
+
+HOST_DTYPES: Mapping[str, type[np.generic]] = {"f32": np.float32, "i64": np.int64}
+"""Types of what a caller gives and gets."""
+BUCKET = 256
+"""Tokens: attention reads up to a multiple of them, so that a CUDA graph serves that many positions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One plan file and what it binds."""
+
+    path: Path
+    entry: str
+    batch: int
+    inputs: tuple[Binding, ...]
+    """Inputs and states."""
+    outputs: tuple[Binding, ...]
+    weights: tuple[Binding, ...]
+    stage: int = 0
+
+
+@dataclass(slots=True)
+class _Loaded:
+    """A plan in the runtime, on the GPU whose memory it reads."""
+
+    plan: Plan
+    context: Any
+    memory: DeviceMemory
+    graphs: dict[tuple[int, ...], Callable[[], None] | None] = field(
+        default_factory=dict[tuple[int, ...], Callable[[], None] | None]
+    )
+    """Addresses and sizes of a call → its CUDA graph; None: it has run once without one."""
+
+
+class TrtEngine:
+    """Runs the plans of one batch size; `prefill` may be of batch 1, and then takes sequence by sequence."""
+
+    def __init__(
+        self,
+        trt: Any,
+        devices: Sequence[Device],
+        plans: Sequence[Plan],
+        parameters: Mapping[str, Parameter],
+        checkpoint: Checkpoint,
+        state_plan: StatePlan,
+        *,
+        batch: int,
+        progress: Progress = SILENT,
+    ) -> None:
+        """Load `plans` (stages of an entry point in their order) and stream the weights to `devices`.
+
+        Stages lie on the devices in their order, as evenly as they divide. `trt` is a module of `load_trt`;
+        `parameters` are those of the program, by name. Raises N3CError: exit code 4 where the runtime refuses a
+        plan or a device has no room, 6 where the checkpoint does not fit.
+        """
+        self.batch, self._capacity = batch, state_plan.max_seq_len
+        self._broken = False
+        self._logger = trt.Logger(trt.Logger.ERROR)
+        self._runtimes: list[Any] = []  # engines need theirs to live as long as they do
+        loaded: dict[Path, _Loaded] = {}
+        self._memories: list[DeviceMemory] = []
+        self._parameters: dict[str, Parameter] = {}
+        for device, here in zip(devices, _spread(plans, len(devices)), strict=True):
+            with device.current():
+                self._runtimes.append(trt.Runtime(self._logger))
+                contexts = [_context(self._runtimes[-1], plan) for plan in here]
+                weights = {memory_of(b): b for plan in here for b in plan.weights}
+                self._parameters |= {memory: parameters[binding.name] for memory, binding in weights.items()}
+                states = {b.source for plan in here for b in plan.inputs if b.kind == "state"}
+                planned = [state for state in state_plan.states if state.name in states]
+                self._memories.append(DeviceMemory(device, weights.values(), planned, batch))
+            for plan, context in zip(here, contexts, strict=True):
+                loaded[plan.path] = _Loaded(plan, context, self._memories[-1])
+        self._load(checkpoint, progress)
+        self._entries: dict[str, list[_Loaded]] = {}
+        for plan in plans:
+            self._entries.setdefault(plan.entry, []).append(loaded[plan.path])
+        self.signatures: Mapping[str, Signature] = {
+            name: _signature([loaded.plan for loaded in stages], batch) for name, stages in self._entries.items()
+        }
+
+    def run(self, entry: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run an entry point; where its plan is of batch 1, once for each sequence that has tokens in it."""
+        assert not self._broken, "replacing weights failed half-way: replace them again first"
+        stages, signature = self._entries[entry], self.signatures[entry]
+        whole = {**inputs, **key_positions(signature, inputs, self._capacity, BUCKET)}
+        if stages[0].plan.batch == self.batch:
+            return self._call(stages, whole, None)
+        outputs = {name: np.zeros(_static(port), HOST_DTYPES[port.dtype]) for name, port in signature.outputs.items()}
+        for row in np.flatnonzero(inputs["counts"]).tolist():
+            part = {name: v if name == KEY_POSITIONS else v[row : row + 1] for name, v in whole.items()}
+            for name, value in self._call(stages, part, row).items():
+                outputs[name][row] = value[0]
+        return outputs
+
+    def reset(self) -> None:
+        """Zero all states."""
+        for memory in self._memories:
+            memory.reset()
+
+    def replace_weights(self, checkpoint: Checkpoint) -> None:
+        """Stream other weights into the same buffers."""
+        self._load(checkpoint, SILENT)
+        self.reset()
+
+    def allocated(self) -> Allocation:
+        """Count the buffers, of all devices."""
+        weights = sum(weight.bytes for memory in self._memories for weight in memory.weights.values())
+        states = sum(memory.arena.bytes for memory in self._memories)
+        return Allocation(states, sum(memory.spare.bytes for memory in self._memories), weights)
+
+    def _load(self, checkpoint: Checkpoint, progress: Progress) -> None:
+        self._broken = True
+        for i, (name, parameter) in enumerate(self._parameters.items()):
+            value = load(parameter, checkpoint)
+            for memory in self._memories:
+                if name in memory.weights:
+                    assert value.nbytes == memory.weights[name].bytes, parameter.name
+                    memory.device.write(memory.weights[name], 0, value)
+            progress.step(parameter.name, i + 1, len(self._parameters))
+        self._broken = False
+
+    def _call(self, stages: Sequence[_Loaded], inputs: Mapping[str, Array], row: int | None) -> dict[str, Array]:
+        """Run the stages one behind the other; what passes between them stays on the devices."""
+        made: dict[str, tuple[_Loaded, Binding]] = {}
+        for stage in stages:
+            self._enqueue(stage, inputs, made, row)
+            made.update((b.name, (stage, b)) for b in stage.plan.outputs if b.kind == "output")
+        read = {b.name for stage in stages for b in stage.plan.inputs}
+        results = {name: _fetch(stage.memory, b) for name, (stage, b) in made.items() if name not in read}
+        for memory in self._memories:
+            written = {b.source for s in stages if s.memory is memory for b in s.plan.outputs if b.kind == "state"}
+            for name in written:
+                memory.states[name].move_on(memory.device, row)
+        return results
+
+    def _enqueue(
+        self,
+        stage: _Loaded,
+        inputs: Mapping[str, Array],
+        made: Mapping[str, tuple[_Loaded, Binding]],
+        row: int | None,
+    ) -> None:
+        """Bind all inputs and outputs of a plan and put it on the stream of its device."""
+        plan, context, memory = stage.plan, stage.context, stage.memory
+        places: list[tuple[str, int]] = [(b.name, memory.weights[memory_of(b)].address) for b in plan.weights]
+        sizes: list[int] = []
+        for binding in plan.inputs:
+            if binding.kind in ("state", "view"):  # a view is the memory of the state in another type
+                places.append((binding.name, memory.state_address(binding.source, row, after=False)))
+                continue
+            if binding.name in made:
+                places.append((binding.name, _received(memory, *made[binding.name]).address))
+                continue
+            value = np.ascontiguousarray(inputs[binding.name], HOST_DTYPES[binding.dtype])
+            buffer = memory.buffer(binding, value.shape)
+            memory.device.write(buffer, 0, value)
+            places.append((binding.name, buffer.address))
+            if -1 in binding.shape:
+                _require(context.set_input_shape(binding.name, value.shape), plan, f"refuses {value.shape}")
+                sizes += value.shape
+        for binding in plan.outputs:
+            if binding.kind == "state":
+                places.append((binding.name, memory.state_address(binding.source, row, after=True)))
+            else:
+                places.append((binding.name, memory.buffer(binding, binding.shape).address))
+        for name, address in places:
+            _require(context.set_tensor_address(name, address), plan, f"refuses the address of `{name}`")
+        with memory.device.current():
+            _launch(stage, (*(address for _, address in places), *sizes))
+
+
+def _spread(plans: Sequence[Plan], devices: int) -> list[list[Plan]]:
+    """Return the plans of each device: stages in their order, as many on each as divides."""
+    count = 1 + max(plan.stage for plan in plans)
+    return [[plan for plan in plans if plan.stage * devices // count == index] for index in range(devices)]
+
+
+def _launch(stage: _Loaded, key: tuple[int, ...]) -> None:
+    """Execute, by a CUDA graph where the very same call has run before: the first one may allocate."""
+    device = stage.memory.device
+
+    def execute() -> None:
+        _require(stage.context.execute_async_v3(device.stream), stage.plan, "fails to execute")
+
+    if key not in stage.graphs:
+        execute()
+        stage.graphs[key] = None
+        return
+    graph = stage.graphs[key] or device.capture(execute)
+    stage.graphs[key] = graph
+    graph()
+
+
+def _received(memory: DeviceMemory, maker: _Loaded, binding: Binding) -> Memory:
+    """Return where a result of an earlier stage lies on this device."""
+    theirs = maker.memory.buffer(binding, binding.shape)
+    if maker.memory is memory:
+        return theirs
+    ours = memory.buffer(binding, binding.shape)
+    memory.device.receive(ours, maker.memory.device, theirs)
+    return ours
+
+
+def _fetch(memory: DeviceMemory, binding: Binding) -> Array:
+    buffer = memory.buffer(binding, binding.shape)
+    data = memory.device.read(buffer, 0, buffer.bytes)
+    return np.frombuffer(data, HOST_DTYPES[binding.dtype]).reshape(binding.shape)
+
+
+def _context(runtime: Any, plan: Plan) -> Any:
+    """Return an execution context of a plan; N3CError (E0812, exit code 4) where the runtime refuses it."""
+    engine = runtime.deserialize_cuda_engine(plan.path.read_bytes())
+    context = engine.create_execution_context() if engine is not None else None
+    if context is None:
+        raise _refused(plan, "is refused by the runtime: built for another TensorRT version or GPU, or damaged")
+    return context
+
+
+def _require(done: bool, plan: Plan, what: str) -> None:
+    if not done:
+        raise _refused(plan, what)
+
+
+def _refused(plan: Plan, what: str) -> N3CError:
+    help_ = "build the plan again on this machine; TensorRT has said more on stderr"
+    return N3CError(Diagnostic("E0812", f"the plan {what}", Span(str(plan.path)), help=help_), ExitCode.TARGET)
+
+
+def _signature(stages: Sequence[Plan], batch: int) -> Signature:
+    """Return what the stages together take and give, for `batch` sequences whatever their own batch is."""
+    made = {b.name for stage in stages for b in stage.outputs}
+    read = {b.name for stage in stages for b in stage.inputs}
+    own = stages[0].batch
+
+    def ports(bindings: Iterable[Binding]) -> dict[str, Port]:
+        return {b.name: Port(b.dtype, tuple(_dim(b, i, own, batch) for i in range(len(b.shape)))) for b in bindings}
+
+    return Signature(
+        ports(b for stage in stages for b in stage.inputs if b.kind == "input" and b.name not in made),
+        ports(b for stage in stages for b in stage.outputs if b.kind == "output" and b.name not in read),
+    )
+
+
+def _dim(binding: Binding, index: int, own: int, batch: int) -> int | str:
+    size = binding.shape[index]
+    if size < 0:
+        return binding.name
+    return batch if index == 0 and size == own else size
+
+
+def _static(port: Port) -> tuple[int, ...]:
+    return tuple(size for size in port.shape if isinstance(size, int))

@@ -1,0 +1,57 @@
+"""Who proposes tokens for the model to verify."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from n3c.runtime.engines.interface import Engine, call
+
+from .sampling import draw
+from .sequence import Running
+from .speculative import Draft
+
+
+class Drafter(Protocol):
+    """Proposes tokens. A bad one costs time only: the verdict is the model's."""
+
+    def propose(self, engine: Engine, sequences: Sequence[Running | None], count: int) -> list[list[Draft]]:
+        """Return `count` drafts behind the last token of each sequence, none where there is None."""
+        ...
+
+
+class MtpDrafter:
+    """Multi-token prediction: the entry point `draft`, applied to its own output (DeepSeek-V3, arXiv 2412.19437).
+
+    It reads the newest token and the hidden state of the position before. Its cache gets position p from
+    (hidden state of p, token p + 1): the first step writes the position of the last committed token, each
+    further one the position behind it, which `verify` writes again with the main model's hidden states.
+    """
+
+    def propose(self, engine: Engine, sequences: Sequence[Running | None], count: int) -> list[list[Draft]]:
+        """Draw each token from the drafter's distribution, cut as the model's own is."""
+        width = engine.signatures["draft"].inputs["hidden"].shape[-1]
+        assert isinstance(width, int)
+        ids = np.zeros((engine.batch, 1), np.int64)
+        hidden = np.zeros((engine.batch, 1, width), np.float32)
+        lengths = np.zeros(engine.batch, np.int64)
+        reasoning = [s.reasoning if s is not None else None for s in sequences]
+        for i, sequence in enumerate(sequences):
+            if sequence is not None:
+                assert sequence.hidden is not None
+                ids[i, 0], hidden[i, 0] = sequence.tokens[-1], sequence.hidden
+                lengths[i] = sequence.committed - 1
+        drafts: list[list[Draft]] = [[] for _ in sequences]
+        for _ in range(count):
+            outputs = call(engine, "draft", input_ids=ids, hidden=hidden, lengths=lengths)
+            for i, sequence in enumerate(sequences):
+                if sequence is not None:
+                    before = reasoning[i]
+                    proposed = sequence.choice(outputs["logits"][i, 0], before)
+                    token = draw(proposed, sequence.generator)
+                    drafts[i].append(Draft(token, proposed))
+                    ids[i, 0], reasoning[i] = token, before.after(token) if before is not None else None
+                    hidden[i], lengths[i] = outputs["next_hidden"][i], lengths[i] + 1
+        return drafts

@@ -1,0 +1,108 @@
+"""A build and a checkpoint, ready to generate; requests one after the other, and other weights in between."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+from n3c.backends.progress import SILENT, Progress
+from n3c.backends.safetensors.checkpoint_fit import fitting_checkpoint
+from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
+from n3c.runtime.build_folder import OpenedBuild
+from n3c.runtime.engines.interface import Engine
+
+from .drafter import Drafter, MtpDrafter
+from .limits import Room
+from .loop import Generation, Listener
+from .sequence import Options
+from .tokenizer import Tokenizer, find_tokenizer
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(slots=True)
+class Runner:
+    """Generates. `engine` may be of any kind."""
+
+    build: OpenedBuild
+    engine: Engine
+    tokenizer: Tokenizer | None
+    eos_ids: frozenset[int]
+    drafter: Drafter | None
+    """None: no speculation."""
+
+    def generation(
+        self, prompts: Sequence[Sequence[int]], options: Options, listener: Listener | None = None
+    ) -> Generation:
+        """Return a request, not yet run; N3CError (exit code 2) where the build has no room for it."""
+        room = Room.of(self.build.spec)
+        return Generation(self.engine, prompts, options, room, self.tokenizer, self.drafter, listener)
+
+    def replace_weights(self, directory: Path) -> None:
+        """Take the weights of another checkpoint of the same spec, without building anything.
+
+        For reinforcement learning, between rollouts. N3CError (exit code 6) where they do not fit; then the old
+        weights stay.
+        """
+        self.engine.replace_weights(fitting_checkpoint(self.build.spec, directory))
+
+
+def open_runner(
+    build: OpenedBuild,
+    weights: Path,
+    *,
+    device: Device = "cpu",
+    sequences: int = 1,
+    speculate: bool = True,
+    progress: Progress = SILENT,
+) -> Runner:
+    """Load `weights` for at most `sequences` sequences at once. `speculate` has effect where the spec has [mtp].
+
+    N3CError: exit code 4 where the device is not there, 6 where the weights do not fit.
+    """
+    spec = build.spec
+    batch = _batch(spec.serving.batch_sizes, sequences)
+    speculate = speculate and {"draft", "verify"} <= set(build.served.program.entry_points)
+    names = ("prefill", "draft", "verify") if speculate else ("prefill", "decode")
+    checkpoint = fitting_checkpoint(spec, weights)
+    engine: Engine
+    if device == "cpu":
+        from n3c.runtime.engines.onnxruntime.open import cpu_engine
+
+        engine = cpu_engine(build.served, spec, names, batch, checkpoint, progress)
+    else:
+        from n3c.runtime.engines.tensorrt.open import cuda_engine
+
+        engine = cuda_engine(build, names, batch, checkpoint, progress)
+    tokenizer = find_tokenizer([weights], spec.model.vocab_size)
+    eos = _eos_ids(weights) or frozenset(spec.model.eos_token_ids)
+    return Runner(build, engine, tokenizer, eos, MtpDrafter() if speculate else None)
+
+
+def require_weights(directory: Path | None) -> Path:
+    """Return the directory of weights; N3CError (exit code 2) where there is none."""
+    if directory is None:
+        help_ = "give the checkpoint's directory with --weights"
+        raise N3CError(Diagnostic("E0808", "a build holds no weights", help=help_), ExitCode.USAGE)
+    return directory
+
+
+def _batch(sizes: Sequence[int], sequences: int) -> int:
+    """Return the smallest batch size that holds `sequences`; the largest where none does, which refuses the request."""
+    return min((size for size in sizes if size >= sequences), default=max(sizes))
+
+
+def _eos_ids(weights: Path) -> frozenset[int]:
+    """Return `eos_token_id` of generation_config.json, a number or a list of them."""
+    path = weights / "generation_config.json"
+    if not path.is_file():
+        return frozenset()
+    try:
+        ids: object = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError) as error:
+        raise N3CError(Diagnostic("E0810", f"not a JSON object: {error}", Span(str(path))), ExitCode.FILE) from error
+    listed = cast("list[object]", ids) if isinstance(ids, list) else [ids]
+    return frozenset(i for i in listed if isinstance(i, int))

@@ -1,0 +1,73 @@
+"""manifest.json of a build, read back: its files, their hashes, and whether they are still what was built."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, TypeGuard, cast
+
+from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
+
+MANIFEST = "manifest.json"
+
+
+def out_error(code: str, message: str, path: Path, help: str | None = None) -> N3CError:
+    """Return an error about the output (exit code 6)."""
+    return N3CError(Diagnostic(code, message, Span(str(path)), help=help), ExitCode.FILE)
+
+
+def read_manifest(out: Path) -> dict[str, Any] | None:
+    """Return the manifest of a build, or None where there is none that n3c wrote."""
+    try:
+        data: object = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return data if _is_manifest(data) else None
+
+
+def _is_manifest(data: object) -> TypeGuard[dict[str, Any]]:
+    """Whether `data` has what n3c reads back of a manifest."""
+    return (
+        _has(data, {"spec": dict, "files": list, "ledger": list})
+        and _has(data["spec"], {"name": str, "sha256": str})
+        and all(_has(file, {"path": str, "bytes": int}) for file in data["files"])
+        and all(_has(entry, {"format": str, "bytes": int}) for entry in data["ledger"])
+    )
+
+
+def _has(data: object, keys: dict[str, type]) -> TypeGuard[dict[str, Any]]:
+    if not isinstance(data, dict):
+        return False
+    table = cast("dict[str, object]", data)
+    return all(isinstance(table.get(key), kind) for key, kind in keys.items())
+
+
+def verify_files(out: Path, manifest: dict[str, Any]) -> list[Diagnostic]:
+    """Return an E0640 for each file of `manifest` that is missing from `out`, cut or altered.
+
+    Reads every file; sizes are compared first. Nothing outside of `out` is read, whatever the manifest says.
+    """
+    faults: list[Diagnostic] = []
+    for file in manifest["files"]:
+        path = out / file["path"]
+        try:
+            if not path.resolve().is_relative_to(out.resolve()) or not path.is_file():
+                reason = "no such file in the output"
+            elif path.stat().st_size != file["bytes"]:
+                reason = f"{path.stat().st_size} bytes instead of {file['bytes']}"
+            elif sha256_file(path) != file.get("sha256"):
+                reason = "another SHA-256"
+            else:
+                continue
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error)
+        message = f"`{file['path']}` is not what was built: {reason}"
+        faults.append(Diagnostic("E0640", message, Span(str(path)), help="build it again"))
+    return faults
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

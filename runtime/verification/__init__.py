@@ -1,0 +1,1 @@
+"""`n3c verify`: every implementation of a model computes the same, layer by layer."""

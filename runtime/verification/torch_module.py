@@ -1,0 +1,136 @@
+"""The generated PyTorch module as a form of the model, with hooks behind every layer."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from n3c.backends.safetensors.checkpoint import Checkpoint
+from n3c.backends.safetensors.sources import load
+from n3c.ir.source import NegExp, Stack, tensor_names
+from n3c.passes.lower.model import lower
+from n3c.passes.renderings.float32 import widened
+from n3c.passes.serving import quantize_pass
+from n3c.runtime.engines.interface import Array
+from n3c.specs.schema import Spec
+
+from .scenario import Step
+from .trace import Trace
+
+_numbers = itertools.count()
+
+
+class TorchLeg:
+    """`Model.step` of a generated model.py, in float32 with the weights that are deployed, dequantized.
+
+    The module has no drafting entry point: a draft is the whole sequence through the MTP block, and of a
+    verification what is not accepted is forgotten by going back to a copy of the state.
+    """
+
+    name = "PyTorch"
+
+    def __init__(self, path: Path, spec: Spec, checkpoint: Checkpoint, tolerance: float) -> None:
+        """Import `path` and fill its model; any exception of that file is passed on."""
+        self.tolerance = tolerance
+        module = imported(path)
+        self._model: Any = module.Model().eval()
+        _fill(module.named_tensors(self._model), spec, checkpoint)
+        self._room = spec.serving.max_seq_len
+        self._head = "backbone.embeddings" if spec.model.tie_word_embeddings else "lm_head"
+        self._seen: dict[str, Array] = {}
+        self._watch()
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin new sequences."""
+        self._state: Any = None
+        self._ids: Any = None
+
+    def run(self, step: Step) -> Trace | None:
+        """Take the step's tokens in."""
+        tokens = torch.as_tensor(step.tokens)
+        self._seen = {}
+        if self._state is None:
+            self._state = self._model.allocate_state(len(tokens), self._room)
+            self._ids = tokens[:, :0]
+        with torch.no_grad():
+            if step.entry == "draft":
+                return self._draft(tokens)
+            before = copy.deepcopy(self._state) if step.commits < tokens.shape[1] else None
+            logits = self._model.step(tokens, self._state)
+            trace = {**self._seen, self._head: logits.numpy()}
+            if before is not None:
+                self._state = before
+                self._model.step(tokens[:, : step.commits], self._state)
+        self._ids = torch.cat([self._ids, tokens[:, : step.commits]], dim=1)
+        return trace
+
+    def _draft(self, newest: Any) -> Trace:
+        """Return what the MTP block gives at the last token of the sequence, `newest` [B, 1] being behind it."""
+        model, ids = self._model, torch.cat([self._ids, newest], dim=1)
+        hidden = model.mtp(model.backbone(ids[:, :-1]), model.backbone.embeddings(ids[:, 1:]))
+        mtp = {label: value[:, -1:] for label, value in self._seen.items() if label.startswith("mtp.")}
+        return {**mtp, self._head: model.head(hidden)[:, -1:].numpy()}
+
+    def _watch(self) -> None:
+        """Note what every layer gives, under its label in the program."""
+        backbone = self._model.backbone
+        watched = {"backbone.embeddings": backbone.embeddings, "backbone.norm_f": backbone.norm_f}
+        watched |= {f"backbone.layers.{i}": layer for i, layer in enumerate(backbone.layers)}
+        if hasattr(self._model, "mtp"):
+            watched |= {f"mtp.layers.{i}": layer for i, layer in enumerate(self._model.mtp.layers)}
+        for label, layer in watched.items():
+
+            def note(_: Any, __: Any, output: Any, label: str = label) -> None:
+                self._seen[label] = output.float().numpy()
+
+            layer.register_forward_hook(note)
+
+
+def imported(path: Path) -> Any:
+    """Import a file under a name of its own, beside which other generated files may lie."""
+    name = f"n3c_verified_{next(_numbers)}"
+    found = importlib.util.spec_from_file_location(name, path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        found.loader.exec_module(module)
+    finally:
+        del sys.modules[name]
+    return module
+
+
+def _fill(tensors: dict[str, Any], spec: Spec, checkpoint: Checkpoint) -> None:
+    """Copy every weight, dequantized as the deployed codes say, to the tensor of its name in a checkpoint."""
+    program = lower(spec)
+    quantize_pass(spec).run(program)
+    program, _ = widened(program, program.entry_points["forward"])
+    with torch.no_grad():
+        for parameter in program.parameters.values():
+            names = list(tensor_names(parameter.source))
+            if isinstance(parameter.source, NegExp):
+                values = [checkpoint.read(names[0])]
+            else:
+                value = load(parameter, checkpoint)
+                values = list(value) if len(names) > 1 or _stacked(parameter.source) else [value]
+            for name, array in zip(names, values, strict=True):
+                tensors[name].copy_(torch.as_tensor(np.array(array, np.float32)))
+
+
+def _stacked(source: object) -> bool:
+    """Whether the source's first dim counts experts."""
+    while not isinstance(source, Stack):
+        inner = getattr(source, "codes", None) or getattr(source, "operand", None)
+        if inner is None:
+            return False
+        source = inner
+    return True

@@ -1,0 +1,153 @@
+"""Progress: phase, item and elapsed time; a live line on a terminal that is put right again, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from n3c.compiler.building.driver import build
+from n3c.compiler.building.request import Request
+from n3c.compiler.cli.progress import TerminalProgress
+from support.command import PROGRAM, write_small
+from support.progress import Recorded
+
+LINE = re.compile(r"^ *\d+\.\d s  \S")
+HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
+"""What hides the cursor of a terminal, and shows it again."""
+
+ONE_LAYER = ('pattern = "MEM*E-ME"', 'pattern = "ME"')
+
+
+def test_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with TerminalProgress() as shown:
+        shown.phase("emit [x]")
+        for i in range(120):
+            now += 0.1
+            shown.step(f"layer.{i}", i + 1, 120)
+        shown.step("Timing")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "   0.0 s  emit [x]",
+        "   5.1 s  emit [x]: layer.50 51/120",
+        "  10.2 s  emit [x]: layer.101 102/120",
+    ]
+
+
+def test_emission_and_builder_report_what_they_are_at(tmp_path: Path) -> None:
+    spec = write_small(tmp_path, ONE_LAYER, ("[serving]", "[serving]\nbatch_sizes = [1]"))
+    shown = Recorded()
+    built = build(Request(spec, "trt", tmp_path / "out", entries=("decode",)), shown)
+    assert shown.phases == ["load", "passes", "emit decode.b1", "build decode.b1.plan", "manifest"]
+    emitted = shown.by_phase["emit decode.b1"]
+    assert [done for _, done, _ in emitted] == list(range(1, len(emitted) + 1))
+    assert {total for _, _, total in emitted} == {len(emitted)}
+    assert "backbone.layers.1" in {what for what, _, _ in emitted}
+    builder = shown.by_phase["build decode.b1.plan"]
+    assert builder[0][0] == "Parsing ONNX"
+    assert len({what for what, _, _ in builder}) > 1  # the builder's own phases
+    assert all(0 <= done <= total or total == 0 for _, done, total in builder)
+    assert {file["path"] for file in built.files} >= {"trt/decode.b1.plan", "trt/audit.json", "onnx/decode.onnx"}
+
+
+SLOW = """
+import sys, time
+from n3c.compiler.cli.main import main
+from n3c.compiler.building import driver
+
+def slow(spec, sha256, folder, progress):
+    progress.phase("emit [x]")
+    progress.step("layer", 3, 7)
+    time.sleep(60)
+
+driver._emit_torch = slow
+main(sys.argv[1:])
+"""
+
+
+def on_terminal(
+    command: list[str], act: Callable[[str, subprocess.Popen[bytes]], None], **environment: str
+) -> tuple[int, str]:
+    """Run `command` on a terminal; `act` sees all output so far after each piece. Returns exit code and output."""
+    ours, theirs = pty.openpty()
+    variables = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=variables | environment) as process:
+        os.close(theirs)
+        seen, end = "", time.monotonic() + 60
+        while time.monotonic() < end:
+            try:
+                piece = os.read(ours, 65536)
+            except OSError:  # Linux: the other side is closed
+                break
+            seen += piece.decode()
+            act(seen, process)
+        process.kill()
+    os.close(ours)
+    return process.returncode, seen
+
+
+def nothing(_: str, __: subprocess.Popen[bytes]) -> None:
+    """Let the command run."""
+
+
+def test_a_live_line_and_the_cursor_comes_back(tmp_path: Path) -> None:
+    arguments = ["build", str(write_small(tmp_path)), "--target", "torch", "-o", str(tmp_path / "out")]
+    code, seen = on_terminal([*PROGRAM, *arguments, "--print-ir-after", "cleanup"], nothing, TERM="xterm")
+    assert code == 0
+    assert HIDE in seen
+    assert seen.rindex(SHOW) > seen.rindex(HIDE)
+    assert "// after cleanup" in seen
+    assert "Traceback" not in seen
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_restores_the_terminal(number: signal.Signals, tmp_path: Path) -> None:
+    sent: list[float] = []
+
+    def interrupt(seen: str, process: subprocess.Popen[bytes]) -> None:
+        if not sent and "emit [x]: layer 3/7" in seen:
+            sent.append(time.monotonic())
+            process.send_signal(number)
+
+    arguments = ["build", str(write_small(tmp_path)), "--target", "torch", "-o", str(tmp_path / "out")]
+    code, seen = on_terminal([sys.executable, "-c", SLOW, *arguments], interrupt, TERM="xterm")
+    assert sent
+    assert code == 1
+    assert seen.rindex(SHOW) > seen.rindex(HIDE)
+    assert "interrupted" in seen[seen.rindex(SHOW) :]
+    assert "Traceback" not in seen
+    assert [path.name for path in tmp_path.iterdir()] == ["small.toml"]
+
+
+def test_an_error_restores_the_terminal(tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    arguments = ["build", str(write_small(tmp_path)), "--target", "torch", "-o", str(tmp_path / "out")]
+    code, seen = on_terminal([*PROGRAM, *arguments], nothing, TERM="xterm")
+    assert code == 6
+    assert "E0610" in seen[seen.rindex(SHOW) :]
+
+
+def test_colors_on_a_terminal_unless_no_color(tmp_path: Path) -> None:
+    command = [*PROGRAM, "check", str(tmp_path / "missing.toml")]
+    red = "\x1b[31m"
+    assert red in on_terminal(command, nothing, TERM="xterm")[1]
+    assert "\x1b[" not in on_terminal(command, nothing, TERM="xterm", NO_COLOR="1")[1]
+
+
+def test_a_dumb_terminal_gets_plain_lines(tmp_path: Path) -> None:
+    arguments = ["build", str(write_small(tmp_path)), "--target", "torch", "-o", str(tmp_path / "out")]
+    code, seen = on_terminal([*PROGRAM, *arguments], nothing, TERM="dumb")
+    assert code == 0
+    assert HIDE not in seen
+    assert LINE.search(seen)

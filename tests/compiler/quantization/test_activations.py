@@ -1,0 +1,114 @@
+"""Scales of activations in files, and which the checkpoint gets."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from n3c.compiler.quantization.calibration.activations import entries_of, load_scales, resolve, save_scales
+from n3c.compiler.quantization.calibration.calibrate import Amax
+from n3c.compiler.quantization.search.units import find_linears
+from n3c.ir.diagnostics import ExitCode, N3CError
+from n3c.specs.schema import Spec
+from support.specs import QUANTIZED, small_spec
+
+
+@pytest.fixture
+def spec() -> Spec:
+    made = small_spec(QUANTIZED)
+    return replace(made, serving=replace(made.serving, kv_cache_dtype="fp8"))
+
+
+@pytest.fixture
+def amax(spec: Spec) -> Amax:
+    inputs = {linear.module: 1.0 + i for i, linear in enumerate(find_linears(spec))}
+    return Amax(inputs, {f"backbone.layers.3.mixer.{half}_proj": 7.0 for half in "kv"})
+
+
+@pytest.mark.parametrize("name", ["scales.json", "scales.safetensors"])
+def test_what_is_saved_is_loaded(spec: Spec, amax: Amax, tmp_path: Path, name: str) -> None:
+    save_scales(tmp_path / name, entries_of(amax))
+    loaded = load_scales(tmp_path / name, spec)
+    assert loaded == entries_of(amax)
+    scales = resolve(spec, loaded)
+    f32 = np.float32
+    experts = amax.inputs["backbone.layers.1.mixer.experts.*.up_proj"]
+    for expert in range(8):  # NVFP4, one value for all
+        assert scales.inputs[f"backbone.layers.1.mixer.experts.{expert}.up_proj"] == f32(experts) / f32(2688)
+    in_proj = amax.inputs["backbone.layers.0.mixer.in_proj"]
+    assert scales.inputs["backbone.layers.0.mixer.in_proj"] == f32(in_proj) / f32(448)  # FP8
+    assert "backbone.layers.3.mixer.q_proj" not in scales.inputs  # BF16
+    assert "backbone.layers.1.mixer.experts.*.up_proj" not in scales.inputs
+    assert scales.cache == {f"backbone.layers.3.mixer.{half}_proj.{half}_scale": 7 / 448 for half in "kv"}
+
+
+def test_scales_of_a_modelopt_checkpoint_are_taken_as_they_are(spec: Spec, amax: Amax, tmp_path: Path) -> None:
+    scales = resolve(spec, entries_of(amax))
+    theirs = {f"{module}.input_scale": value for module, value in scales.inputs.items()} | dict(scales.cache)
+    save_file({name: np.array(value, np.float32) for name, value in theirs.items()}, tmp_path / "s.safetensors")
+    again = resolve(spec, load_scales(tmp_path / "s.safetensors", spec))
+    assert again == scales
+
+
+def test_an_input_that_was_always_zero_gets_one(spec: Spec, amax: Amax) -> None:
+    amax.inputs["backbone.layers.0.mixer.in_proj"] = 0.0
+    assert resolve(spec, entries_of(amax)).inputs["backbone.layers.0.mixer.in_proj"] == 1.0
+
+
+def test_without_an_fp8_cache_it_has_no_scales(spec: Spec, amax: Amax) -> None:
+    plain = replace(spec, serving=replace(spec.serving, kv_cache_dtype="bf16"))
+    assert resolve(plain, entries_of(amax)).cache == {}
+
+
+def test_missing_scales_are_all_named(spec: Spec, amax: Amax, tmp_path: Path) -> None:
+    del amax.inputs["backbone.layers.0.mixer.in_proj"]
+    del amax.cache["backbone.layers.3.mixer.k_proj"]
+    with pytest.raises(N3CError) as caught:
+        resolve(spec, entries_of(amax), tmp_path / "scales.json")
+    assert caught.value.exit_code is ExitCode.FILE
+    assert [(d.code, d.message, str(d.span)) for d in caught.value.diagnostics] == [
+        ("E0634", f"no scale `{name}`", f"{tmp_path / 'scales.json'}:1:1")
+        for name in ("backbone.layers.0.mixer.in_proj.input_amax", "backbone.layers.3.mixer.k_proj.output_amax")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "words"),
+    [
+        ("no json", "E0632", "not JSON"),
+        ("[1]", "E0632", "not a JSON object"),
+        (json.dumps({"backbone.layers.9.mixer.in_proj.input_amax": 1}), "E0632", "is no scale of this model"),
+        (json.dumps({"backbone.layers.0.mixer.in_proj.weight": 1}), "E0632", "is no scale of this model"),
+        (json.dumps({"backbone.layers.0.mixer.in_proj.input_amax": "big"}), "E0633", "is big"),
+        (json.dumps({"backbone.layers.0.mixer.in_proj.input_amax": -1}), "E0633", "is -1"),
+        (json.dumps({"backbone.layers.0.mixer.in_proj.input_amax": math.nan}), "E0633", "is nan"),
+    ],
+)
+def test_files_that_are_no_scales(spec: Spec, tmp_path: Path, text: str, code: str, words: str) -> None:
+    (tmp_path / "s.json").write_text(text, encoding="utf-8")
+    with pytest.raises(N3CError, match=words) as caught:
+        load_scales(tmp_path / "s.json", spec)
+    assert (caught.value.diagnostics[0].code, caught.value.exit_code) == (code, ExitCode.FILE)
+
+
+def test_safetensors_that_are_no_scales(spec: Spec, tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"nothing")
+    save_file({"backbone.layers.0.mixer.in_proj.input_scale": np.zeros(3, np.float32)}, tmp_path / "b.safetensors")
+    for name, code in (("a", "E0609"), ("b", "E0633")):
+        with pytest.raises(N3CError) as caught:
+            load_scales(tmp_path / f"{name}.safetensors", spec)
+        assert caught.value.diagnostics[0].code == code
+
+
+def test_hundreds_of_unknown_names_are_counted(spec: Spec, tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_text(json.dumps({f"x{i}.input_amax": 1 for i in range(300)}), encoding="utf-8")
+    with pytest.raises(N3CError) as caught:
+        load_scales(tmp_path / "s.json", spec)
+    assert len(caught.value.diagnostics) == 21
+    assert caught.value.diagnostics[-1].message == "and 280 more"

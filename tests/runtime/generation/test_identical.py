@@ -1,0 +1,89 @@
+"""200 random prompts in ONNX Runtime, whose states are really rolled back: drafts change no token, whoever drafts.
+
+Verification computes several tokens at once, so its logits differ from those of decoding by rounding (see
+docs/serving.md); no prompt here comes near enough to a tie for that to show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import pytest
+
+from n3c.passes.lower.model import lower
+from n3c.passes.serving import serve
+from n3c.runtime.engines.interface import Engine
+from n3c.runtime.engines.onnxruntime.engine import OnnxRuntimeEngine
+from n3c.runtime.engines.onnxruntime.open import cpu_engine
+from n3c.runtime.generation.drafter import Drafter, MtpDrafter
+from n3c.runtime.generation.limits import Room
+from n3c.runtime.generation.loop import Generation
+from n3c.runtime.generation.sampling import certain
+from n3c.runtime.generation.sequence import Options, Running
+from n3c.runtime.generation.speculative import Draft
+from support.programs import random_tensors, save_tensors
+from support.specs import SMALL, spec_from_text
+
+VOCAB, BATCH, NEW = 97, 25, 9
+TEXT = SMALL.replace('"MEM*E-ME"', '"M*E"').replace(
+    "max_seq_len = 32", "max_seq_len = 32\nprefill_chunk = 8\ndraft_tokens = 3"
+)
+
+
+class Oracle:
+    """Knows what follows, and drafts it, or something else, or each of both by chance."""
+
+    def __init__(self, following: Sequence[Sequence[int]], kind: Literal["right", "wrong", "random"]) -> None:
+        self.following, self.kind, self.random = following, kind, np.random.default_rng(4)
+
+    def propose(self, engine: Engine, sequences: Sequence[Running | None], count: int) -> list[list[Draft]]:
+        return [self._drafts(i, s, count) if s is not None else [] for i, s in enumerate(sequences)]
+
+    def _drafts(self, index: int, sequence: Running, count: int) -> list[Draft]:
+        done = len(sequence.new)
+        known = [*self.following[index][done : done + count], *[0] * count][:count]
+        drafts: list[Draft] = []
+        for right in known:
+            wrong = self.kind == "wrong" or (self.kind == "random" and self.random.random() < 0.4)
+            token = (right + 1 + int(self.random.integers(VOCAB - 1))) % VOCAB if wrong else right
+            drafts.append(Draft(token, certain(token, VOCAB)))
+        return drafts
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> OnnxRuntimeEngine:
+    spec = spec_from_text(TEXT)
+    served = serve(spec)
+    checkpoint = save_tensors(random_tensors(lower(spec)), tmp_path_factory.mktemp("weights"))
+    return cpu_engine(served, spec, list(served.program.entry_points), BATCH, checkpoint)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    random = np.random.default_rng(0)
+    return [random.integers(0, VOCAB, int(random.integers(1, 20))).tolist() for _ in range(200)]
+
+
+def continued(
+    engine: OnnxRuntimeEngine, prompts: list[list[int]], drafter: Drafter | None
+) -> tuple[list[list[int]], float]:
+    generation = Generation(engine, prompts, Options(max_new_tokens=NEW), Room(30, VOCAB), drafter=drafter)
+    generation.run()
+    return [sequence.new for sequence in generation.sequences], generation.statistics.acceptance_length
+
+
+def test_two_hundred_prompts(engine: OnnxRuntimeEngine, prompts: list[list[int]]) -> None:
+    accepted: dict[str, list[float]] = {"right": [], "wrong": [], "random": [], "mtp": []}
+    for at in range(0, len(prompts), BATCH):
+        batch = prompts[at : at + BATCH]
+        plain, _ = continued(engine, batch, None)
+        drafters: dict[str, Drafter] = {kind: Oracle(plain, kind) for kind in ("right", "wrong", "random")}
+        for kind, drafter in (drafters | {"mtp": MtpDrafter()}).items():
+            tokens, length = continued(engine, batch, drafter)
+            assert tokens == plain, kind
+            accepted[kind].append(length)
+    assert set(accepted["wrong"]) == {1.0}
+    assert min(accepted["right"]) == 4.0
+    assert 1.5 < np.mean(accepted["random"]) < 3
