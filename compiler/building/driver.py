@@ -108,14 +108,14 @@ def _require_fit(spec: Spec, weights: Path) -> None:
 
 def _emit_torch(spec: Spec, spec_sha256: str, folder: Path, progress: Progress) -> list[Diagnostic]:
     from n3c.backends.torch.emit import emit
+    from n3c.backends.torch.loading import write_files
     from n3c.backends.torch.megatron import gaps
 
     program = lower(spec)
     flops, next_flops = (flops_per_token(program, context, mtp=True) for context in (0, 1))
     progress.phase("emit torch")
     folder.mkdir()
-    for name, text in emit(spec, spec_sha256, (flops, next_flops - flops)).items():
-        (folder / name).write_text(text, encoding="utf-8")
+    write_files(emit(spec, spec_sha256, (flops, next_flops - flops)), folder)
     why = [f"no Megatron files: in Megatron-Bridge, {gap}" for gap in gaps(spec)]
     return [Diagnostic("W0519", text, severity=Severity.WARNING) for text in why]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from n3c.backends.onnx.emit import emit_entry
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.backends.safetensors.sources import load
 from n3c.backends.torch.emit import emit
+from n3c.backends.torch.loading import load_package
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 from n3c.runtime.build_folder import OpenedBuild
 from n3c.runtime.engines.interface import Array
@@ -75,26 +75,23 @@ def forms(build: OpenedBuild, checkpoint: Checkpoint, batch: int) -> Generator[t
     spec, program = build.spec, build.served.program
     states = _tolerance(spec)
     skipped: list[Skipped] = []
-    with tempfile.TemporaryDirectory() as folder:
-        path = build.out / "torch" / "model.py"
-        if not build.has("torch/model.py"):
-            path = Path(folder) / "model.py"
-            path.write_text(emit(spec, build.manifest["spec"]["sha256"])["model.py"], encoding="utf-8")
-        found: list[Leg] = [TorchLeg(path, spec, checkpoint, states)]
-        entries = [emit_entry(program, name, batch=batch, rendering="float32") for name in program.entry_points]
-        graphs = {e.name: [prepare(onnx.load_from_string(e.to_bytes()), program, onnx_runtime)] for e in entries}
-        weights = {p.name: load(p, checkpoint) for entry in entries for p in entry.parameters}
-        found.append(OnnxLeg("ONNX Runtime, float32", program, graphs, weights, states, states))
-        files = _files(build, batch)
-        if not files:
-            skipped.append(Skipped("ONNX files", "not in this build; `n3c build --target onnx` makes them"))
-        elif require_small(build) > EVALUATED_ELEMENTS:
-            skipped.append(Skipped("ONNX files", f"more than {EVALUATED_ELEMENTS:,} parameters"))
-        else:
-            found.append(_file_leg(build, checkpoint, files, states))
-        plans = _plans(build, checkpoint, batch)
-        found, skipped = ([*found, plans], skipped) if isinstance(plans, TrtLeg) else (found, [*skipped, plans])
-        yield found, skipped
+    built = build.has("torch/train.py")
+    generated = load_package(build.out / "torch" if built else emit(spec, build.manifest["spec"]["sha256"]))
+    found: list[Leg] = [TorchLeg(generated, spec, checkpoint, states)]
+    entries = [emit_entry(program, name, batch=batch, rendering="float32") for name in program.entry_points]
+    graphs = {e.name: [prepare(onnx.load_from_string(e.to_bytes()), program, onnx_runtime)] for e in entries}
+    weights = {p.name: load(p, checkpoint) for entry in entries for p in entry.parameters}
+    found.append(OnnxLeg("ONNX Runtime, float32", program, graphs, weights, states, states))
+    files = _files(build, batch)
+    if not files:
+        skipped.append(Skipped("ONNX files", "not in this build; `n3c build --target onnx` makes them"))
+    elif require_small(build) > EVALUATED_ELEMENTS:
+        skipped.append(Skipped("ONNX files", f"more than {EVALUATED_ELEMENTS:,} parameters"))
+    else:
+        found.append(_file_leg(build, checkpoint, files, states))
+    plans = _plans(build, checkpoint, batch)
+    found, skipped = ([*found, plans], skipped) if isinstance(plans, TrtLeg) else (found, [*skipped, plans])
+    yield found, skipped
 
 
 def _tolerance(spec: Spec) -> float:

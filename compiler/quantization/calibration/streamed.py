@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.backends.torch.emit import emit
+from n3c.backends.torch.loading import load_package
 from n3c.specs.dump import dump_spec
 from n3c.specs.schema import Spec
 
@@ -42,20 +39,8 @@ class StreamedModel:
 
     @staticmethod
     def generate(spec: Spec) -> Any:
-        """Write the generated module of `spec` to a temporary folder and import it."""
-        text = dump_spec(spec)
-        sha256 = hashlib.sha256(text.encode()).hexdigest()
-        name = f"n3c_generated_{sha256[:16]}"
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.py"
-            path.write_text(emit(spec, sha256)["model.py"], encoding="utf-8")
-            found = importlib.util.spec_from_file_location(name, path)
-            if found is None or found.loader is None:
-                raise RuntimeError(f"{path} cannot be imported")
-            module = importlib.util.module_from_spec(found)
-            sys.modules[name] = module  # dataclasses look their module up
-            found.loader.exec_module(module)
-        return module
+        """Import the generated package of `spec`."""
+        return load_package(emit(spec, hashlib.sha256(dump_spec(spec).encode()).hexdigest()))
 
     @property
     def blocks(self) -> list[str]:

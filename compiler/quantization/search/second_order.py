@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from n3c.backends.progress import Progress
+from n3c.backends.torch.loading import hidden_states
 from n3c.compiler.quantization.calibration.calibrate import Amax, mtp_hidden
 from n3c.compiler.quantization.calibration.streamed import StreamedModel, batches
 
@@ -121,7 +122,7 @@ def _head(scorer: _Scorer, ids: Tensor, x: Tensor) -> Tensor:
 
 def _weighted(block: Any, gradient: Tensor, x: Tensor) -> Tensor:
     """Return a scalar whose gradient is that of the loss, from the gradient behind the block."""
-    total: Tensor = (block(x) * gradient).sum()
+    total: Tensor = (hidden_states(block(x)) * gradient).sum()
     return total
 
 
@@ -226,7 +227,7 @@ class _Scorer:
     @contextmanager
     def _swapped(self, experts: Any, up: Tensor, down: Tensor, format_: str, name: str) -> Iterator[None]:
         """Compute with quantized experts, and quantized inputs of them, while inside."""
-        generated = self.model.generated
+        generated = self.model.generated.model
         original, before = generated.grouped_linear, (experts.up_proj.data, experts.down_proj.data)
         amax = {
             up.data_ptr(): self.amax.inputs[f"{name}.*.up_proj"],

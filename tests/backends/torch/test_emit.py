@@ -165,11 +165,11 @@ print(tuple(out.logits.shape))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_shipped_specs(path: Path, tmp_path: Path) -> None:
+def test_shipped_specs(path: Path) -> None:
     """Every shipped spec gives a model; the released ones on the meta device, by their known counts."""
     spec = load_spec(path)[0]
     with torch.device("meta"):
-        model = generate(spec, tmp_path).Model()
+        model = generate(spec).Model()
     counts = {"nano": 31_577_937_344, "super": 120_668_687_360}
     count = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("mtp."))
     assert count == counts.get(path.stem, count)
@@ -236,8 +236,8 @@ def test_a_hash_that_is_none_is_refused() -> None:
         emit(tiny_spec(), "0" * 63 + '"')
 
 
-def test_model_with_default_keys(tmp_path: Path) -> None:
+def test_model_with_default_keys() -> None:
     """Optional keys left out of a spec still give whole code."""
     spec = Spec("m", Model(hidden_size=8, vocab_size=5, pattern=Pattern("M")), mamba=Mamba(2, 4, 4, 1))
-    model = generate(spec, tmp_path).Model()
+    model = generate(spec).Model()
     assert model(torch.zeros(1, 3, dtype=torch.int64)).logits.shape == (1, 3, 5)

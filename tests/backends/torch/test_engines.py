@@ -75,7 +75,7 @@ def test_versions_are_those_that_are_tested() -> None:
 
 
 @pytest.mark.parametrize("spec", [tiny_spec(), tiny_spec("M*-", mtp=None)], ids=["all", "dense"])
-def test_weight_decay_is_that_of_train_py(spec: Spec, tmp_path: Path) -> None:
+def test_weight_decay_is_that_of_train_py(spec: Spec) -> None:
     """The adapter's pattern over names means the rule of optimizer.py: matrices decay, embeddings do not."""
     text = emit(spec, SHA256)["torchtitan_adapter.py"]
     found = [
@@ -85,7 +85,7 @@ def test_weight_decay_is_that_of_train_py(spec: Spec, tmp_path: Path) -> None:
     ]
     plain = re.compile(ast.literal_eval(found[0]))
     with torch.device("meta"):
-        parameters = dict(generate(spec, tmp_path).Model().named_parameters())
+        parameters = dict(generate(spec).Model().named_parameters())
     assert {name for name in parameters if plain.search(name)} == {
         name for name, p in parameters.items() if p.dim() < 2 or name.endswith("embeddings.weight")
     }
