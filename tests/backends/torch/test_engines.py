@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from n3c.backends.torch.emit import TRAINER, emit
+from n3c.backends.torch.emit import emit
 from n3c.backends.torch.engines import VERSIONS, engine_files
+from n3c.backends.torch.loading import write_files
 from n3c.backends.torch.megatron import gaps, precision
 from n3c.specs.load import load_spec
 from n3c.specs.pattern import Pattern
@@ -22,7 +23,7 @@ from support.golden import assert_golden
 from support.specs import SPECS
 
 from .generated import SHA256, generate, tiny_spec
-from .test_emit import BIG, run_tool, variants
+from .test_emit import run_tool
 
 ROOT = SPECS.parent
 MEGATRON = {"megatron_provider.py", "megatron_recipe.py"}
@@ -42,27 +43,11 @@ def test_golden() -> None:
         assert_golden(f"torch/engines/{name}", files[name])
 
 
-def test_formatted_and_clean(tmp_path: Path) -> None:
-    shipped = {path.stem: load_spec(path)[0] for path in SPECS.glob("*.toml")}
-    for name, spec in (variants() | shipped).items():
-        files = emit(spec, SHA256, (BIG, BIG))
-        for file in engine_files(spec):
-            (tmp_path / f"{file.removesuffix('.py')}_{name.replace('-', '_')}.py").write_text(files[file])
-    run_tool("ruff", "format", "--isolated", "--check", "--diff", "--line-length", "100", str(tmp_path))
-    rules = "A,B,C4,D2,D3,D4,E,F,I,PERF,PIE,RUF,UP,W"
-    style = "D203,D205,D212,D213,D400,D401,D415"
-    options = ["--isolated", "--line-length", "100", "--target-version", "py311", "--select", rules, "--ignore", style]
-    ours = [file.removesuffix(".py") for file in ("model.py", "numerics.py", "megatron_provider.py", *TRAINER)]
-    options += ["--config", f"lint.isort.known-first-party = {ours}"]
-    run_tool("ruff", "check", *options, str(tmp_path))
-
-
 @pytest.mark.parametrize("spec", [TINY, tiny_spec("M*-", mtp=None)], ids=["all", "dense"])
 def test_typed(spec: Spec, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Strictly typed, but for what comes from torchtitan and Megatron, which have no types."""
     cache = request.config.cache.mkdir("mypy-generated") if request.config.cache else tmp_path / "cache"
-    for file, text in emit(spec, SHA256).items():
-        (tmp_path / file).write_text(text)
+    write_files(emit(spec, SHA256), tmp_path)
     (tmp_path / "mypy.ini").write_text(UNTYPED)
     options = ["--strict", "--config-file", "mypy.ini", "--cache-dir", str(cache)]
     run_tool("mypy", *options, *engine_files(spec), cwd=tmp_path)
