@@ -359,7 +359,7 @@ def test_document_separator(train: Any, text: Path, tmp_path: Path) -> None:
     assert documents.max() > 0
     assert line["loss"] == pytest.approx(model(ids, ids, documents).loss.item(), abs=1e-6)
     assert line["loss"] != pytest.approx(model(ids, ids).loss.item(), abs=1e-4)
-    train.model.load_checkpoint(model, tmp_path / "out" / "export")
+    train.checkpoint.load_checkpoint(model, tmp_path / "out" / "export")
     rows = torch.stack([held_out.read(n) for n in range(held_out.per_epoch)])
     documents = train.data.documents_of(rows, ord(" "))
     losses = -model(rows, None, documents).logits.log_softmax(-1)[:, :-1].gather(2, rows[:, 1:, None])[..., 0]
