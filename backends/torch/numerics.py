@@ -13,7 +13,7 @@ NOT_LINEAR = frozenset({"embedding", "mamba.conv1d", "moe.router", "mtp.mamba.co
 
 
 def training_formats(spec: Spec) -> list[tuple[str, str]]:
-    """Return (module of model.py, format) of every linear that is not BF16, in the order of the layers.
+    """Return (module of the generated model, format) of every linear that is not BF16, in the order of the layers.
 
     The routed experts of a layer are one module for each projection.
     """
