@@ -168,9 +168,10 @@ def test_memory(tmp_path: Path) -> None:
 
     def peak(form: str) -> int:
         command = [sys.executable, "-c", MEMORY, form]
-        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # each thread keeps what it freed
-        done = subprocess.run(command, cwd=tmp_path, env=one_thread, check=True, capture_output=True, text=True)
+        # What is freed goes back at once, instead of staying with each thread: the peak is that of live tensors.
+        exact = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
+        done = subprocess.run(command, cwd=tmp_path, env=exact, check=True, capture_output=True, text=True)
         return 1024 * int(done.stdout)
 
-    assert peak("chunks") < 128e6
+    assert peak("chunks") < 80e6
     assert peak("logits") > 500e6  # the test can see them
