@@ -91,8 +91,7 @@ class Engine:
 
     def __call__(self, weights: dict[str, Tensor], *inputs: Tensor) -> Tensor:
         with self.autocast(enabled=True, recipe=self.recipe):
-            y: Tensor = functional_call(self.module, weights, inputs)
-        return y
+            return functional_call(self.module, weights, inputs)
 
 
 class EngineLinear(nn.Linear):

@@ -145,8 +145,7 @@ def stored_shape(tensor: Tensor, kind: str) -> list[int]:
 def read_tensor(path: Path, name: str) -> Tensor:
     """Return one tensor of a safetensors file."""
     with safe_open(path, framework="pt") as file:
-        tensor: Tensor = file.get_tensor(name)
-    return tensor
+        return file.get_tensor(name)
 
 
 def dequantize(codes: Tensor, scale: Tensor, scale_2: Tensor | None = None) -> Tensor:
@@ -161,8 +160,7 @@ def dequantize(codes: Tensor, scale: Tensor, scale_2: Tensor | None = None) -> T
     values = torch.tensor([*E2M1, *(-value for value in E2M1)])
     codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)  # [out, in]
     blocks = values[codes.int()].reshape(*scale.shape, 16)  # [out, in/16, 16]
-    weight: Tensor = (blocks * scale.float()[..., None] * scale_2).flatten(-2)
-    return weight
+    return (blocks * scale.float()[..., None] * scale_2).flatten(-2)
 
 
 def checkpoint_files(directory: Path) -> list[Path]:

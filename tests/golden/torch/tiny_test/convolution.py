@@ -71,8 +71,7 @@ def causal_conv1d(
         )
         return out.transpose(1, 2)
     by_tap = weight.float().t().contiguous()  # [W, X]
-    y: Tensor = ShiftedSum.apply(x, by_tap, bias.float(), documents)
-    return F.silu(y).to(x.dtype)
+    return F.silu(ShiftedSum.apply(x, by_tap, bias.float(), documents)).to(x.dtype)
 
 
 def causal_conv1d_update(x: Tensor, weight: Tensor, bias: Tensor, window: Tensor) -> Tensor:

@@ -23,8 +23,7 @@ def grouped_linear(x: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tens
         ends = tokens_per_expert.cumsum(0, dtype=torch.int32)
         if x.dtype == torch.bfloat16 or not torch.compiler.is_compiling():
             return F.grouped_mm(x, weight.mT, offs=ends)
-        y: Tensor = grouped_mm(x, weight, ends)
-        return y
+        return grouped_mm(x, weight, ends)
     if torch.compiler.is_compiling():
         # A graph cannot loop over the experts that were chosen: each row gets its own matrix.
         rows = torch.arange(x.shape[0], device=x.device)

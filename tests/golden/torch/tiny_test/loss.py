@@ -66,10 +66,9 @@ def linear_cross_entropy(
     Of W there may be the rows of some tokens only, from token `first` on. Then it is the part of
     those targets, and `log_softmax` turns their logits [tokens, rows] into log probabilities.
     """
-    total: Tensor = LinearCrossEntropy.apply(
+    return LinearCrossEntropy.apply(
         x.flatten(0, -2), weight, targets.flatten(), first, log_softmax, torch.is_grad_enabled()
     )
-    return total
 
 
 class LinearCrossEntropy(torch.autograd.Function):

@@ -132,8 +132,7 @@ def mxfp8(x: Tensor) -> Tensor:
     exponent = torch.where(largest == 0, 0.0, (largest / FP8_MAX).log2().ceil()).clamp(-127, 127)
     scale = exponent.exp2()
     codes = (blocks / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    values: Tensor = codes.float() * scale
-    return values.flatten(-2)[..., : x.shape[-1]]
+    return (codes.float() * scale).flatten(-2)[..., : x.shape[-1]]
 
 
 def hadamard(x: Tensor) -> Tensor:
@@ -263,8 +262,7 @@ def product(x: Tensor, weight: Tensor, groups: Groups, kind: str) -> Tensor:
         tokens_per_expert = groups.ends.diff(prepend=groups.ends.new_zeros(1))
         return grouped_linear(x, weight.to(x.dtype), tokens_per_expert)
     with torch.autocast(x.device.type, enabled=False):
-        y: Tensor = FUNCTIONS[kind].apply(x, weight, groups)
-    return y
+        return FUNCTIONS[kind].apply(x, weight, groups)
 
 
 def linear(x: Tensor, weight: Tensor, kind: str) -> Tensor:

@@ -15,14 +15,12 @@ from torch import Tensor
 
 def sum_of_gradients(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return x, whose gradient will be the sum of those of the processes."""
-    y: Tensor = SumOfGradients.apply(x, group)
-    return y
+    return SumOfGradients.apply(x, group)
 
 
 def sum_of_outputs(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return the sum of x over the processes; each x has the gradient of the sum."""
-    y: Tensor = SumOfOutputs.apply(x, group)
-    return y
+    return SumOfOutputs.apply(x, group)
 
 
 class SumOfGradients(torch.autograd.Function):
@@ -56,8 +54,7 @@ class SumOfOutputs(torch.autograd.Function):
 
 def side_by_side(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return what the processes have, one behind the other on the last axis."""
-    y: Tensor = SideBySide.apply(x, group)
-    return y
+    return SideBySide.apply(x, group)
 
 
 class SideBySide(torch.autograd.Function):
@@ -85,8 +82,7 @@ def log_softmax_over(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def exchange(x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
     """Send the next sent[p] rows of x to process p; return the received[p] rows that each sends."""
-    y: Tensor = Exchange.apply(x, sent, received, group)
-    return y
+    return Exchange.apply(x, sent, received, group)
 
 
 class Exchange(torch.autograd.Function):

@@ -209,8 +209,7 @@ class Share:
     def __call__(self, *inputs: Any, **options: Any) -> Tensor:
         parameters = {name: self.mine(name, p) for name, p in self.module.named_parameters()}
         if self.tensor is None:
-            y: Tensor = functional_call(self.shell, parameters, inputs, options)
-            return y
+            return functional_call(self.shell, parameters, inputs, options)
         group = self.tensor.get_group()
         inputs = tuple(sum_of_gradients(x, group) if flows(x) else x for x in inputs)
         return sum_of_outputs(functional_call(self.shell, parameters, inputs, options), group)
