@@ -29,10 +29,10 @@ from n3c.backends.safetensors import nvfp4
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.backends.torch.loading import hidden_states
 from n3c.compiler.quantization.calibration.calibrate import Amax, calibrate
-from n3c.compiler.quantization.calibration.streamed import StreamedModel
+from n3c.compiler.quantization.calibration.streamed_model import StreamedModel
 from n3c.compiler.quantization.search import fake_quant
-from n3c.compiler.quantization.search.auto import measure
 from n3c.compiler.quantization.search.budget import mean_bits
+from n3c.compiler.quantization.search.sensitivity import measure
 from n3c.compiler.quantization.search.units import Linear, Unit, find_units
 from n3c.specs.dump import dump_spec
 from n3c.specs.load import load_spec
@@ -196,7 +196,7 @@ class Evaluated:
     """The loss of a checkpoint on held-out text with some linears quantized, computed in float32."""
 
     def __init__(self, model: StreamedModel, weights: Path, amax: Amax, test: torch.Tensor) -> None:
-        self.generated = model.generated.model  # which calls `grouped_linear`
+        self.model = model
         self.amax = amax
         self.test = test
         self.units = {unit.name: unit for unit in find_units(model.spec, "nvfp4", BLOCK[0], mtp=False)}
@@ -244,18 +244,15 @@ class Evaluated:
             else:
                 read = partial(_read, format_, amax)
                 handles.append(self.whole.get_submodule(linear.module).register_forward_pre_hook(read))
-        original = self.generated.grouped_linear
 
-        def grouped_linear(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        def read_by_experts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             format_, amax = stacks.get(weight.data_ptr(), ("bf16", 0.0))
-            y: torch.Tensor = original(fake_quant.activation(x, format_, amax), weight, counts)
-            return y
+            return fake_quant.activation(x, format_, amax)
 
-        self.generated.grouped_linear = grouped_linear
         try:
-            yield
+            with self.model.experts_reading(read_by_experts):
+                yield
         finally:
-            self.generated.grouped_linear = original
             for handle in handles:
                 handle.remove()
 

@@ -2,8 +2,9 @@
 
 An op is one function here. Its positional parameters are the operands, its keyword-only parameters
 the attributes, its docstring the definition with the equation, its body the shape rule (ValueError
-where operands do not fit) and `flops` its cost. Backends only add how they spell it; the meaning is
-fixed by the reference evaluation in `n3c.runtime.engines.reference`.
+where operands do not fit), `flops` its cost, and `weights` names the operands that hold weights.
+Backends only add how they spell it; the meaning is fixed by the reference evaluation in
+`n3c.runtime.engines.reference`.
 
 The letters of sizes are those of letters.py; a linear has sizes in and out. Arithmetic is float32
 whatever the storage types are.
@@ -17,14 +18,15 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeVar
 
+from .formats import NVFP4_BLOCK
 from .types import Dim, DType, TensorType
 
 Attribute = int | float | bool | str | tuple[int, ...]
 Types = tuple[TensorType, ...]
+Named = Mapping[str, TensorType | None]
+"""Types of operands by name; None for an optional one that is left out."""
 T = TypeVar("T")
 
-NVFP4_BLOCK = 16
-"""Elements along the input axis that share one E4M3 scale."""
 CACHE_MAX = 352.0
 """Largest value in an FP8 cache. E4M3 reaches 448, but two codes beyond 352 are no finite FP16 number, as which
 engines write them."""
@@ -40,7 +42,15 @@ class OpDef:
     optional: frozenset[str]
     attributes: tuple[str, ...]
     rule: Callable[..., TensorType | Types]
-    flops: Callable[[list[TensorType | None], Types, Mapping[str, Attribute]], int] | None
+    weights: tuple[str, ...] = ()
+    """Operands that are weights of linears, [..., out, in]: what formats apply to, and what audits follow."""
+    flops: Flops | None = None
+
+    def position(self, operand: str) -> int:
+        """Return the place of an operand by its name; KeyError if the op has none of that name."""
+        if operand not in self.operands:
+            raise KeyError(f"{self.name} has operands {list(self.operands)}, not `{operand}`")
+        return self.operands.index(operand)
 
     def infer(self, operands: Sequence[TensorType | None], attributes: Mapping[str, Attribute]) -> Types:
         """Return the result types; ValueError where the operands or attributes do not fit.
@@ -64,12 +74,17 @@ class OpDef:
         return [*operands, *(None for name in missing if name in self.optional)]
 
 
+Flops = Callable[[Any, Types, Mapping[str, Attribute]], int]
+"""FLOPs of operands (by name), results and attributes; a multiply-add is two, symbolic dims count as one."""
+
 OPS: dict[str, OpDef] = {}
 """Every op by its name."""
 
 
-def op(flops: Callable[..., int] | None = None) -> Callable[[Callable[..., TensorType | Types]], OpDef]:
-    """Define an op by its shape rule."""
+def op(
+    *, weights: tuple[str, ...] = (), flops: Flops | None = None
+) -> Callable[[Callable[..., TensorType | Types]], OpDef]:
+    """Define an op by its shape rule; `weights` are those of its operands that are weights of linears."""
 
     def define(rule: Callable[..., TensorType | Types]) -> OpDef:
         parameters = inspect.signature(rule).parameters.values()
@@ -81,8 +96,11 @@ def op(flops: Callable[..., int] | None = None) -> Callable[[Callable[..., Tenso
             optional=frozenset(p.name for p in positional if p.default is None),
             attributes=tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY),
             rule=rule,
+            weights=weights,
             flops=flops,
         )
+        for name in weights:
+            definition.position(name)
         OPS[definition.name] = definition
         return definition
 
@@ -99,7 +117,7 @@ def _elements(type_: TensorType) -> int:
 
 
 def _matmul_flops(operands: Any, results: Types, attributes: Any) -> int:
-    return 2 * _elements(results[0]) * int(operands[0].dims[-1])
+    return 2 * _elements(results[0]) * int(operands["x"].dims[-1])
 
 
 # ---------------------------------------------------------------------------------- ends of the model
@@ -181,14 +199,14 @@ def gated_rms_norm(x: TensorType, gate: TensorType, weight: TensorType, *, group
 # ------------------------------------------------------------------------------------------- linears
 
 
-@op(flops=_matmul_flops)
+@op(weights=("weight",), flops=_matmul_flops)
 def linear(x: TensorType, weight: TensorType) -> TensorType:
     """y = x Wᵀ: x [..., in], weight W [out, in] → [..., out]. No bias: no linear of the family has one."""
     _require(len(weight.dims) == 2 and weight.dims[1] == x.dims[-1], f"weight {weight} does not fit {x}")
     return x.with_last(weight.dims[0])
 
 
-@op(flops=_matmul_flops)
+@op(weights=("weight",), flops=_matmul_flops)
 def expert_linear(x: TensorType, indices: TensorType, weight: TensorType) -> TensorType:
     """y[b, s, k] = x[b, s, k or 0] W[indices[b, s, k]]ᵀ: the linears of the chosen experts.
 
@@ -205,27 +223,31 @@ def dequantize_nvfp4(codes: TensorType, scale: TensorType, scale_2: TensorType) 
     """w[..., o, i] = e2m1(codes[..., o, i]) · scale[..., o, i/16] · scale_2[...].
 
     codes: f4e2m1 [..., out, in], or the same bytes as i8 [..., out, in/2] (the low nibble of byte i is
-    element 2i); scale: f8e4m3 [..., out, in/16]; scale_2: f32 [] or [E]. The result is the exact
-    product in float32. A 16x16 block repeats its scale in 16 rows, so both block shapes read alike.
+    element 2i); scale: f8e4m3 [..., out, in/16], or the same bytes as i8; scale_2: f32 [] or [E]. The
+    result is the exact product in float32. A 16x16 block repeats its scale in 16 rows, so both block
+    shapes read alike.
     """
     _require(codes.dtype in (DType.F4E2M1, DType.I8), f"codes must be f4e2m1 or i8, not {codes}")
     last = codes.dims[-1]
     _require(isinstance(last, int), "codes need a static last dim")
     k = int(last) * (2 if codes.dtype is DType.I8 else 1)
     _require(k % NVFP4_BLOCK == 0, f"K = {k} is not a multiple of {NVFP4_BLOCK}")
-    _require(
-        scale == TensorType(DType.F8E4M3, (*codes.dims[:-1], k // NVFP4_BLOCK)), f"scale {scale} does not fit {codes}"
-    )
+    _require(scale.dtype in (DType.F8E4M3, DType.I8), f"scale must be f8e4m3 or i8, not {scale}")
+    _require(scale.dims == (*codes.dims[:-1], k // NVFP4_BLOCK), f"scale {scale} does not fit {codes}")
     _require(scale_2 == TensorType(DType.F32, codes.dims[:-2]), f"scale_2 {scale_2} does not fit {codes}")
     return TensorType(DType.F32, (*codes.dims[:-1], k))
 
 
 @op()
 def dequantize_fp8(codes: TensorType, scale: TensorType) -> TensorType:
-    """w = codes · scale: codes f8e4m3 [..., out, in], scale f32 [] or [E] → f32 [..., out, in]."""
-    _require(codes.dtype is DType.F8E4M3, f"codes must be f8e4m3, not {codes}")
+    """w = codes · scale: codes f8e4m3 [..., out, in] or the same bytes as i8, scale f32 [] or [E] → f32."""
+    _require(codes.dtype in (DType.F8E4M3, DType.I8), f"codes must be f8e4m3 or i8, not {codes}")
     _require(scale == TensorType(DType.F32, codes.dims[:-2]), f"scale {scale} does not fit {codes}")
     return codes.with_dtype(DType.F32)
+
+
+DEQUANTIZE = (dequantize_nvfp4, dequantize_fp8)
+"""Ops that make a weight of codes and scales."""
 
 
 # ----------------------------------------------------------------------------------------------- MoE
@@ -256,11 +278,12 @@ def route(
     return TensorType(DType.I64, dims), TensorType(DType.F32, dims)
 
 
-@op(
-    flops=lambda operands, results, attributes: (
-        2 * operands[1].dims[-1] * (_elements(operands[3]) + _elements(operands[4])) // operands[3].dims[0]
-    )
-)
+def _experts_flops(operands: Any, results: Types, attributes: Any) -> int:
+    up, down = operands["up"], operands["down"]
+    return 2 * int(operands["indices"].dims[-1]) * (_elements(up) + _elements(down)) // int(up.dims[0])
+
+
+@op(weights=("up", "down"), flops=_experts_flops)
 def experts(x: TensorType, indices: TensorType, weights: TensorType, up: TensorType, down: TensorType) -> TensorType:
     """y = Σₖ weights[k] · down[e] relu²(up[e] x), e = indices[k].
 
@@ -290,8 +313,7 @@ def combine_experts(y: TensorType, weights: TensorType) -> TensorType:
 
 
 def _conv_flops(operands: Any, results: Types, attributes: Any) -> int:
-    weight = next(operand for operand in operands[1:] if operand is not None and operand.dims[1:2] == (1,))
-    return 2 * _elements(results[0]) * int(weight.dims[-1])
+    return 2 * _elements(results[0]) * int(operands["weight"].dims[-1])
 
 
 @op(flops=_conv_flops)
@@ -332,7 +354,7 @@ def _require_counts(counts: TensorType | None, x: TensorType) -> None:
 
 def _ssd_flops(operands: Any, results: Types, attributes: Any) -> int:
     # per token and head: decay and update the state (3 P N), read it out (2 P N)
-    return 5 * _elements(results[0]) * int(operands[3].dims[-1]) // int(attributes["n_groups"])
+    return 5 * _elements(results[0]) * int(operands["B"].dims[-1]) // int(attributes["n_groups"])
 
 
 @op(flops=_ssd_flops)
@@ -389,7 +411,10 @@ def ssd_update(
     h' = exp(c) h + Σᵢ exp(c - cᵢ) δᵢ x[i] ⊗ B[i].
     """
     ssd.infer([x, dt, A, B, C, D, dt_bias], {"n_groups": n_groups, "chunk_size": chunk_size})
-    _require(len(state.dims) == 4 and state.dims[:2] == (x.dims[0], A.dims[0]), f"state {state} does not fit {x}")
+    heads, channels, width = A.dims[0], x.dims[-1], B.dims[-1]
+    assert isinstance(heads, int) and isinstance(channels, int) and isinstance(width, int)  # as ssd requires
+    dims = (x.dims[0], heads, channels // heads, width // n_groups)
+    _require(state.dims == dims, f"state {state} does not fit {x} and B {B}: [B, H, P, N] is {list(dims)}")
     _require_counts(counts, x)
     return x, state
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from .program import Call, EntryPoint, Function, Node, Origin, Program, Value
+from .program import EntryPoint, Function, Node, Origin, Program, Value
 
 
 def print_program(program: Program, *, origins: bool = False) -> str:
@@ -24,7 +24,7 @@ def _lines(program: Program, origins: bool) -> Iterator[str]:
         yield from _function(function, origins)
     for entry in program.entry_points.values():
         yield ""
-        yield from _entry(entry)
+        yield from _entry(program, entry)
     if program.states:
         yield ""
         yield "states"
@@ -66,16 +66,24 @@ def _comment(origin: Origin) -> str:
     return f"  # {origin.made_by}" + (f", {origin.span}" if origin.span else "")
 
 
-def _entry(entry: EntryPoint) -> Iterator[str]:
+def _entry(program: Program, entry: EntryPoint) -> Iterator[str]:
     inputs = ", ".join(f"{name}: {type_}" for name, type_ in entry.inputs.items())
     yield f"entry {entry.name}({inputs})"
     yield "{"
     for call in entry.calls:
-        yield f"  {_call(call)}"
+        yield f"  {', '.join(call.outputs) or 'none'} = @{call.function}({', '.join(call.inputs)}) at {call.label}"
+        function = program.functions[call.function]
+        for what, formals, actual in (
+            ("param", function.parameters, call.parameters),
+            ("state", function.states, call.states),
+        ):
+            if actual:
+                yield f"      {what} {_bound(call.label, formals, actual)}"
     yield f"  return {', '.join(entry.outputs)}"
     yield "}"
 
 
-def _call(call: Call) -> str:
-    text = f"{', '.join(call.outputs)} = @{call.function}({', '.join(call.inputs)})  # {call.label}"
-    return text + (f", states {', '.join(call.states)}" if call.states else "")
+def _bound(label: str, formals: list[Value], actual: list[str]) -> str:
+    """Return what is bound to each formal in order; one below `label` whose name is the formal's is that name alone."""
+    pairs = zip(formals, actual, strict=True)
+    return ", ".join(f.name if name == f"{label}.{f.name}" else f"{f.name}={name}" for f, name in pairs)

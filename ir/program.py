@@ -12,11 +12,11 @@ tables in place; `verify` says whether what they left is sound.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 
 from .diagnostics import Span
-from .ops import Attribute, OpDef
+from .ops import DEQUANTIZE, Attribute, OpDef
 from .source import Bytes, Source
 from .types import TensorType
 
@@ -44,6 +44,13 @@ class Value:
     def __str__(self) -> str:
         return f"%{self.name}"
 
+    @property
+    def stored(self) -> list[Value]:
+        """What holds this weight: codes, then scales, where it is dequantized; else itself."""
+        if self.node is None or self.node.op not in DEQUANTIZE:
+            return [self]
+        return [operand for operand in self.node.operands if operand is not None]
+
 
 @dataclass(slots=True, eq=False)
 class Node:
@@ -55,12 +62,26 @@ class Node:
     results: list[Value]
     origin: Origin
 
-    def operand(self, index: int) -> Value:
-        """Return a required operand."""
-        value = self.operands[index]
+    def __getitem__(self, operand: str) -> Value:
+        """Return an operand by its name; ValueError where it is left out, KeyError if the op has no such operand."""
+        value = self.get(operand)
         if value is None:
-            raise ValueError(f"{self.op.name} lacks operand {self.op.operands[index]}")
+            raise ValueError(f"{self.op.name} lacks operand `{operand}`")
         return value
+
+    def get(self, operand: str) -> Value | None:
+        """Return an operand by its name, None where it is left out; KeyError if the op has no such operand."""
+        return self.operands[self.op.position(operand)]
+
+    @property
+    def named_operands(self) -> dict[str, Value | None]:
+        """The operands by their names."""
+        return dict(zip(self.op.operands, self.operands, strict=True))
+
+    @property
+    def weights(self) -> list[Value]:
+        """The operands that are weights of linears, as the op's definition says."""
+        return [self[name] for name in self.op.weights]
 
 
 @dataclass(slots=True, eq=False)
@@ -88,32 +109,6 @@ class Function:
                 return value
         raise KeyError(name)
 
-    def emit_many(
-        self,
-        op: OpDef,
-        operands: Sequence[Value | None],
-        names: Sequence[str],
-        attributes: Mapping[str, Attribute] | None = None,
-        *,
-        origin: Origin,
-        at: int | None = None,
-    ) -> list[Value]:
-        """Append a node, or insert it at `at`, and return its results; ValueError where it does not type."""
-        operands = op.padded(operands)
-        types = op.infer([v.type if v else None for v in operands], attributes or {})
-        if len(types) != len(names):
-            raise ValueError(f"{op.name} gives {len(types)} results, not {len(names)}")
-        results = [Value(self.fresh(name), type_) for name, type_ in zip(names, types, strict=True)]
-        node = Node(op, operands, dict(attributes or {}), results, origin)
-        for result in results:
-            result.node = node
-        self.nodes.insert(len(self.nodes) if at is None else at, node)
-        return results
-
-    def emit(self, op: OpDef, *operands: Value | None, name: str, origin: Origin, at: int | None = None) -> Value:
-        """`emit_many` for ops with one result and no attributes."""
-        return self.emit_many(op, operands, [name], origin=origin, at=at)[0]
-
     def values(self) -> Iterator[Value]:
         """Yield every value that is defined: inputs, parameters, states, results."""
         yield from self.inputs
@@ -121,14 +116,6 @@ class Function:
         yield from self.states
         for node in self.nodes:
             yield from node.results
-
-    def fresh(self, name: str) -> str:
-        """Return `name`, with a number behind it where it is taken."""
-        taken = {value.name for value in self.values()}
-        candidate, n = name, 1
-        while candidate in taken:
-            candidate, n = f"{name}_{n}", n + 1
-        return candidate
 
     def uses(self, value: Value) -> list[Node]:
         """Return the nodes that read `value`."""
@@ -221,6 +208,15 @@ class EntryPoint:
     tokens: int = 1
     """Tokens of each sequence that a call takes when it serves: the size of dim `S`."""
 
+    def needed(self, outputs: Iterable[str]) -> list[Call]:
+        """Return the calls that `outputs` depend on, and those that write states, in order."""
+        needed, kept = set(outputs), list[Call]()
+        for call in reversed(self.calls):
+            if call.states or needed.intersection(call.outputs):
+                needed.update(call.inputs)
+                kept.append(call)
+        return kept[::-1]
+
 
 @dataclass(frozen=True, slots=True)
 class LedgerEntry:
@@ -256,3 +252,20 @@ class Program:
         """Yield the calls of every entry point."""
         for entry in self.entry_points.values():
             yield from entry.calls
+
+    def bound(self, call: Call, formal: Value) -> Parameter:
+        """Return the parameter that `call` binds to `formal`; ValueError where that is no parameter of its function."""
+        return self.parameters[call.parameters[self.functions[call.function].parameters.index(formal)]]
+
+    def extract(self, entry: EntryPoint) -> Program:
+        """Return a program of a copy of `entry` alone, with what it uses: passes may rewrite it, this one stays."""
+        calls = [replace(call, parameters=list(call.parameters), states=list(call.states)) for call in entry.calls]
+        names = {name: None for call in calls for name in call.parameters}
+        states = {name for call in calls for name in call.states}
+        return Program(
+            self.name,
+            {name: self.functions[name].clone(name) for name in dict.fromkeys(call.function for call in calls)},
+            {name: self.parameters[name] for name in names},
+            {name: state for name, state in self.states.items() if name in states},
+            {entry.name: replace(entry, inputs=dict(entry.inputs), calls=calls, outputs=list(entry.outputs))},
+        )

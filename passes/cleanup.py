@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from n3c.ir.program import EntryPoint, Function, Node, Program
+from n3c.ir.program import Function, Node, Program
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,9 @@ class Cleanup:
         """Rewrite `program` in place; return whether anything was dropped."""
         changed = False
         for entry in program.entry_points.values():
-            changed |= _drop_calls(program, entry)
+            needed = entry.needed(entry.outputs)
+            changed |= len(needed) != len(entry.calls)
+            entry.calls = needed
         used = {call.function for call in program.calls()}
         changed |= used != set(program.functions)
         program.functions = {name: f for name, f in program.functions.items() if name in used}
@@ -35,18 +37,6 @@ class Cleanup:
         program.parameters = {name: p for name, p in program.parameters.items() if name in parameters}
         program.states = {name: s for name, s in program.states.items() if name in states}
         return changed
-
-
-def _drop_calls(program: Program, entry: EntryPoint) -> bool:
-    needed = set(entry.outputs)
-    kept = []
-    for call in reversed(entry.calls):
-        if call.states or needed.intersection(call.outputs):
-            needed.update(call.inputs)
-            kept.append(call)
-    changed = len(kept) != len(entry.calls)
-    entry.calls = kept[::-1]
-    return changed
 
 
 def _key(node: Node) -> tuple[object, ...]:

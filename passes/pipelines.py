@@ -1,21 +1,65 @@
-"""The passes by name, and in which order they run.
+"""The serving pipeline, and every pass that there is.
 
-`SERVING` is the pipeline of every deployed entry point:
-  quantize    first: formats decide what may merge and how experts are packed
-  plan_state  makes the entry points, and gives functions their states
-  fuse_moe    after plan_state: the dispatch of experts depends on the entry point
-  cleanup     last: merged weights leave their parts behind, and prefill needs only the caches of multi-token prediction
-Training runs none: generated code carries its own numerics.
+`lower` makes the program of a spec. Training runs no pass: generated code carries its own numerics. What is
+deployed goes through the passes of `SERVING`, in this order.
 """
 
 from __future__ import annotations
 
-SERVING = ("quantize", "plan_state", "fuse_moe", "cleanup")
+from collections.abc import Callable, Collection, Mapping
 
-PASSES = {
-    "quantize": "n3c.passes.quantize:Quantize",
-    "fuse_moe": "n3c.passes.fuse_moe:FuseMoe",
-    "plan_state": "n3c.passes.plan_state:PlanState",
-    "cleanup": "n3c.passes.cleanup:Cleanup",
+from n3c.ir.types import DType
+from n3c.specs.rules import format_rules
+from n3c.specs.schema import Spec
+
+from .base import Pass
+from .cleanup import Cleanup
+from .fuse_moe import FuseMoe
+from .pack import CODES, Pack
+from .plan_state import PlanState
+from .quantize import Quantize
+from .widen import Widen
+
+STATE_DTYPES = {"fp32": DType.F32, "fp16": DType.F16, "bf16": DType.BF16, "fp8": DType.F8E4M3}
+
+SERVING: Mapping[type[Pass], Callable[[Spec, Collection[DType]], Pass]] = {
+    # first: formats decide what may merge and how experts are packed
+    Quantize: lambda spec, _: quantize_pass(spec),
+    # makes the entry points, and gives functions their states
+    PlanState: lambda spec, _: _plan_state(spec),
+    # after plan_state: the dispatch of experts depends on the entry point
+    FuseMoe: lambda *_: FuseMoe(),
+    # after fuse_moe, which tells the codes of experts by their type
+    Pack: lambda _, lacking: Pack(frozenset(CODES) & frozenset(lacking)),
+    # last: merged weights leave their parts behind, and prefill needs only the caches of multi-token prediction
+    Cleanup: lambda *_: Cleanup(),
 }
-"""Name → module and class, imported when asked for."""
+"""Pass → how it is made of a spec and the types that the target lacks."""
+
+STAGES = ("lower", *(pass_.name for pass_ in SERVING))
+"""What a program goes through on the way to serving, in order."""
+
+ELSEWHERE: tuple[type[Pass], ...] = (Widen,)
+"""Passes in no pipeline: what runs the float32 form of a program applies them to a copy."""
+
+
+def serving_passes(spec: Spec, lacking: Collection[DType] = ()) -> list[Pass]:
+    """Return the passes of serving with the options of `spec`, for a target that lacks the types `lacking`."""
+    return [make(spec, lacking) for make in SERVING.values()]
+
+
+def quantize_pass(spec: Spec) -> Quantize:
+    """Return the pass for the spec's [quantization]; without the table everything stays BF16."""
+    return Quantize(format_rules(spec, "quantization"))
+
+
+def _plan_state(spec: Spec) -> PlanState:
+    serving = spec.serving
+    return PlanState(
+        max_seq_len=serving.max_seq_len,
+        kv_dtype=STATE_DTYPES[serving.kv_cache_dtype],
+        ssm_dtype=STATE_DTYPES[serving.ssm_state_dtype],
+        conv_dtype=STATE_DTYPES[serving.conv_state_dtype],
+        prefill_chunk=serving.prefill_chunk,
+        draft_tokens=serving.draft_tokens,
+    )

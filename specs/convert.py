@@ -26,8 +26,6 @@ class Imported:
     spec: Spec
     text: str
     warnings: tuple[Diagnostic, ...]
-    says_formats: bool
-    """Whether the config said the formats; where not, [quantization] is the published policy, or missing."""
 
 
 def run_import(source: Path, output: Path | None = None, *, formats_matter: bool = True) -> Imported:
@@ -46,10 +44,7 @@ def run_import(source: Path, output: Path | None = None, *, formats_matter: bool
     text = dump_spec(spec)
     if output is not None:
         write_text(output, text)
-    own = config.get("n3c")
-    says_formats = quantization is not None or "quantization_config" in config
-    says_formats |= isinstance(own, dict) and "quantization" in own
-    return Imported(spec, text, tuple(warnings), says_formats)
+    return Imported(spec, text, tuple(warnings))
 
 
 def run_export_config(spec: Spec, output: Path | None = None) -> str:

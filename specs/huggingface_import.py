@@ -11,8 +11,8 @@ from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Severity, Span
 
 from .huggingface_names import FIELDS, MTP, N3C_KEYS, PATTERNS, SILENT, STATE_DTYPES, TABLES, UNSUPPORTED
 from .json_places import JsonPlaces
-from .modelopt import QuantizationError, import_quantization, role_globs
-from .modules import Group, module_groups
+from .modelopt import QuantizationError, import_quantization
+from .modules import module_groups
 from .pattern import (
     MAX_BLOCKS,
     Pattern,
@@ -23,6 +23,8 @@ from .pattern import (
 )
 from .places import shown
 from .reader import in_order, read_spec
+from .recipe import published_recipe
+from .rules_table import spec_with_quantization
 from .schema import Moe, Spec
 
 
@@ -78,6 +80,8 @@ class _Importer:
         self.found += more
         if spec is None or any(item.severity is Severity.ERROR for item in self.found):
             raise self.failure()
+        if "quantization" not in self.raw and "n3c" not in self.config:
+            spec = spec_with_quantization(spec, published_recipe(spec).table)
         return spec, self.found
 
     def failure(self) -> N3CError:
@@ -271,21 +275,15 @@ class _Importer:
         root: tuple[str, ...] = ("quantization",)
         if quantization is None:
             raw = self.config.get("quantization_config")
-            if "n3c" in self.config and raw is None:
-                return
             places, root = self.places, ("quantization_config",)
             quantization = cast("dict[str, object]", raw) if isinstance(raw, dict) else None
             if raw is not None and (quantization is None or quantization.get("quant_method") != "modelopt"):
                 message = "only ModelOpt's quantization configs are supported"
                 self.error("E0305", message, places.json_value("quantization_config", "quant_method"))
                 return
-        if "quantization" in own:
-            return  # the spec's own words, from which a quantizer made the other
-        moe = self.moe()
-        groups = module_groups(main, mtp, moe, self.raw["model"].get("tie_word_embeddings") is True)
-        if quantization is None:
-            self.raw["quantization"] = self.policy(groups, moe)
-            return
+        if quantization is None or "quantization" in own:
+            return  # where there are two, `n3c` has the spec's own words, from which a quantizer made the other
+        groups = module_groups(main, mtp, self.moe(), self.raw["model"].get("tie_word_embeddings") is True)
         try:
             imported = import_quantization(quantization, groups, main)
         except QuantizationError as error:
@@ -312,37 +310,6 @@ class _Importer:
             shared_intermediate_size=sizes["shared_intermediate_size"],
             latent_size=sizes.get("latent_size") or None,
         )
-
-    def policy(self, groups: Sequence[Group], moe: Moe | None) -> dict[str, Any]:
-        """Return the published policy: routed experts NVFP4, Mamba and shared experts FP8, the rest BF16.
-
-        ModelOpt's recipe of Nemotron 3 Super, nvfp4-max-calib; MLPs, which it does not know, as experts.
-        A weight whose input width is no multiple of 16 cannot be NVFP4 and stays BF16.
-        """
-        present = list(dict.fromkeys(group.role for group in groups))
-        fp8 = [
-            role for role in present if role in ("mamba.in_proj", "mamba.out_proj") or role.startswith("moe.shared.")
-        ]
-        nvfp4 = [role for role in present if role.startswith(("moe.experts.", "mlp."))]
-        odd = [role for role in nvfp4 if self.input_width(role, moe) % 16]
-        bf16 = [role for role in present if role not in fp8 and (role not in nvfp4 or role in odd)]
-        rules = [{"roles": role_globs(fp8, present), "format": "fp8"}] if fp8 else []
-        return {
-            "format": "nvfp4",
-            "block": [1, 16],
-            "rules": [*rules, {"roles": role_globs(bf16, present), "format": "bf16"}],
-        }
-
-    def input_width(self, role: str, moe: Moe | None) -> int:
-        hidden: Any = self.raw["model"]["hidden_size"]
-        widths: dict[str, Any] = {
-            "moe.experts.up": (moe.latent_size if moe else None) or hidden,
-            "moe.experts.down": moe.intermediate_size if moe else 0,
-            "mlp.up": hidden,
-            "mlp.down": self.raw.get("mlp", {}).get("intermediate_size"),
-        }
-        width = widths[role]
-        return width if type(width) is int else 0
 
 
 def _json(value: object) -> str:

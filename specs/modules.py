@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .pattern import BlockKind, Pattern
-from .schema import Moe
+from .schema import Moe, Spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,12 @@ def module_groups(main: Pattern, mtp: Pattern | None, moe: Moe | None, tied: boo
         for layer, kind in enumerate(mtp):
             groups += _block(kind, f"mtp.layers.{layer}.mixer", moe, None, "mtp.")
     return groups
+
+
+def groups_of(spec: Spec) -> list[Group]:
+    """Return every group of the model of `spec`."""
+    mtp = None if spec.mtp is None else spec.mtp.pattern
+    return module_groups(spec.model.pattern, mtp, spec.moe, spec.model.tie_word_embeddings)
 
 
 def _block(kind: BlockKind, mixer: str, moe: Moe | None, layer: int | None, prefix: str) -> list[Group]:

@@ -19,7 +19,7 @@ from n3c.ir.diagnostics import Diagnostic, Severity, Span, did_you_mean
 from .consistency import check
 from .pattern import Pattern, PatternError
 from .places import Path, Places, dotted, shown
-from .roles import ROLES, UNQUANTIZABLE, match_roles, select_layers
+from .roles import NOT_LINEAR, ROLES, match_roles, select_layers
 from .schema import Format, Rule, Serving, Spec, TrainingFormat
 
 MAX_ERRORS = 100
@@ -296,8 +296,8 @@ class _Reader:
                 trunk = [role for role in ROLES if not role.startswith("mtp.")]
                 advice = did_you_mean(glob[:80], (*_GLOBS, *ROLES)) or f"roles: {', '.join(trunk)}; in MTP with `mtp.`"
                 self.say("E0109", f"`{shown(glob)}` matches no role", span, advice)
-            elif matched <= UNQUANTIZABLE and chosen not in (None, "bf16"):
-                self.say("E0113", f"`{glob}` cannot be {chosen}: norms and other vectors stay bf16", span)
+            elif matched <= NOT_LINEAR and chosen not in (None, "bf16"):
+                self.say("E0113", f"`{glob}` cannot be {chosen}: only the weights of linears can", span)
         self.layers(path)
 
     def layers(self, path: Path) -> None:

@@ -39,8 +39,11 @@ ROLES = (
 Reports also know `mamba.ssm` (A_log, D, dt_bias), which has no format but its own.
 """
 
-UNQUANTIZABLE = frozenset({"norm", "mtp.norm"})
-"""Vectors that no format but that of the model fits."""
+ROUTERS = frozenset({"moe.router", "mtp.moe.router"})
+"""An error in these changes which experts run: no recipe quantizes them, and they train in float32."""
+
+NOT_LINEAR = frozenset(role for role in ROLES if role.endswith(("norm", "conv1d"))) | {"embedding"}
+"""Roles of weights that no linear multiplies with: they have no format but that of the model."""
 
 
 def match_roles(globs: Iterable[str]) -> frozenset[str]:

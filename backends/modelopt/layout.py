@@ -17,7 +17,9 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from n3c.backends.safetensors.layout import BLOCK, KEEP, Weight
+from n3c.backends.safetensors.layout import KEEP, Weight
+from n3c.ir.formats import FORMATS, FP8, NVFP4_BLOCK, W4A16_NVFP4
+from n3c.specs.roles import ROUTERS
 
 PRODUCER = "modelopt"
 """Readers look for this name; `n3c` says under its own key who wrote the file."""
@@ -35,22 +37,16 @@ _SHAPE_KEYS = (
 )
 _BLOCK_TYPES = {"linear_attention": "mamba", "full_attention": "attention"}
 """Spelling of transformers 5 → that which every reader knows."""
-_NEVER = ("embedding", "moe.router", "mtp.moe.router")
-"""Not linears to any reader: never listed as left out."""
+_NEVER = ROUTERS | {"embedding"}
+"""Not linears to any reader: never listed as left out, as convolutions are."""
 
 
 def algorithm(weight: Weight) -> str | None:
     """Return ModelOpt's name of a weight's format: NVFP4 only where activations have a scale; None: not quantized."""
-    calibrated = any(name.endswith(".input_scale") for name, _ in weight.scalars)
-    match weight.format:
-        case "fp8":
-            return "FP8"
-        case "nvfp4":
-            return "NVFP4" if calibrated else "W4A16_NVFP4"
-        case "w4a16_nvfp4":
-            return "W4A16_NVFP4"
-        case _:
-            return None
+    if weight.format == KEEP:
+        return None
+    format_ = FORMATS[weight.format]
+    return format_.modelopt if weight.calibrated or not format_.weight_only else FORMATS[format_.weight_only].modelopt
 
 
 def quantization(weights: Sequence[Weight], kv_cache: str | None) -> dict[str, Any]:
@@ -66,8 +62,8 @@ def quantization(weights: Sequence[Weight], kv_cache: str | None) -> dict[str, A
         }
     only = algorithms[0] if algorithms else None
     found: dict[str, Any] = {"quant_algo": only, "kv_cache_quant_algo": kv_cache}
-    if only is not None and only != "FP8":
-        found["group_size"] = BLOCK
+    if only is not None and only != FP8.modelopt:
+        found["group_size"] = NVFP4_BLOCK
     return found | {"exclude_modules": left_out(weights)}
 
 
@@ -103,7 +99,7 @@ def _natural(name: str) -> list[str]:
 
 
 def _layer(chosen: str) -> dict[str, Any]:
-    return {"quant_algo": chosen} if chosen == "FP8" else {"quant_algo": chosen, "group_size": BLOCK}
+    return {"quant_algo": chosen} if chosen == FP8.modelopt else {"quant_algo": chosen, "group_size": NVFP4_BLOCK}
 
 
 def hf_quant_config(weights: Sequence[Weight], kv_cache: str | None) -> dict[str, Any]:
@@ -138,10 +134,10 @@ def quantization_config(weights: Sequence[Weight], kv_cache: str | None) -> dict
 
 
 def _group(chosen: str) -> dict[str, Any]:
-    bits: dict[str, Any] = {"dynamic": False, "num_bits": 8 if chosen == "FP8" else 4, "type": "float"}
-    if chosen != "FP8":
-        bits["group_size"] = BLOCK
-    return {"weights": bits} if chosen == "W4A16_NVFP4" else {"input_activations": bits, "weights": bits}
+    bits: dict[str, Any] = {"dynamic": False, "num_bits": 8 if chosen == FP8.modelopt else 4, "type": "float"}
+    if chosen != FP8.modelopt:
+        bits["group_size"] = NVFP4_BLOCK
+    return {"weights": bits} if chosen == W4A16_NVFP4.modelopt else {"input_activations": bits, "weights": bits}
 
 
 def config_json(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from n3c.backends.progress import SILENT, Progress
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 from n3c.ir.program import Call, EntryPoint, Function, Parameter, Program
 from n3c.ir.types import DType, TensorType
-from n3c.passes.renderings.float32 import widened
-from n3c.passes.renderings.packed import packed
+from n3c.passes.base import run_pipeline
+from n3c.passes.widen import Widen
 
 from .bindings import Binding
 from .emitter import Emitter, Rendering
@@ -91,21 +91,19 @@ def emit_entry(
     batch: int,
     tokens: int | None = None,
     rendering: Rendering = "engine",
-    as_bytes: Collection[DType] = (),
     progress: Progress = SILENT,
 ) -> OnnxEntry:
     """Emit an entry point, by name or a stage of one, for `batch` sequences of `tokens` tokens (its own), both fixed.
 
     Static dims make plans an eighth of the size, and 3 times faster to build, than dynamic ones. The
     rendering `float32` has dequantized weights and float32 states, and runs in ONNX Runtime on a CPU.
-    Weights of the types `as_bytes` (FP4, FP8: what a GPU lacks) are bound as bytes and decoded by tables.
     N3CError (E0507) for an op that no spelling is registered for.
     """
     entry = program.entry_points[entry_point] if isinstance(entry_point, str) else entry_point
     if rendering == "float32":
-        program, entry = widened(program, entry)
-    elif as_bytes:
-        program, entry = packed(program, entry, as_bytes)
+        program = program.extract(entry)
+        run_pipeline(program, [Widen()])
+        entry = program.entry_points[entry.name]
     dims = {"B": batch, "S": tokens or entry.tokens}
     return _Emission(program, entry, dims, rendering).run(progress)
 

@@ -128,9 +128,9 @@ class Emitter:
         """Return what stands for `value`; KeyError if only a quantized weight does."""
         return self._values[id(value)]
 
-    def operand(self, node: Node, index: int) -> onnx.Value:
-        """Return what stands for a required operand."""
-        return self.get(node.operand(index))
+    def operand(self, node: Node, name: str) -> onnx.Value:
+        """Return what stands for an operand that is not left out."""
+        return self.get(node[name])
 
     def weight(self, value: Value) -> Weight:
         """Return `value` as the weight of a linear."""

@@ -5,13 +5,13 @@ Standard library only.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from n3c.ir import ops
-from n3c.ir.program import Call, EntryPoint, Node, Parameter, Program
+from n3c.ir.program import EntryPoint, Node, Parameter, Program
 from n3c.ir.types import DType
 
 FEW_ROWS = 32
@@ -50,6 +50,16 @@ class Form:
         }
 
 
+def rows_of(node: Node, dims: Mapping[str, int]) -> int:
+    """Return how many rows (sequences times tokens) a node with weights is applied to."""
+    return prod(node["x"].type.bind(dims).static_dims[:2])
+
+
+def is_matrix_product(node: Node, dims: Mapping[str, int]) -> bool:
+    """Return whether a node with weights is matrix products; else each is a product and a sum in one kernel."""
+    return node.op is ops.experts or (node.op is ops.linear and rows_of(node, dims) > FEW_ROWS)
+
+
 def batches_of(entry: str, batch_sizes: Iterable[int]) -> tuple[int, ...]:
     """Return the batch sizes for which `entry` is built.
 
@@ -79,18 +89,17 @@ def _forms(
 ) -> Iterator[tuple[str, str, str, bool]]:
     for call in entry.calls:
         for node in program.functions[call.function].nodes:
-            if node.op in (ops.linear, ops.expert_linear, ops.experts):
-                for parameter in _weights(program, call, node):
-                    native = not (parameter.format != "bf16" and _types(parameter) & set(lacking))
-                    rows = prod(node.operand(0).type.bind({"B": batch, "S": entry.tokens}).static_dims[:2])
-                    kind = "linears" if node.op is ops.linear else "experts"
-                    few = node.op is ops.expert_linear or (node.op is ops.linear and rows <= FEW_ROWS)
-                    yield kind, parameter.format, _how(parameter, few, native, lacking), native
+            for weight in node.weights:
+                parameter = program.bound(call, weight.stored[0])
+                native = not (parameter.format != "bf16" and _types(parameter) & set(lacking))
+                kind = "linears" if node.op is ops.linear else "experts"
+                product = is_matrix_product(node, {"B": batch, "S": entry.tokens})
+                yield kind, parameter.format, _how(parameter, product, native, lacking), native
 
 
-def _how(parameter: Parameter, few: bool, native: bool, lacking: Collection[DType]) -> str:
+def _how(parameter: Parameter, product: bool, native: bool, lacking: Collection[DType]) -> str:
     missing = " and ".join(_NAMES[t] for t in (DType.F4E2M1, DType.F8E4M3) if t in _types(parameter) and t in lacking)
-    if few:
+    if not product:
         return "one kernel from the stored values" if native else f"one kernel from bytes, {missing} decoded by tables"
     if native:
         return _PRODUCTS[parameter.format]
@@ -100,12 +109,3 @@ def _how(parameter: Parameter, few: bool, native: bool, lacking: Collection[DTyp
 def _types(parameter: Parameter) -> set[DType]:
     """Return the types of codes and scales that a format stores."""
     return {"fp8": {DType.F8E4M3}, "bf16": set[DType]()}.get(parameter.format, {DType.F4E2M1, DType.F8E4M3})
-
-
-def _weights(program: Program, call: Call, node: Node) -> Iterator[Parameter]:
-    """Yield the parameters that hold the weights of a linear: its codes, where it is quantized."""
-    formals = program.functions[call.function].parameters
-    for name, operand in zip(node.op.operands, node.operands, strict=True):
-        if name in ("weight", "up", "down") and operand is not None:
-            codes = operand if operand.node is None else operand.node.operand(0)
-            yield program.parameters[call.parameters[formals.index(codes)]]

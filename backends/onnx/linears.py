@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from math import prod
 
 from n3c.ir import ops
+from n3c.ir.formats import FORMATS
 from n3c.ir.program import Call, EntryPoint, Node, Parameter, Program, Value
 from n3c.ir.source import Bytes, CacheScale, Concat, Dequantized, Fp8, NegExp, Nvfp4, Rounded, Source, Stack, Tensor
 from n3c.ir.types import DType
 
-from .forms import FEW_ROWS
+from .forms import is_matrix_product, rows_of
 
 _UNQUANTIZED = {DType.F32: "fp32", DType.F16: "fp16", DType.BF16: "bf16"}
 
@@ -57,41 +58,30 @@ def linears_of(
         linear
         for call in entry.calls
         for node in program.functions[call.function].nodes
-        for weight in _weights(node)
-        for linear in _linears(program, call, node, weight, dict(dims), wide)
+        for weight in node.weights
+        for linear in _linears(program, call, node, weight, dims, wide)
     )
 
 
-def _weights(node: Node) -> list[Value]:
-    """Return the weights of a node that applies linears."""
-    if node.op in (ops.linear, ops.expert_linear):
-        return [node.operand(node.op.operands.index("weight"))]
-    return [node.operand(3), node.operand(4)] if node.op is ops.experts else []
-
-
 def _linears(
-    program: Program, call: Call, node: Node, weight: Value, dims: dict[str, int], wide: bool
+    program: Program, call: Call, node: Node, weight: Value, dims: Mapping[str, int], wide: bool
 ) -> Iterator[Linear]:
-    codes = weight if weight.node is None else weight.node.operand(0)
-    formals = program.functions[call.function].parameters
-    parameter = program.parameters[call.parameters[formals.index(codes)]]
+    parameter = program.bound(call, weight.stored[0])
     total = selected = weight.type.elements
     *_, n, k = weight.type.static_dims
-    rows = prod(node.operand(0).type.bind(dims).static_dims[:2])
     if node.op is ops.expert_linear:
-        chosen = node.operand(1).type.bind(dims).elements
+        chosen = node["indices"].type.bind(dims).elements
         selected = chosen * prod(weight.type.static_dims[1:])
-    product = node.op is ops.experts or (node.op is ops.linear and rows > FEW_ROWS)
-    widened = _widened(parameter, wide) if product else ""
+    widened = _widened(parameter, wide) if is_matrix_product(node, dims) else ""
     for name in _modules(parameter.source):
-        yield Linear(name, _format(parameter), parameter.name, selected, total, (n, k), rows, widened)
+        yield Linear(name, _format(parameter), parameter.name, selected, total, (n, k), rows_of(node, dims), widened)
 
 
 def _widened(parameter: Parameter, wide: bool) -> str:
     """Return to what a matrix product has the weight dequantized, where it does not take the stored type."""
     if parameter.type.dtype in _UNQUANTIZED and not (wide and parameter.type.dtype is DType.BF16):
         return ""
-    taken = parameter.type.dtype is not DType.I8 and parameter.format in ("nvfp4", "fp8")
+    taken = parameter.type.dtype is not DType.I8 and FORMATS[parameter.format].input_divisor is not None
     return "" if taken else "fp32" if wide else "bf16"
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from n3c.ir.program import Call, EntryPoint, Program
 from n3c.ir.types import TensorType
+from n3c.ir.verify import verify
 
 
 def layer_bytes(program: Program, layers: int, batch: int) -> list[int]:
@@ -84,7 +85,9 @@ def stages(program: Program, entry: EntryPoint, starts: tuple[int, ...]) -> list
         later = {name for after, calls in groups.items() if after > stage for call in calls for name in call.inputs}
         outputs = [output for call in group for output in call.outputs if output in later or output in entry.outputs]
         inputs = {value: types[value] for value in read}
-        made.append((stage, replace(entry, name=name, inputs=inputs, calls=group, outputs=outputs)))
+        part = replace(entry, name=name, inputs=inputs, calls=group, outputs=outputs)
+        verify(program.extract(part))
+        made.append((stage, part))
     return made
 
 

@@ -18,6 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
+from n3c.ir.formats import FORMATS
+from n3c.ir.types import DType, TensorType
+
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the format's own library."""
 
@@ -27,7 +30,24 @@ SIZES = {
 }  # fmt: skip
 """Bytes of an element."""
 
+ELEMENT_NAMES = {
+    DType.F32: "F32", DType.F16: "F16", DType.BF16: "BF16", DType.F8E4M3: "F8_E4M3", DType.F4E2M1: "U8",
+    DType.I64: "I64", DType.I8: "I8",
+}  # fmt: skip
+"""Element type → its name in a file; packed FP4 codes are bytes."""
+
+CODES = {format_.name: ELEMENT_NAMES[format_.codes.dtype] for format_ in FORMATS.values()}
+"""Format of a weight → name of the element type of its codes."""
+
 MAX_DIM = 1 << 40
+
+
+def stored_as(type_: TensorType) -> tuple[str, tuple[int, ...]]:
+    """Return the element type and the shape with which a tensor is stored; FP4 codes are bytes of two."""
+    shape = type_.static_dims
+    if type_.dtype is DType.F4E2M1:
+        shape = (*shape[:-1], shape[-1] // 2)
+    return ELEMENT_NAMES[type_.dtype], shape
 
 
 class HeaderError(ValueError):

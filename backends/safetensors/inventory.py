@@ -12,17 +12,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .checkpoint import Checkpoint
+from n3c.ir.formats import CACHE_SCALES, FORMATS, FP8, INPUT_SCALE, NVFP4, WeightFormat
 
-_ROOTS = (
-    "_packed",
-    "_global_scale",
-    "_scale_2",
-    "_scale",
-    "_shape",
-    "_zero_point",
-)
-_OF_MODULE = (".input_scale", ".input_global_scale", ".k_scale", ".v_scale")
+from .checkpoint import Checkpoint
+from .header import CODES
+
+_COMPRESSED = ("_packed", "_global_scale", "_shape", "_zero_point")
+"""Suffixes of compressed-tensors."""
+_ROOTS = (*_COMPRESSED, *sorted({part.suffix for f in FORMATS.values() for part in f.scales}, reverse=True))
+"""What may stand behind the name of a weight, the longer first where one ends with another."""
+_OF_MODULE = (INPUT_SCALE, ".input_global_scale", *CACHE_SCALES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +80,16 @@ def _split(name: str, checkpoint: Checkpoint) -> tuple[str, str]:
 
 
 def _format(weight: str, sizes: dict[str, int], checkpoint: Checkpoint) -> str:
-    activations = ".input_scale" in sizes or ".input_global_scale" in sizes
-    if "_packed" in sizes or ("_scale_2" in sizes and checkpoint.info(weight)[0] == "U8"):
-        return "nvfp4" if activations else "w4a16_nvfp4"
+    activations = INPUT_SCALE in sizes or ".input_global_scale" in sizes
+    if "_packed" in sizes or _is_stored_as(NVFP4, weight, sizes, checkpoint):
+        return NVFP4.name if activations else NVFP4.weight_only
     if weight not in checkpoint:
         return "scales without a weight"
-    dtype = checkpoint.info(weight)[0]
-    return "fp8" if dtype == "F8_E4M3" and "_scale" in sizes else dtype.lower()
+    if _is_stored_as(FP8, weight, sizes, checkpoint):
+        return FP8.name
+    return checkpoint.info(weight)[0].lower()
+
+
+def _is_stored_as(format_: WeightFormat, weight: str, sizes: dict[str, int], checkpoint: Checkpoint) -> bool:
+    scales = all(part.suffix in sizes for part in format_.scales)
+    return scales and weight in checkpoint and checkpoint.info(weight)[0] == CODES[format_.name]

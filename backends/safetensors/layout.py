@@ -1,13 +1,8 @@
 """What a quantized checkpoint will hold: every tensor, in which shard, at which byte; from headers alone.
 
 All of it is known before a weight is read, so shards can be made in any order, on several machines, and
-continued after a crash, and always come out the same. Names are ModelOpt's (`export_hf_checkpoint`):
-
-    NVFP4   X.weight u8 [N, K/2]   X.weight_scale e4m3 [N, K/16]   X.weight_scale_2 f32 []   X.input_scale f32 []
-    FP8     X.weight e4m3 [N, K]   X.weight_scale f32 []           X.input_scale f32 []
-    KV      X.k_proj.k_scale f32 []   X.v_proj.v_scale f32 []
-
-`input_scale` is there where activations were calibrated.
+continued after a crash, and always come out the same. Names are ModelOpt's (`export_hf_checkpoint`),
+those of `n3c.ir.formats`. `input_scale` is there where activations were calibrated.
 """
 
 from __future__ import annotations
@@ -19,16 +14,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from n3c.ir.formats import CACHE_SCALES, FORMATS, INPUT_SCALE
 from n3c.ir.program import Program
 from n3c.ir.source import Fp8, Nvfp4, tensor_names
-from n3c.passes.quantize import NVFP4_FORMATS
+from n3c.ir.types import DType, TensorType
 
 from .checkpoint import Checkpoint
-from .header import SIZES, header_bytes
+from .header import SIZES, header_bytes, stored_as
 from .packing import Search
 
 MAX_SHARD_BYTES = 5_000_000_000
-BLOCK = 16
 KEEP = "keep"
 """The format of tensors that are carried over byte for byte."""
 
@@ -55,24 +50,22 @@ class Weight:
     """float32 tensors that are stored behind it: input_scale, k_scale, v_scale."""
 
     @property
+    def calibrated(self) -> bool:
+        """Whether the scale of its linear's input is known."""
+        return any(name.endswith(INPUT_SCALE) for name, _ in self.scalars)
+
+    @property
     def module(self) -> str:
         """Return the name of the linear."""
         return self.name.removesuffix(".weight")
 
     def stored(self) -> dict[str, Stored]:
         """Return the tensors that are stored for it, in their order."""
-        found: dict[str, Stored]
-        if self.format in NVFP4_FORMATS:
-            *rows, columns = self.shape
-            found = {
-                self.name: ("U8", (*rows, columns // 2)),
-                f"{self.name}_scale": ("F8_E4M3", (*rows, columns // BLOCK)),
-                f"{self.name}_scale_2": ("F32", ()),
-            }
-        elif self.format == "fp8":
-            found = {self.name: ("F8_E4M3", self.shape), f"{self.name}_scale": ("F32", ())}
-        else:
-            found = {self.name: (self.dtype, self.shape)}
+        found: dict[str, Stored] = {self.name: (self.dtype, self.shape)}
+        if self.format != KEEP:
+            weight = TensorType(DType.BF16, self.shape)
+            parts = FORMATS[self.format].parts
+            found = {self.name + part.suffix: stored_as(part.type(weight)) for part in parts}
         return found | {name: ("F32", ()) for name, _ in self.scalars}
 
 
@@ -122,16 +115,15 @@ def _weight(
     role, rule, format_, rows = decided
     module = name.removesuffix(".weight")
     scalars: list[tuple[str, float]] = []
-    if format_ in ("nvfp4", "fp8") and module in input_scales:
-        scalars.append((f"{module}.input_scale", input_scales[module]))
+    if format_ != KEEP and FORMATS[format_].input_divisor and module in input_scales:
+        scalars.append((module + INPUT_SCALE, input_scales[module]))
     if name.endswith(".weight"):
-        scalars += [(f"{module}.{kv}", kv_scales[f"{module}.{kv}"]) for kv in _KV if f"{module}.{kv}" in kv_scales]
+        scalars += [(module + kv, kv_scales[module + kv]) for kv in CACHE_SCALES if module + kv in kv_scales]
     merged = role.removeprefix("mtp.") in _MERGED and format_ != KEEP
     shares = f"{module.rpartition('.')[0]}:{format_}" if merged else ""
     return Weight(name, dtype, shape, role, rule, format_, rows, shares, tuple(scalars))
 
 
-_KV = ("k_scale", "v_scale")
 _MERGED = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
 
 

@@ -17,9 +17,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-BLOCK = 16
-E2M1_MAX = 6.0
-E4M3_MAX = 448.0
+from n3c.ir.formats import E2M1_MAX, E4M3_MAX, NVFP4_BLOCK
+
 E4M3_TINY = 2.0**-9
 
 
@@ -38,14 +37,14 @@ def quantize(weight: NDArray[np.generic], block_rows: int) -> Nvfp4Matrix:
     """Quantize `weight` [N, K], of any float type; ValueError where a dim does not divide or a value is not finite."""
     w = np.asarray(weight, dtype=np.float32)
     rows, columns = w.shape
-    if columns % BLOCK or rows % block_rows:
-        raise ValueError(f"[{rows}, {columns}] does not divide into blocks of {block_rows}x{BLOCK}")
-    tiles = np.abs(w).reshape(rows // block_rows, block_rows, columns // BLOCK, BLOCK).max(axis=(1, 3))
+    if columns % NVFP4_BLOCK or rows % block_rows:
+        raise ValueError(f"[{rows}, {columns}] does not divide into blocks of {block_rows}x{NVFP4_BLOCK}")
+    tiles = np.abs(w).reshape(rows // block_rows, block_rows, columns // NVFP4_BLOCK, NVFP4_BLOCK).max(axis=(1, 3))
     amax = tiles.max(initial=np.float32(0))
     if not np.isfinite(amax):
         raise ValueError("the weight holds NaN or infinity")
     if amax == 0:
-        ones = np.ones((rows, columns // BLOCK), dtype=ml_dtypes.float8_e4m3fn)
+        ones = np.ones((rows, columns // NVFP4_BLOCK), dtype=ml_dtypes.float8_e4m3fn)
         return Nvfp4Matrix(np.zeros((rows, columns // 2), np.uint8), ones, np.float32(1))
     scale_2 = np.float32(amax / np.float32(E2M1_MAX * E4M3_MAX))
     scale = tiles / (np.float32(E2M1_MAX) * scale_2)
@@ -53,7 +52,7 @@ def quantize(weight: NDArray[np.generic], block_rows: int) -> Nvfp4Matrix:
     stored = np.clip(scale, E4M3_TINY, E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
     stored = np.repeat(stored, block_rows, axis=0)
     step = stored.astype(np.float32) * scale_2
-    ratio = w.reshape(rows, columns // BLOCK, BLOCK) / step[..., None]
+    ratio = w.reshape(rows, columns // NVFP4_BLOCK, NVFP4_BLOCK) / step[..., None]
     return Nvfp4Matrix(pack(e2m1_codes(ratio).reshape(rows, columns)), stored, scale_2)
 
 
@@ -79,6 +78,6 @@ def unpack(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def dequantize(matrix: Nvfp4Matrix) -> NDArray[np.float32]:
     """Return e2m1(code) · scale · scale_2, float32 [N, K]."""
     values = unpack(matrix.codes).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
-    scale = np.repeat(matrix.scale.astype(np.float32), BLOCK, axis=-1)
+    scale = np.repeat(matrix.scale.astype(np.float32), NVFP4_BLOCK, axis=-1)
     product: NDArray[np.float32] = values * scale * matrix.scale_2
     return product

@@ -19,14 +19,16 @@ from typing import Any
 from n3c.backends.modelopt.layout import algorithm, config_json, hf_quant_config
 from n3c.backends.progress import Progress
 from n3c.ir.diagnostics import N3CError
+from n3c.ir.formats import NVFP4_BLOCK
 from n3c.ir.program import Program
 
 from .checkpoint import INDEX, Checkpoint, file_error
+from .header import SIZES
 from .layout import KEEP, MAX_SHARD_BYTES, Shard, Weight, fingerprint, index_json, plan_shards, plan_weights
 from .packing import Search
 from .resume import Done, WorkDirectory
 from .selfcheck import Checked, check
-from .stream import Quantizer, make_shard
+from .stream import BAND_BYTES, JOURNAL_BYTES, Quantizer, make_shard
 
 LEDGER = "n3c_ledger.json"
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
@@ -55,6 +57,10 @@ class Job:
     """I of N: every N-th shard, beginning with the I-th. Only (1, 1) ends with the output in place."""
     max_shard_bytes: int = MAX_SHARD_BYTES
     threads: int | None = None
+    band_bytes: int = BAND_BYTES
+    """Source bytes of a weight that are packed at once; the result does not depend on it."""
+    journal_bytes: int = JOURNAL_BYTES
+    """Result bytes after which what is done survives a crash."""
 
 
 @dataclass(slots=True)
@@ -76,7 +82,6 @@ def quantize_checkpoint(job: Job, progress: Progress) -> Outcome:
     checkpoint = Checkpoint(job.source)
     config = _source_config(job.source)
     weights = plan_weights(job.program, checkpoint, job.input_scales, job.kv_scales)
-    _require_unquantized(weights, checkpoint)
     shards = plan_shards(weights, job.max_shard_bytes)
     mark = fingerprint(shards, job.search)
     outcome = Outcome(job.out, False, weights, shards=len(shards), bytes=sum(shard.size for shard in shards))
@@ -135,11 +140,12 @@ def _make(
     threads = job.threads or len(os.sched_getaffinity(0))
     resume = job.resume or parts == 1
     with work.journal(job.part, resume) as journal, ThreadPoolExecutor(threads) as pool:
-        quantizer = Quantizer(checkpoint, weights, job.search)
+        quantizer = Quantizer(checkpoint, weights, job.search, job.band_bytes)
         for shard in mine:
             state = done[shard.file]
             if state.weights < len(shard.weights):
-                make_shard(shard, work.result / shard.file, state, quantizer, journal, pool, wrote)
+                path = work.result / shard.file
+                make_shard(shard, path, state, quantizer, journal, pool, wrote, job.journal_bytes)
             else:
                 wrote(shard.size)
     return done
@@ -156,13 +162,6 @@ def _source_config(source: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise file_error("E0601", "config.json is not a JSON object", path)
     return config
-
-
-def _require_unquantized(weights: Sequence[Weight], checkpoint: Checkpoint) -> None:
-    for weight in weights:
-        if weight.format != KEEP and weight.dtype not in ("BF16", "F32", "F16"):
-            message = f"tensor `{weight.name}` is {weight.dtype}, not BF16 or FP32"
-            raise file_error("E0605", message, checkpoint.file(weight.name), "quantize the unquantized checkpoint")
 
 
 def _is_finished(job: Job, mark: str) -> bool:
@@ -209,20 +208,18 @@ def _ledger(shards: Sequence[Shard], done: Mapping[str, Done]) -> list[dict[str,
                 "shape": list(weight.shape),
                 "rule": weight.rule,
                 "format": weight.dtype.lower() if weight.format == KEEP else weight.format,
-                "bytes": sum(_ELEMENT.get(dtype, 8) * math.prod(shape) for dtype, shape in weight.stored().values()),
+                "bytes": sum(SIZES[dtype] * math.prod(shape) for dtype, shape in weight.stored().values()),
             }
             if weight.format != KEEP:
                 signal, noise, other = figures[weight.name]
                 line |= {"algorithm": algorithm(weight), "sqnr_db": _decibels(signal, noise)}
                 if weight.block_rows:
-                    line["block"] = [weight.block_rows, 16]
-                    if weight.shape[0] % (17 - weight.block_rows) == 0:
-                        line[f"sqnr_db_{17 - weight.block_rows}x16"] = _decibels(signal, other)
+                    line["block"] = [weight.block_rows, NVFP4_BLOCK]
+                    other_rows = 17 - weight.block_rows
+                    if weight.shape[0] % other_rows == 0:
+                        line[f"sqnr_db_{other_rows}x16"] = _decibels(signal, other)
             lines.append(line)
     return lines
-
-
-_ELEMENT = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1, "I32": 4}
 
 
 def _decibels(signal: float, noise: float) -> float | None:

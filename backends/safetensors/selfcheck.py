@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
-from n3c.passes.quantize import NVFP4_FORMATS
+from n3c.ir.formats import FORMATS, NVFP4_BLOCK
 
 from .checkpoint import Checkpoint
 from .layout import KEEP, Shard, Weight
-from .nvfp4 import BLOCK, Nvfp4Matrix, dequantize, e2m1_codes, pack
+from .nvfp4 import Nvfp4Matrix, dequantize, e2m1_codes, pack
 
 SAMPLED = 8
 """Weights of each role in a shard of which some rows are read."""
@@ -88,10 +88,11 @@ def _compare(weight: Weight, source: Checkpoint, result: Checkpoint, faults: lis
         ):
             faults.append(f"tensor `{weight.name}` is not what the source has")
         return 0.0, 0.0
-    first = weight.shape[0] // 2 // BLOCK * BLOCK
+    first = weight.shape[0] // 2 // NVFP4_BLOCK * NVFP4_BLOCK
     last = min(first + ROWS, weight.shape[0])
     w = source.read_rows(weight.name, first, last)
-    codes, wanted, dequantized = (_nvfp4 if weight.format in NVFP4_FORMATS else _fp8)(weight, result, w, first, last)
+    compare = _nvfp4 if FORMATS[weight.format].blocked else _fp8
+    codes, wanted, dequantized = compare(weight, result, w, first, last)
     if not np.array_equal(codes, wanted):
         differing = int((codes != wanted).sum())
         faults.append(f"`{weight.name}`: {differing} of {codes.size} bytes are not what its scales give")
@@ -103,9 +104,10 @@ def _compare(weight: Weight, source: Checkpoint, result: Checkpoint, faults: lis
 
 def _nvfp4(weight: Weight, result: Checkpoint, w: Array, first: int, last: int) -> tuple[Array, Array, Array]:
     codes = result.read_rows(weight.name, first, last).view(np.uint8)
-    scale = result.read_rows(f"{weight.name}_scale", first, last)
-    scale_2 = np.float32(result.read(f"{weight.name}_scale_2").item())
-    step: NDArray[np.float32] = np.repeat(scale.astype(np.float32) * scale_2, BLOCK, axis=-1)
+    names = FORMATS[weight.format].part_names(weight.name)
+    scale = result.read_rows(names["scale"], first, last)
+    scale_2 = np.float32(result.read(names["scale_2"]).item())
+    step: NDArray[np.float32] = np.repeat(scale.astype(np.float32) * scale_2, NVFP4_BLOCK, axis=-1)
     with np.errstate(all="ignore"):
         wanted = pack(e2m1_codes(np.divide(w, step, dtype=np.float32)))
     return codes, wanted, dequantize(Nvfp4Matrix(codes, scale, scale_2))
@@ -113,7 +115,7 @@ def _nvfp4(weight: Weight, result: Checkpoint, w: Array, first: int, last: int) 
 
 def _fp8(weight: Weight, result: Checkpoint, w: Array, first: int, last: int) -> tuple[Array, Array, Array]:
     codes = result.read_rows(weight.name, first, last)
-    scale = np.float32(result.read(f"{weight.name}_scale").item())
+    scale = np.float32(result.read(FORMATS[weight.format].part_names(weight.name)["scale"]).item())
     ratio = w.astype(np.float32) / scale
     if w.dtype == ml_dtypes.bfloat16:
         ratio = ratio.astype(ml_dtypes.bfloat16)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
+from n3c.ir.formats import E4M3_MAX, FP8, NVFP4
 from n3c.ir.ops import CACHE_MAX
 from n3c.ir.program import Parameter
 from n3c.ir.source import (
@@ -28,22 +28,13 @@ from n3c.ir.source import (
 from n3c.ir.types import DType
 
 from . import nvfp4
-from .checkpoint import Checkpoint, file_error
+from .checkpoint import DTYPES, Checkpoint, file_error
+from .header import ELEMENT_NAMES
 
 Array = NDArray[np.generic]
 
-NUMPY_DTYPES = {
-    DType.F32: np.dtype(np.float32),
-    DType.F16: np.dtype(np.float16),
-    DType.BF16: np.dtype(ml_dtypes.bfloat16),
-    DType.F8E4M3: np.dtype(ml_dtypes.float8_e4m3fn),
-    DType.F4E2M1: np.dtype(np.uint8),
-    DType.I64: np.dtype(np.int64),
-    DType.I8: np.dtype(np.int8),
-}
+NUMPY_DTYPES = {dtype: DTYPES[name] for dtype, name in ELEMENT_NAMES.items()}
 """Stored types in numpy; FP4 codes are bytes of two."""
-
-E4M3_MAX = np.float32(448)
 
 
 def load(parameter: Parameter, checkpoint: Checkpoint) -> Array:
@@ -84,8 +75,9 @@ def _evaluate(source: Source, checkpoint: Checkpoint) -> Array:
         case Rounded(operand):
             return _evaluate(operand, checkpoint).astype(ml_dtypes.bfloat16).astype(np.float32)
         case CacheScale(name):
-            held = checkpoint.read(name).astype(np.float32) * np.float32(448 / CACHE_MAX) if name in checkpoint else 1
-            return np.asarray(held, np.float32).reshape(())
+            if name not in checkpoint:
+                return np.asarray(1, np.float32)
+            return (checkpoint.read(name).astype(np.float32) * np.float32(E4M3_MAX / CACHE_MAX)).reshape(())
         case Dequantized(Nvfp4() as codes):
             rows = codes.block_rows
             return _each_matrix(codes.operand, checkpoint, lambda name: _dequantized_nvfp4(checkpoint, name, rows))
@@ -100,7 +92,7 @@ def _each_matrix(source: Source, checkpoint: Checkpoint, part: Callable[[str], A
 
 
 def _nvfp4(checkpoint: Checkpoint, name: str, part: str, block_rows: int) -> Array:
-    stored = {"codes": name, "scale": f"{name}_scale", "scale_2": f"{name}_scale_2"}
+    stored = NVFP4.part_names(name)
     if stored["scale_2"] in checkpoint:
         return checkpoint.read(stored[part])
     try:
@@ -111,13 +103,14 @@ def _nvfp4(checkpoint: Checkpoint, name: str, part: str, block_rows: int) -> Arr
 
 
 def _fp8(checkpoint: Checkpoint, name: str, part: str) -> Array:
-    if f"{name}_scale" in checkpoint:
-        return checkpoint.read(name if part == "codes" else f"{name}_scale")
+    stored = FP8.part_names(name)
+    if stored["scale"] in checkpoint:
+        return checkpoint.read(stored[part])
     weight = checkpoint.read(name).astype(np.float32)
     amax = np.abs(weight).max(initial=np.float32(0))
     if not np.isfinite(amax):
         raise file_error("E0607", f"tensor `{name}`: the weight holds NaN or infinity", checkpoint.directory)
-    scale = amax / E4M3_MAX if amax > 0 else np.float32(1)
+    scale = amax / np.float32(E4M3_MAX) if amax > 0 else np.float32(1)
     return np.asarray(scale) if part == "scale" else (weight / scale).astype(ml_dtypes.float8_e4m3fn)
 
 
@@ -128,73 +121,3 @@ def _dequantized_nvfp4(checkpoint: Checkpoint, name: str, block_rows: int) -> Ar
 
 def _dequantized_fp8(checkpoint: Checkpoint, name: str) -> Array:
     return _fp8(checkpoint, name, "codes").astype(np.float32) * _fp8(checkpoint, name, "scale").astype(np.float32)
-
-
-def check_fit(parameters: Iterable[Parameter], checkpoint: Checkpoint) -> None:
-    """Compare names and shapes with the headers, reading no data; N3CError lists all that is wrong.
-
-    `parameters` are those of the program before quantization.
-    """
-    faults: list[Diagnostic] = []
-    place = Span(str(checkpoint.directory))
-    wanted: set[str] = set()
-    for parameter in parameters:
-        shape = parameter.type.static_dims[1 if isinstance(parameter.source, Stack) else 0 :]
-        for name in tensor_names(parameter.source):
-            wanted.add(name)
-            if name not in checkpoint:
-                faults.append(Diagnostic("E0603", f"no tensor `{name}` in the checkpoint", place))
-                continue
-            dtype, found = checkpoint.info(name)
-            expected = (*shape[:-1], shape[-1] // 2) if dtype == "U8" else shape
-            if found != expected:
-                faults.append(
-                    Diagnostic("E0606", f"tensor `{name}` is {list(found)}, the spec needs {list(expected)}", place)
-                )
-    scales = ("_scale", "_scale_2", ".input_scale", ".k_scale", ".v_scale")
-    # released checkpoints may carry an MTP block that a spec leaves out, as transformers does
-    unwanted = () if any(name.startswith("mtp.") for name in wanted) else ("mtp.",)
-    extra = [n for n in checkpoint if n not in wanted and not n.endswith(scales) and not n.startswith(unwanted)]
-    faults.extend(Diagnostic("E0608", f"the spec has no place for tensor `{name}`", place) for name in extra)
-    _raise(faults, place)
-
-
-def check_formats(parameters: Iterable[Parameter], checkpoint: Checkpoint) -> None:
-    """Compare the formats of a checkpoint with those that the spec asks for; N3CError lists what differs.
-
-    `parameters` are those of the program after the pass `quantize`. A weight that is not quantized in the
-    checkpoint fits every format: it is quantized when it is read. One that is, is taken as it is.
-    """
-    faults: list[Diagnostic] = []
-    place = Span(str(checkpoint.directory))
-    for parameter in parameters:
-        source = parameter.source
-        if isinstance(source, (Nvfp4, Fp8)) and source.part != "codes":
-            continue
-        wanted, scales = "", list[str]()
-        if isinstance(source, Nvfp4):
-            wanted, scales = "U8", ["_scale", "_scale_2"]
-        elif isinstance(source, Fp8):
-            wanted, scales = "F8_E4M3", ["_scale"]
-        for name in tensor_names(source):
-            held = checkpoint.info(name)[0]
-            if held in ("U8", "F8_E4M3") and held != wanted:
-                stored, asked = ("NVFP4" if held == "U8" else "FP8"), parameter.format or "bf16"
-                message = f"tensor `{name}` is stored as {stored}, the spec asks for {asked}"
-                file = Span(str(checkpoint.file(name)))
-                faults.append(Diagnostic("E0619", message, file, help="build with the spec of that checkpoint"))
-            elif held == wanted:
-                missing = [f"{name}{scale}" for scale in scales if f"{name}{scale}" not in checkpoint]
-                faults.extend(Diagnostic("E0603", f"no tensor `{m}` in the checkpoint", place) for m in missing)
-    _raise(faults, place)
-
-
-def _raise(faults: list[Diagnostic], place: Span) -> None:
-    if faults:
-        shown, rest = faults[:_MOST_FAULTS], len(faults) - _MOST_FAULTS
-        if rest > 0:
-            shown.append(Diagnostic("E0608", f"and {rest} more", place))
-        raise N3CError(shown, ExitCode.FILE)
-
-
-_MOST_FAULTS = 20

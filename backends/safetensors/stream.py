@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from n3c.passes.quantize import NVFP4_FORMATS
+from n3c.ir.formats import FORMATS, NVFP4_BLOCK
 
 from .checkpoint import Checkpoint, file_error
 from .layout import KEEP, Shard, Weight
@@ -64,9 +64,12 @@ class Band:
 class Quantizer:
     """Packs the weights of one checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint, weights: Sequence[Weight], search: Search) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, weights: Sequence[Weight], search: Search, band_bytes: int = BAND_BYTES
+    ) -> None:
         self._checkpoint = checkpoint
         self._search: Search = search
+        self._band_bytes = band_bytes
         self._sharing: dict[str, list[Weight]] = {}
         for weight in weights:
             if weight.shares_scale:
@@ -76,9 +79,9 @@ class Quantizer:
         """Return the rows of each band; multiples of 16, so that no block is cut."""
         rows = weight.shape[0] if weight.shape else 1
         size = self._checkpoint.bytes(weight.name)
-        if size <= BAND_BYTES or len(weight.shape) < 2:
+        if size <= self._band_bytes or len(weight.shape) < 2:
             return [(0, rows)]
-        step = max(16, BAND_BYTES * rows // size // 16 * 16)
+        step = max(NVFP4_BLOCK, self._band_bytes * rows // size // NVFP4_BLOCK * NVFP4_BLOCK)
         return [(first, min(first + step, rows)) for first in range(0, rows, step)]
 
     def size(self, weight: Weight) -> int:
@@ -94,29 +97,29 @@ class Quantizer:
             pieces = [Piece(weight.name, first * row, _raw(rows))]
             figures = (0.0, 0.0, 0.0)
         else:
-            packed, scales = self._packed(weight, rows, first, amax)
+            packed, of_matrix = self._packed(weight, rows, first, amax)
             pieces = [Piece(weight.name, first * packed.codes.shape[1], _raw(packed.codes))]
+            names = FORMATS[weight.format].part_names(weight.name)
             if packed.scales.size:
-                pieces.append(Piece(f"{weight.name}_scale", first * packed.scales.shape[1], _raw(packed.scales)))
+                pieces.append(Piece(names["scale"], first * packed.scales.shape[1], _raw(packed.scales)))
             if first == 0:
-                pieces += [Piece(name, 0, value.tobytes()) for name, value in scales.items()]
+                pieces.append(Piece(names["scale_2" if packed.scales.size else "scale"], 0, of_matrix.tobytes()))
             figures = (packed.signal, packed.noise, packed.other_noise)
         if first == 0:
             pieces += [Piece(name, 0, np.float32(value).tobytes()) for name, value in weight.scalars]
         return Band(tuple(pieces), figures)
 
-    def _packed(
-        self, weight: Weight, rows: Array, first: int, amax: np.float32 | None
-    ) -> tuple[Packed, dict[str, np.float32]]:
-        if weight.format in NVFP4_FORMATS:
+    def _packed(self, weight: Weight, rows: Array, first: int, amax: np.float32 | None) -> tuple[Packed, np.float32]:
+        """Return the packed rows and the scale of the matrix."""
+        if FORMATS[weight.format].blocked:
             with self._naming(weight, first):
                 maxima, found = block_maxima(rows)
             scale_2 = nvfp4_scale_2(found if amax is None else amax, self._search)
             packed = pack_nvfp4_rows(rows, maxima, scale_2, weight.block_rows, self._search, measure=True)
-            return packed, {f"{weight.name}_scale_2": scale_2}
+            return packed, scale_2
         found = self._largest(weight, rows, first)
         scale = fp8_scale(found if amax is None else amax)
-        return pack_fp8_rows(rows, scale), {f"{weight.name}_scale": scale}
+        return pack_fp8_rows(rows, scale), scale
 
     def largest(self, weight: Weight, first: int, last: int) -> np.float32:
         """Return the largest magnitude in a band."""
@@ -164,8 +167,12 @@ def make_shard(
     journal: Journal,
     pool: ThreadPoolExecutor,
     progress: Callable[[int], None],
+    journal_bytes: int = JOURNAL_BYTES,
 ) -> None:
-    """Make what is missing of a shard; `done` grows as weights reach the disk. `progress` gets result bytes."""
+    """Make what is missing of a shard; `done` grows as weights reach the disk. `progress` gets result bytes.
+
+    What is done is made safe each time `journal_bytes` of the result were written.
+    """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         if done.weights == 0:
@@ -187,7 +194,7 @@ def make_shard(
             if weight.format != KEEP:
                 fresh[weight.name] = done.figures[weight.name] = figures
             figures = [0.0, 0.0, 0.0]
-            if unsafe >= JOURNAL_BYTES or done.weights == len(shard.weights):
+            if unsafe >= journal_bytes or done.weights == len(shard.weights):
                 os.fsync(descriptor)
                 journal.write(shard.file, done.weights, fresh)
                 fresh, unsafe = {}, 0

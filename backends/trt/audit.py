@@ -13,9 +13,9 @@ from typing import Any
 
 from n3c.backends.onnx.linears import Linear
 from n3c.ir.diagnostics import Diagnostic
+from n3c.ir.formats import FORMATS
 
 from .layers import BITS, Kernel, TensorInfo
-from .targets import NVFP4_FORMATS
 
 _STORED = {"BFloat16": "bf16", "Half": "fp16", "Float": "fp32", "FP8": "fp8", "FP4E2M1": "nvfp4"}
 """TensorRT's name of an element type → format of weights stored so."""
@@ -115,15 +115,19 @@ def _bits_a_weight(tensor: TensorInfo, linear: Linear) -> int | None:
         dims = tuple(d for d in tensor.dims if d != 1)
         if dims not in ((n, k), (k, n)) or dims in ((linear.rows, n), (linear.rows, k)):
             return None
-    packings = _PACKED.get(tensor.dtype, (1,)) if linear.requested in NVFP4_FORMATS else (1,)
+    packings = _PACKED.get(tensor.dtype, (1,)) if _has_fp4_codes(linear) else (1,)
     for codes in packings:
         if tensor.elements * codes in (linear.selected, linear.total):
             return BITS[tensor.dtype] // codes
     return None
 
 
+def _has_fp4_codes(linear: Linear) -> bool:
+    return linear.requested in FORMATS and FORMATS[linear.requested].blocked
+
+
 def _format(stored: TensorInfo, linear: Linear) -> str:
-    if linear.requested in NVFP4_FORMATS and (stored.dtype in _PACKED or stored.dtype == "FP4E2M1"):
+    if _has_fp4_codes(linear) and (stored.dtype in _PACKED or stored.dtype == "FP4E2M1"):
         return linear.requested
     if linear.requested == "fp8" and stored.dtype in ("Int8", "UInt8"):
         return linear.requested

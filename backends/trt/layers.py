@@ -11,22 +11,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
+from n3c.ir.types import DType
+
 LISTING = "Layers:"
 """How the builder's message with the listing begins."""
 
-BITS = {
-    "Float": 32,
-    "Half": 16,
-    "BFloat16": 16,
-    "FP8": 8,
-    "FP4E2M1": 4,
-    "Int64": 64,
-    "Int32": 32,
-    "Int8": 8,
-    "UInt8": 8,
-    "Bool": 8,
+_TYPES = {
+    "Float": DType.F32,
+    "Half": DType.F16,
+    "BFloat16": DType.BF16,
+    "FP8": DType.F8E4M3,
+    "FP4E2M1": DType.F4E2M1,
+    "Int64": DType.I64,
+    "Int8": DType.I8,
 }
-"""TensorRT's name of an element type → bits of one element."""
+BITS = {name: dtype.bits for name, dtype in _TYPES.items()} | {"Int32": 32, "UInt8": 8, "Bool": 8}
+"""TensorRT's name of an element type → bits of one element. The last three hold what programs have no values of."""
 
 SYNCHRONISATION = ("signal", "wait", "shape_call")
 """Layer types that order streams or compute shapes on the host: no kernels."""
@@ -91,6 +91,16 @@ class Kernel:
     """What the plan itself holds: tables, masks, positions."""
     nodes: tuple[str, ...] = ()
     """Names of the ONNX nodes that it computes, where the builder says so."""
+
+    @property
+    def in_place(self) -> frozenset[str]:
+        """The tensors that it both reads and writes."""
+        return frozenset({tensor.name for tensor in self.inputs} & {tensor.name for tensor in self.outputs})
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether a dim of what it reads or writes is not known."""
+        return any(tensor.dynamic for tensor in (*self.inputs, *self.outputs))
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -16,8 +16,6 @@ from n3c.ir.types import DType
 
 Flavour = Literal["rtx", "full"]
 
-NVFP4_FORMATS = ("nvfp4", "w4a16_nvfp4")
-
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -57,8 +55,11 @@ PORTABLE = (80, 86, 89, 120, 121)
 
 
 def lacking(sms: Sequence[int]) -> frozenset[DType]:
-    """Return the types that at least one of `sms`, which must be known, lacks: a plan for all does without."""
-    return frozenset[DType]().union(*(TARGETS[sm].lacks for sm in sms))
+    """Return the types that at least one of `sms` lacks: a plan for all does without.
+
+    An SM version that is not known, which `require` refuses, lacks none.
+    """
+    return frozenset[DType]().union(*(TARGETS[sm].lacks for sm in sms if sm in TARGETS))
 
 
 def require(sms: Sequence[int], flavour: Flavour = "rtx", span: Span | None = None) -> list[Diagnostic]:

@@ -20,17 +20,15 @@ this says, except where a kernel reads less of an activation than the whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from math import prod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from n3c.backends.onnx.bindings import Binding
 from n3c.backends.onnx.emit import OnnxEntry
-from n3c.ir import ops
-from n3c.ir.program import EntryPoint, Program, Value
+from n3c.ir.program import EntryPoint, Program
 
-from .layers import BITS, DYNAMIC, Kernel, TensorInfo
+from .layers import Kernel, TensorInfo
+from .needs import Need, Needs, needs_of
 
 _NAMED = 5
 """Kernels that a report names."""
@@ -109,32 +107,6 @@ class Traffic:
         }
 
 
-@dataclass(slots=True)
-class _Need:
-    """A tensor of which a part must be moved: how much, and what a kernel that touches it moves."""
-
-    label: str
-    ideal: int
-    part: int
-    """Bytes that a kernel moves that touches it."""
-    elements: int = 0
-    """Of a weight that is gathered from: a kernel that writes as many reads all of it."""
-
-
-@dataclass(slots=True)
-class _Needs:
-    """What the entry point must read and write, by the names that engine tensors have."""
-
-    read: dict[str, _Need] = field(default_factory=dict[str, _Need])
-    written: dict[str, _Need] = field(default_factory=dict[str, _Need])
-    caches: dict[str, _Need] = field(default_factory=dict[str, _Need])
-    """Caches by both of their names: `part` is `context` positions, `ideal` too."""
-    new_tokens: dict[str, _Need] = field(default_factory=dict[str, _Need])
-    """Caches by both of their names: `part` is what a step writes."""
-    aliases: dict[str, str] = field(default_factory=dict[str, str])
-    """Next state → state: a tensor updated in place is listed by the first name only."""
-
-
 def traffic(
     program: Program, entry_point: EntryPoint, entry: OnnxEntry, kernels: Sequence[Kernel], *, context: int
 ) -> Traffic:
@@ -142,73 +114,58 @@ def traffic(
 
     `context` is in tokens; at least those of the step count, at most the capacity of the caches.
     """
-    needs = _needs(program, entry_point, entry, context)
     kinds: dict[str, str] = {}
     for call in sorted(entry_point.calls, key=lambda call: call.layer is None):  # the norm after the drafter has the
         kinds.setdefault(call.label, _kind(program, call.label, call.function))  # label of its last block
-    left = {(needs.aliases.get(n, n), "read"): need.ideal for n, need in (needs.read | needs.caches).items()}
-    left |= {(needs.aliases.get(n, n), "written"): n_.ideal for n, n_ in (needs.written | needs.new_tokens).items()}
-    met: set[tuple[str, str]] = set()
-    rows = [_account(kernel, needs, left, met, kinds, context) for kernel in kernels]
+    account = _Account(needs_of(program, entry_point, entry, context), kinds, context)
+    rows = [account.kernel(kernel) for kernel in kernels]
     by_kind: dict[str, Moved] = dict.fromkeys(kinds.values(), Moved(0, 0))
-    for row in rows:
-        by_kind[row.kind] = by_kind.get(row.kind, Moved(0, 0)) + row.moved
-    for (name, way), size in left.items():
-        if size and (name, way) not in met:  # must be moved, and no kernel names it
-            need = _need(needs, name, way)
-            kind = kinds.get(need.label, need.label)
-            by_kind[kind] = by_kind.get(kind, Moved(0, 0)) + Moved(0, size)
+    for kind, moved in [*((row.kind, row.moved) for row in rows), *account.untouched()]:
+        by_kind[kind] = by_kind.get(kind, Moved(0, 0)) + moved
     return Traffic(context, sum(by_kind.values(), Moved(0, 0)), by_kind, tuple(rows))
 
 
-def _need(needs: _Needs, name: str, way: str) -> _Need:
-    if way == "read":
-        return needs.caches.get(name) or needs.read[name]
-    return needs.new_tokens.get(name) or needs.written[name]
+class _Account:
+    """Counts kernels one after the other."""
 
+    def __init__(self, needs: Needs, kinds: Mapping[str, str], context: int) -> None:
+        self.needs, self.kinds, self.context = needs, kinds, context
+        self.left = {need: need.ideal for need in (*needs.reads.values(), *needs.writes.values())}
+        """What no kernel so far has moved."""
+        self.touched: set[Need] = set()
 
-def _account(
-    kernel: Kernel,
-    needs: _Needs,
-    left: dict[tuple[str, str], int],
-    met: set[tuple[str, str]],
-    kinds: Mapping[str, str],
-    context: int,
-) -> KernelTraffic:
-    """Count one kernel, take what it is the first to move out of `left`, and note in `met` what it touches."""
-    total = ideal = 0
-    shares: dict[str, int] = {label: 0 for label in kernel.labels if label in kinds}
-    in_place = {t.name for t in kernel.inputs} & {t.name for t in kernel.outputs}
-    bounded = any(t.dynamic for t in (*kernel.inputs, *kernel.outputs))
-    written = max((t.resolved(context).elements for t in kernel.outputs), default=0)
-    operands = [(t, "read") for t in _distinct(kernel.inputs)] + [(t, "written") for t in _distinct(kernel.outputs)]
-    for tensor, way in operands:
-        size, need = tensor.resolved(context).bytes, None
-        name = needs.aliases.get(tensor.name, tensor.name)
-        if tensor.name in needs.caches:
-            if tensor.name in in_place and way == "read":
-                continue
-            need = _need(needs, name, way)
-            if way == "written":
-                size = need.part if tensor.name in in_place else size
-            elif bounded:
-                size = min(size, need.part)
-            elif not kernel.reduces:
-                size = min(size, sum(t.resolved(context).elements for t in kernel.outputs) * BITS[tensor.dtype] // 8)
-        elif tensor.name in (needs.read if way == "read" else needs.written):
-            name, need = tensor.name, _need(needs, tensor.name, way)
-            size = size if 0 < need.elements <= written else min(size, need.part)
-        if need is not None:
-            if need.label in kinds:
-                shares[need.label] = shares.get(need.label, 0) + size
-            first = min(left[name, way], size)
-            left[name, way] -= first
-            met.add((name, way))
-            ideal += first
-        total += size
-    total += sum(t.resolved(context).bytes for t in _distinct(kernel.constants))
-    layer = max(shares, key=lambda label: shares[label], default="")
-    return KernelTraffic(kernel.name, layer, kinds.get(layer, "other"), Moved(total, ideal))
+    def kernel(self, kernel: Kernel) -> KernelTraffic:
+        """Return what a kernel moves, and what it is the first to move of what must be moved."""
+        total = sum(tensor.resolved(self.context).bytes for tensor in _distinct(kernel.constants))
+        ideal = 0
+        shares: dict[str, int] = {label: 0 for label in kernel.labels if label in self.kinds}
+        for tensors, needs in ((kernel.inputs, self.needs.reads), (kernel.outputs, self.needs.writes)):
+            for tensor in _distinct(tensors):
+                need = needs.get(tensor.name)
+                if need is None:
+                    total += tensor.resolved(self.context).bytes
+                    continue
+                size = need.moved(kernel, tensor, self.context)
+                total += size
+                ideal += self.take(need, size)
+                if need.label in self.kinds:
+                    shares[need.label] = shares.get(need.label, 0) + size
+        layer = max(shares, key=lambda label: shares[label], default="")
+        return KernelTraffic(kernel.name, layer, self.kinds.get(layer, "other"), Moved(total, ideal))
+
+    def take(self, need: Need, size: int) -> int:
+        """Return how much of `size` bytes is the first to be moved of `need`."""
+        first = min(self.left[need], size)
+        self.left[need] -= first
+        if size:
+            self.touched.add(need)
+        return first
+
+    def untouched(self) -> Iterator[tuple[str, Moved]]:
+        """Yield kind and bytes of what must be moved and no kernel names."""
+        for need, size in self.left.items():
+            if size and need not in self.touched:
+                yield self.kinds.get(need.label, need.label), Moved(0, size)
 
 
 def _distinct(tensors: Iterable[TensorInfo]) -> list[TensorInfo]:
@@ -223,97 +180,6 @@ def _distinct(tensors: Iterable[TensorInfo]) -> list[TensorInfo]:
 def _kind(program: Program, label: str, function: str) -> str:
     kind = program.functions[function].kind
     return f"mtp.{kind}" if label.startswith("mtp.") and not kind.startswith("mtp") else kind
-
-
-def _needs(program: Program, entry_point: EntryPoint, entry: OnnxEntry, context: int) -> _Needs:
-    needs = _Needs()
-    labels = {name: call.label for call in reversed(entry_point.calls) for name in (*call.parameters, *call.states)}
-    gathered = _gathered(program, entry_point, entry)
-    for binding in entry.weights:
-        whole, rows = _bytes(binding), gathered.get(binding.name)
-        part = whole if rows is None else min(whole, rows * whole // max(binding.shape[0], 1))
-        elements = prod(binding.shape) if part < whole and len(binding.shape) > 1 else 0
-        needs.read[binding.name] = _Need(labels[binding.name], part, part, elements)
-    tokens = _tokens(entry)
-    for binding in entry.arguments:
-        if binding.kind == "view":  # the memory of the state before it, in the type in which it is read
-            needs.aliases[binding.name] = binding.source
-            needs.caches[binding.name] = needs.caches[binding.source]
-            continue
-        state = program.states.get(binding.name) if binding.kind == "state" else None
-        whole = _bytes(binding, context)
-        if state is not None and state.kind == "kv":
-            capacity = binding.shape[2]
-            seen = whole * min(max(context, tokens), capacity) // capacity
-            needs.caches[binding.name] = _Need(labels[binding.name], seen, seen)
-            added = whole * tokens // capacity
-            needs.new_tokens[binding.name] = _Need(labels[binding.name], added, added)
-        else:
-            label = labels.get(binding.name, "inputs and outputs")
-            needs.read[binding.name] = _Need(label, whole, whole)
-    for binding in entry.results:
-        if binding.kind == "state" and binding.source in needs.caches:
-            needs.aliases[binding.name] = binding.source
-            needs.caches[binding.name] = needs.caches[binding.source]
-            needs.new_tokens[binding.name] = needs.new_tokens[binding.source]
-        else:
-            label = labels.get(binding.source, "inputs and outputs")
-            whole = _bytes(binding)
-            needs.written[binding.name] = _Need(label, whole, whole)
-    return needs
-
-
-_GATHERS = {"embedding": (0, 1), "expert_linear": (1, 2)}
-"""Op → its operands with the rows that are asked for, and what they are gathered from."""
-_DEQUANTIZE = (ops.dequantize_nvfp4, ops.dequantize_fp8)
-
-
-def _gathered(program: Program, entry_point: EntryPoint, entry: OnnxEntry) -> dict[str, int]:
-    """Return how many rows (experts, tokens) are asked for of parameters that are only ever gathered from.
-
-    0 of those that a call binds for another entry point's sake: verify writes the drafter's cache, no more.
-    """
-    dims = {"B": entry.batch, "S": _tokens(entry)}
-    rows: dict[str, int] = {}
-    whole: set[str] = set()
-    for call in entry_point.calls:
-        function = program.functions[call.function]
-        actual = {id(f): name for f, name in zip(function.parameters, call.parameters, strict=True)}
-        for node in function.nodes:
-            if node.op in _DEQUANTIZE:
-                continue  # its reader tells
-            indices, table = _GATHERS.get(node.op.name, (None, None))
-            for i, operand in enumerate(node.operands):
-                names = [actual[id(value)] for value in _stored(operand) if id(value) in actual]
-                if i == table and indices is not None:
-                    count = node.operand(indices).type.bind(dims).elements
-                    rows.update((name, rows.get(name, 0) + count) for name in names)
-                else:
-                    whole.update(names)
-    unused = {name for call in entry_point.calls for name in call.parameters} - rows.keys() - whole
-    return dict.fromkeys(unused, 0) | {name: count for name, count in rows.items() if name not in whole}
-
-
-def _stored(operand: Value | None) -> list[Value]:
-    """Return what holds `operand`: codes and scales where it is dequantized, else itself."""
-    if operand is None:
-        return []
-    made_by = operand.node
-    return [v for v in made_by.operands if v] if made_by is not None and made_by.op in _DEQUANTIZE else [operand]
-
-
-def _tokens(entry: OnnxEntry) -> int:
-    """Return the tokens of a sequence: ids are [B, S], the hidden states that a stage takes [B, S, D]."""
-    return next((b.shape[1] for b in entry.arguments if b.kind == "input" and len(b.shape) > 1), 1)
-
-
-_BITS = {"f32": 32, "f16": 16, "bf16": 16, "f8e4m3": 8, "f4e2m1": 4, "i8": 8, "i64": 64, "bool": 8}
-
-
-def _bytes(binding: Binding, length: int = 0) -> int:
-    """Return the size of a binding, with `length` for a dim that is not known."""
-    elements = prod(length if dim == DYNAMIC else dim for dim in binding.shape)
-    return (elements * _BITS[binding.dtype] + 7) // 8
 
 
 def traffic_json(plans: Mapping[str, Traffic], entries: Mapping[str, str]) -> dict[str, Any]:

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from n3c.backends.progress import Progress
+from n3c.backends.trt.targets import lacking
 from n3c.compiler.report.cost import count_parameters, flops_per_token
 from n3c.compiler.report.tool_versions import peak_rss_bytes, tool_versions
 from n3c.ir.diagnostics import Diagnostic, Severity
 from n3c.ir.program import Program
 from n3c.passes.lower.model import lower
-from n3c.passes.serving import Served, quantize_pass, serve
+from n3c.passes.serving import Served, serve
 from n3c.runtime.manifest import MANIFEST
 from n3c.specs.dump import dump_spec
 from n3c.specs.load import load_spec
@@ -67,12 +68,14 @@ def build(request: Request, progress: Progress, after: Callable[[str, Program], 
     outdir.require_writable(out)
 
     progress.phase("passes")
-    served = serve(spec, after)
+    served = serve(spec, after, lacking=lacking(request.sms) if request.target == "trt" else ())
     if request.target != "torch":
         require_request(spec, served, request)
         require_target(spec, request.sms if request.target == "trt" else (), request.trt)
     if request.weights is not None:
-        _require_fit(spec, request.weights)
+        from n3c.backends.safetensors.checkpoint_fit import fitting_checkpoint
+
+        fitting_checkpoint(spec, request.weights)
 
     resolved = dump_spec(spec)
     spec_sha256 = hashlib.sha256(resolved.encode()).hexdigest()
@@ -94,16 +97,6 @@ def build(request: Request, progress: Progress, after: Callable[[str, Program], 
     built.files = manifest["files"]
     built.seconds = time.perf_counter() - start
     return built
-
-
-def _require_fit(spec: Spec, weights: Path) -> None:
-    from n3c.backends.safetensors.checkpoint import Checkpoint
-    from n3c.backends.safetensors.sources import check_fit, check_formats
-
-    checkpoint, program = Checkpoint(weights), lower(spec)
-    check_fit(program.parameters.values(), checkpoint)
-    quantize_pass(spec).run(program)
-    check_formats(program.parameters.values(), checkpoint)
 
 
 def _emit_torch(spec: Spec, spec_sha256: str, folder: Path, progress: Progress) -> list[Diagnostic]:

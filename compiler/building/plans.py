@@ -19,11 +19,9 @@ from n3c.backends.trt.build import PlanResult, build_plan
 from n3c.backends.trt.constants import weights_as_inputs
 from n3c.backends.trt.module import load_trt
 from n3c.backends.trt.plan_file import Sidecar, write_sidecar
-from n3c.backends.trt.targets import lacking
 from n3c.backends.trt.traffic import Traffic, traffic, traffic_json
 from n3c.ir.diagnostics import Diagnostic
 from n3c.ir.program import EntryPoint
-from n3c.ir.types import DType
 from n3c.passes.serving import Served
 from n3c.runtime.manifest import sha256_file
 from n3c.specs.schema import Spec
@@ -32,8 +30,6 @@ from .request import Request
 
 CONTEXT = 4096
 """Tokens of each sequence at which traffic is stated, where the cache holds as many."""
-CODES = (DType.F4E2M1, DType.F8E4M3)
-"""Types of codes, which can be bound as bytes where a GPU lacks them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +87,13 @@ def emit_engines(
     """
     plans = request.target == "trt"
     trt = load_trt(request.trt) if plans else None  # where it is missing, say so before any work
-    as_bytes = tuple(dtype for dtype in CODES if dtype in lacking(request.sms)) if plans else ()
     made = _Made()
     (folder / "onnx").mkdir()
     if plans:
         (folder / "trt").mkdir()
     with _weights(request, folder / "onnx") as weights:
         for part in parts_of(served, spec, entries=request.entries, count=request.stages):
-            entry = _emit(served, part, as_bytes, weights, folder / "onnx", progress)
+            entry = _emit(served, part, weights, folder / "onnx", progress)
             _remember(made, part, entry)
             if trt is not None:
                 result = _build(trt, request, part, entry, folder, progress)
@@ -127,13 +122,12 @@ def _weights(request: Request, folder: Path) -> Generator[WeightsFile | None]:
 def _emit(
     served: Served,
     part: Part,
-    as_bytes: tuple[DType, ...],
     weights: WeightsFile | None,
     folder: Path,
     progress: Progress,
 ) -> OnnxEntry:
     progress.phase(f"emit {part.staged_name}")
-    entry = emit_entry(served.program, part.entry_point, batch=part.batch, as_bytes=as_bytes, progress=progress)
+    entry = emit_entry(served.program, part.entry_point, batch=part.batch, progress=progress)
     if weights is not None:
         embed(entry, weights)
     entry.save(folder / part.onnx)

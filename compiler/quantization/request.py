@@ -1,22 +1,70 @@
-"""What the command line asks of sensitive layers and activations."""
+"""What is asked of `n3c quantize`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from n3c.specs.schema import BLOCKS, Format
+
+if TYPE_CHECKING:
+    from n3c.backends.safetensors.packing import Search
+
+FORMATS: tuple[Format, ...] = get_args(Format)
+SEARCHES = ("none", "mse")
+BLOCK_NAMES = {f"{rows}x{columns}": (rows, columns) for rows, columns in BLOCKS}
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """What the command line asks for; nothing of it by default."""
+class QuantizeRequest:
+    """A checkpoint, the formats that it gets, and how it is written. Fields are named as the options are."""
 
+    weights: Path
+    """The checkpoint directory to quantize."""
+    out: Path
+    """The directory to make; it must be new."""
+    spec: Path | None = None
+    """None: the spec is read from the checkpoint's config."""
+    overrides: tuple[str, ...] = ()
+    """`KEY=VALUE` of --set."""
+
+    fmt: str | None = None
+    """Format of every linear that no rule names."""
+    block: str | None = None
+    """`1x16` or `16x16`: the blocks of all NVFP4 weights."""
     like: Path | None = None
+    """A released checkpoint, or its config, whose formats are taken."""
     effective_bits: float | None = None
     """The budget of --auto; None: formats are not chosen."""
     mtp: bool = False
+    """Whether --auto may quantize the MTP block."""
+    write_spec: Path | None = None
+    """Where to write the spec with its final rules."""
+
     calibration: Path | None = None
+    """Tokens (.npy, .bin) or text, from which the scales of activations are measured."""
     samples: int = 128
+    """Sequences of calibration."""
     length: int = 512
+    """Tokens of each."""
     activation_scales: Path | None = None
     save_activation_scales: Path | None = None
-    write_spec: Path | None = None
+
+    search: Search = "none"
+    """Block scales: the nearest, or the neighbour of least squared error."""
+    resume: bool = False
+    part: tuple[int, int] = (1, 1)
+    """I of N: every N-th shard, from the I-th."""
+    max_shard_bytes: int | None = None
+    """Most bytes of a file of the result; None: 5 GB."""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether activations will have scales."""
+        return self.calibration is not None or self.activation_scales is not None
+
+    @property
+    def block_shape(self) -> tuple[int, int] | None:
+        """Rows and columns of `block`; None where it is not given."""
+        return None if self.block is None else BLOCK_NAMES[self.block]

@@ -68,10 +68,10 @@ def _call_flops(program: Program, call: Call, context: int) -> int:
     total = 0
     for node in program.functions[call.function].nodes:
         if node.op.flops is not None:
-            operands = [v.type if v else None for v in node.operands]
+            operands = {name: v.type if v else None for name, v in node.named_operands.items()}
             total += node.op.flops(operands, tuple(r.type for r in node.results), node.attributes)
         elif node.op is ops.attention:
-            width = node.operand(0).type.dims[-1]
+            width = node["q"].type.dims[-1]
             total += 4 * context * width if isinstance(width, int) else 0
     return total
 

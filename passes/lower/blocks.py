@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from n3c.ir import ops
 from n3c.ir.program import Function, Value
+from n3c.ir.rewrite import Builder
 from n3c.ir.source import NegExp, Source, Stack, Tensor
 from n3c.ir.types import Dim, DType, TensorType
 from n3c.specs.pattern import BlockKind
@@ -54,7 +55,7 @@ class Block:
     def emit_many(
         self, op: ops.OpDef, *operands: Value | None, names: list[str], **attributes: ops.Attribute
     ) -> list[Value]:
-        return self.function.emit_many(op, operands, names, attributes, origin=self.function.origin)
+        return Builder(self.function, self.function.origin).emit_many(op, *operands, names=names, **attributes)
 
     def norm(self, x: Value, weight: str, role: str = "norm", name: str = "h") -> Value:
         """rms_norm with a declared weight."""

@@ -1,4 +1,4 @@
-"""Lowering: a spec becomes a program with the entry point `forward`, the model as it trains.
+"""lower: a spec becomes a program with the entry point `forward`, the model as it trains.
 
 Layers of one kind share the function that `blocks` makes; each call binds the parameters of its layer.
 """

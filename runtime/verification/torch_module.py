@@ -12,9 +12,10 @@ from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.backends.safetensors.sources import load
 from n3c.backends.torch.loading import hidden_states
 from n3c.ir.source import NegExp, Stack, tensor_names
+from n3c.passes.base import run_pipeline
 from n3c.passes.lower.model import lower
-from n3c.passes.renderings.float32 import widened
-from n3c.passes.serving import quantize_pass
+from n3c.passes.pipelines import quantize_pass
+from n3c.passes.widen import Widen
 from n3c.runtime.engines.interface import Array
 from n3c.specs.schema import Spec
 
@@ -92,8 +93,7 @@ class TorchLeg:
 def _fill(tensors: dict[str, Any], spec: Spec, checkpoint: Checkpoint) -> None:
     """Copy every weight, dequantized as the deployed codes say, to the tensor of its name in a checkpoint."""
     program = lower(spec)
-    quantize_pass(spec).run(program)
-    program, _ = widened(program, program.entry_points["forward"])
+    run_pipeline(program, [quantize_pass(spec), Widen()])
     with torch.no_grad():
         for parameter in program.parameters.values():
             names = list(tensor_names(parameter.source))

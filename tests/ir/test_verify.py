@@ -9,6 +9,7 @@ import pytest
 
 from n3c.ir import ops
 from n3c.ir.program import Program
+from n3c.ir.rewrite import Builder
 from n3c.ir.types import DType, TensorType
 from n3c.ir.verify import InvalidProgramError, verify
 from n3c.passes.base import BrokenPassError, run_pipeline
@@ -98,8 +99,8 @@ def test_the_pipeline_names_the_culprit() -> None:
         run_pipeline(lower(small_spec()), [Vandal()])
 
 
-def test_nodes_do_not_type_are_refused_when_made() -> None:
+def test_nodes_that_do_not_type_are_refused_when_made() -> None:
     program = lower(small_spec())
     function = program.functions["mlp"]
     with pytest.raises(ValueError, match="does not fit"):
-        function.emit(ops.linear, function.inputs[0], function.parameters[0], name="y", origin=function.origin)
+        Builder(function, function.origin).emit(ops.linear, function.inputs[0], function.parameters[0], name="y")

@@ -13,7 +13,8 @@ from n3c.ir.program import Program
 from n3c.passes.base import run_pipeline
 from n3c.passes.fuse_moe import FuseMoe
 from n3c.passes.lower.model import lower
-from n3c.passes.serving import quantize_pass, serve
+from n3c.passes.pipelines import quantize_pass
+from n3c.passes.serving import serve
 from n3c.runtime.engines.reference.evaluate import evaluate
 from support.programs import load_parameters, random_tensors, save_tensors
 from support.serving import Served

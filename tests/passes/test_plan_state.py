@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from n3c.passes.serving import serve
-from n3c.passes.state_plan import ALIGNMENT
+from n3c.passes.state_layout import ALIGNMENT
 from n3c.specs.load import load_spec
 from support.specs import SPECS, small_spec
 

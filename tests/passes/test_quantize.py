@@ -7,9 +7,11 @@ import pytest
 from n3c.ir.diagnostics import ExitCode, N3CError
 from n3c.ir.program import LedgerEntry, Program
 from n3c.passes.lower.model import lower
+from n3c.passes.quantize import linear_parameters
 from n3c.passes.serving import serve
 from n3c.specs.load import load_spec
-from support.specs import QUANTIZED, SMALL, SPECS, small_spec
+from n3c.specs.roles import NOT_LINEAR, ROLES
+from support.specs import QUANTIZED, SMALL, SPECS, small_spec, spec_from_text
 
 
 def ledger(extra: str) -> dict[str, LedgerEntry]:
@@ -76,7 +78,21 @@ def test_the_ledger_covers_every_weight_once_with_its_bytes() -> None:
             "matches no weight",
         ),
         (table("bf16", 'roles = ["mamba.*"]\nlayers = "1"\nformat = "fp8"'), "E0401", 4, "in these layers"),
-        (table("bf16", 'roles = ["embedding"]\nformat = "nvfp4"'), "E0403", 4, "not the weight of a linear"),
+        (
+            table("bf16", 'modules = ["backbone.embeddings"]\nformat = "nvfp4"'),
+            "E0403",
+            4,
+            "not the weight of a linear",
+        ),
+        (
+            table("bf16", 'modules = ["backbone.layers.0.norm"]\nformat = "fp8"'),
+            "E0403",
+            4,
+            "not the weight of a linear",
+        ),
+        (table("bf16", 'modules = ["backbone.layers.3.mixer"]\nformat = "fp8"'), "E0401", 4, "matches no weight"),
+        (table("bf16", 'roles = ["lm_head"]\nlayers = "last 1"\nformat = "fp8"'), "E0401", 4, "in these layers"),
+        (table("bf16", 'roles = ["mtp.*"]\nlayers = "last 1"\nformat = "fp8"'), "E0401", 4, "in these layers"),
         (table("nvfp4", block="[16, 16]"), "E0405", 2, "do not divide into blocks of 16"),
     ],
 )
@@ -144,3 +160,101 @@ def test_nano_keeps_the_mamba_layers_before_attention() -> None:
     program = serve(load_spec(SPECS / "nano.toml")[0]).program
     kept = {e.name.split(".")[2] for e in program.ledger if e.role == "mamba.in_proj" and e.format == "bf16"}
     assert kept == {"4", "11", "18", "25", "32", "41"}  # as in the released NVFP4 checkpoint
+
+
+TWO_BLOCKS = """[quantization]
+format = "bf16"
+[[quantization.rules]]
+roles = ["mlp.up"]
+layers = "1"
+format = "nvfp4"
+block = {first}
+[[quantization.rules]]
+roles = ["mlp.up"]
+layers = "2"
+format = "nvfp4"
+block = {second}
+"""
+
+
+@pytest.mark.parametrize(("first", "second", "wrong"), [("[1, 16]", "[16, 16]", 2), ("[16, 16]", "[1, 16]", 1)])
+def test_a_layer_that_fits_hides_none_that_does_not(first: str, second: str, wrong: int) -> None:
+    """24 rows do not divide into blocks of 16: each weight is judged by the rule that decides it."""
+    text = SMALL[: SMALL.index("[mtp]")] + TWO_BLOCKS.format(first=first, second=second)
+    text = text.replace("MEM*E-ME", "M--").replace("intermediate_size = 96", "intermediate_size = 24")
+    with pytest.raises(N3CError) as caught:
+        serve(spec_from_text(text))
+    assert caught.value.exit_code == ExitCode.SPEC
+    assert len(caught.value.diagnostics) == 1
+    fault = caught.value.diagnostics[0]
+    assert fault.code == "E0405"
+    assert f"`backbone.layers.{wrong}.mixer.up_proj.weight` [24, 64] cannot be nvfp4" in fault.message
+    assert f"by `quantization.rules.{wrong - 1}`" in fault.message
+
+
+def test_equal_misfits_are_one_diagnostic_with_their_number() -> None:
+    with pytest.raises(N3CError) as caught:
+        serve(small_spec(table("nvfp4"), odd=("intermediate_size = 48", "intermediate_size = 50")))
+    down, mtp = list(caught.value.diagnostics)
+    assert "`backbone.layers.1.mixer.experts.*.down_proj.weight` [8, 32, 50] and 2 more of this role" in down.message
+    assert "`mtp.layers.1.mixer.experts.*.down_proj.weight` [8, 32, 50] cannot be nvfp4" in mtp.message
+
+
+def test_a_rule_about_routers_means_their_linears() -> None:
+    entries = ledger(table("bf16", 'roles = ["moe.router"]\nformat = "fp8"'))
+    assert {name for name, entry in entries.items() if entry.format == "fp8"} == {
+        "backbone.layers.1.mixer.gate.weight",
+        "backbone.layers.4.mixer.gate.weight",
+        "backbone.layers.7.mixer.gate.weight",
+    }
+
+
+def test_a_tied_embedding_is_no_linear() -> None:
+    """The head multiplies with it, but the embedding looks rows of it up: it stays as it is."""
+    tied = small_spec(
+        table("fp8"), odd=("initializer_range = 0.1", "initializer_range = 0.1\ntie_word_embeddings = true")
+    )
+    assert "backbone.embeddings.weight" not in linear_parameters(lower(tied))
+    entries = {entry.name: entry for entry in serve(tied).program.ledger}
+    assert entries["backbone.embeddings.weight"].rule == "not a linear"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SPECS.glob("*.toml")))
+def test_roles_of_linears_are_those_that_the_ops_say(name: str) -> None:
+    program = lower(load_spec(SPECS / f"{name}.toml")[0])
+    linears = linear_parameters(program)
+    for parameter in program.parameters.values():
+        if parameter.role in ROLES and parameter.name.endswith(".weight"):
+            assert (parameter.name in linears) == (parameter.role not in NOT_LINEAR), parameter.name
+
+
+@pytest.mark.parametrize(
+    ("rule", "code"),
+    [
+        ('roles = ["mlp.*"]\nlayers = "first 1"\nformat = "bf16"', "E0401"),
+        ('roles = ["lm_head"]\nlayers = "last 1"\nformat = "bf16"', "E0401"),
+        ('modules = ["backbone.layers.99.mixer.in_proj"]\nformat = "nvfp4"', "E0401"),
+        ('modules = ["backbone.layers.1.mixer.experts.3.up_proj"]\nformat = "nvfp4"', "E0401"),
+        ('roles = ["moe.router"]\nformat = "nvfp4"', "E0403"),
+        ('modules = ["backbone.layers.0.mixer.conv1d"]\nformat = "mxfp8"', "E0403"),
+    ],
+)
+def test_rules_of_training_are_judged_as_those_of_deployment(rule: str, code: str) -> None:
+    text = f'\n[training]\nformat = "nvfp4"\n[[training.rules]]\n{rule}\n'
+    with pytest.raises(N3CError) as caught:
+        serve(small_spec(text))
+    assert caught.value.exit_code == ExitCode.SPEC
+    assert len(caught.value.diagnostics) == 1
+    fault = caught.value.diagnostics[0]
+    assert fault.code == code
+    assert "`training.rules.0`" in fault.message
+    assert fault.span is not None
+    assert fault.span.line == SMALL.count("\n") + 4
+
+
+def test_a_role_of_training_that_this_model_lacks_is_a_warning() -> None:
+    text = '\n[training]\nformat = "bf16"\n[[training.rules]]\nroles = ["mlp.*", "moe.*"]\nformat = "bf16"\n'
+    assert serve(small_spec(text)).warnings == []
+    (warning,) = serve(small_spec(text, odd=("MEM*E-ME", "MEM*EME"))).warnings
+    assert warning.code == "W0402"
+    assert "training.rules.0" in warning.message

@@ -16,8 +16,9 @@ from n3c.passes.base import run_pipeline
 from n3c.passes.cleanup import Cleanup
 from n3c.passes.fuse_moe import FuseMoe
 from n3c.passes.lower.model import lower
+from n3c.passes.pipelines import quantize_pass, serving_passes
 from n3c.passes.plan_state import PlanState
-from n3c.passes.serving import quantize_pass, serve, serving_passes
+from n3c.passes.serving import serve
 from n3c.runtime.engines.reference.evaluate import evaluate, zero_states
 from n3c.runtime.engines.reference.ops import dequantize_fp8, dequantize_nvfp4
 from n3c.specs.schema import Spec

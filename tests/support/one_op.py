@@ -8,6 +8,7 @@ from torch import Tensor
 from n3c.ir import ops
 from n3c.ir.ops import Attribute, OpDef
 from n3c.ir.program import Call, EntryPoint, Function, Origin, Parameter, Program, State, Value
+from n3c.ir.rewrite import Builder
 from n3c.ir.source import Tensor as Source
 from n3c.ir.types import DType, TensorType
 from n3c.ir.verify import verify
@@ -23,6 +24,7 @@ class OneOp:
         self.format = format_
         self.generator = torch.Generator().manual_seed(seed)
         self.function = Function("f", "test", [], [])
+        self.build = Builder(self.function, Origin())
         self.values: dict[str, Tensor] = {}
 
     def value(self, name: str, dtype: DType, tensor: Tensor, dims: tuple[int, ...] | None = None) -> Value:
@@ -60,7 +62,7 @@ class OneOp:
             if form == "fp8":
                 codes = self.value("codes", DType.F8E4M3, self.normal(*dims).to(torch.float8_e4m3fn))
                 self.function.parameters += [codes, scales]
-                return self.function.emit(ops.dequantize_fp8, codes, scales, name="w", origin=Origin())
+                return self.build.emit(ops.dequantize_fp8, codes, scales, name="w")
             packed = torch.randint(0, 256, (*outer, k // 2), generator=self.generator, dtype=torch.uint8)
             codes = (
                 self.value("codes", DType.I8, packed.view(torch.int8))
@@ -70,12 +72,12 @@ class OneOp:
             blocks = self.normal(*outer, k // 16).abs().to(torch.float8_e4m3fn)
             block_scales = self.value("block_scale", DType.F8E4M3, blocks)
             self.function.parameters += [codes, block_scales, scales]
-            return self.function.emit(ops.dequantize_nvfp4, codes, block_scales, scales, name="w", origin=Origin())
+            return self.build.emit(ops.dequantize_nvfp4, codes, block_scales, scales, name="w")
         return self.weight("w", *dims, dtype=DType(form))
 
     def apply(self, op: OpDef, *operands: Value | None, **attributes: Attribute) -> Program:
         names = [f"r{i}" for i in range(len(op.infer([v.type if v else None for v in operands], attributes)))]
-        results = self.function.emit_many(op, operands, names, attributes, origin=Origin())
+        results = self.build.emit_many(op, *operands, names=names, **attributes)
         kept = len(results) - len(self.function.states)
         self.function.outputs, self.function.next_states = results[:kept], results[kept:]
         return self.program()

@@ -106,7 +106,7 @@ def _rules(draw: st.DrawFn, formats: tuple[str, ...], layers: int) -> dict[str, 
         st.tuples(layer, layer).map(lambda pair: f"{min(pair)}..{max(pair)}"),
     )
     blocks = st.sampled_from([[16, 16], [1, 16]])
-    globs = st.sampled_from(["*", "mamba.*", "attention.q_proj", "moe.shared.*", "mtp.*", "embedding", "lm_head"])
+    globs = st.sampled_from(["*", "mamba.*", "attention.q_proj", "moe.shared.*", "mtp.*", "moe.router", "lm_head"])
     roles = st.fixed_dictionaries(
         {"roles": st.lists(globs, min_size=1, max_size=3), "format": st.sampled_from(formats)},
         optional={"layers": selectors, "block": blocks},

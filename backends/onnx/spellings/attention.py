@@ -14,6 +14,9 @@ from n3c.ir.types import DType
 from .elementwise import rows_of
 from .fp8_cache import NEVER, attend_one, cut, pairs, rounded
 
+CACHES = ("k_cache", "v_cache")
+"""Operands of cached_attention."""
+
 
 def write_cache(emitter: Emitter, node: Node) -> None:
     """TensorScatter at each sequence's length, which TensorRT does in place.
@@ -22,45 +25,53 @@ def write_cache(emitter: Emitter, node: Node) -> None:
     cache and written back: a scatter writes whole, and always inside.
     """
     g = emitter.graph
-    batch, tokens, _ = emitter.sizes(node.operand(0))
-    cache, scale = node.operand(1), node.operands[4]
-    _, heads, capacity, head_dim = emitter.sizes(cache)
-    held, start, counts = emitter.get(cache), emitter.operand(node, 2), node.operands[3]
-    dims, x = (batch, tokens, heads, head_dim), emitter.operand(node, 0)
-    x = x if scale is None else g.node("Div", x, emitter.get(scale))
-    if cache.type.dtype is DType.F8E4M3:
-        values = rounded(emitter, _rows(emitter, x, dims, DType.F32))
-        new, head_dim = pairs(emitter, values, (batch, heads, tokens, head_dim)), head_dim // 2
-        emitter.bind_written(node.results[0], Rows(emitter.view(cache), values))
-    else:
-        new = _rows(emitter, x, dims, cache.type.dtype)
-    if tokens > 1 or counts is not None:
-
-        def places() -> tuple[onnx.Value, onnx.Value, onnx.Value, onnx.Value]:
-            limit = None if counts is None else emitter.get(counts)
-            return _places(emitter, emitter.operand(node, 2), limit, tokens, capacity)
-
-        key = ("places", id(start), id(counts and emitter.get(counts)), tokens, capacity)
-        start, kept, taken, is_new = emitter.shared_many(key, places)
-        old = rows_of(emitter, held, (batch, heads, capacity, head_dim), kept)
-        new = g.node("Where", is_new, rows_of(emitter, new, (batch, heads, tokens, head_dim), taken), old)
+    batch, tokens, _ = emitter.sizes(node["new"])
+    _, heads, capacity, _ = emitter.sizes(node["cache"])
+    held, start = emitter.operand(node, "cache"), emitter.operand(node, "lengths")
+    new, width = _as_held(emitter, node)
+    if tokens > 1 or node.get("counts") is not None:
+        start, kept, taken, is_new = _places(emitter, node, tokens, capacity)
+        old = rows_of(emitter, held, (batch, heads, capacity, width), kept)
+        new = g.node("Where", is_new, rows_of(emitter, new, (batch, heads, tokens, width), taken), old)
     emitter.bind(node.results[0], g.node("TensorScatter", held, new, start, axis=2, mode="linear"))
 
 
+def _as_held(emitter: Emitter, node: Node) -> tuple[onnx.Value, int]:
+    """Return the new rows as the cache holds them, [B, H, S, width], and the width: FP8 codes are held in pairs."""
+    g = emitter.graph
+    batch, tokens, _ = emitter.sizes(node["new"])
+    cache, scale, x = node["cache"], node.get("scale"), emitter.operand(node, "new")
+    _, heads, _, head_dim = emitter.sizes(cache)
+    x = x if scale is None else g.node("Div", x, emitter.get(scale))
+    dims = (batch, tokens, heads, head_dim)
+    if cache.type.dtype is not DType.F8E4M3:
+        return _rows(emitter, x, dims, cache.type.dtype), head_dim
+    values = rounded(emitter, _rows(emitter, x, dims, DType.F32))
+    emitter.bind_written(node.results[0], Rows(emitter.view(cache), values))
+    return pairs(emitter, values, (batch, heads, tokens, head_dim)), head_dim // 2
+
+
 def _places(
-    emitter: Emitter, lengths: onnx.Value, counts: onnx.Value | None, tokens: int, capacity: int
+    emitter: Emitter, node: Node, tokens: int, capacity: int
 ) -> tuple[onnx.Value, onnx.Value, onnx.Value, onnx.Value]:
     """Return where S rows are written, which rows of the cache lie there, which new ones go there, and if they do."""
     g = emitter.graph
-    start = g.node("Min", lengths, g.i64(capacity - tokens))
-    rows = g.node("Add", g.node("Unsqueeze", start, g.i64(1)), g.i64(*range(tokens)))  # [B, S]
-    token = g.node("Sub", rows, g.node("Unsqueeze", lengths, g.i64(1)))
-    is_new = g.node("GreaterOrEqual", token, g.i64(0))
-    if counts is not None:
-        is_new = g.node("And", is_new, g.node("Less", token, g.node("Unsqueeze", counts, g.i64(1))))
-    clipped = g.node("Max", g.node("Min", token, g.i64(tokens - 1)), g.i64(0))
-    kept, taken = (g.node("Unsqueeze", index, g.i64(1)) for index in (rows, clipped))  # the same for every head
-    return start, kept, taken, g.node("Unsqueeze", is_new, g.i64(1, 3))
+    lengths, counted = emitter.operand(node, "lengths"), node.get("counts")
+    counts = None if counted is None else emitter.get(counted)
+
+    def make() -> tuple[onnx.Value, onnx.Value, onnx.Value, onnx.Value]:
+        start = g.node("Min", lengths, g.i64(capacity - tokens))
+        rows = g.node("Add", g.node("Unsqueeze", start, g.i64(1)), g.i64(*range(tokens)))  # [B, S]
+        token = g.node("Sub", rows, g.node("Unsqueeze", lengths, g.i64(1)))
+        is_new = g.node("GreaterOrEqual", token, g.i64(0))
+        if counts is not None:
+            is_new = g.node("And", is_new, g.node("Less", token, g.node("Unsqueeze", counts, g.i64(1))))
+        clipped = g.node("Max", g.node("Min", token, g.i64(tokens - 1)), g.i64(0))
+        kept, taken = (g.node("Unsqueeze", index, g.i64(1)) for index in (rows, clipped))  # the same for every head
+        return start, kept, taken, g.node("Unsqueeze", is_new, g.i64(1, 3))
+
+    start, kept, taken, is_new = emitter.shared_many(("places", id(lengths), id(counts), tokens, capacity), make)
+    return start, kept, taken, is_new
 
 
 def _rows(emitter: Emitter, x: onnx.Value, dims: tuple[int, int, int, int], dtype: DType) -> onnx.Value:
@@ -78,8 +89,8 @@ def cached_attention(emitter: Emitter, node: Node) -> None:
     """
     g = emitter.graph
     heads, kv_heads = integer(node, "num_heads"), integer(node, "num_kv_heads")
-    batch, tokens, width = emitter.sizes(node.operand(0))
-    q, k_scale, v_scale = emitter.operand(node, 0), node.operands[5], node.operands[6]
+    batch, tokens, width = emitter.sizes(node["q"])
+    q, k_scale, v_scale = emitter.operand(node, "q"), node.get("k_scale"), node.get("v_scale")
     q = q if k_scale is None else g.node("Mul", q, emitter.get(k_scale))
     if tokens == 1 and emitter.rendering == "engine":
         q = g.node("Mul", q, g.f32((width // heads) ** -0.5))
@@ -92,14 +103,14 @@ def cached_attention(emitter: Emitter, node: Node) -> None:
 
 def _one_token(emitter: Emitter, node: Node, q: onnx.Value) -> onnx.Value:
     """Return attention of one token as sums, [B, Hkv, Hq/Hkv, P], for a scaled q of these dims."""
-    lengths, positions = emitter.operand(node, 3), emitter.operand(node, 4)
-    keys, values = (emitter.written(node.operand(i)) for i in (1, 2))
-    length, dtype = _length(emitter, positions), node.operand(1).type.dtype
+    lengths, positions = emitter.operand(node, "lengths"), emitter.operand(node, "key_positions")
+    keys, values = (emitter.written(node[name]) for name in CACHES)
+    length, dtype = _length(emitter, positions), node["k_cache"].type.dtype
     if keys is not None and values is not None:
         before = _before(emitter, lengths, positions)
         return attend_one(emitter, q, keys, values, length, before)
     g = emitter.graph
-    caches = (g.node("Slice", emitter.operand(node, i), g.i64(0), length, g.i64(2)) for i in (1, 2))
+    caches = (g.node("Slice", emitter.operand(node, name), g.i64(0), length, g.i64(2)) for name in CACHES)
     k, v = (g.node("Unsqueeze", emitter.widened(x, dtype is DType.F32), g.i64(2)) for x in caches)
     product = g.node("ReduceSum", g.node("Mul", g.node("Unsqueeze", q, g.i64(3)), k), g.i64(4), keepdims=0)
     scores = g.node("Where", _mask(emitter, lengths, positions, 1), product, g.f32(NEVER))
@@ -111,9 +122,9 @@ def _many_tokens(emitter: Emitter, node: Node, q: onnx.Value, dims: tuple[int, i
     """Return attention of several tokens by the op of that name, [B, S, Hq, P], which `dims` are."""
     g = emitter.graph
     tokens, head_dim = dims[1], dims[3]
-    lengths, positions = emitter.operand(node, 3), emitter.operand(node, 4)
-    length, dtype = _length(emitter, positions), node.operand(1).type.dtype
-    written = [rows for i in (1, 2) if (rows := emitter.written(node.operand(i)))]
+    lengths, positions = emitter.operand(node, "lengths"), emitter.operand(node, "key_positions")
+    length, dtype = _length(emitter, positions), node["k_cache"].type.dtype
+    written = [rows for name in CACHES if (rows := emitter.written(node[name]))]
     if written:
         dtype = DType.F32 if emitter.wide else DType.BF16
         one = g.constant(np.array(1, np.float32 if emitter.wide else ml_dtypes.bfloat16))
@@ -122,7 +133,7 @@ def _many_tokens(emitter: Emitter, node: Node, q: onnx.Value, dims: tuple[int, i
         k, v = (g.node("Concat", x, y, axis=2) for x, y in zip(older, new, strict=True))
         mask = _joined_mask(emitter, lengths, positions, tokens)
     else:
-        k, v = (g.node("Slice", emitter.operand(node, i), g.i64(0), length, g.i64(2)) for i in (1, 2))
+        k, v = (g.node("Slice", emitter.operand(node, name), g.i64(0), length, g.i64(2)) for name in CACHES)
         mask = _mask(emitter, lengths, positions, tokens)
     y = g.node("Attention", _rows(emitter, q, dims, dtype), k, v, mask, scale=head_dim**-0.5)
     return g.node("Transpose", emitter.widened(y, dtype is DType.F32), perm=[0, 2, 1, 3])

@@ -20,25 +20,25 @@ from .linears import block_scales, tensor_scale, unscaled
 def expand_experts(emitter: Emitter, node: Node) -> None:
     """Unsqueeze."""
     g = emitter.graph
-    emitter.bind(node.results[0], g.node("Unsqueeze", emitter.operand(node, 0), g.i64(-2)))
+    emitter.bind(node.results[0], g.node("Unsqueeze", emitter.operand(node, "x"), g.i64(-2)))
 
 
 def expert_linear(emitter: Emitter, node: Node) -> None:
     """y[b, s, r, n] = Σₖ x[b, s, r or 1, 1, k] · w[indices[b, s, r], n, k], times the expert's scale."""
     g = emitter.graph
-    indices, weight = emitter.operand(node, 1), emitter.weight(node.operand(2))
-    chosen = (*emitter.sizes(node.operand(1)), *emitter.sizes(node.operand(2))[1:])
+    indices, weight = emitter.operand(node, "indices"), emitter.weight(node["weight"])
+    chosen = (*emitter.sizes(node["indices"]), *emitter.sizes(node["weight"])[1:])
     if emitter.rendering == "float32":
         matrices = _gathered(emitter, weight, indices)
-        column = g.node("Unsqueeze", emitter.operand(node, 0), g.i64(-1))
+        column = g.node("Unsqueeze", emitter.operand(node, "x"), g.i64(-1))
         y = g.node("Squeeze", g.node("MatMul", matrices, column), g.i64(-1))
     elif isinstance(weight, Nvfp4Weight) and weight.packed:
         codes, scales = g.node("Gather", weight.codes, indices, axis=0), block_scales(emitter, weight, indices)
-        row = g.node("Unsqueeze", emitter.operand(node, 0), g.i64(-2))
+        row = g.node("Unsqueeze", emitter.operand(node, "x"), g.i64(-2))
         y = tables.e2m1_product(emitter, row, codes, scales, chosen)
     else:
         rows = _gathered(emitter, weight, indices)
-        column = g.node("Unsqueeze", emitter.operand(node, 0), g.i64(-2))
+        column = g.node("Unsqueeze", emitter.operand(node, "x"), g.i64(-2))
         y = g.node("ReduceSum", g.node("Mul", column, rows), g.i64(-1), keepdims=0)
     scale = tensor_scale(weight)
     if scale is not None:
@@ -59,5 +59,7 @@ def _gathered(emitter: Emitter, weight: Weight, indices: onnx.Value) -> onnx.Val
 def combine_experts(emitter: Emitter, node: Node) -> None:
     """A product and a sum: z = Σᵣ weights[r] · y[r]."""
     g = emitter.graph
-    weighted = g.node("Mul", emitter.operand(node, 0), g.node("Unsqueeze", emitter.operand(node, 1), g.i64(-1)))
+    weighted = g.node(
+        "Mul", emitter.operand(node, "y"), g.node("Unsqueeze", emitter.operand(node, "weights"), g.i64(-1))
+    )
     emitter.bind(node.results[0], g.node("ReduceSum", weighted, g.i64(-2), keepdims=0))

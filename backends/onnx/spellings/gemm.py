@@ -16,47 +16,43 @@ quantization of activations. A linear whose rows are no more than `FEW_ROWS` kee
 
 from __future__ import annotations
 
-from math import prod
-
 import ml_dtypes
 import numpy as np
 import onnx_ir as onnx
 
 from n3c.backends.onnx.emitter import DenseWeight, Emitter, Fp8Weight, Nvfp4Weight, Weight
-from n3c.backends.onnx.forms import FEW_ROWS
-from n3c.ir.ops import NVFP4_BLOCK
+from n3c.backends.onnx.forms import is_matrix_product
+from n3c.ir.formats import E2M1_MAX, E4M3_MAX, NVFP4_BLOCK
 from n3c.ir.program import Node
 
 from .linears import linear_sum, tensor_scale, unscaled
 
-E4M3_MAX = 448.0
-E2M1_MAX = 6.0
 F8E4M3FN = 17
 """Of TRT_FP4DynamicQuantize's attribute scale_type."""
 
 
 def linear(emitter: Emitter, node: Node) -> None:
-    """Y = x Wᵀ by Gemm, whose second operand may be transposed without a copy; for few rows by a sum."""
+    """y = x Wᵀ by Gemm, whose second operand may be transposed without a copy; for few rows by a sum."""
     g = emitter.graph
-    x = node.operand(0)
-    if emitter.rendering == "engine" and prod(emitter.sizes(x)[:-1]) <= FEW_ROWS:
+    x = node["x"]
+    if emitter.rendering == "engine" and not is_matrix_product(node, emitter.dims):
         linear_sum(emitter, node)
         return
     rows = g.node("Reshape", emitter.get(x), g.i64(-1, emitter.sizes(x)[-1]))
-    y = _product(emitter, rows, emitter.weight(node.operand(1)), stacked=False)
+    y = _product(emitter, rows, emitter.weight(node["weight"]), stacked=False)
     emitter.bind(node.results[0], g.node("Reshape", y, g.i64(*emitter.sizes(node.results[0]))))
 
 
 def experts(emitter: Emitter, node: Node) -> None:
     """Every expert over every row, then the sum with the routing weights, which are 0 where it was not chosen."""
     g = emitter.graph
-    batch, tokens, width = emitter.sizes(node.operand(0))
-    rows = g.node("Reshape", emitter.operand(node, 0), g.i64(1, batch * tokens, width))
-    up, down = (emitter.weight(node.operand(i)) for i in (3, 4))
+    batch, tokens, width = emitter.sizes(node["x"])
+    rows = g.node("Reshape", emitter.operand(node, "x"), g.i64(1, batch * tokens, width))
+    up, down = (emitter.weight(weight) for weight in node.weights)
     positive = g.node("Relu", _product(emitter, rows, up, stacked=True))
     y = _product(emitter, g.node("Mul", positive, positive), down, stacked=True)
-    count = emitter.sizes(node.operand(3))[0]
-    indices, weights = (g.node("Unsqueeze", emitter.operand(node, i), g.i64(-1)) for i in (1, 2))
+    count = emitter.sizes(node["up"])[0]
+    indices, weights = (g.node("Unsqueeze", emitter.operand(node, name), g.i64(-1)) for name in ("indices", "weights"))
     hit = g.node("Equal", indices, g.constant(np.arange(count)))
     dense = g.node("ReduceSum", g.node("Where", hit, weights, g.f32(0.0)), g.i64(2), keepdims=0)
     column = g.node("Transpose", g.node("Reshape", dense, g.i64(batch * tokens, count, 1)), perm=[1, 0, 2])

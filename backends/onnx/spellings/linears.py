@@ -10,7 +10,7 @@ from __future__ import annotations
 import onnx_ir as onnx
 
 from n3c.backends.onnx.emitter import DenseWeight, Emitter, Fp8Weight, Nvfp4Weight, Weight
-from n3c.ir.ops import NVFP4_BLOCK
+from n3c.ir.formats import NVFP4_BLOCK
 from n3c.ir.program import Node
 from n3c.ir.types import DType
 
@@ -19,25 +19,27 @@ from . import tables
 
 def dequantize_nvfp4(emitter: Emitter, node: Node) -> None:
     """Nothing yet: the reader of the weight spells it."""
-    codes, scale, scale_2 = (emitter.operand(node, i) for i in range(3))
-    packed, packed_scale = (node.operand(i).type.dtype is DType.I8 for i in range(2))
-    w4a4 = emitter.format(node.operand(0)) == "nvfp4"
+    codes, scale, scale_2 = (emitter.operand(node, name) for name in ("codes", "scale", "scale_2"))
+    packed, packed_scale = (node[name].type.dtype is DType.I8 for name in ("codes", "scale"))
+    w4a4 = emitter.format(node["codes"]) == "nvfp4"
     emitter.bind_weight(node.results[0], Nvfp4Weight(codes, scale, scale_2, packed, packed_scale, w4a4))
 
 
 def dequantize_fp8(emitter: Emitter, node: Node) -> None:
     """Nothing yet: the reader of the weight spells it."""
-    packed = node.operand(0).type.dtype is DType.I8
-    emitter.bind_weight(node.results[0], Fp8Weight(emitter.operand(node, 0), emitter.operand(node, 1), packed))
+    packed = node["codes"].type.dtype is DType.I8
+    emitter.bind_weight(
+        node.results[0], Fp8Weight(emitter.operand(node, "codes"), emitter.operand(node, "scale"), packed)
+    )
 
 
 def linear_sum(emitter: Emitter, node: Node) -> None:
     """y[b, s, n] = Σₖ x[b, s, 1, k] · w[n, k], times the tensor's scale where the weight has one."""
     g = emitter.graph
-    weight = emitter.weight(node.operand(1))
-    column = g.node("Unsqueeze", emitter.operand(node, 0), g.i64(-2))
+    weight = emitter.weight(node["weight"])
+    column = g.node("Unsqueeze", emitter.operand(node, "x"), g.i64(-2))
     if isinstance(weight, Nvfp4Weight) and weight.packed:
-        dims = (*emitter.sizes(node.results[0]), emitter.sizes(node.operand(0))[-1])
+        dims = (*emitter.sizes(node.results[0]), emitter.sizes(node["x"])[-1])
         y = tables.e2m1_product(emitter, column, weight.codes, block_scales(emitter, weight), dims)
     else:
         y = g.node("ReduceSum", g.node("Mul", column, unscaled(emitter, weight)), g.i64(-1), keepdims=0)

@@ -28,14 +28,14 @@ def _stored(emitter: Emitter, x: onnx.Value, state: Value) -> onnx.Value:
 def causal_conv1d_update(emitter: Emitter, node: Node) -> None:
     """One token: append it to the window [B, C, W - 1], sum W columns, keep the last W - 1. Else in rows."""
     g = emitter.graph
-    _, tokens, _ = emitter.sizes(node.operand(0))
-    channels, _, width = emitter.sizes(node.operand(2))
-    window, bias = node.operand(1), node.operands[3]
-    weight = g.node("Reshape", emitter.f32(node.operand(2)), g.i64(channels, width))
-    if tokens > 1 or node.operands[4] is not None:
+    _, tokens, _ = emitter.sizes(node["x"])
+    channels, _, width = emitter.sizes(node["weight"])
+    window, bias = node["window"], node.get("bias")
+    weight = g.node("Reshape", emitter.f32(node["weight"]), g.i64(channels, width))
+    if tokens > 1 or node.get("counts") is not None:
         _convolved_rows(emitter, node, weight)
         return
-    new = g.node("Transpose", emitter.operand(node, 0), perm=[0, 2, 1])
+    new = g.node("Transpose", emitter.operand(node, "x"), perm=[0, 2, 1])
     columns = g.node("Concat", emitter.f32(window), new, axis=2)
     y = g.node("ReduceSum", g.node("Mul", columns, weight), g.i64(2), keepdims=0)
     y = y if bias is None else g.node("Add", y, emitter.f32(bias))
@@ -46,11 +46,11 @@ def causal_conv1d_update(emitter: Emitter, node: Node) -> None:
 def _convolved_rows(emitter: Emitter, node: Node, weight: onnx.Value) -> None:
     """Window and tokens as rows [B, W - 1 + S, C]: W shifted products; the new window begins at row counts[b]."""
     g = emitter.graph
-    batch, tokens, channels = emitter.sizes(node.operand(0))
-    _, _, kept = emitter.sizes(node.operand(1))
-    window, bias, counts = node.operand(1), node.operands[3], node.operands[4]
+    batch, tokens, channels = emitter.sizes(node["x"])
+    _, _, kept = emitter.sizes(node["window"])
+    window, bias, counts = node["window"], node.get("bias"), node.get("counts")
     before = g.node("Transpose", emitter.f32(window), perm=[0, 2, 1])
-    rows = g.node("Concat", before, emitter.operand(node, 0), axis=1)
+    rows = g.node("Concat", before, emitter.operand(node, "x"), axis=1)
     y: onnx.Value | None = None
     for j in range(kept + 1):
         tap = g.node("Reshape", g.node("Slice", weight, g.i64(j), g.i64(j + 1), g.i64(1)), g.i64(channels))
@@ -67,68 +67,24 @@ def _convolved_rows(emitter: Emitter, node: Node, weight: onnx.Value) -> None:
     emitter.bind_results(node, [silu(emitter, y), _stored(emitter, after, window)])
 
 
-def _column(emitter: Emitter, count: int) -> onnx.Value:
-    """Return 0 … count - 1 as i64 [1, count, 1]."""
-    return emitter.graph.constant(np.arange(count).reshape(1, -1, 1))
-
-
 def ssd_update(emitter: Emitter, node: Node) -> None:
     """One token by the recurrence; more in pieces of `chunk_size`, each from the state that the one before left."""
-    if emitter.sizes(node.operand(0))[1] == 1 and node.operands[8] is None:
-        _one_token(emitter, node)
-        return
-    g = emitter.graph
-    state = node.operand(7)
-    batch, heads, channels, width = emitter.sizes(state)
-    tokens, piece = emitter.sizes(node.operand(0))[1], integer(node, "chunk_size")
-    ssd = _Ssd(emitter, node, batch, heads, channels, width, integer(node, "n_groups"))
-    delta = g.node("Softplus", g.node("Add", emitter.operand(node, 1), emitter.operand(node, 6)))
-    counts = node.operands[8]
-    if counts is not None:
-        valid = g.node("Less", _column(emitter, tokens), g.node("Unsqueeze", emitter.get(counts), g.i64(1, 2)))
-        delta = g.node("Where", valid, delta, g.f32(0.0))
-    h, outputs = emitter.f32(state), list[onnx.Value]()
-    for start in range(0, tokens, piece):
-        y, h = ssd.piece(delta, h, start, min(start + piece, tokens), tokens)
-        outputs.append(y)
-    y = outputs[0] if len(outputs) == 1 else g.node("Concat", *outputs, axis=1)
+    ssd, state, tokens = _Ssd.of(emitter, node), node["state"], emitter.sizes(node["x"])[1]
+    step, h = ssd.step(tokens), emitter.f32(state)
+    if tokens == 1 and node.get("counts") is None:
+        y, h = ssd.token(step, h)
+    else:
+        size, outputs = integer(node, "chunk_size"), list[onnx.Value]()
+        for start in range(0, tokens, size):
+            y, h = ssd.piece(step, h, start, min(start + size, tokens), tokens)
+            outputs.append(y)
+        y = outputs[0] if len(outputs) == 1 else emitter.graph.node("Concat", *outputs, axis=1)
     emitter.bind_results(node, [y, _stored(emitter, h, state)])
-
-
-def _one_token(emitter: Emitter, node: Node) -> None:
-    """With a = exp(δA): h' = a h + δx ⊗ B and y = a (h·C) + δx (B·C) + D x, h as [B, G, H/G, P, N].
-
-    The y of the definition, h'·C + D x, multiplied out: so both read the old state, in one kernel, and
-    the new state is written but not read back.
-    """
-    g = emitter.graph
-    x, dt, a, b, c, d, dt_bias, state = node.operands[:8]
-    assert x and dt and a and b and c and d and dt_bias and state
-    batch, heads, channels, width = emitter.sizes(state)
-    groups = integer(node, "n_groups")
-    share = heads // groups
-    delta = g.node("Softplus", g.node("Add", emitter.get(dt), emitter.get(dt_bias)))
-    decay = g.node("Exp", g.node("Mul", delta, emitter.get(a)))
-    h = g.node("Reshape", emitter.f32(state), g.i64(batch, groups, share, channels, width))
-    skip = g.node("Reshape", emitter.get(d), g.i64(1, groups, share, 1, 1))
-
-    def token(value: onnx.Value, *dims: int) -> onnx.Value:
-        return g.node("Reshape", value, g.i64(batch, groups, *dims))
-
-    u, step, keep = token(emitter.get(x), share, channels, 1), token(delta, share, 1, 1), token(decay, share, 1, 1)
-    key, query = token(emitter.get(b), 1, 1, width), token(emitter.get(c), 1, 1, width)
-    scaled = g.node("Mul", u, step)
-    read = g.node("ReduceSum", g.node("Mul", h, query), g.i64(-1), keepdims=1)
-    match = g.node("ReduceSum", g.node("Mul", key, query), g.i64(-1), keepdims=1)
-    y = g.node("Add", g.node("Mul", read, keep), g.node("Mul", scaled, match))
-    y = g.node("Reshape", g.node("Add", y, g.node("Mul", u, skip)), g.i64(batch, 1, heads * channels))
-    h = g.node("Add", g.node("Mul", h, keep), g.node("Mul", scaled, key))
-    emitter.bind_results(node, [y, _stored(emitter, g.node("Reshape", h, g.i64(batch, heads, channels, width)), state)])
 
 
 @dataclass(frozen=True, slots=True)
 class _Ssd:
-    """SSD of pieces of Q tokens as matrix products (Mamba-2, arXiv 2405.21060, section 6). Sizes as in the state."""
+    """One `ssd_update`. Sizes as in the state [B, H, P, N]; head i reads group i // (H / G) of B and C."""
 
     emitter: Emitter
     node: Node
@@ -138,11 +94,59 @@ class _Ssd:
     width: int
     groups: int
 
+    @classmethod
+    def of(cls, emitter: Emitter, node: Node) -> _Ssd:
+        batch, heads, channels, width = emitter.sizes(node["state"])
+        return cls(emitter, node, batch, heads, channels, width, integer(node, "n_groups"))
+
+    def operand(self, name: str) -> onnx.Value:
+        return self.emitter.operand(self.node, name)
+
+    def step(self, tokens: int) -> onnx.Value:
+        """Return δ = softplus(dt + dt_bias), [B, S, H]; 0 behind the tokens that count, so that they change nothing."""
+        g, counts = self.emitter.graph, self.node.get("counts")
+        step = g.node("Softplus", g.node("Add", self.operand("dt"), self.operand("dt_bias")))
+        if counts is None:
+            return step
+        place = g.constant(np.arange(tokens).reshape(1, -1, 1))
+        valid = g.node("Less", place, g.node("Unsqueeze", self.emitter.get(counts), g.i64(1, 2)))
+        return g.node("Where", valid, step, g.f32(0.0))
+
+    def token(self, step: onnx.Value, h: onnx.Value) -> tuple[onnx.Value, onnx.Value]:
+        """Return y [B, 1, H·P] of one token and the state after it, from the state h before it.
+
+        With a = exp(δA): h' = a h + δx ⊗ B and y = a (h·C) + δx (B·C) + D x, h as [B, G, H/G, P, N]. The y of the
+        definition, h'·C + D x, multiplied out: so both read the old state, in one kernel, and the new state is
+        written but not read back.
+        """
+        g, share = self.emitter.graph, self.heads // self.groups
+
+        def grouped(value: onnx.Value, *dims: int) -> onnx.Value:
+            return g.node("Reshape", value, g.i64(self.batch, self.groups, *dims))
+
+        decay = grouped(g.node("Exp", g.node("Mul", step, self.operand("A"))), share, 1, 1)
+        h = grouped(h, share, self.channels, self.width)
+        x = grouped(self.operand("x"), share, self.channels, 1)
+        key, query = (grouped(self.operand(name), 1, 1, self.width) for name in ("B", "C"))
+        skip = g.node("Reshape", self.operand("D"), g.i64(1, self.groups, share, 1, 1))
+
+        scaled = g.node("Mul", x, grouped(step, share, 1, 1))  # δx
+        read = g.node("ReduceSum", g.node("Mul", h, query), g.i64(-1), keepdims=1)  # h·C
+        match = g.node("ReduceSum", g.node("Mul", key, query), g.i64(-1), keepdims=1)  # B·C
+        y = g.node("Add", g.node("Mul", read, decay), g.node("Mul", scaled, match))
+        y = g.node("Add", y, g.node("Mul", x, skip))
+        after = g.node("Add", g.node("Mul", h, decay), g.node("Mul", scaled, key))
+        flat = g.i64(self.batch, 1, self.heads * self.channels)
+        return g.node("Reshape", y, flat), g.node("Reshape", after, g.i64(*self.state()))
+
     def piece(
         self, delta: onnx.Value, h: onnx.Value, start: int, end: int, tokens: int
     ) -> tuple[onnx.Value, onnx.Value]:
-        """Return y [B, Q, H·P] of the tokens `start`…`end` and the state after them, from the state h before them."""
-        e, g = self.emitter, self.emitter.graph
+        """Return y [B, Q, H·P] of the tokens `start`…`end` and the state after them, from the state h before them.
+
+        As matrix products (Mamba-2, arXiv 2405.21060, section 6).
+        """
+        g = self.emitter.graph
         q, share = end - start, self.heads // self.groups
 
         def cut(value: onnx.Value) -> onnx.Value:
@@ -152,11 +156,11 @@ class _Ssd:
             """[B, Q, parts·size] → [B, parts, Q, size]."""
             return g.node("Transpose", g.node("Reshape", value, g.i64(self.batch, q, parts, size)), perm=[0, 2, 1, 3])
 
-        u = split(cut(e.operand(self.node, 0)), self.heads, self.channels)
-        key = split(cut(e.operand(self.node, 3)), self.groups, self.width)
-        query = split(cut(e.operand(self.node, 4)), self.groups, self.width)
+        u = split(cut(self.operand("x")), self.heads, self.channels)
+        key = split(cut(self.operand("B")), self.groups, self.width)
+        query = split(cut(self.operand("C")), self.groups, self.width)
         step = g.node("Transpose", cut(delta), perm=[0, 2, 1])  # [B, H, Q]
-        rate = g.node("Reshape", e.operand(self.node, 2), g.i64(self.heads, 1))
+        rate = g.node("Reshape", self.operand("A"), g.i64(self.heads, 1))
         decay = g.node("CumSum", g.node("Mul", step, rate), g.constant(np.array(2)))  # cᵢ
 
         gap = g.node("Sub", g.node("Unsqueeze", decay, g.i64(3)), g.node("Unsqueeze", decay, g.i64(2)))
@@ -170,7 +174,7 @@ class _Ssd:
 
         read = self.read(h, query, q)
         outer = g.node("Mul", read, g.node("Unsqueeze", g.node("Exp", decay), g.i64(3)))
-        skip = g.node("Mul", u, g.node("Reshape", e.operand(self.node, 5), g.i64(self.heads, 1, 1)))
+        skip = g.node("Mul", u, g.node("Reshape", self.operand("D"), g.i64(self.heads, 1, 1)))
         y = g.node("Transpose", g.node("Add", g.node("Add", inner, outer), skip), perm=[0, 2, 1, 3])
         y = g.node("Reshape", y, g.i64(self.batch, q, self.heads * self.channels))
 

@@ -12,7 +12,7 @@ from .elementwise import silu
 
 def rms_norm(emitter: Emitter, node: Node) -> None:
     """Opset 23 has it: two kernels, of which the second is that of the linear that follows."""
-    x, weight = emitter.operand(node, 0), emitter.f32(node.operand(1))
+    x, weight = emitter.operand(node, "x"), emitter.f32(node["weight"])
     y = emitter.graph.node("RMSNormalization", x, weight, axis=-1, epsilon=number(node, "eps"))
     emitter.bind(node.results[0], y)
 
@@ -20,10 +20,10 @@ def rms_norm(emitter: Emitter, node: Node) -> None:
 def gated_rms_norm(emitter: Emitter, node: Node) -> None:
     """Normalize g = x · silu(gate) in groups, g / sqrt(mean(g²) + eps), then multiply the whole with the weight."""
     g = emitter.graph
-    sizes, groups = emitter.sizes(node.operand(0)), integer(node, "groups")
-    gated = g.node("Mul", emitter.operand(node, 0), silu(emitter, emitter.operand(node, 1)))
+    sizes, groups = emitter.sizes(node["x"]), integer(node, "groups")
+    gated = g.node("Mul", emitter.operand(node, "x"), silu(emitter, emitter.operand(node, "gate")))
     parts = g.node("Reshape", gated, g.i64(*sizes[:-1], groups, sizes[-1] // groups))
     mean = g.node("ReduceMean", g.node("Mul", parts, parts), g.i64(-1), keepdims=1)
     root = g.node("Sqrt", g.node("Add", mean, g.f32(number(node, "eps"))))
     normal: onnx.Value = g.node("Reshape", g.node("Div", parts, root), g.i64(*sizes))
-    emitter.bind(node.results[0], g.node("Mul", normal, emitter.f32(node.operand(2))))
+    emitter.bind(node.results[0], g.node("Mul", normal, emitter.f32(node["weight"])))

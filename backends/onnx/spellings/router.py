@@ -13,8 +13,8 @@ def route(emitter: Emitter, node: Node) -> None:
     """Sigmoid, TopK and GatherElements; groups that may not be chosen from are set to -inf before."""
     g = emitter.graph
     top_k, groups, factor = integer(node, "top_k"), integer(node, "n_group"), number(node, "scaling_factor")
-    scores = g.node("Sigmoid", emitter.operand(node, 0))
-    choice = g.node("Add", scores, emitter.operand(node, 1))
+    scores = g.node("Sigmoid", emitter.operand(node, "logits"))
+    choice = g.node("Add", scores, emitter.operand(node, "bias"))
     if groups > 1:
         choice = _within_groups(emitter, node, choice, groups)
     _, indices = g.nodes_results("TopK", (choice, g.i64(top_k)), 2, "", {"axis": -1})
@@ -31,7 +31,7 @@ def _within_groups(emitter: Emitter, node: Node, choice: onnx.Value, groups: int
     """Set to -inf what is not in the `topk_group` groups whose two largest choices have the largest sum."""
     g = emitter.graph
     kept = integer(node, "topk_group")
-    *outer, experts = emitter.sizes(node.operand(0))
+    *outer, experts = emitter.sizes(node["logits"])
     grouped = g.node("Reshape", choice, g.i64(*outer, groups, experts // groups))
     best, _ = g.nodes_results("TopK", (grouped, g.i64(2)), 2, "", {"axis": -1})
     score = g.node("ReduceSum", best, g.i64(-1), keepdims=0)

@@ -12,7 +12,7 @@ import onnx_ir as onnx
 
 from n3c.backends.onnx.emitter import Emitter
 from n3c.backends.onnx.graph import Array
-from n3c.ir.ops import NVFP4_BLOCK
+from n3c.ir.formats import NVFP4_BLOCK
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 """Code → value."""

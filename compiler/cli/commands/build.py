@@ -16,7 +16,7 @@ from n3c.compiler.cli.progress import TerminalProgress
 from n3c.compiler.cli.table import format_bytes
 from n3c.ir.diagnostics import ExitCode
 from n3c.ir.program import Program
-from n3c.passes.pipelines import SERVING
+from n3c.passes.pipelines import STAGES
 
 ENTRIES = ("prefill", "decode", "verify", "draft")
 
@@ -52,7 +52,9 @@ ENTRIES = ("prefill", "decode", "verify", "draft")
     help="Cut each entry point into this many plans, at layer boundaries.",
 )
 @click.option(
-    "--print-ir-after", type=click.Choice(["lower", *SERVING, "all"]), help="Print the IR after a pass, on stderr."
+    "--print-ir-after",
+    type=click.Choice([*STAGES, "all"]),
+    help="Print the IR after a pass, on stderr.",
 )
 @options.overrides
 @options.common

@@ -1,38 +1,41 @@
-"""n3c passes: the passes, in the order of the serving pipeline, with their options."""
+"""n3c passes: lowering and the passes, in the order in which they run, with their options."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
+import sys
 from typing import Any
 
 import click
 
 from n3c.compiler.cli import options
 from n3c.compiler.cli.output import print_json, say
-from n3c.passes.pipelines import PASSES, SERVING
+from n3c.passes.lower import model as lowering
+from n3c.passes.pipelines import ELSEWHERE, SERVING, STAGES
 
 
-@click.command("passes", help="List the passes.")
+@click.command("passes", help="List the passes in the order in which they run.")
 @options.common
 def command(as_json: bool) -> None:
     """List the passes."""
-    described = [_describe(name) for name in PASSES]
+    lower = {"name": "lower", "summary": _summary(lowering.__name__), "options": []}
+    described = [lower, *(_describe(pass_) for pass_ in (*SERVING, *ELSEWHERE))]
     if as_json:
-        print_json({"passes": described, "pipelines": {"serving": list(SERVING)}})
+        print_json({"passes": described, "pipelines": {"serving": list(STAGES)}})
         return
     for entry in described:
         say(f"{entry['name']:<12} {entry['summary']}")
         for option in entry["options"]:
             say(f"{'':<12}   {option}")
-    say(f"\nserving: {' → '.join(SERVING)}")
+    say(f"\nserving: {' → '.join(STAGES)}")
 
 
-def _describe(name: str) -> dict[str, Any]:
-    module_name, _, class_name = PASSES[name].partition(":")
-    module = importlib.import_module(module_name)
-    pass_ = getattr(module, class_name)
-    summary = inspect.cleandoc(module.__doc__ or "").splitlines()[0].partition(": ")[2]
+def _describe(pass_: type[Any]) -> dict[str, Any]:
     fields = [f"{field.name}: {field.type}" for field in dataclasses.fields(pass_)]
-    return {"name": name, "summary": summary, "options": fields}
+    return {"name": pass_.name, "summary": _summary(pass_.__module__), "options": fields}
+
+
+def _summary(module: str) -> str:
+    """Return what the docstring of a pass's module says behind its name."""
+    return inspect.cleandoc(sys.modules[module].__doc__ or "").splitlines()[0].partition(": ")[2]

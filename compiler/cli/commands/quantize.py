@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from n3c.compiler.cli import options
 from n3c.compiler.cli.output import print_diagnostics, print_json, say
 from n3c.compiler.cli.progress import TerminalProgress
-from n3c.compiler.cli.quantize_options import sensitivity
+from n3c.compiler.cli.quantize_options import budget, sensitivity
 from n3c.compiler.cli.table import format_bytes, format_table
-from n3c.compiler.quantization.driver import BLOCK_NAMES, SEARCHES, Options, Quantized, chosen_spec, quantize
-from n3c.compiler.quantization.request import Request
+from n3c.compiler.quantization.request import SEARCHES, QuantizeRequest
+
+if TYPE_CHECKING:
+    from n3c.compiler.quantization.driver import Quantized
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
@@ -66,38 +68,22 @@ class Size(click.ParamType[int]):
 @click.option(
     "--part", type=Part(), default="1/1", help="Make only every N-th shard, from the I-th; join with --resume."
 )
-@click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Most bytes of a file.")
+@click.option(
+    "--max-shard-size", "max_shard_bytes", type=Size(), default="5GB", show_default=True, help="Most bytes of a file."
+)
 @sensitivity
 @options.overrides
 @options.common
-def command(
-    spec: Path | None,
-    fmt: str | None,
-    weights: Path,
-    out: Path,
-    block: str | None,
-    search: Literal["none", "mse"],
-    resume: bool,
-    part: tuple[int, int],
-    max_shard_size: int,
-    overrides: tuple[str, ...],
-    request: Request,
-    as_json: bool,
-) -> None:
+def command(*, auto: bool, effective_bits: float | None, as_json: bool, **values: Any) -> None:
     """Quantize WEIGHTS."""
-    from n3c.compiler.quantization.prepare import prepare  # loads numpy, which --help does not need
+    from n3c.compiler.quantization.driver import quantize  # loads numpy, which --help does not need
 
+    bits = budget(auto=auto, effective_bits=effective_bits, options=values)
+    request = QuantizeRequest(effective_bits=bits, **values)
     with TerminalProgress() as progress:
-        calibrated = request.calibration is not None or request.activation_scales is not None
-        chosen = chosen_spec(spec, weights, fmt, block, overrides, calibrated=calibrated)
-        prepared = prepare(chosen.spec, weights, request, progress, BLOCK_NAMES.get(block or ""))
-        names, notes = chosen.names_for(prepared.spec)
-        scales = prepared.scales
-        how = Options(weights, out, search, resume, part, max_shard_size, scales.inputs, scales.cache, names)
-        quantized = quantize(prepared.spec, how, progress)
-        quantized.warnings[:0] = [*chosen.warnings, *notes, *prepared.warnings]
+        quantized = quantize(request, progress)
     print_diagnostics(quantized.warnings)
-    print_json(quantized.as_json() | prepared.as_json()) if as_json else _print(quantized, part)
+    print_json(quantized.as_json()) if as_json else _print(quantized, request.part)
 
 
 def _print(quantized: Quantized, part: tuple[int, int]) -> None:
@@ -116,5 +102,5 @@ def _print(quantized: Quantized, part: tuple[int, int]) -> None:
     if errors:
         say("")
         say(format_table(("read back: role", "format", "weights", "relative error"), errors))
-    peak = quantized.as_json()["peak_rss_bytes"] / 2**30
+    peak = quantized.peak_rss_bytes / 2**30
     say(f"ok: {outcome.out} in {quantized.seconds:.1f} s, peak memory {peak:.2f} GiB")

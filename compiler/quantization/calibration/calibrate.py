@@ -18,7 +18,7 @@ from n3c.backends.progress import Progress
 from n3c.backends.torch.loading import hidden_states
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 
-from .streamed import StreamedModel, batches
+from .streamed_model import StreamedModel, batches
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,21 +115,15 @@ def recorded(model: StreamedModel, name: str, part: Any, amax: Amax) -> Iterator
         elif type(module).__name__ == "Experts":
             stacks[module.up_proj.data_ptr()] = f"{full}.*.up_proj"
             stacks[module.down_proj.data_ptr()] = f"{full}.*.down_proj"
-    original = getattr(model.generated.model, "grouped_linear", None)
 
-    def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-        assert original is not None
+    def noted(x: Tensor, weight: Tensor) -> Tensor:
         if weight.data_ptr() in stacks:
             note(amax.inputs, stacks[weight.data_ptr()], x)
-        y: Tensor = original(x, weight, counts)
-        return y
+        return x
 
     try:
-        if stacks:
-            model.generated.model.grouped_linear = grouped_linear
-        yield
+        with model.experts_reading(noted):
+            yield
     finally:
-        if stacks:
-            model.generated.model.grouped_linear = original
         for handle in handles:
             handle.remove()

@@ -12,7 +12,7 @@ from typing import Any
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 
 from .noise import Scores
-from .units import BITS, Unit
+from .units import Unit
 
 _GAP = 1e-9
 """Relative gap at which the solver stops: below the noise of any score."""
@@ -34,7 +34,7 @@ def choose(units: Sequence[Unit], scores: Scores, effective_bits: float) -> dict
     slack = 0.0
     while True:  # the solver's tolerance is 1e-6 of the row: tightened where it was used
         chosen = _solve(units, harm, effective_bits - slack, total)
-        if sum(Fraction(BITS[f]) * unit.weights for unit, f in zip(units, chosen, strict=True)) <= limit * total:
+        if sum(Fraction(unit.bits(f)) for unit, f in zip(units, chosen, strict=True)) <= limit * total:
             return {unit.name: format_ for unit, format_ in zip(units, chosen, strict=True)}
         if slack > 1e-3 or least > effective_bits - slack - 2e-6:
             return {unit.name: unit.formats[0] for unit in units}

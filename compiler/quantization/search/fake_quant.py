@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from n3c.ir.formats import E2M1_MAX, E4M3_MAX, FORMATS, NVFP4_BLOCK
+
 if TYPE_CHECKING:
     from torch import Tensor
-
-BLOCK = 16
 
 
 def nvfp4(x: Tensor, amax: float, block_rows: int = 1) -> Tensor:
@@ -25,10 +25,10 @@ def nvfp4(x: Tensor, amax: float, block_rows: int = 1) -> Tensor:
     if amax == 0:
         return torch.zeros_like(x)
     *outer, rows, columns = x.shape
-    scale_2 = torch.tensor(amax, dtype=torch.float32) / 2688
-    tiles = x.reshape(*outer, rows // block_rows, block_rows, columns // BLOCK, BLOCK)
+    scale_2 = torch.tensor(amax, dtype=torch.float32) / (E2M1_MAX * E4M3_MAX)
+    tiles = x.reshape(*outer, rows // block_rows, block_rows, columns // NVFP4_BLOCK, NVFP4_BLOCK)
     block_amax = tiles.abs().amax(dim=(-3, -1), keepdim=True)
-    scale = (block_amax / (6 * scale_2)).clamp(2.0**-9, 448).to(torch.float8_e4m3fn).float()
+    scale = (block_amax / (E2M1_MAX * scale_2)).clamp(2.0**-9, E4M3_MAX).to(torch.float8_e4m3fn).float()
     scale = torch.where(block_amax == 0, 1.0, scale)
     return (_e2m1(tiles / (scale * scale_2)) * scale * scale_2).reshape(x.shape)
 
@@ -49,8 +49,8 @@ def fp8(x: Tensor, amax: float) -> Tensor:
 
     if amax == 0:
         return torch.zeros_like(x)
-    scale = torch.tensor(amax, dtype=torch.float32) / 448
-    return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+    scale = torch.tensor(amax, dtype=torch.float32) / E4M3_MAX
+    return (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float() * scale
 
 
 def weight(w: Tensor, format_: str, block_rows: int) -> Tensor:
@@ -62,11 +62,11 @@ def weight(w: Tensor, format_: str, block_rows: int) -> Tensor:
     if w.dim() == 3:
         return torch.stack([weight(matrix, format_, block_rows) for matrix in w])
     amax = float(w.abs().max())
-    return fp8(w, amax) if format_ == "fp8" else nvfp4(w, amax, block_rows)
+    return nvfp4(w, amax, block_rows) if FORMATS[format_].blocked else fp8(w, amax)
 
 
 def activation(x: Tensor, format_: str, amax: float) -> Tensor:
     """Return what a linear of `format_` reads of its input x [..., K] float32, whose calibrated amax is given."""
-    if format_ == "nvfp4":
-        return nvfp4(x.reshape(-1, x.shape[-1]), amax).reshape(x.shape)
-    return fp8(x, amax) if format_ == "fp8" else x
+    if FORMATS[format_].input_divisor is None:
+        return x
+    return nvfp4(x.reshape(-1, x.shape[-1]), amax).reshape(x.shape) if FORMATS[format_].blocked else fp8(x, amax)

@@ -19,8 +19,8 @@ from n3c.backends.progress import Progress
 from n3c.backends.safetensors.checkpoint import Checkpoint, file_error
 from n3c.backends.safetensors.nvfp4 import dequantize
 from n3c.backends.safetensors.packing import NotFiniteError, fp8_noise, largest, nvfp4_noise, pack_nvfp4
-from n3c.compiler.quantization.calibration.tensors import Array, as_float, read_float, read_raw
-from n3c.passes.quantize import NVFP4_FORMATS
+from n3c.compiler.quantization.calibration.float_tensors import Array, as_float, read_float, read_raw
+from n3c.ir.formats import FORMATS
 
 from . import fake_quant
 from .units import Linear, Unit
@@ -67,7 +67,7 @@ def _noise(raw: Array, w: Tensor, gain: Tensor | None, format_: str, block_rows:
     """Return Σ_k g_k² |Δw_k|², by the packing kernel where it can: it is 10 times faster."""
     import torch
 
-    four_bit = format_ in NVFP4_FORMATS
+    four_bit = FORMATS[format_].blocked
     if gain is None and format_ != "bf16":
         return (nvfp4_noise(raw, block_rows) if four_bit else fp8_noise(raw))[1]
     if four_bit:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from n3c.backends.progress import Progress
 from n3c.backends.torch.loading import hidden_states
 from n3c.compiler.quantization.calibration.calibrate import Amax, mtp_hidden
-from n3c.compiler.quantization.calibration.streamed import StreamedModel, batches
+from n3c.compiler.quantization.calibration.streamed_model import StreamedModel, batches
 
 from . import fake_quant
 from .noise import Scores
@@ -227,21 +227,18 @@ class _Scorer:
     @contextmanager
     def _swapped(self, experts: Any, up: Tensor, down: Tensor, format_: str, name: str) -> Iterator[None]:
         """Compute with quantized experts, and quantized inputs of them, while inside."""
-        generated = self.model.generated.model
-        original, before = generated.grouped_linear, (experts.up_proj.data, experts.down_proj.data)
+        before = experts.up_proj.data, experts.down_proj.data
         amax = {
             up.data_ptr(): self.amax.inputs[f"{name}.*.up_proj"],
             down.data_ptr(): self.amax.inputs[f"{name}.*.down_proj"],
         }
 
-        def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-            y: Tensor = original(fake_quant.activation(x, format_, amax[weight.data_ptr()]), weight, counts)
-            return y
+        def quantized(x: Tensor, weight: Tensor) -> Tensor:
+            return fake_quant.activation(x, format_, amax[weight.data_ptr()])
 
         try:
             experts.up_proj.data, experts.down_proj.data = up, down
-            generated.grouped_linear = grouped_linear
-            yield
+            with self.model.experts_reading(quantized):
+                yield
         finally:
             experts.up_proj.data, experts.down_proj.data = before
-            generated.grouped_linear = original

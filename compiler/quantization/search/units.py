@@ -7,17 +7,13 @@ from dataclasses import dataclass
 from math import prod
 
 from n3c.ir import ops
+from n3c.ir.formats import FORMATS
 from n3c.ir.program import Parameter, Program
 from n3c.ir.source import Stack, tensor_names
 from n3c.passes.lower.model import lower
 from n3c.passes.quantize import linear_parameters
+from n3c.specs.roles import ROUTERS
 from n3c.specs.schema import Spec
-
-BITS = {"nvfp4": 4.5, "w4a16_nvfp4": 4.5, "fp8": 8.0, "bf16": 16.0}
-"""Bits a weight: an NVFP4 block has 16 codes of 4 bits and a scale of 8; scales a matrix are not counted."""
-
-NEVER = ("moe.router", "mtp.moe.router", "embedding")
-"""Roles of linears that stay as they are: a router's error changes which experts run; a tied head is the embedding."""
 
 _TOGETHER = ("q_proj", "k_proj", "v_proj")
 
@@ -58,7 +54,7 @@ class Unit:
 
     def bits(self, format_: str) -> float:
         """Return the bits that its weights take in a format."""
-        return BITS[format_] * self.weights
+        return FORMATS[format_].bits * self.weights
 
 
 def find_linears(spec: Spec) -> Iterator[Linear]:
@@ -87,18 +83,14 @@ def find_units(spec: Spec, four_bit: str, block_rows: int, *, mtp: bool) -> list
     """
     grouped: dict[str, list[Linear]] = {}
     for linear in find_linears(spec):
-        if linear.role not in NEVER and (mtp or not linear.role.startswith("mtp.")):
+        if linear.role not in ROUTERS and (mtp or not linear.role.startswith("mtp.")):
             grouped.setdefault(unit_name(linear.module), []).append(linear)
     units: list[Unit] = []
     for name, linears in grouped.items():
-        divide = all(rows % block_rows == 0 and columns % ops.NVFP4_BLOCK == 0 for rows, columns in _shapes(linears))
+        divide = all(FORMATS[four_bit].divides(*linear.shape, block_rows) for linear in linears)
         formats = (four_bit, "fp8", "bf16") if divide else ("fp8", "bf16")
         units.append(Unit(name, tuple(linears), formats))
     return units
-
-
-def _shapes(linears: list[Linear]) -> list[tuple[int, int]]:
-    return [linear.shape for linear in linears]
 
 
 def unit_name(module: str) -> str:
@@ -123,11 +115,12 @@ def _input_norms(program: Program) -> dict[str, str]:
         }
         for node in function.nodes:
             if node.op in (ops.rms_norm, ops.gated_rms_norm):
-                weight = node.operand(node.op.operands.index("weight"))
+                weight = node["weight"]
                 normed[id(node.results[0])] = actual[weight.name]
-            elif node.op in (ops.linear, ops.experts) and id(node.operand(0)) in normed:
-                first = node.operand(node.op.operands.index("weight" if node.op is ops.linear else "up"))
-                found.setdefault(actual[first.name], normed[id(node.operand(0))])  # the head: of the trunk, not of MTP
+            elif node.weights and id(node["x"]) in normed:
+                found.setdefault(
+                    actual[node.weights[0].name], normed[id(node["x"])]
+                )  # the head: of the trunk, not of MTP
         outputs |= {
             name: normed[id(value)]
             for value, name in zip(function.outputs, call.outputs, strict=True)

@@ -71,11 +71,16 @@ def dequantize_nvfp4(codes: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
     packed = codes.view(torch.uint8)
     nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
     blocks = _unflatten(E2M1[nibbles.long()], -1, 16)
-    return (blocks * scale.float().unsqueeze(-1)).flatten(-2) * scale_2[..., None, None]
+    return (blocks * _e4m3(scale).unsqueeze(-1)).flatten(-2) * scale_2[..., None, None]
 
 
 def dequantize_fp8(codes: Tensor, scale: Tensor) -> Tensor:
-    return codes.float() * scale[..., None, None]
+    return _e4m3(codes) * scale[..., None, None]
+
+
+def _e4m3(codes: Tensor) -> Tensor:
+    """Return E4M3 values, or the same bytes as int8, in float32."""
+    return codes.view(torch.float8_e4m3fn).float()
 
 
 def route(

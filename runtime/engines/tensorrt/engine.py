@@ -21,7 +21,7 @@ from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.backends.safetensors.sources import load
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 from n3c.ir.program import Parameter
-from n3c.passes.state_plan import StatePlan
+from n3c.passes.state_layout import StatePlan
 from n3c.runtime.engines.interface import KEY_POSITIONS, Allocation, Array, Port, Signature, key_positions
 
 from .device import Device, Memory

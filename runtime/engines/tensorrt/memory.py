@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
 from n3c.backends.onnx.bindings import Binding
-from n3c.passes.state_plan import ALIGNMENT, PlannedState
+from n3c.ir.types import DType
+from n3c.passes.state_layout import ALIGNMENT, PlannedState
 
 from .device import Device, Memory
-
-BITS: Mapping[str, int] = {"f32": 32, "f16": 16, "bf16": 16, "f8e4m3": 8, "f4e2m1": 4, "i64": 64, "i32": 32, "i8": 8}
 
 
 @dataclass(slots=True)
@@ -85,7 +84,7 @@ def memory_of(binding: Binding) -> str:
 
 def bytes_of(binding: Binding, shape: Sequence[int]) -> int:
     """Return the bytes of a tensor of the binding's dtype."""
-    return prod(shape) * BITS[binding.dtype] // 8
+    return prod(shape) * DType(binding.dtype).bits // 8
 
 
 def _offsets(states: Iterable[PlannedState], batch: int) -> tuple[dict[str, int], int]:

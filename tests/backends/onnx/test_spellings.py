@@ -14,6 +14,7 @@ from n3c.ir import ops
 from n3c.ir.diagnostics import ExitCode, N3CError, Span
 from n3c.ir.ops import OPS, OpDef
 from n3c.ir.program import Origin, Program
+from n3c.ir.rewrite import Builder
 from n3c.ir.types import DType
 from n3c.runtime.engines.reference.evaluate import evaluate
 from support.one_op import BF16, F16, F32, OneOp
@@ -173,8 +174,7 @@ def test_write_cache(tokens: int, dtype: DType, counts: list[int] | None) -> Non
     lengths = one.integers("lengths", torch.tensor([0, 5, 11]))
     limit = one.integers("counts", torch.tensor(counts).clamp(max=tokens)) if counts else None
     one.function.outputs = []
-    after = one.function.emit_many(ops.write_cache, [new, cache, lengths, limit], ["after"], {}, origin=Origin())
-    one.function.next_states = after
+    one.function.next_states = [one.build.emit(ops.write_cache, new, cache, lengths, limit, name="after")]
     compare(one, one.program(), tolerance=0)
 
 
@@ -190,8 +190,7 @@ def test_pairs_of_fp8_codes(scale: float | None) -> None:
     scales = one.weight("scale") if scale else None
     if scale:
         one.values["scale"] = torch.tensor(scale)
-    after = one.function.emit_many(ops.write_cache, [new, cache, lengths, None, scales], ["after"], {}, origin=Origin())
-    one.function.next_states = after
+    one.function.next_states = [one.build.emit(ops.write_cache, new, cache, lengths, None, scales, name="after")]
     program = one.program()
     actual = OnnxRunner(emit_entry(program, "run", batch=1), one.values).run(one.values)["cache"]
     expected = evaluate(program, "run", one.values, one.values, {"cache": one.values["cache"]}).states["cache"]
@@ -225,8 +224,7 @@ def test_an_op_of_training_is_a_located_error() -> None:
     one = OneOp()
     x, weight = one.input("x", 1, 2, 4), one.weight("w", 4, 1, 4)
     span = Span("m.toml", 3, 1)
-    y = one.function.emit(ops.causal_conv1d, x, weight, None, name="y", origin=Origin(span))
-    one.function.outputs = [y]
+    one.function.outputs = [Builder(one.function, Origin(span)).emit(ops.causal_conv1d, x, weight, name="y")]
     with pytest.raises(N3CError) as caught:
         emit_entry(one.program(), "run", batch=1)
     (diagnostic,) = caught.value.diagnostics

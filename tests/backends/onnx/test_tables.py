@@ -28,9 +28,11 @@ SERVING = ("max_seq_len = 32", "max_seq_len = 32\nprefill_chunk = 20\ndraft_toke
 ADA, AMPERE = (DType.F4E2M1,), (DType.F4E2M1, DType.F8E4M3)
 
 
-def opened(formats: str, folder: Path) -> tuple[Program, Checkpoint]:
+def opened(formats: str, folder: Path, lacking: tuple[DType, ...]) -> tuple[Program, Program, Checkpoint]:
+    """Return the program for Blackwell, that for a GPU that lacks types, and a checkpoint."""
     spec = small_spec(formats, odd=SERVING)
-    return serve(spec).program, save_tensors(random_tensors(lower(spec)), folder)
+    checkpoint = save_tensors(random_tensors(lower(spec)), folder)
+    return serve(spec).program, serve(spec, lacking=lacking).program, checkpoint
 
 
 def run(entry: OnnxEntry, program: Program, checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -48,17 +50,17 @@ def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("lacks", [ADA, AMPERE], ids=["Ada", "Ampere"])
 def test_the_same_as_on_blackwell(lacks: tuple[DType, ...], formats: str, tmp_path: Path) -> None:
     """Entry points of few tokens are weight-only on every GPU: logits and states agree."""
-    program, checkpoint = opened(formats, tmp_path)
+    *programs, checkpoint = opened(formats, tmp_path, lacks)
     for name in ("decode", "verify", "draft"):
-        native, tabled = (emit_entry(program, name, batch=BATCH, as_bytes=types) for types in ((), lacks))
+        native, tabled = (emit_entry(program, name, batch=BATCH) for program in programs)
         assert not {b.dtype for b in tabled.weights} & {dtype.value for dtype in lacks}
-        compare(run(tabled, program, checkpoint), run(native, program, checkpoint))
+        compare(run(tabled, programs[0], checkpoint), run(native, programs[0], checkpoint))
 
 
 def test_prefill_is_weight_only(tmp_path: Path) -> None:
     """Where Blackwell quantizes activations, tables do not: so it agrees with the reference, which does not either."""
-    program, checkpoint = opened(QUANTIZED, tmp_path)
-    entry = emit_entry(program, "prefill", batch=BATCH, as_bytes=AMPERE)
+    program, packed, checkpoint = opened(QUANTIZED, tmp_path, AMPERE)
+    entry = emit_entry(packed, "prefill", batch=BATCH)
     values = arguments(entry, program, vocabulary=97, width=64)
     states = {b.name: values[b.name] for b in entry.arguments if b.kind == "state"}
     inputs = {b.name: values[b.name] for b in entry.arguments if b.kind == "input"}
@@ -69,10 +71,9 @@ def test_prefill_is_weight_only(tmp_path: Path) -> None:
 
 def test_bytes_are_the_checkpoints_own(tmp_path: Path) -> None:
     """What is bound is the same memory in another type: plans of all GPUs share one copy."""
-    program, checkpoint = opened(QUANTIZED, tmp_path)
+    program, packed, checkpoint = opened(QUANTIZED, tmp_path, AMPERE)
     native = {p.name: p for p in emit_entry(program, "decode", batch=1).parameters}
-    lacking = emit_entry(program, "decode", batch=1, as_bytes=AMPERE).parameters
-    changed = [p for p in lacking if p.type != native[p.name].type]
+    changed = [p for p in emit_entry(packed, "decode", batch=1).parameters if p.type != native[p.name].type]
     assert {p.format for p in changed} == {"nvfp4", "fp8"}
     assert all(p.memory == native[p.name].memory for p in changed)
     assert all(load(p, checkpoint).tobytes() == load(native[p.name], checkpoint).tobytes() for p in changed)

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from n3c.backends.safetensors import nvfp4
 from n3c.backends.safetensors.checkpoint import Checkpoint
-from n3c.backends.safetensors.sources import check_fit, load
+from n3c.backends.safetensors.checkpoint_fit import fitting_checkpoint
+from n3c.backends.safetensors.sources import load
 from n3c.ir.diagnostics import ExitCode, N3CError
 from n3c.ir.program import Parameter
 from n3c.ir.source import Bytes, CacheScale, Concat, NegExp, Nvfp4, Stack, Tensor
@@ -126,15 +127,16 @@ def test_a_quantized_checkpoint_is_read_as_it_is(tmp_path: Path) -> None:
 
 
 def test_fit_lists_all_that_is_wrong(tmp_path: Path) -> None:
-    program = lower(small_spec())
-    tensors = random_tensors(program)
-    check_fit(program.parameters.values(), save_tensors(tensors, tmp_path / "good"))
+    spec = small_spec()
+    tensors = random_tensors(lower(spec))
+    save_tensors(tensors, tmp_path / "good")
+    fitting_checkpoint(spec, tmp_path / "good")
     del tensors["lm_head.weight"]
     tensors["backbone.norm_f.weight"] = torch.zeros(3)
     tensors["surprise"] = torch.zeros(3)
-    bad = save_tensors(tensors, tmp_path / "bad")
+    save_tensors(tensors, tmp_path / "bad")
     refused(
-        lambda: check_fit(program.parameters.values(), bad),
+        lambda: fitting_checkpoint(spec, tmp_path / "bad"),
         "no tensor `lm_head.weight`",
         "`backbone.norm_f.weight` is [3], the spec needs [64]",
         "no place for tensor `surprise`",
@@ -142,9 +144,8 @@ def test_fit_lists_all_that_is_wrong(tmp_path: Path) -> None:
 
 
 def test_an_mtp_block_that_the_spec_leaves_out_is_no_fault(tmp_path: Path) -> None:
-    with_mtp = random_tensors(lower(small_spec()))
-    without = lower(small_spec(odd=('[mtp]\npattern = "*E"\ndepth = 2\n', "")))
-    check_fit(without.parameters.values(), save_tensors(with_mtp, tmp_path))
+    save_tensors(random_tensors(lower(small_spec())), tmp_path)
+    fitting_checkpoint(small_spec(odd=('[mtp]\npattern = "*E"\ndepth = 2\n', "")), tmp_path)
 
 
 def test_not_finite_weights_are_named(tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sms", [(89,), PORTABLE], ids=["Ada", "portable"])
 def test_quantized_models_on_older_gpus(sms: tuple[int, ...], tmp_path: Path) -> None:
     """Codes as bytes, decoded by tables: no FP4 or FP8 type is left that one of the GPUs lacks."""
-    entry = emit_entry(serve(small_spec(QUANTIZED)).program, "decode", batch=1, as_bytes=tuple(lacking(sms)))
+    entry = emit_entry(serve(small_spec(QUANTIZED), lacking=lacking(sms)).program, "decode", batch=1)
     ranges = entry.dynamic_inputs
     result = build_plan(entry.to_bytes(), tmp_path / "x.plan", load_trt(), sms=sms, ranges=ranges)
     verdict = audit(entry.linears, result.kernels, entry.output_names, result.scratch_bytes)

@@ -114,7 +114,13 @@ def test_json_is_all_of_stdout(tmp_path: Path) -> None:
     manifest = n3c("inspect", tmp_path / "out", "--json").data
     assert {"schema", "spec", "tools", "passes", "parameters", "ledger", "state_plan", "files"} <= set(manifest)
     assert manifest["files"] == built["files"]
-    assert [entry["name"] for entry in manifest["passes"]] == ["quantize", "plan_state", "fuse_moe", "cleanup"]
+    assert [entry["name"] for entry in manifest["passes"]] == [
+        "quantize",
+        "plan_state",
+        "fuse_moe",
+        "pack",
+        "cleanup",
+    ]
     assert list(manifest["passes"][0]) == ["name", "seconds", "changed"]
     assert list(manifest["ledger"][0]) == ["name", "role", "shape", "rule", "format", "bytes"]
     exported = n3c("export-config", spec, "--json").data
@@ -122,7 +128,10 @@ def test_json_is_all_of_stdout(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(exported["config"]), encoding="utf-8")
     imported = n3c("import", tmp_path / "config.json", "--json").data
     assert "[model]" in imported["spec"]
-    assert [entry["name"] for entry in n3c("passes", "--json").data["passes"]]
+    listed = n3c("passes", "--json").data
+    assert listed["pipelines"]["serving"] == ["lower", "quantize", "plan_state", "fuse_moe", "pack", "cleanup"]
+    assert [entry["name"] for entry in listed["passes"]] == [*listed["pipelines"]["serving"], "widen"]
+    assert all(entry["summary"] for entry in listed["passes"])
     assert n3c("schema", "--json").data == n3c("schema").data
     assert set(n3c("doctor", "--json").data) == {"machine", "packages", "targets"}
 
@@ -152,7 +161,7 @@ def test_print_ir_after_all_shows_every_stage_once(tmp_path: Path) -> None:
     result = n3c("build", spec, "--target", "torch", "-o", tmp_path / "out", "--print-ir-after", "all", "--json")
     assert result.data["ok"] is True
     headings = [line for line in result.err.splitlines() if line.startswith("// after ")]
-    assert headings == [f"// after {n}" for n in ("lower", "quantize", "plan_state", "fuse_moe", "cleanup")]
+    assert headings == [f"// after {n}" for n in ("lower", "quantize", "plan_state", "fuse_moe", "pack", "cleanup")]
 
 
 def test_overrides_reach_every_command(tmp_path: Path) -> None:

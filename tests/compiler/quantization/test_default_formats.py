@@ -8,15 +8,20 @@ from typing import Any
 
 import pytest
 
-from n3c.compiler.quantization.calibration.activations import entries_of, save_scales
+from n3c.compiler.quantization.calibration.activation_scales import entries_of, save_scales
 from n3c.compiler.quantization.calibration.calibrate import Amax
-from n3c.compiler.quantization.published import EXCLUDED, published_formats
+from n3c.compiler.quantization.request import QuantizeRequest
+from n3c.compiler.quantization.requested_formats import requested_formats
 from n3c.compiler.quantization.search.units import find_linears
+from n3c.passes.serving import serve
+from n3c.specs.huggingface import export_config
 from n3c.specs.load import load_spec
-from n3c.specs.schema import Format
+from n3c.specs.recipe import published_recipe
+from n3c.specs.roles import match_roles
+from n3c.specs.schema import Format, Quantization
 from support.checkpoints import write_checkpoint
 from support.command import Result, n3c, tree, write_small
-from support.specs import SMALL, SPECS, small_spec
+from support.specs import QUANTIZED, SMALL, SPECS, small_spec
 
 NAMED = "quantization.rules.0 (default exclusions)"
 
@@ -60,7 +65,7 @@ def test_published_exclusions_are_kept_and_named(folder: Path, tmp_path: Path, w
     assert note["severity"] == "note"
     assert note["file"] == str(spec[0] if spec else weights / "config.json")
     assert "attention.*" in note["message"]
-    assert "note[W0622]: nothing says the formats: nvfp4, but embedding, mamba.*, " in result.err
+    assert "note[W0622]: the formats are those of the published recipe: nvfp4, but embedding, mamba.*, " in result.err
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["n3c"]["quantization"]["rules"][0]["format"] == "bf16"
 
@@ -134,11 +139,11 @@ def test_rules_name_only_what_the_model_has(
     tmp_path: Path, format_: Format, calibrated: bool, expected: dict[str, str]
 ) -> None:
     spec, _ = load_spec(write_small(tmp_path))
-    table, names = published_formats(spec, format_, (1, 16), calibrated=calibrated)
-    assert dict(zip(names.values(), (rule.format for rule in table.rules), strict=True)) == expected
+    recipe = published_recipe(spec, format_, calibrated=calibrated)
+    assert dict(zip(recipe.names, (rule.format for rule in recipe.table.rules), strict=True)) == expected
     for name in ("nano", "nano-4b"):  # without latent experts and MTP; without experts
         spec, _ = load_spec(SPECS / f"{name}.toml")
-        table, _ = published_formats(spec, format_, (1, 16), calibrated=calibrated)
+        table = published_recipe(spec, format_, calibrated=calibrated).table
         named = {role for rule in table.rules for role in rule.roles}
         assert not any(role.startswith(("mtp.", "moe.latent")) for role in named)
         assert any(role.startswith("moe.") for role in named) == (name == "nano")
@@ -148,14 +153,58 @@ def test_the_exclusions_are_those_of_the_shipped_specs() -> None:
     for name in ("super", "ultra"):
         spec, _ = load_spec(SPECS / f"{name}.toml")
         assert spec.quantization is not None
-        (kept,) = (rule for rule in spec.quantization.rules if rule.format == "bf16")
-        assert set(kept.roles) == set(EXCLUDED)
+        table = published_recipe(spec, "nvfp4", spec.quantization.block).table
+        for ours, theirs in zip(table.rules, spec.quantization.rules, strict=True):
+            assert (ours.format, match_roles(ours.roles)) == (theirs.format, match_roles(theirs.roles))
 
 
 def test_weights_that_no_block_divides_stay_bf16(tmp_path: Path) -> None:
     loaded, _ = load_spec(write_small(tmp_path), ["mlp.intermediate_size=104", "moe.intermediate_size=56"])
-    table, names = published_formats(loaded, "nvfp4", (1, 16), calibrated=False)
-    assert names["quantization.rules.1"] == "default: no whole blocks"
-    assert table.rules[1].roles == ("moe.experts.down", "mlp.down")
-    table, _ = published_formats(loaded, "nvfp4", (16, 16), calibrated=False)
+    recipe = published_recipe(loaded, calibrated=False)
+    assert recipe.names_by_path["quantization.rules.1"] == "default: no whole blocks"
+    assert recipe.table.rules[1].roles == ("moe.experts.down", "mlp.down")
+    table = published_recipe(loaded, "nvfp4", (16, 16), calibrated=False).table
     assert set(table.rules[1].roles) == {"moe.experts.down", "moe.experts.up", "mlp.down", "mlp.up"}
+
+
+CONFIGS: dict[str, dict[str, object]] = {
+    "as it is": {},
+    "standard experts, none shared": {
+        "moe_latent_size": None,
+        "n_shared_experts": 0,
+        "moe_shared_expert_intermediate_size": 0,
+    },
+    "without MTP": {"num_nextn_predict_layers": 0},
+    "a tied head": {"tie_word_embeddings": True},
+    "an odd expert": {"moe_intermediate_size": 56},
+    "an odd MLP": {"intermediate_size": 100},
+}
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("block", ["1x16", "16x16"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_import_and_quantize_give_one_recipe(tmp_path: Path, name: str, block: str, calibrated: bool) -> None:
+    """`import` then `quantize SPEC` gives the formats of `quantize` without a spec: there is one recipe."""
+    config = export_config(small_spec())
+    del config["n3c"]
+    (tmp_path / "config.json").write_text(json.dumps(config | CONFIGS[name]))
+    assert n3c("import", tmp_path, "-o", tmp_path / "spec.toml").code == 0
+    scales = tmp_path / "scales.json" if calibrated else None
+    tables: list[Quantization | None] = []
+    for spec in (None, tmp_path / "spec.toml"):
+        request = QuantizeRequest(tmp_path, tmp_path / "out", spec=spec, block=block, activation_scales=scales)
+        asked = requested_formats(request)
+        assert [note.code for note in asked.notes_for(asked.spec)[1]] == ["W0622"]
+        serve(asked.spec)  # the passes take them
+        tables.append(asked.spec.quantization)
+    assert tables[0] == tables[1]
+
+
+def test_formats_that_somebody_chose_are_no_recipe(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(export_config(small_spec(QUANTIZED))))
+    assert n3c("import", tmp_path, "-o", tmp_path / "spec.toml").code == 0
+    for spec in (None, tmp_path / "spec.toml"):
+        asked = requested_formats(QuantizeRequest(tmp_path, tmp_path / "out", spec=spec))
+        assert asked.recipe is None
+        assert asked.spec.quantization == small_spec(QUANTIZED).quantization

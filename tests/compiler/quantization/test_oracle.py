@@ -11,11 +11,11 @@ from torch import Tensor
 
 from n3c.backends.progress import SILENT
 from n3c.backends.safetensors.checkpoint import Checkpoint
-from n3c.compiler.quantization.calibration.activations import entries_of, resolve
+from n3c.compiler.quantization.calibration.activation_scales import entries_of, resolve
 from n3c.compiler.quantization.calibration.calibrate import Amax, calibrate
-from n3c.compiler.quantization.calibration.streamed import StreamedModel
-from n3c.compiler.quantization.rules import spec_with_table
-from n3c.compiler.quantization.search.auto import measure
+from n3c.compiler.quantization.calibration.streamed_model import StreamedModel
+from n3c.compiler.quantization.search.sensitivity import measure
+from n3c.specs.rules_table import spec_with_table
 from support.oracles import SavedModel, modelopt_scales, modelopt_scores, saved_model
 
 TOLERANCE = 1e-6

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from n3c.backends.safetensors import nvfp4
 from n3c.backends.safetensors.checkpoint import Checkpoint
+from n3c.backends.safetensors.checkpoint_fit import fitting_checkpoint
 from n3c.backends.safetensors.packing import fp8_scale, largest, pack_fp8_rows, pack_nvfp4
-from n3c.backends.safetensors.sources import check_fit
-from n3c.passes.lower.model import lower
+from n3c.specs.convert import run_import
 from support.checkpoints import policy_spec, write_checkpoint
 from support.command import PROGRAM, n3c, tree
 
@@ -98,7 +98,7 @@ def test_shards_index_and_side_files(source: Path, whole: Path) -> None:
     assert index["metadata"]["total_size"] == sum(Checkpoint(whole).bytes(name) for name in Checkpoint(whole))
     for name in ("tokenizer.json", "generation_config.json"):
         assert (whole / name).read_bytes() == (source / name).read_bytes()
-    check_fit(lower(policy_spec()).parameters.values(), Checkpoint(whole))
+    fitting_checkpoint(run_import(whole).spec, whole)
     assert all(load_file(path) for path in shards)  # the format's own library opens them
 
 

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoConfig
 
 from n3c.backends.safetensors.checkpoint import Checkpoint
-from n3c.compiler.quantization.calibration.activations import entries_of, save_scales
+from n3c.compiler.quantization.calibration.activation_scales import entries_of, save_scales
 from n3c.compiler.quantization.calibration.calibrate import Amax
 from n3c.compiler.quantization.search.units import find_linears
 from n3c.specs.convert import run_import

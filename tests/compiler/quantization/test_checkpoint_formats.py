@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from n3c.compiler.quantization.calibration.activations import ledger
-from n3c.compiler.quantization.like import spec_like
+from n3c.compiler.quantization.calibration.activation_scales import ledger
+from n3c.compiler.quantization.checkpoint_formats import spec_like
 from n3c.ir.diagnostics import ExitCode, N3CError
 from n3c.specs.load import load_spec
 from n3c.specs.schema import Spec

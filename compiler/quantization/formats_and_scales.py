@@ -1,15 +1,14 @@
-"""What `n3c quantize` does before it packs: formats from elsewhere or chosen, scales of activations."""
+"""The final formats of a request, taken from elsewhere or chosen, and the scales of activations."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from n3c.backends.progress import Progress
 from n3c.backends.safetensors.checkpoint import Checkpoint
-from n3c.compiler.quantization.calibration.activations import (
+from n3c.compiler.quantization.calibration.activation_scales import (
     Scales,
     entries_of,
     ledger,
@@ -18,23 +17,24 @@ from n3c.compiler.quantization.calibration.activations import (
     save_scales,
 )
 from n3c.compiler.quantization.calibration.calibrate import calibrate
-from n3c.compiler.quantization.calibration.streamed import StreamedModel
+from n3c.compiler.quantization.calibration.streamed_model import StreamedModel
 from n3c.compiler.quantization.calibration.tokens import read_tokens
-from n3c.compiler.quantization.search.auto import Chosen, measure
+from n3c.compiler.quantization.search.sensitivity import Chosen, measure
 from n3c.ir.diagnostics import Diagnostic
+from n3c.ir.formats import FORMATS
 from n3c.specs.dump import dump_spec
 from n3c.specs.files import write_text
 from n3c.specs.schema import Spec
 
-from .like import spec_like
-from .request import Request
+from .checkpoint_formats import spec_like
+from .request import QuantizeRequest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class FormatsAndScales:
     """What the packing goes by."""
 
     spec: Spec
@@ -48,23 +48,21 @@ class Prepared:
         return data | {"activation_scales": {"inputs": len(self.scales.inputs), "cache": len(self.scales.cache)}}
 
 
-def prepare(
-    spec: Spec, weights: Path, request: Request, progress: Progress, block: tuple[int, int] | None = None
-) -> Prepared:
-    """Return the spec with its final formats, and the scales of activations, where the request gives data for them.
+def formats_and_scales(spec: Spec, request: QuantizeRequest, progress: Progress) -> FormatsAndScales:
+    """Return `spec` with its final formats, and the scales of activations, where the request gives data for them.
 
-    `block` is what --block asked for, which outranks a format map. Raises N3CError as the parts do.
+    --block outranks a format map. Raises N3CError as the parts do.
     """
     warnings: list[Diagnostic] = []
     chosen: Chosen | None = None
     amax = None
     if request.like is not None:
-        spec, warnings = spec_like(spec, request.like, block)
+        spec, warnings = spec_like(spec, request.like, request.block_shape)
     ids = _tokens(spec, request)
     if request.effective_bits is not None:
         progress.phase("measure sensitivity")
         sensitivity = measure(
-            spec, Checkpoint(weights), progress, ids=ids, mtp=request.mtp, at_least=request.effective_bits
+            spec, Checkpoint(request.weights), progress, ids=ids, mtp=request.mtp, at_least=request.effective_bits
         )
         chosen = sensitivity.within(request.effective_bits)
         spec, amax = chosen.spec, chosen.amax
@@ -76,15 +74,15 @@ def prepare(
     elif ids is not None:
         if amax is None:
             progress.phase("calibrate")
-            amax = calibrate(StreamedModel(spec, Checkpoint(weights)), ids, progress, mtp=_quantizes_mtp(spec))
+            amax = calibrate(StreamedModel(spec, Checkpoint(request.weights)), ids, progress, mtp=_quantizes_mtp(spec))
         entries = entries_of(amax)
         if request.save_activation_scales is not None:
             save_scales(request.save_activation_scales, entries)
     scales = Scales() if entries is None else resolve(spec, entries, request.activation_scales or request.calibration)
-    return Prepared(spec, scales, warnings, chosen)
+    return FormatsAndScales(spec, scales, warnings, chosen)
 
 
-def _tokens(spec: Spec, request: Request) -> Tensor | None:
+def _tokens(spec: Spec, request: QuantizeRequest) -> Tensor | None:
     if request.calibration is None:
         return None
     # Fewer choices than experts take another path through the model, where nothing is recorded.
@@ -95,7 +93,11 @@ def _tokens(spec: Spec, request: Request) -> Tensor | None:
 
 
 def _quantizes_mtp(spec: Spec) -> bool:
-    return any(entry.role.startswith("mtp.") and entry.format in ("nvfp4", "fp8") for entry in ledger(spec))
+    return any(entry.role.startswith("mtp.") and _quantizes_activations(entry.format) for entry in ledger(spec))
+
+
+def _quantizes_activations(format_: str) -> bool:
+    return format_ in FORMATS and FORMATS[format_].input_divisor is not None
 
 
 def _header(chosen: Chosen | None) -> str:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from n3c.backends.progress import Progress
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.compiler.quantization.calibration.calibrate import Amax, calibrate
-from n3c.compiler.quantization.calibration.streamed import StreamedModel
-from n3c.compiler.quantization.rules import spec_with_formats
+from n3c.compiler.quantization.calibration.streamed_model import StreamedModel
+from n3c.ir.formats import FORMATS
+from n3c.specs.modules import Group, groups_of
+from n3c.specs.recipe import DEFAULT
+from n3c.specs.rules_table import rules_table, spec_with_table
 from n3c.specs.schema import Quantization, Spec
 
 from .budget import choose, mean_bits, require_feasible
 from .noise import Scores, noise_scores
 from .second_order import KeptInputs, second_order_scores
-from .units import Unit, find_units
+from .units import Unit, find_units, unit_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,7 +96,7 @@ def measure(
     not fit, 5 for scores that are not finite.
     """
     table = _table(spec)
-    four_bit = table.format if table.format == "w4a16_nvfp4" else "nvfp4"
+    four_bit = table.format if FORMATS[table.format].blocked else DEFAULT.format
     units = find_units(spec, four_bit, table.block[0], mtp=mtp)
     require_feasible(units, at_least or 16.0)
     if ids is None:
@@ -105,5 +108,14 @@ def measure(
     return Sensitivity(spec, units, scores, "second order", amax)
 
 
+def spec_with_formats(spec: Spec, formats: Mapping[str, str], block: tuple[int, int]) -> Spec:
+    """Return `spec` with rules that give every unit of `formats` its format, and BF16 to all other linears."""
+
+    def format_of(group: Group, module: str) -> str:
+        return formats.get(unit_name(group.name.replace("{}", "*") if group.experts else module), "bf16")
+
+    return spec_with_table(spec, rules_table(groups_of(spec), format_of, spec.model.pattern), block)
+
+
 def _table(spec: Spec) -> Quantization:
-    return spec.quantization or Quantization("nvfp4", (1, 16))
+    return spec.quantization or DEFAULT

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from n3c.compiler.quantization.calibration.activations import ledger
-from n3c.compiler.quantization.rules import spec_with_formats
+from n3c.compiler.quantization.calibration.activation_scales import ledger
+from n3c.compiler.quantization.search.sensitivity import spec_with_formats
 from n3c.compiler.quantization.search.units import find_units, unit_name
 from n3c.specs.dump import dump_spec
 from n3c.specs.load import parse_spec

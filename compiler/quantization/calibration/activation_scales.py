@@ -23,19 +23,17 @@ import numpy as np
 
 from n3c.compiler.quantization.search.units import find_linears
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
+from n3c.ir.formats import CACHE_SCALES, E4M3_MAX, FORMATS, INPUT_SCALE
 from n3c.ir.program import LedgerEntry
 from n3c.passes.lower.model import lower
-from n3c.passes.serving import quantize_pass
+from n3c.passes.pipelines import quantize_pass
 from n3c.specs.files import read_text, write_text
 from n3c.specs.places import shown
 from n3c.specs.schema import Spec
 
 from .calibrate import Amax
 
-DIVISORS = {"nvfp4": 6 * 448, "fp8": 448}
-"""Format → amax / scale; formats with quantized activations are these."""
-
-_KINDS = ("input_amax", "output_amax", "input_scale", "k_scale", "v_scale")
+_KINDS = ("input_amax", "output_amax", *(suffix.removeprefix(".") for suffix in (INPUT_SCALE, *CACHE_SCALES)))
 _MOST_FAULTS = 20
 
 
@@ -94,9 +92,10 @@ def resolve(spec: Spec, entries: Mapping[str, float], path: Path | None = None) 
     missing: list[str] = []
     for entry in ledger(spec):
         module = entry.name.removesuffix(".weight")
-        if entry.format in DIVISORS:
+        divisor = FORMATS[entry.format].input_divisor if entry.format in FORMATS else None
+        if divisor is not None:
             for name in (*_experts(module, spec),) or (module,):
-                scale = _input_scale(name, module, entries, DIVISORS[entry.format])
+                scale = _input_scale(name, module, entries, divisor)
                 if scale is None:
                     missing.append(f"{name}.input_amax")
                 else:
@@ -109,7 +108,7 @@ def resolve(spec: Spec, entries: Mapping[str, float], path: Path | None = None) 
             if name not in entries and amax is None:
                 missing.append(f"{module}.output_amax")
             else:
-                cache[name] = entries[name] if amax is None else _scale(amax, DIVISORS["fp8"])
+                cache[name] = entries[name] if amax is None else _scale(amax, E4M3_MAX)
     if missing:
         place = path or Path("calibration")
         _raise([Diagnostic("E0634", f"no scale `{name}`", Span(str(place))) for name in missing], place)
@@ -123,16 +122,16 @@ def ledger(spec: Spec) -> tuple[LedgerEntry, ...]:
     return program.ledger
 
 
-def _input_scale(name: str, module: str, entries: Mapping[str, float], divisor: int) -> float | None:
+def _input_scale(name: str, module: str, entries: Mapping[str, float], divisor: float) -> float | None:
     for candidate in (name, module):
-        if f"{candidate}.input_scale" in entries:
-            return entries[f"{candidate}.input_scale"]
+        if candidate + INPUT_SCALE in entries:
+            return entries[candidate + INPUT_SCALE]
         if f"{candidate}.input_amax" in entries:
             return _scale(entries[f"{candidate}.input_amax"], divisor)
     return None
 
 
-def _scale(amax: float, divisor: int) -> float:
+def _scale(amax: float, divisor: float) -> float:
     """Divide in float32, as ModelOpt does; an input that was always 0 gets 1."""
     return float(np.float32(amax) / np.float32(divisor)) if amax > 0 else 1.0
 

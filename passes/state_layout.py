@@ -1,4 +1,4 @@
-"""The state plan: where each state of a request lies, and what rejecting drafted tokens costs."""
+"""The layout of states: where each state of a request lies, and what rejecting drafted tokens costs."""
 
 from __future__ import annotations
 

@@ -11,10 +11,10 @@ from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Severity, Span
 from n3c.specs.files import read_text
 from n3c.specs.json_places import JsonPlaces, parse_json
 from n3c.specs.modelopt import QuantizationError, import_quantization
+from n3c.specs.modules import groups_of
 from n3c.specs.places import shown
+from n3c.specs.rules_table import spec_with_table
 from n3c.specs.schema import Spec
-
-from .rules import groups_of, spec_with_table
 
 FILES = ("hf_quant_config.json", "config.json")
 """Where a checkpoint says its formats, the first that is there."""

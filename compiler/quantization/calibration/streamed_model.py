@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from n3c.backends.torch.loading import load_package
 from n3c.specs.dump import dump_spec
 from n3c.specs.schema import Spec
 
-from .tensors import read_float
+from .float_tensors import read_float
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,6 +67,28 @@ class StreamedModel:
         with torch.no_grad():
             for inner, tensor in tensors.items():
                 tensor.copy_(read_float(self.checkpoint, f"{name}.{inner}", tuple(tensor.shape)))
+
+    @contextmanager
+    def experts_reading(self, read: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+        """Give routed experts `read(x, weight)` in place of their inputs x [tokens, in] while inside.
+
+        `weight` [E, out, in] is that of the projection which reads. A model without experts is left as it is.
+        """
+        module = self.generated.model  # of the package, which calls `grouped_linear`
+        original = getattr(module, "grouped_linear", None)
+        if original is None:
+            yield
+            return
+
+        def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+            y: Tensor = original(read(x, weight), weight, counts)
+            return y
+
+        module.grouped_linear = grouped_linear
+        try:
+            yield
+        finally:
+            module.grouped_linear = original
 
     @property
     def head_parts(self) -> tuple[str, ...]:

@@ -1,30 +1,34 @@
-"""widen: the float32 copy gives the numbers of the quantized program, and has no narrow type."""
+"""widen: the float32 form gives the numbers of the quantized program, and has no narrow type."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from n3c.ir.printer import print_program
 from n3c.ir.types import DType
-from n3c.ir.verify import verify
+from n3c.passes.base import run_pipeline
 from n3c.passes.lower.model import lower
-from n3c.passes.renderings.float32 import widened
+from n3c.passes.pack import CODES
 from n3c.passes.serving import serve
+from n3c.passes.widen import Widen
 from n3c.runtime.engines.reference.evaluate import evaluate, zero_states
 from support.programs import load_parameters, random_tensors, save_tensors
 from support.specs import QUANTIZED, small_spec
 
 
-def test_the_copy_means_the_same_and_the_original_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lacking", [(), CODES], ids=["codes", "bytes"])
+def test_a_copy_means_the_same_and_the_original_stays(lacking: tuple[DType, ...], tmp_path: Path) -> None:
     spec = small_spec(QUANTIZED)
-    program = serve(spec).program
+    program = serve(spec, lacking=lacking).program
     before = print_program(program)
-    wide, entry = widened(program, program.entry_points["decode"])
-    verify(wide)
+    wide = program.extract(program.entry_points["decode"])
+    (report,) = run_pipeline(wide, [Widen()])
+    assert report.changed
     assert print_program(program) == before
-    assert entry is wide.entry_points["decode"]
+    assert list(wide.entry_points) == ["decode"]
     assert {p.type.dtype for p in wide.parameters.values()} == {DType.F32}
     assert not any(node.op.name.startswith("dequantize") for f in wide.functions.values() for node in f.nodes)
     checkpoint = save_tensors(random_tensors(lower(spec)), tmp_path)
@@ -34,3 +38,12 @@ def test_the_copy_means_the_same_and_the_original_stays(tmp_path: Path) -> None:
         for p in (program, wide)
     ]
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
+def test_codes_of_one_memory_become_one_weight() -> None:
+    """Prefill binds experts as FP4 and the others as bytes: dequantized they are the same weight."""
+    program = serve(small_spec(QUANTIZED)).program
+    assert any(name.endswith(".fp4") for name in program.parameters)
+    assert Widen().run(program)
+    assert not any(name.endswith(".fp4") for name in program.parameters)
+    assert not Widen().run(program)

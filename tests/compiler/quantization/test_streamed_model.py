@@ -11,11 +11,11 @@ import torch
 
 from n3c.backends.progress import SILENT
 from n3c.backends.safetensors.checkpoint import Checkpoint
-from n3c.compiler.quantization.calibration import streamed
+from n3c.compiler.quantization.calibration import streamed_model
 from n3c.compiler.quantization.calibration.calibrate import Amax, calibrate, recorded
-from n3c.compiler.quantization.calibration.streamed import StreamedModel
+from n3c.compiler.quantization.calibration.streamed_model import StreamedModel
 from n3c.compiler.quantization.search import fake_quant
-from n3c.compiler.quantization.search.auto import measure
+from n3c.compiler.quantization.search.sensitivity import measure
 from n3c.ir.diagnostics import ExitCode, N3CError
 from n3c.passes.lower.model import lower
 from n3c.specs.schema import Spec
@@ -53,7 +53,7 @@ def whole_model(model: StreamedModel) -> Any:
 def test_magnitudes_are_those_of_the_whole_model(
     model: StreamedModel, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch, batch: int
 ) -> None:
-    monkeypatch.setattr(streamed, "BATCH_TOKENS", batch)
+    monkeypatch.setattr(streamed_model, "BATCH_TOKENS", batch)
     amax = calibrate(model, ids, SILENT, mtp=True)
     whole, expected = whole_model(model), Amax()
     with torch.no_grad(), recorded(model, "", whole, expected):

@@ -1,4 +1,4 @@
-"""The compiled kernel, against ModelOpt bit for bit, and against plain float64 arithmetic for 16x16 blocks."""
+"""Packing, against ModelOpt bit for bit, and against plain float64 arithmetic for both block shapes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from n3c.backends.safetensors import kernel, nvfp4, packing
+from n3c.backends.safetensors import nvfp4, packing
 from n3c.backends.safetensors.packing import NotFiniteError, Search, pack_nvfp4
 
 with warnings.catch_warnings():
@@ -110,37 +110,47 @@ def test_1x16_has_the_bits_of_modelopt(make: Make, dtype: torch.dtype) -> None:
             np.testing.assert_array_equal(ours.codes, expected._quantized_data.numpy(), where)
 
 
-def plain_16x16(weight: np.ndarray, search: Search) -> tuple[np.ndarray, np.ndarray]:
-    """Return E4M3 scales [N/16, K/16] and values of the codes [N, K]; float64 throughout, one tile at a time."""
+def plain(weight: np.ndarray, block_rows: int, search: Search) -> tuple[np.ndarray, np.ndarray]:
+    """Return E4M3 scales [N/block_rows, K/16] and values of the codes [N, K]; float64, one block at a time.
+
+    The search tries all 126 scales, not those near the nominal one.
+    """
     grid = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     e4m3 = np.arange(1, 127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
-    scale_2 = float(packing.nvfp4_scale_2(np.abs(weight).max(), search))
-    scales = np.empty((weight.shape[0] // 16, weight.shape[1] // 16))
+    scale_2 = float(plain_scale_2(weight, search))
+    scales = np.empty((weight.shape[0] // block_rows, weight.shape[1] // 16))
     values = np.empty(weight.shape)
     for r in range(scales.shape[0]):
         for c in range(scales.shape[1]):
-            tile = weight[16 * r : 16 * r + 16, 16 * c : 16 * c + 16].astype(np.float64)
-            wanted = np.abs(tile).max() / (6 * scale_2)
-            at = int(np.argmin(np.abs(e4m3 - wanted)))
-            tried = [at] if search == "none" else [min(max(at + d, 0), 125) for d in range(-2, 7)]
+            block = np.s_[block_rows * r : block_rows * (r + 1), 16 * c : 16 * c + 16]
+            tile = weight[block].astype(np.float64)
+            nominal = int(np.argmin(np.abs(e4m3 - np.abs(tile).max() / (6 * scale_2))))
+            tried = range(e4m3.size) if search == "mse" else [nominal]
             found: list[tuple[float, float, np.ndarray]] = []
             for code in tried:
                 step = e4m3[code] * scale_2
                 near = grid[np.argmin(np.abs(np.abs(tile)[..., None] / step - grid), axis=-1)] * np.sign(tile)
                 found.append((((near * step - tile) ** 2).sum(), e4m3[code], near))
-            _, scales[r, c], values[16 * r : 16 * r + 16, 16 * c : 16 * c + 16] = min(found, key=itemgetter(0))
+            _, scales[r, c], values[block] = min(found, key=itemgetter(0))
     return scales, values
 
 
+def plain_scale_2(weight: np.ndarray, search: Search) -> np.float32:
+    return np.float32(np.abs(weight).max()) / np.float32(6 * (256 if search == "mse" else 448))
+
+
 @pytest.mark.parametrize("search", ["none", "mse"])
-def test_16x16_is_what_plain_arithmetic_gives(search: Search) -> None:
-    """Random float32 weights have no ties, so that codes and scales must agree to the last one."""
+@pytest.mark.parametrize("block_rows", [1, 16])
+def test_codes_and_scales_are_what_plain_arithmetic_gives(block_rows: int, search: Search) -> None:
+    """Random float32 weights have no ties, so that codes and scales must agree to the last one.
+
+    The window of a search finds what the sweep over all scales finds.
+    """
     weight = np.random.default_rng(3).normal(size=(64, 96)).astype(np.float32)
-    scales, values = plain_16x16(weight, search)
-    matrix = pack_nvfp4(weight, 16, search)
-    np.testing.assert_array_equal(matrix.scale[::16].astype(np.float64), scales)
-    for row in range(1, 16):
-        np.testing.assert_array_equal(matrix.scale[row::16].view(np.uint8), matrix.scale[::16].view(np.uint8))
+    scales, values = plain(weight, block_rows, search)
+    matrix = pack_nvfp4(weight, block_rows, search)
+    assert matrix.scale_2 == plain_scale_2(weight, search)
+    np.testing.assert_array_equal(matrix.scale.astype(np.float64), np.repeat(scales, block_rows, axis=0))
     codes = nvfp4.unpack(matrix.codes).view(ml_dtypes.float4_e2m1fn).astype(np.float64)
     np.testing.assert_array_equal(codes, values)
 
@@ -161,7 +171,7 @@ def test_every_bf16_value_gets_the_code_of_its_quotient(scale_2: float) -> None:
     """All finite values with a sample of block scales, and float32 values beside the bounds between codes."""
     finite = np.arange(0x7F80, dtype=np.uint16)
     every = np.concatenate([finite, finite | np.uint16(0x8000)])[None, :]
-    table = kernel.E4M3 * np.float32(scale_2)
+    table = packing.E4M3 * np.float32(scale_2)
     for code in (1, 2, 7, 8, 9, 56, 61, 90, 125, 126):
         check_codes(every, code, table)
         between = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, 1e-45], np.float32) * table[code]
@@ -169,10 +179,10 @@ def test_every_bf16_value_gets_the_code_of_its_quotient(scale_2: float) -> None:
         check_codes(np.clip(near, 0, 0x7F7FFFFF).astype(np.uint32).reshape(1, -1), code, table)
 
 
-def check_codes(bits: kernel.Bits, code: int, table: kernel.Floats) -> None:
+def check_codes(bits: packing.Bits, code: int, table: packing.Floats) -> None:
     scales = np.full((1, bits.shape[1] // 16), code, np.uint8)
     out = np.empty((1, bits.shape[1] // 2), np.uint8)
-    kernel.pack_rows(bits, scales, table, out)
+    packing.pack_rows(bits, scales, table, out)
     w = bits.view(ml_dtypes.bfloat16 if bits.dtype == np.uint16 else np.float32).astype(np.float32)
     with np.errstate(all="ignore"):
         expected = nvfp4.pack(nvfp4.e2m1_codes(w / table[code]))

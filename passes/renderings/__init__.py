@@ -1,1 +1,0 @@
-"""Copies of a program in other types, for one engine of several."""

@@ -1,0 +1,1 @@
+"""Rewrites of functions that passes are composed of."""

@@ -1,0 +1,125 @@
+"""Making shards: neither the size of a band nor the place of an interruption changes a byte of the result."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from n3c.backends.progress import SILENT
+from n3c.backends.safetensors.checkpoint import Checkpoint
+from n3c.backends.safetensors.layout import plan_shards, plan_weights
+from n3c.backends.safetensors.quantizer import Job, quantize_checkpoint
+from n3c.backends.safetensors.resume import WorkDirectory
+from n3c.backends.safetensors.stream import Quantizer
+from n3c.ir.diagnostics import N3CError
+from n3c.passes.lower.model import lower
+from n3c.passes.pipelines import quantize_pass
+from n3c.specs.huggingface import export_config
+from support.checkpoints import policy_spec, write_checkpoint
+from support.command import tree
+
+BANDS = (1, 4000, 9000)
+"""Bytes of a band: 16 rows each, a few bands of a weight, and whole small weights beside cut ones."""
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """Return a job that takes every weight in one band."""
+    folder = tmp_path_factory.mktemp("stream")
+    write_checkpoint(folder / "source", policy_spec())
+    program = lower(policy_spec())
+    quantize_pass(policy_spec()).run(program)
+    return Job(folder / "source", folder / "whole", program, export_config(policy_spec()), threads=2)
+
+
+@pytest.fixture(scope="module")
+def whole(job: Job) -> dict[str, bytes]:
+    assert quantize_checkpoint(job, SILENT).finished
+    return tree(job.out)
+
+
+@pytest.mark.parametrize("search", ["none", "mse"])
+@pytest.mark.parametrize("band_bytes", BANDS)
+def test_the_size_of_a_band_changes_no_byte(job: Job, tmp_path: Path, band_bytes: int, search: str) -> None:
+    searched = replace(job, search="mse" if search == "mse" else "none", out=tmp_path / "whole")
+    quantize_checkpoint(searched, SILENT)
+    quantize_checkpoint(replace(searched, out=tmp_path / "out", band_bytes=band_bytes), SILENT)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_small_bands_cut_weights(job: Job) -> None:
+    """The sizes above do what they are there for: weights of every format in several bands, no block cut."""
+    checkpoint = Checkpoint(job.source)
+    weights = plan_weights(job.program, checkpoint, {}, {})
+    cut: set[str] = set()
+    for weight in weights:
+        bands = Quantizer(checkpoint, weights, "none", BANDS[1]).bands(weight)
+        assert [first for first, _ in bands[1:]] == [last for _, last in bands[:-1]]
+        assert bands[0][0] == 0
+        assert bands[-1][1] == (weight.shape[0] if weight.shape else 1)
+        assert all(first % 16 == 0 for first, _ in bands)
+        if len(bands) > 1:
+            cut.add(weight.format)
+    assert cut >= {"nvfp4", "fp8", "keep"}
+
+
+class PowerLossError(Exception):
+    """The machine lost power."""
+
+
+class PowerLossAfter:
+    """Progress that raises `PowerLossError` at the n-th step."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def phase(self, name: str) -> None:
+        """Ignore a phase."""
+
+    def step(self, what: str, done: int = 0, total: int = 0) -> None:
+        """Count a step."""
+        self.left -= 1
+        if self.left < 0:
+            raise PowerLossError
+
+
+@pytest.mark.parametrize("steps", [1, 7, 40, 100])
+@pytest.mark.parametrize(("band_bytes", "journal_bytes"), [(1 << 26, 1), (4000, 1), (4000, 20_000)])
+def test_an_interruption_inside_a_shard_changes_no_byte(
+    job: Job, whole: dict[str, bytes], tmp_path: Path, band_bytes: int, journal_bytes: int, steps: int
+) -> None:
+    broken = replace(job, out=tmp_path / "out", band_bytes=band_bytes, journal_bytes=journal_bytes)
+    with pytest.raises(PowerLossError):
+        quantize_checkpoint(broken, PowerLossAfter(steps))
+    assert not broken.out.exists()
+    if steps == 100:
+        assert 0 < done_of_the_shard(broken) < len(list(Checkpoint(job.source)))
+    assert quantize_checkpoint(replace(broken, resume=True), SILENT).finished
+    assert tree(broken.out) == whole
+
+
+def done_of_the_shard(job: Job) -> int:
+    """Return how many weights of the only shard an interrupted run left on the disk."""
+    weights = plan_weights(job.program, Checkpoint(job.source), {}, {})
+    (shard,) = plan_shards(weights)
+    return WorkDirectory(job.out).done({shard.file: shard.size})[shard.file].weights
+
+
+def test_a_resumed_run_begins_where_the_journal_ends(job: Job, tmp_path: Path) -> None:
+    """What the journal says is done is not packed again: the file holds what it held."""
+    broken = replace(job, out=tmp_path / "out", journal_bytes=1)
+    with pytest.raises(PowerLossError):
+        quantize_checkpoint(broken, PowerLossAfter(100))
+    weights = plan_weights(job.program, Checkpoint(job.source), {}, {})
+    (shard,) = plan_shards(weights)
+    file = WorkDirectory(broken.out).result / shard.file
+    first = shard.weights[0]
+    with file.open("r+b") as opened:
+        opened.seek(shard.offsets[first.name])
+        kept = bytes(byte ^ 1 for byte in opened.read(1))
+        opened.seek(shard.offsets[first.name])
+        opened.write(kept)
+    with pytest.raises(N3CError, match=first.name):
+        quantize_checkpoint(replace(broken, resume=True), SILENT)
