@@ -27,6 +27,7 @@ import torch
 from n3c.backends.progress import SILENT
 from n3c.backends.safetensors import nvfp4
 from n3c.backends.safetensors.checkpoint import Checkpoint
+from n3c.backends.torch.loading import hidden_states
 from n3c.compiler.quantization.calibration.calibrate import Amax, calibrate
 from n3c.compiler.quantization.calibration.streamed_model import StreamedModel
 from n3c.compiler.quantization.search import fake_quant
@@ -139,7 +140,7 @@ def train(spec: Spec, text: np.ndarray, folder: Path, steps: int) -> float:
     torch.manual_seed(0)
     generator = np.random.default_rng(0)
     generated = StreamedModel.generate(spec)
-    model: Any = generated.Model().eval()  # else routers would keep balance losses, which nothing reads
+    model: Any = generated.Model().eval()  # in training, routers compute balance losses, which nothing reads
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1)
     warm = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -149,7 +150,8 @@ def train(spec: Spec, text: np.ndarray, folder: Path, steps: int) -> float:
     for _ in range(steps):
         starts = generator.integers(0, len(text) - LENGTH, BATCH)
         batch = torch.from_numpy(np.stack([text[s : s + LENGTH] for s in starts]).astype(np.int64))
-        logits = model.head(model.backbone(batch))[:, :-1]  # without the MTP block, which nothing here reads
+        h = hidden_states(model.backbone(batch))  # without the MTP block, which nothing reads
+        logits = model.head(h)[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -194,7 +196,7 @@ class Evaluated:
     """The loss of a checkpoint on held-out text with some linears quantized, computed in float32."""
 
     def __init__(self, model: StreamedModel, weights: Path, amax: Amax, test: torch.Tensor) -> None:
-        self.generated = model.generated
+        self.model = model
         self.amax = amax
         self.test = test
         self.units = {unit.name: unit for unit in find_units(model.spec, "nvfp4", BLOCK[0], mtp=False)}
@@ -214,7 +216,7 @@ class Evaluated:
         with torch.no_grad(), self.quantized(of_linear, written):
             total = 0.0
             for batch in self.test.split(32):
-                h = self.whole.backbone(batch)
+                h = hidden_states(self.whole.backbone(batch))
                 logits = self.whole.head(h)[:, :-1]
                 total += float(
                     torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
@@ -242,18 +244,15 @@ class Evaluated:
             else:
                 read = partial(_read, format_, amax)
                 handles.append(self.whole.get_submodule(linear.module).register_forward_pre_hook(read))
-        original = self.generated.grouped_linear
 
-        def grouped_linear(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        def read_by_experts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             format_, amax = stacks.get(weight.data_ptr(), ("bf16", 0.0))
-            y: torch.Tensor = original(fake_quant.activation(x, format_, amax), weight, counts)
-            return y
+            return fake_quant.activation(x, format_, amax)
 
-        self.generated.grouped_linear = grouped_linear
         try:
-            yield
+            with self.model.experts_reading(read_by_experts):
+                yield
         finally:
-            self.generated.grouped_linear = original
             for handle in handles:
                 handle.remove()
 

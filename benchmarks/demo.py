@@ -23,12 +23,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from n3c.backends.torch.loading import load_package
 from n3c.compiler.cli.table import format_bytes, format_table
 from n3c.runtime.build_folder import OpenedBuild, open_build
 from n3c.runtime.generation.loop import Generation
 from n3c.runtime.generation.runner import Runner, open_runner
 from n3c.runtime.generation.sequence import Options
-from n3c.runtime.verification.torch_module import imported
 
 ROOT = Path(__file__).parents[1]
 SPEC = ROOT / "specs" / "tiny.toml"
@@ -192,7 +192,7 @@ def sample(runner: Runner) -> str:
 
 def loss(build: OpenedBuild, weights: Path, text: bytes) -> float:
     """Return the mean loss, in nats a byte, of the generated module on 64 pieces of `text`."""
-    module = imported(build.out / "torch" / "model.py")
+    module = load_package(build.out / "torch")
     model = module.Model().eval()
     module.load_checkpoint(model, weights)
     pieces = np.frombuffer(text, np.uint8)[: 64 * 256].reshape(64, 256).astype(np.int64)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from n3c.backends.torch.emit import emit
+from n3c.backends.torch.loading import load_package
 from n3c.specs.huggingface import export_config
 from n3c.specs.load import load_spec
 
@@ -246,12 +247,8 @@ def _models(sizes: dict[str, int], folder: Path, task: Task) -> tuple[Any, Any]:
 
     (folder / "spec.toml").write_text(SPEC.format(**sizes), encoding="utf-8")
     spec, _ = load_spec(folder / "spec.toml", [])
-    (folder / "model.py").write_text(emit(spec, "0" * 64)["model.py"], encoding="utf-8")
-    sys.path.insert(0, str(folder))
-    import model as generated  # type: ignore[import-not-found]
-
     torch.manual_seed(0)
-    ours = cast("Any", generated).Model()
+    ours = load_package(emit(spec, "0" * 64)).Model()
     with torch.no_grad():
         for name, weight in ours.named_parameters():
             if name.endswith("dt_bias"):

@@ -1,8 +1,8 @@
 """The formats of a weight: which tensors store it, of which types and shapes, under which names.
 
-    nvfp4, w4a16_nvfp4   X.weight f4e2m1 [N, K]   X.weight_scale f8e4m3 [N, K/16]   X.weight_scale_2 f32 []
-    fp8                  X.weight f8e4m3 [N, K]   X.weight_scale f32 []
-    bf16                 X.weight bf16 [N, K]
+    nvfp4, w4a16_nvfp4   X.weight f4e2m1 [out, in]   X.weight_scale f8e4m3 [out, in/16]   X.weight_scale_2 f32 []
+    fp8                  X.weight f8e4m3 [out, in]   X.weight_scale f32 []
+    bf16                 X.weight bf16 [out, in]
 
 A stack of matrices has its dims in front of all of them. The suffixes are those of ModelOpt's checkpoints. Where
 the activations that a linear reads are quantized too, the checkpoint holds their scale, `X.input_scale`.
@@ -16,7 +16,7 @@ from enum import Enum
 from .types import DType, TensorType
 
 NVFP4_BLOCK = 16
-"""Elements along K that share one E4M3 scale."""
+"""Elements along the input axis that share one E4M3 scale."""
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 
@@ -46,7 +46,7 @@ class Part:
     covers: Covers
 
     def type(self, weight: TensorType) -> TensorType:
-        """Return its type for a weight [..., N, K]."""
+        """Return its type for a weight [..., out, in]."""
         dims = {
             Covers.WEIGHT: weight.dims,
             Covers.BLOCK: (*weight.dims[:-1], weight.static_dims[-1] // NVFP4_BLOCK),

@@ -6,8 +6,8 @@ where operands do not fit), `flops` its cost, and `weights` names the operands t
 Backends only add how they spell it; the meaning is fixed by the reference evaluation in
 `n3c.runtime.engines.reference`.
 
-Letters: B sequences, S tokens of each, D residual width, K/N input/output width of a linear,
-E experts, R experts a token (top_k). Arithmetic is float32 whatever the storage types are.
+The letters of sizes are those of letters.py; a linear has sizes in and out. Arithmetic is float32
+whatever the storage types are.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class OpDef:
     attributes: tuple[str, ...]
     rule: Callable[..., TensorType | Types]
     weights: tuple[str, ...] = ()
-    """Operands that are weights of linears, [..., N, K]: what formats apply to, and what audits follow.
+    """Operands that are weights of linears, [..., out, in]: what formats apply to, and what audits follow.
 
-    An op with weights reads the rows that it multiplies as its operand `x`, [B, S, ..., K].
+    An op with weights reads the rows that it multiplies as its operand `x`, [B, S, ..., in].
     """
     flops: Flops | None = None
 
@@ -201,16 +201,16 @@ def gated_rms_norm(x: TensorType, gate: TensorType, weight: TensorType, *, group
 
 @op(weights=("weight",), flops=_matmul_flops)
 def linear(x: TensorType, weight: TensorType) -> TensorType:
-    """y = x Wᵀ: x [..., K], weight [N, K] → [..., N]. No bias: no linear of the family has one."""
+    """y = x Wᵀ: x [..., in], weight W [out, in] → [..., out]. No bias: no linear of the family has one."""
     _require(len(weight.dims) == 2 and weight.dims[1] == x.dims[-1], f"weight {weight} does not fit {x}")
     return x.with_last(weight.dims[0])
 
 
 @op(weights=("weight",), flops=_matmul_flops)
 def expert_linear(x: TensorType, indices: TensorType, weight: TensorType) -> TensorType:
-    """y[b, s, r] = x[b, s, r or 0] W[indices[b, s, r]]ᵀ: the linears of the chosen experts.
+    """y[b, s, k] = x[b, s, k or 0] W[indices[b, s, k]]ᵀ: the linears of the chosen experts.
 
-    x [B, S, R or 1, K], indices i64 [B, S, R], weight [E, N, K] → f32 [B, S, R, N].
+    x [B, S, K or 1, in], indices i64 [B, S, K], weight W [E, out, in] → f32 [B, S, K, out].
     """
     _require(len(x.dims) == 4 and len(weight.dims) == 3, f"expert_linear of {x} and {weight}")
     _require(weight.dims[2] == x.dims[-1], f"weight {weight} does not fit {x}")
@@ -220,10 +220,10 @@ def expert_linear(x: TensorType, indices: TensorType, weight: TensorType) -> Ten
 
 @op()
 def dequantize_nvfp4(codes: TensorType, scale: TensorType, scale_2: TensorType) -> TensorType:
-    """w[..., n, k] = e2m1(codes[..., n, k]) · scale[..., n, k/16] · scale_2[...].
+    """w[..., o, i] = e2m1(codes[..., o, i]) · scale[..., o, i/16] · scale_2[...].
 
-    codes: f4e2m1 [..., N, K], or the same bytes as i8 [..., N, K/2] (the low nibble of byte i is
-    element 2i); scale: f8e4m3 [..., N, K/16], or the same bytes as i8; scale_2: f32 [] or [E]. The
+    codes: f4e2m1 [..., out, in], or the same bytes as i8 [..., out, in/2] (the low nibble of byte i is
+    element 2i); scale: f8e4m3 [..., out, in/16], or the same bytes as i8; scale_2: f32 [] or [E]. The
     result is the exact product in float32. A 16x16 block repeats its scale in 16 rows, so both block
     shapes read alike.
     """
@@ -240,7 +240,7 @@ def dequantize_nvfp4(codes: TensorType, scale: TensorType, scale_2: TensorType) 
 
 @op()
 def dequantize_fp8(codes: TensorType, scale: TensorType) -> TensorType:
-    """w = codes · scale: codes f8e4m3 [..., N, K], or the same bytes as i8, scale f32 [] or [E] → f32 [..., N, K]."""
+    """w = codes · scale: codes f8e4m3 [..., out, in] or the same bytes as i8, scale f32 [] or [E] → f32."""
     _require(codes.dtype in (DType.F8E4M3, DType.I8), f"codes must be f8e4m3 or i8, not {codes}")
     _require(scale == TensorType(DType.F32, codes.dims[:-2]), f"scale {scale} does not fit {codes}")
     return codes.with_dtype(DType.F32)
@@ -264,7 +264,7 @@ def route(
     norm_topk_prob: bool,
     scaling_factor: float,
 ) -> Types:
-    """Choose experts: logits f32 [B, S, E], bias f32 [E] → indices i64 [B, S, R], weights f32 [B, S, R].
+    """Choose experts: logits f32 [B, S, E], bias f32 [E] → indices i64 [B, S, K], weights f32 [B, S, K].
 
     s = sigmoid(logits); c = s + bias. With n_group > 1 the experts form equal groups, a group counts
     the sum of its two largest c, and only the `topk_group` best groups may be chosen from. indices =
@@ -285,9 +285,9 @@ def _experts_flops(operands: Any, results: Types, attributes: Any) -> int:
 
 @op(weights=("up", "down"), flops=_experts_flops)
 def experts(x: TensorType, indices: TensorType, weights: TensorType, up: TensorType, down: TensorType) -> TensorType:
-    """y = Σᵣ weights[r] · down[e] relu²(up[e] x), e = indices[r].
+    """y = Σₖ weights[k] · down[e] relu²(up[e] x), e = indices[k].
 
-    x [B, S, L], indices i64 and weights f32 [B, S, R], up [E, I, L], down [E, L, I] → [B, S, L],
+    x [B, S, L], indices i64 and weights f32 [B, S, K], up [E, I, L], down [E, L, I] → [B, S, L],
     in whichever dispatch a backend prefers (sorted tokens and grouped GEMM in training).
     """
     _require(len(up.dims) == 3 and up.dims[2] == x.dims[-1], f"up {up} does not fit {x}")
@@ -304,7 +304,7 @@ def expand_experts(x: TensorType) -> TensorType:
 
 @op()
 def combine_experts(y: TensorType, weights: TensorType) -> TensorType:
-    """z[b, s] = Σᵣ weights[b, s, r] · y[b, s, r]: y [B, S, R, L], weights f32 [B, S, R] → [B, S, L]."""
+    """z[b, s] = Σₖ weights[b, s, k] · y[b, s, k]: y [B, S, K, L], weights f32 [B, S, K] → [B, S, L]."""
     _require(weights.dims == y.dims[:-1], f"weights {weights} do not fit {y}")
     return TensorType(y.dtype, (*y.dims[:-2], y.dims[-1]))
 
@@ -320,7 +320,7 @@ def _conv_flops(operands: Any, results: Types, attributes: Any) -> int:
 def causal_conv1d(x: TensorType, weight: TensorType, bias: TensorType | None = None) -> TensorType:
     """y[:, s, c] = silu(Σⱼ weight[c, 0, j] · x[:, s - W + 1 + j, c] + bias[c]), x = 0 before the start.
 
-    x [B, S, C], weight [C, 1, W], bias [C] → [B, S, C].
+    x [B, S, X], weight [X, 1, W], bias [X] → [B, S, X].
     """
     _require(len(weight.dims) == 3 and weight.dims[:2] == (x.dims[-1], 1), f"weight {weight} does not fit {x}")
     _require(bias is None or bias.dims == x.dims[-1:], f"bias {bias} does not fit {x}")
@@ -337,8 +337,8 @@ def causal_conv1d_update(
 ) -> Types:
     """causal_conv1d of the tokens that follow a window, and the window after the first `counts` of them.
 
-    x [B, S, C], window [B, C, W - 1] (the last W - 1 inputs, oldest first), counts i64 [B] in 0…S, S where
-    left out → [B, S, C], window. What comes behind the counted tokens does not change the window.
+    x [B, S, X], window [B, X, W - 1] (the last W - 1 inputs, oldest first), counts i64 [B] in 0…S, S where
+    left out → [B, S, X], window. What comes behind the counted tokens does not change the window.
     """
     causal_conv1d.infer([x, weight, bias], {})
     width = weight.dims[-1]
@@ -426,7 +426,7 @@ def ssd_update(
 def attention(q: TensorType, k: TensorType, v: TensorType, *, num_heads: int, num_kv_heads: int) -> TensorType:
     """Causal grouped-query attention without position encoding, scale 1 / sqrt(head_dim).
 
-    q [B, S, Hq·P], k and v [B, S, Hkv·P]; query head i reads head i // (Hq / Hkv) → [B, S, Hq·P].
+    q [B, S, J·Z], k and v [B, S, Y·Z]; query head i reads head i // (J / Y) → [B, S, J·Z].
     """
     sizes = [d for d in (q.dims[-1], k.dims[-1]) if isinstance(d, int)]
     _require(len(sizes) == 2 and k.dims == v.dims, f"attention of {q}, {k}, {v}")
@@ -445,7 +445,7 @@ def write_cache(
 ) -> TensorType:
     """cache[b, :, lengths[b] + s] = new[b, s] for s < counts[b], as far as the cache reaches.
 
-    new [B, S, Hkv·P], cache [B, Hkv, M, P] of capacity M, lengths i64 [B]: tokens already there, counts
+    new [B, S, Y·Z], cache [B, Y, C, Z] of capacity C, lengths i64 [B]: tokens already there, counts
     i64 [B] in 0…S, S where left out. Values are rounded to the type of the cache; with a scale f32 [] the
     cache holds new / scale (of an FP8 cache), clamped to ±352.
     """
@@ -471,11 +471,11 @@ def cached_attention(
     num_heads: int,
     num_kv_heads: int,
 ) -> TensorType:
-    """Attend with token s of sequence b to the places 0…lengths[b] + s of the caches.
+    """Attend with token s of sequence b to the positions 0…lengths[b] + s of the caches.
 
-    q [B, S, Hq·P], caches [B, Hkv, M, P], which hold the new tokens already, lengths i64 [B]: tokens before
-    them → [B, S, Hq·P]. key_positions i64 [L] = 0…L - 1 with lengths[b] + S ≤ L ≤ M: places behind it are
-    not read, so that the cost follows L. What an FP8 cache holds is multiplied with its scale.
+    q [B, S, J·Z], caches [B, Y, C, Z], which hold the new tokens already, lengths i64 [B]: tokens before
+    them → [B, S, J·Z]. key_positions i64 [end] = 0…end - 1 with lengths[b] + S ≤ end ≤ C: positions behind
+    it are not read, so that the cost follows end. What an FP8 cache holds is multiplied with its scale.
     """
     _require(k_cache == v_cache, f"caches {k_cache} and {v_cache} differ")
     _require(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Values = Mapping[str, Any]
@@ -62,6 +62,8 @@ class BlockKind:
     """Entries of `layers_block_type` that mean it: first as transformers 5 writes it, last as all readers know it."""
     config_keys: tuple[ConfigKey, ...]
     """Every key of the table, and what Hugging Face calls it."""
+    letters: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Letter → the size that it stands for, in ops, generated code and documentation; no letter has two meanings."""
     roles_without_module: tuple[str, ...] = ()
     """Roles of vectors that reports name and no rule does."""
     contradictions: Callable[[Values, Say], None] | None = None
@@ -81,7 +83,7 @@ class BlockKind:
     @property
     def template(self) -> str:
         """The file in `backends/torch/templates/` that holds everything only this kind needs."""
-        return f"{self.name}.jinja"
+        return f"blocks/{self.name}.jinja"
 
     @property
     def roles(self) -> tuple[str, ...]:

@@ -70,6 +70,16 @@ MAMBA = BlockKind(
         Module("mamba.out_proj", "out_proj", megatron="*mixer.out_proj"),
     ),
     roles_without_module=("mamba.ssm",),  # A_log, D, dt_bias
+    letters={
+        "H": "heads",
+        "P": "channels of a head",
+        "N": "state size",
+        "G": "groups of heads that share B and C",
+        "R": "heads of a group",
+        "X": "channels of the convolution",
+        "W": "taps of the convolution",
+        "Q": "tokens of a chunk",
+    },
     hf_names=("linear_attention", "mamba"),
     config_keys=(
         ConfigKey("num_heads", "mamba_num_heads", 128),
@@ -118,6 +128,12 @@ ATTENTION = BlockKind(
         Module("attention.v_proj", "v_proj", megatron="*.linear_qkv"),
         Module("attention.o_proj", "o_proj", megatron="*.linear_proj"),
     ),
+    letters={
+        "J": "query heads",
+        "Y": "key and value heads",
+        "Z": "channels of a head",
+        "C": "tokens that the cache holds",
+    },
     hf_names=("full_attention", "attention"),
     config_keys=(
         ConfigKey("num_heads", "num_attention_heads", 32),
@@ -190,6 +206,15 @@ MOE = BlockKind(
         Module("moe.shared.up", "shared_experts.up_proj", _SHARED, megatron="*mlp.shared_experts.linear_fc1"),
         Module("moe.shared.down", "shared_experts.down_proj", _SHARED, megatron="*mlp.shared_experts.linear_fc2"),
     ),
+    letters={
+        "E": "experts",
+        "K": "experts of each token",
+        "I": "inner width of an expert",
+        "L": "width of the experts",
+        "U": "inner width of the shared expert",
+        "T": "tokens of all sequences, B * S",
+        "M": "choices of experts, T * K",
+    },
     hf_names=("moe",),
     config_keys=(
         ConfigKey("num_experts", "n_routed_experts", 8, ("num_local_experts",)),
@@ -225,12 +250,21 @@ MLP = BlockKind(
         Module("mlp.up", "up_proj", megatron="*.mlp.linear_fc1"),
         Module("mlp.down", "down_proj", megatron="*.mlp.linear_fc2"),
     ),
+    letters={"F": "inner width"},
     hf_names=("mlp",),
     config_keys=(ConfigKey("intermediate_size", "intermediate_size", 21504),),
 )
 
 
-KINDS = (MAMBA, ATTENTION, MOE, MLP)
+GENERAL_LETTERS = {
+    "B": "sequences",
+    "S": "tokens of each",
+    "D": "hidden size",
+    "V": "vocabulary",
+}
+"""Letters of every model. Of a plain linear [out, in] the two sizes are written out; in equations of Mamba-2, A, B, C
+and D are tensors, as in its paper."""
+KINDS = (MAMBA, MOE, ATTENTION, MLP)
 """Every block kind, in the order in which specs, reports and generated code have them."""
 BY_SYMBOL = {kind.symbol: kind for kind in KINDS}
 LEGEND = ", ".join(f"{kind.symbol} {kind.title}" for kind in KINDS)

@@ -221,10 +221,6 @@ LOWERING = """def _swiglu(block: Block, spec: Spec, x: Value) -> Value:
 """
 
 TEMPLATE = '''{# "S": the gated MLP. #}
-{% macro letters() %}
-gated MLP: no letters of its own
-{%- endmacro %}
-
 {% macro config() %}
     swiglu_intermediate_size: int = {{ swiglu.intermediate_size }}  # inner width of a gated MLP
 {% endmacro %}
@@ -239,11 +235,8 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.swiglu_intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.swiglu_intermediate_size, config.hidden_size, bias=False)
 
-    def forward(
-        self, x: Tensor, state: State | None = None, documents: Tensor | None = None
-    ) -> Tensor:
-        y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return y
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 {% endmacro %}
 
 {% macro mixer() %}
@@ -279,13 +272,13 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from n3c.backends.torch.emit import emit
+from n3c.backends.torch.loading import load_package
 from n3c.passes.lower.model import lower
 from n3c.passes.serving import serve
 from n3c.runtime.engines.reference.evaluate import evaluate
 from n3c.specs.huggingface import export_config, import_config
 from n3c.specs.json_places import parse_json
 from support.drift import differences
-from support.modules import import_file
 from support.programs import random_tensors, save_tensors
 from support.serving import RuntimeServed
 from support.specs import spec_from_text
@@ -328,8 +321,7 @@ def test_parity(tmp_path: Path) -> None:
     ids = torch.tensor([[3], [60]])
     expected = llama_logits(tensors, ids)
 
-    (tmp_path / "model.py").write_text(emit(spec, "0" * 64)["model.py"], encoding="utf-8")
-    module = import_file(tmp_path / "model.py")
+    module = load_package(emit(spec, "0" * 64))
     model = module.Model()
     module.load_checkpoint(model, tmp_path)
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
@@ -358,14 +350,14 @@ def test_add_a_block_kind(copy: Copy) -> None:
     add_op(copy)
     copy.edited.clear()
     copy.insert("specs/blocks.py", "KINDS = (", TABLE.lstrip())
-    copy.replace("specs/blocks.py", "MOE, MLP)", "MOE, MLP, SWIGLU)")
+    copy.replace("specs/blocks.py", "ATTENTION, MLP)", "ATTENTION, MLP, SWIGLU)")
     field = '    swiglu: Swiglu | None = key("Required where the pattern has S.", default=None)\n'
     copy.insert("specs/schema.py", "    mtp: Mtp | None", field)
     copy.replace("specs/schema.py", "Mamba, Mlp, Moe\n", "Mamba, Mlp, Moe, Swiglu\n")
     copy.insert("passes/lower/blocks.py", "BLOCKS: ", LOWERING)
     copy.insert("passes/lower/blocks.py", "    MLP: _mlp,", "    SWIGLU: _swiglu,\n")
     copy.replace("passes/lower/blocks.py", "MLP, MOE\n", "MLP, MOE, SWIGLU\n")
-    copy.create("backends/torch/templates/swiglu.jinja", TEMPLATE)
+    copy.create("backends/torch/templates/blocks/swiglu.jinja", TEMPLATE)
     copy.insert("tests/support/random_specs.py", "BLOCK_TABLES: ", DRAWN)
     copy.insert("tests/support/random_specs.py", "    MLP: _mlp,", "    SWIGLU: _swiglu,\n")
     copy.replace("tests/support/random_specs.py", "MLP, MOE\n", "MLP, MOE, SWIGLU\n")

@@ -1,1 +1,1 @@
-"""Generated PyTorch: one readable, standalone model.py."""
+"""Generated PyTorch: a readable, standalone package, and the programs that train it."""

@@ -6,15 +6,17 @@ must have, numbers are written from their value, and anything else is refused.
 
 from __future__ import annotations
 
+import keyword
 import math
 import re
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import fields
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import cast
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 from n3c.specs.block_kind import BlockKind
-from n3c.specs.blocks import ATTENTION, BY_SYMBOL, KINDS, MAMBA, MLP, MOE, Moe
+from n3c.specs.blocks import ATTENTION, BY_SYMBOL, GENERAL_LETTERS, KINDS, MAMBA, MLP, MOE, Moe
 from n3c.specs.pattern import Pattern
 from n3c.specs.schema import Spec
 
@@ -27,107 +29,220 @@ LINE_LENGTH = 100
 """Columns of generated code."""
 PATTERN_CHUNK = 40
 """Blocks of a long pattern on one line."""
+IMPORTED = {"torch", "safetensors", "numpy", "transformers", "transformer_engine", "torchtitan", "megatron", "train"}
+"""What a package must not be called, as the generated code and what it needs import that."""
+
+Literals = Mapping[str, str]
+"""Key of a spec's table → the text of its value in Python."""
 
 
-def template_context(spec: Spec, spec_sha256: str, flops_per_token: tuple[int, int]) -> dict[str, object]:
-    """Return the variables of `templates/model.py.jinja` and `templates/train.py.jinja`.
+@dataclass(frozen=True, slots=True)
+class Uses:
+    """What the patterns of a spec have."""
+
+    mamba: bool
+    moe: bool
+    attention: bool
+    mlp: bool
+    mtp: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MoeParts:
+    """Which parts an MoE block has."""
+
+    latent: bool
+    shared: bool
+    grouped: bool
+    normalised: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PatternLine:
+    """A piece of a pattern: a string literal, and the first and last block in it."""
+
+    text: str
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelView:
+    """What tensor parallelism divides."""
+
+    classes: tuple[str, ...]
+    """Classes of model.py that processes share out."""
+    sizes: tuple[str, ...]
+    """Fields of Config."""
+    imported: tuple[str, ...]
+    """What parallelize.py imports of model.py."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpecView:
+    """The variables of every template, by the names that these use."""
+
+    name: str
+    package: str
+    sha256: str
+    summary: str
+    legend: str
+    letters: tuple[str, ...]
+    """Lines of the table of letters."""
+    uses: Uses
+    blocks: tuple[BlockKind, ...]
+    mixers: tuple[str, ...]
+    """Templates of the mixers; the MLP is one also where only shared experts use it."""
+    stateful: tuple[str, ...]
+    """Classes of the mixers with a state."""
+    plain: tuple[str, ...]
+    """Classes of the mixers that map x to a tensor, and read nothing else."""
+    tied: bool
+    rescale: bool
+    conv_bias: bool
+    wrapped: bool
+    """Whether transformers' own nemotron_h lacks something, so that modeling_n3c.py is written."""
+    hf_kinds: str
+    remote_code: tuple[str, ...]
+    model: Literals
+    tables: Mapping[str, Literals]
+    """Of each block kind that the spec uses, by the name of its table."""
+    moe_parts: MoeParts | None
+    mtp: Literals
+    pattern_lines: tuple[PatternLine, ...]
+    mtp_pattern_lines: tuple[PatternLine, ...]
+    formats: tuple[tuple[str, str], ...]
+    """(module, format) of [training]."""
+    one_dimensional: bool
+    parallel: ParallelView
+    flops_per_token: str
+    flops_per_token_of_context: str
+
+
+def spec_view(spec: Spec, spec_sha256: str, flops_per_token: tuple[int, int]) -> SpecView:
+    """Return the variables of the templates.
 
     Raises N3CError (E0510) where a value is not what a validated spec would hold.
     """
     patterns = [spec.model.pattern] + ([spec.mtp.pattern] if spec.mtp else [])
-    kinds = [kind for kind in KINDS if any(kind in pattern for pattern in patterns)]
-    used = set(kinds)
-    tables = {kind.table: _table(getattr(spec, kind.table), kind in used, kind.table) for kind in KINDS}
-    tables["moe"] |= _moe_flags(spec.moe) if spec.moe else {}
-    shared = MOE in used and spec.moe is not None and spec.moe.shared_intermediate_size > 0
-    modules = [kind.template for kind in kinds if kind is not MLP]
-    if shared or MLP in used:
-        modules.insert(0, "mlp.jinja")  # the shared expert is an MLP, too
-    shared_out = _shared_out(used, shared)
-    imported = ["Config", "Model", *shared_out]
-    if not spec.model.tie_word_embeddings:
-        imported += ["head_loss", "sum_of_losses"]
-    return {
-        "name": _matching(NAME, spec.name, "name"),
-        "sha256": _matching(SHA256, spec_sha256, "sha256"),
-        "summary": _summary(spec, kinds),
-        "flops_per_token": _literal(flops_per_token[0], "flops"),
-        "flops_per_token_of_context": _literal(flops_per_token[1], "flops"),
-        "legend": ", ".join(f"{kind.symbol} {kind.legend}" for kind in kinds),
-        "kinds": kinds,
-        "modules": modules,
-        "formats": [(_matching(MODULE, name, "training"), format_) for name, format_ in training_formats(spec)],
-        "one_dimensional": spec.training is not None and spec.training.block == (1, 16),
-        "stateful": [kind.class_name for kind in kinds if kind.stateful],
-        "uses": {
-            "mamba": MAMBA in used,
-            "attention": ATTENTION in used,
-            "moe": MOE in used,
-            "mtp": spec.mtp is not None,
-        },
-        "shared_out": shared_out,
-        "imported": sorted(imported, key=lambda name: (not name.isupper(), name)),  # as isort
-        "divided": _divided(used, shared),
-        # What transformers lacks, in a model whose config it reads.
-        "wrapped": (spec.mtp is not None or (MOE in used and not shared)) and all(k.in_transformers for k in kinds),
-        "tied": spec.model.tie_word_embeddings,
-        "rescale": spec.model.rescale_prenorm_residual,
-        "hf_kinds": ", ".join(f'"{kind.symbol}": "{kind.hf_name}"' for kind in kinds),
-        "model": _literals(spec.model, "model") | {"eos_token_id": _token_ids(spec.model.eos_token_ids)},
-        "pattern_lines": _pattern_lines(spec.model.pattern),
-        **tables,
-        "mtp": _literals(spec.mtp, "mtp") if spec.mtp else {},
-        "mtp_pattern_lines": _pattern_lines(spec.mtp.pattern) if spec.mtp else [],
-    }
-
-
-def _shared_out(used: Set[BlockKind], shared_expert: bool) -> list[str]:
-    """Return the classes of model.py that tensor-parallel processes share out."""
-    pairs = (
-        ("Attention", ATTENTION in used),
-        ("Experts", MOE in used),
-        ("Mamba2", MAMBA in used),
-        ("MLP", MLP in used or shared_expert),
+    blocks = tuple(kind for kind in KINDS if any(kind in pattern for pattern in patterns))
+    uses = Uses(
+        mamba=MAMBA in blocks,
+        moe=MOE in blocks,
+        attention=ATTENTION in blocks,
+        mlp=MLP in blocks,
+        mtp=spec.mtp is not None,
     )
-    return [name for name, there in pairs if there]
-
-
-def _divided(used: Set[BlockKind], shared_expert: bool) -> list[str]:
-    """Return the sizes of Config that tensor parallelism divides."""
-    pairs = (
-        ("attention_num_heads", ATTENTION in used),
-        ("mamba_num_heads", MAMBA in used),
-        ("mamba_n_groups", MAMBA in used),
-        ("moe_intermediate_size", MOE in used),
-        ("moe_shared_intermediate_size", shared_expert),
-        ("mlp_intermediate_size", MLP in used),
+    tables = {kind.table: _table(getattr(spec, kind.table), kind.table) for kind in blocks}
+    moe = _moe_parts(spec.moe) if uses.moe and spec.moe is not None else None
+    shared = moe is not None and moe.shared
+    mixers = tuple(kind.template for kind in KINDS if kind in blocks or (shared and kind is MLP))
+    return SpecView(
+        name=_matching(NAME, spec.name, "name"),
+        package=package_name(spec),
+        sha256=_matching(SHA256, spec_sha256, "sha256"),
+        summary=", ".join([b.legend for b in blocks] + (["multi-token prediction"] if spec.mtp else [])),
+        legend=", ".join(f"{block.symbol} {block.legend}" for block in blocks),
+        letters=_letters(blocks, shared),
+        uses=uses,
+        blocks=blocks,
+        mixers=mixers,
+        stateful=tuple(block.class_name for block in blocks if block.stateful),
+        plain=tuple(block.class_name for block in blocks if not block.stateful and block is not MOE),
+        tied=spec.model.tie_word_embeddings,
+        rescale=spec.model.rescale_prenorm_residual,
+        conv_bias=uses.mamba and tables["mamba"]["conv_bias"] == "True",
+        wrapped=(uses.mtp or (uses.moe and not shared)) and all(kind.in_transformers for kind in blocks),
+        hf_kinds=", ".join(f'"{block.symbol}": "{block.hf_name}"' for block in blocks),
+        remote_code=_remote_code(uses),
+        model={**_literals(spec.model, "model"), "eos_token_id": _token_ids(spec.model.eos_token_ids)},
+        tables=tables,
+        moe_parts=moe,
+        mtp=_literals(spec.mtp, "mtp") if spec.mtp else {},
+        pattern_lines=_pattern_lines(spec.model.pattern),
+        mtp_pattern_lines=_pattern_lines(spec.mtp.pattern) if spec.mtp else (),
+        formats=tuple((_matching(MODULE, name, "training"), format_) for name, format_ in training_formats(spec)),
+        one_dimensional=spec.training is not None and spec.training.block == (1, 16),
+        parallel=_parallel(uses, shared),
+        flops_per_token=_literal(flops_per_token[0], "flops"),
+        flops_per_token_of_context=_literal(flops_per_token[1], "flops"),
     )
-    return [name for name, there in pairs if there]
 
 
-def _moe_flags(moe: Moe) -> dict[str, object]:
-    return {
-        "latent": moe.latent_size is not None,
-        "shared": moe.shared_intermediate_size > 0,
-        "grouped": moe.n_group > 1,
-        "normalised": moe.norm_topk_prob,
+def package_name(spec: Spec) -> str:
+    """Return the name of the generated package: that of the spec, as a Python identifier.
+
+    Raises N3CError (E0510) where Python, or a library that the code needs, has that name for something else.
+    """
+    name = re.sub(r"[^a-z0-9]", "_", _matching(NAME, spec.name, "name"))
+    name = f"m_{name}" if name[0].isdigit() else name
+    if keyword.iskeyword(name) or name in IMPORTED or name in sys.stdlib_module_names:
+        raise _refused("name", f"a package `{name}` would hide Python's own, or a library's, of that name")
+    return name
+
+
+def _remote_code(uses: Uses) -> tuple[str, ...]:
+    """Return modeling_n3c.py and what it imports, directly or not."""
+    files = ["loss.py", "model.py", "modeling_n3c.py", "norm.py", "recompute.py", "state.py"]
+    files += ["convolution.py", "ssd.py"] if uses.mamba else []
+    files += ["balance.py", "grouped.py"] if uses.moe else []
+    files += ["autocast.py"] if uses.mamba or uses.moe else []
+    return tuple(sorted(files))
+
+
+def _letters(blocks: Sequence[BlockKind], shared: bool) -> tuple[str, ...]:
+    """Return the table of letters for the kinds that a model has, filled into lines."""
+    lines: list[str] = []
+    for title, letters in [("", GENERAL_LETTERS), *((kind.legend, kind.letters) for kind in blocks if kind.letters)]:
+        parts = [f"{letter} {meaning}" for letter, meaning in letters.items() if letter != "U" or shared]
+        line = f"{title}: {parts[0]}" if title else parts[0]
+        for part in parts[1:]:
+            if len(line) + len(", ") + len(part) + len(",") > LINE_LENGTH - 4:
+                lines.append(f"{line},")
+                line = f"    {part}"
+            else:
+                line += f", {part}"
+        lines.append(line)
+    return tuple(lines)
+
+
+def _parallel(uses: Uses, shared: bool) -> ParallelView:
+    classes = {
+        "Attention": uses.attention,
+        "Experts": uses.moe,
+        "Mamba2": uses.mamba,
+        "MLP": uses.mlp or shared,
     }
+    sizes = {
+        "attention_num_heads": uses.attention,
+        "mamba_num_heads": uses.mamba,
+        "mamba_n_groups": uses.mamba,
+        "moe_intermediate_size": uses.moe,
+        "moe_shared_intermediate_size": shared,
+        "mlp_intermediate_size": uses.mlp,
+    }
+    names = tuple(name for name, used in classes.items() if used)
+    imported = sorted(["Config", "Model", *names], key=lambda name: (not name.isupper(), name))  # as isort
+    return ParallelView(names, tuple(name for name, used in sizes.items() if used), tuple(imported))
 
 
-def _summary(spec: Spec, kinds: Sequence[BlockKind]) -> str:
-    return ", ".join([kind.legend for kind in kinds] + (["multi-token prediction"] if spec.mtp else []))
+def _moe_parts(moe: Moe) -> MoeParts:
+    return MoeParts(
+        latent=moe.latent_size is not None,
+        shared=moe.shared_intermediate_size > 0,
+        grouped=moe.n_group > 1,
+        normalised=moe.norm_topk_prob,
+    )
 
 
-def _table(table: object | None, used: bool, path: str) -> dict[str, object]:
+def _table(table: object | None, path: str) -> Literals:
     """Return the literals of a table that the spec uses; a table that it lacks is an error."""
-    if not used:
-        return {}
     if table is None:
         raise _refused(path, "a pattern uses this table, and the spec lacks it")
     return _literals(table, path)
 
 
-def _literals(table: object, path: str) -> dict[str, object]:
+def _literals(table: object, path: str) -> Literals:
     """Return each field of a spec table as the text of a Python literal."""
     names = [item.name for item in fields(table)]  # type: ignore[arg-type]
     return {name: _literal(getattr(table, name), f"{path}.{name}") for name in names}
@@ -150,7 +265,7 @@ def _literal(value: object, path: str) -> str:
 
 
 def _symbols(pattern: Pattern, path: str) -> str:
-    if type(pattern.symbols) is not str or not pattern.symbols or not set(pattern.symbols) <= BY_SYMBOL.keys():
+    if type(pattern.symbols) is not str or not pattern.symbols or not set(pattern.symbols) <= set(BY_SYMBOL):
         raise _refused(path, f"{pattern.symbols!r} is not made of the symbols {' '.join(sorted(BY_SYMBOL))}")
     return f'"{pattern.symbols}"'
 
@@ -166,16 +281,13 @@ def _token_ids(ids: tuple[int, ...]) -> str:
     return "[\n" + "".join(f"{indent}    {item},\n" for item in text[1:-1].split(", ")) + indent + "]"
 
 
-def _pattern_lines(pattern: Pattern) -> list[Mapping[str, object]]:
+def _pattern_lines(pattern: Pattern) -> tuple[PatternLine, ...]:
     """Return a pattern as one literal, or, where that is long, as literals of PATTERN_CHUNK blocks."""
     symbols = pattern.symbols
     _symbols(pattern, "pattern")
     size = PATTERN_CHUNK if len(symbols) > 64 else len(symbols)
-    lines: list[Mapping[str, object]] = []
-    for first in range(0, len(symbols), size):
-        chunk = symbols[first : first + size]
-        lines.append({"text": f'"{chunk}"', "first": first, "last": first + len(chunk) - 1})
-    return lines
+    pieces = [(first, symbols[first : first + size]) for first in range(0, len(symbols), size)]
+    return tuple(PatternLine(f'"{piece}"', first, first + len(piece) - 1) for first, piece in pieces)
 
 
 def _matching(form: re.Pattern[str], text: str, path: str) -> str:

@@ -1,42 +1,81 @@
-"""The torch backend: a spec becomes a standalone PyTorch model, its training program and config.json."""
+"""The torch backend: a spec becomes a standalone PyTorch package, its training program and config.json."""
 
 from __future__ import annotations
 
 import json
-from functools import cache
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import cache, partial
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from n3c.specs.huggingface import export_config
 from n3c.specs.schema import Spec
 
-from .context import template_context
-from .engines import engine_files
+from .context import LINE_LENGTH, SpecView, spec_view
+from .engines import MegatronView, TitanView, engine_files
 
-TRAINER = (
-    *("train.py", "settings.py", "world.py", "parallelize.py", "collectives.py", "weights.py", "data.py"),
-    *("optimizer.py", "checkpointing.py", "metrics.py", "faults.py"),
+TRAINING = (
+    *("__init__.py", "trainer.py", "settings.py", "world.py", "parallelize.py", "collectives.py", "weights.py"),
+    *("data.py", "optimizer.py", "checkpointing.py", "metrics.py", "faults.py"),
 )
-"""The training program: train.py is what one runs, the others what it is made of."""
+"""The parts of train.py, in the folder `training` of the package."""
 
 
 def emit(spec: Spec, spec_sha256: str, flops_per_token: tuple[int, int] = (0, 0)) -> dict[str, str]:
-    """Return the files of `OUT/torch/`: name → text.
+    """Return the files of `OUT/torch/`: path below that → text.
 
-    `model.py` needs torch and safetensors only, `train.py` also what lies beside it (TRAINER); all are formatted,
-    typed, and depend on nothing but the arguments. `numerics.py` is there where [training] asks for low precision: it
-    emulates that, and `blackwell.py` has Transformer Engine do it. `spec_sha256` is the hash of the resolved spec, 64
-    hexadecimal digits, and stands in the headers. `flops_per_token` is what a token's forward pass costs, and what each
-    token of context adds: train.py reports FLOPs a second by it. Raises N3CError (E0510) for what a validated spec
-    cannot hold.
+    The package, called by `package_name`, needs torch and safetensors only; `train.py`, beside it, trains it. All are
+    formatted, typed, and depend on nothing but the arguments. `numerics.py` is written where [training] asks for low
+    precision: it emulates that, and `blackwell.py` has Transformer Engine do it. `spec_sha256` is the hash of the
+    resolved spec, 64 hexadecimal digits, and stands in the headers. `flops_per_token` is what a token's forward pass
+    costs, and what each token of context adds: train.py reports FLOPs a second by it. Raises N3CError (E0510) for what
+    a validated spec cannot hold.
     """
-    context = template_context(spec, spec_sha256, flops_per_token)
-    names = ["model.py", *TRAINER] + (["numerics.py", "blackwell.py"] if context["formats"] else [])
-    names += ["modeling_n3c.py"] if context["wrapped"] else []
-    variables = dict.fromkeys(names, context)
-    variables |= {name: {**context, **own} for name, own in engine_files(spec).items()}
-    files = {name: _environment().get_template(f"{name}.jinja").render(values) for name, values in variables.items()}
+    view = spec_view(spec, spec_sha256, flops_per_token)
+    files = {f"{view.package}/{name}": _render(f"package/{name}", view) for name in package_files(view)}
+    files["train.py"] = _render("train.py", view)
+    for name, own in engine_files(spec).items():
+        files[name] = _render(name, view, own)
     return {**files, "config.json": json.dumps(export_config(spec), indent=2) + "\n"}
+
+
+def package_files(view: SpecView) -> list[str]:
+    """Return the files of the package, which depend on what the spec uses."""
+    names = [
+        "__init__.py",
+        "model.py",
+        "loss.py",
+        "recompute.py",
+        "norm.py",
+        "state.py",
+        "checkpoint.py",
+        "huggingface.py",
+    ]
+    names += ["autocast.py"] if view.uses.mamba or view.uses.moe else []
+    names += ["ssd.py", "convolution.py"] if view.uses.mamba else []
+    names += ["balance.py", "grouped.py"] if view.uses.moe else []
+    names += ["modeling_n3c.py"] if view.wrapped else []
+    names += ["numerics.py", "blackwell.py"] if view.formats else []
+    return names + [f"training/{name}" for name in TRAINING]
+
+
+def _render(name: str, *views: SpecView | TitanView | MegatronView) -> str:
+    variables = {field.name: getattr(view, field.name) for view in views for field in fields(view)}
+    variables |= variables["tables"]
+    return (
+        _environment()
+        .get_template(f"{name}.jinja")
+        .render(variables, import_lines=partial(_import_lines, variables["package"]))
+    )
+
+
+def _import_lines(package: str, module: str, names: Sequence[str]) -> str:
+    """Return the import of names of a module of the package, formatted."""
+    line = f"from {package}{module} import {', '.join(names)}"
+    if len(line) <= LINE_LENGTH:
+        return line
+    return f"from {package}{module} import (\n" + "".join(f"    {name},\n" for name in names) + ")"
 
 
 @cache

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from n3c.specs.schema import Spec
 
 from .context import LINE_LENGTH
-from .megatron import gaps, megatron_pattern, precision
+from .megatron import Precision, gaps, megatron_pattern, precision
 
 VERSIONS = {
     "torch": "2.13.0",
@@ -27,30 +28,52 @@ RECIPES = {
 """Format → TEQuantizationRecipe (Megatron-LM, megatron/core/extensions/transformer_engine.py)."""
 
 
-def engine_files(spec: Spec) -> dict[str, dict[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class TitanView:
+    """What the template of the torchtitan adapter has beside the variables of all."""
+
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class MegatronView:
+    """What the templates for Megatron-Bridge have beside the variables of all."""
+
+    versions: Mapping[str, str]
+    megatron_pattern_lines: tuple[str, ...]
+    """The pattern in literals that fit into lines."""
+    short: bool
+    """Whether that is one literal, on the line of its name."""
+    stages: int
+    precision: Precision
+    mixed: str
+    recipes: Mapping[str, str]
+    two_dimensional: bool
+
+
+def engine_files(spec: Spec) -> dict[str, TitanView | MegatronView]:
     """Return the adapters of a spec: file name → what its template has beside the variables of all.
 
     The Megatron files are left out where `gaps(spec)` names something that they cannot say.
     """
-    files: dict[str, dict[str, Any]] = {"torchtitan_adapter.py": {"versions": VERSIONS}}
+    files: dict[str, TitanView | MegatronView] = {"torchtitan_adapter.py": TitanView(VERSIONS)}
     if gaps(spec):
         return files
     chosen, pattern = precision(spec), megatron_pattern(spec)
-    megatron = {
-        "versions": VERSIONS,
-        "pattern_lines": _pattern_lines(pattern),
-        "short": len(pattern) <= LINE_LENGTH - len('PATTERN = ""'),
-        "stages": len(spec.model.pattern.stages) + 1,
-        "precision": chosen,
-        "low": chosen.format != "bf16",
-        "mixed": MIXED[chosen.format],
-        "recipes": {format_: RECIPES[format_] for format_ in sorted({format_ for _, format_ in chosen.matchers})},
-        "two_dimensional": spec.training is not None and spec.training.block == (16, 16),
-    }
+    megatron = MegatronView(
+        versions=VERSIONS,
+        megatron_pattern_lines=_pattern_lines(pattern),
+        short=len(pattern) <= LINE_LENGTH - len('PATTERN = ""'),
+        stages=len(spec.model.pattern.stages) + 1,
+        precision=chosen,
+        mixed=MIXED[chosen.format],
+        recipes={format_: RECIPES[format_] for format_ in sorted({format_ for _, format_ in chosen.matchers})},
+        two_dimensional=spec.training is not None and spec.training.block == (16, 16),
+    )
     return {**files, "megatron_provider.py": megatron, "megatron_recipe.py": megatron}
 
 
-def _pattern_lines(text: str) -> list[str]:
+def _pattern_lines(text: str) -> tuple[str, ...]:
     """Return a pattern as string literals that fit into lines."""
     size = len(text) if len(text) <= LINE_LENGTH - 6 else 80
-    return [f'"{text[first : first + size]}"' for first in range(0, len(text), size)]
+    return tuple(f'"{text[first : first + size]}"' for first in range(0, len(text), size))

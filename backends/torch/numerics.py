@@ -8,7 +8,7 @@ from n3c.specs.schema import Spec
 
 
 def training_formats(spec: Spec) -> list[tuple[str, str]]:
-    """Return (module of model.py, format) of every linear that is not BF16, in the order in which they compute.
+    """Return (generated module, format) of every linear that is not BF16, in the order in which they compute.
 
     The routed experts of a layer are one module for each projection.
     """

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from n3c.backends.torch.context import package_name
 from n3c.backends.torch.emit import emit
+from n3c.backends.torch.loading import write_files
 from n3c.specs.dump import dump_spec
 
 from ..auto_quantize import corpus
@@ -67,9 +69,8 @@ def run_one(arm: Arm, seed: int, length: Length, folder: Path) -> Run:
     """Build the arm's training code, run it, and return what it measured."""
     code = emit(arm.spec, hashlib.sha256(dump_spec(arm.spec).encode()).hexdigest())
     for constant, value in arm.switches.items():
-        code["numerics.py"], count = re.subn(
-            rf"^{constant} = \w+", f"{constant} = {value}", code["numerics.py"], flags=re.M
-        )
+        numerics = f"{package_name(arm.spec)}/numerics.py"
+        code[numerics], count = re.subn(rf"^{constant} = \w+", f"{constant} = {value}", code[numerics], flags=re.M)
         assert count == 1, constant
     options = {
         "steps": length.steps,
@@ -85,10 +86,7 @@ def run_one(arm: Arm, seed: int, length: Length, folder: Path) -> Run:
     digest = hashlib.sha256(json.dumps([code, options], sort_keys=True).encode()).hexdigest()[:12]
     here = folder / f"{arm.name}-{seed}-{digest}"
     if not (here / "done").exists():
-        for name, content in code.items():
-            path = here / "torch" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(content, encoding="utf-8")
+        write_files(code, here / "torch")
         command: list[str | Path] = [sys.executable, here / "torch" / "train.py", "--out", here / "run"]
         command += ["--data", folder / "text", "--val-data", folder / "held-out"]
         command += [part for key, value in options.items() for part in (f"--{key}", str(value))]

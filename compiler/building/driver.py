@@ -141,13 +141,13 @@ def build(
 def _emit_torch(job: Job, flops: int, flops_of_context: int) -> list[Diagnostic]:
     """Write OUT/torch. A token takes `flops` and `flops_of_context` for each token that it attends to."""
     from n3c.backends.torch.emit import emit
+    from n3c.backends.torch.loading import write_files
     from n3c.backends.torch.megatron import gaps
 
     job.progress.phase("emit torch")
     folder = job.folder / "torch"
     folder.mkdir()
-    for name, text in emit(job.spec, job.spec_sha256, (flops, flops_of_context)).items():
-        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+    write_files(emit(job.spec, job.spec_sha256, (flops, flops_of_context)), folder)
     why = [f"no Megatron files: in Megatron-Bridge, {gap}" for gap in gaps(job.spec)]
     return [Diagnostic("W0519", text, severity=Severity.WARNING) for text in why]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from n3c.backends.onnx.emit import emit_entry
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.backends.safetensors.sources import load
 from n3c.backends.torch.emit import emit
+from n3c.backends.torch.loading import load_package
 from n3c.runtime.build_folder import OpenedBuild
 from n3c.runtime.engines.reference.engine_products import EngineProducts
 from n3c.runtime.engines.tensorrt.open import cuda_engine
@@ -52,13 +52,10 @@ def implementations(
 
 
 def _torch_module(build: OpenedBuild, checkpoint: Checkpoint) -> TorchModule:
-    """Return the module of the build, or where it has none what it would be."""
-    if build.has("torch/model.py"):
-        return TorchModule(build.out / "torch" / "model.py", build.spec, checkpoint)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.py"
-        path.write_text(emit(build.spec, build.manifest["spec"]["sha256"])["model.py"], encoding="utf-8", newline="\n")
-        return TorchModule(path, build.spec, checkpoint)
+    """Return the package of the build, or where it has none what it would be."""
+    built = build.has("torch/train.py")
+    package = load_package(build.out / "torch" if built else emit(build.spec, build.manifest["spec"]["sha256"]))
+    return TorchModule(package, build.spec, checkpoint)
 
 
 def _float32_graphs(build: OpenedBuild, checkpoint: Checkpoint, batch: int) -> OnnxGraphs:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import itertools
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +10,7 @@ import torch
 
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.backends.safetensors.sources import load
+from n3c.backends.torch.loading import hidden_states
 from n3c.ir.source import NegExp, Stack, tensor_names
 from n3c.passes.base import run_pipeline
 from n3c.passes.lower.model import lower
@@ -27,11 +24,9 @@ from .scenario import Step
 from .tolerance import Tolerance, float32
 from .trace import Trace
 
-_numbers = itertools.count()
-
 
 class TorchModule:
-    """`Model.step` of a generated model.py, in float32 with the weights that are deployed, dequantized.
+    """`Model.step` of a generated package, in float32 with the weights that are deployed, dequantized.
 
     The module has no drafting entry point: a draft is the whole sequence through the MTP block, and of a
     verification what is not accepted is forgotten by going back to a copy of the state.
@@ -41,11 +36,10 @@ class TorchModule:
     rounding: Rounding = "none"
     tolerance: Tolerance = staticmethod(float32)
 
-    def __init__(self, path: Path, spec: Spec, checkpoint: Checkpoint) -> None:
-        """Import `path` and fill its model; any exception of that file is passed on."""
-        module = imported(path)
-        self._model: Any = module.Model().eval()
-        _fill(module.named_tensors(self._model), spec, checkpoint)
+    def __init__(self, package: Any, spec: Spec, checkpoint: Checkpoint) -> None:
+        """Fill the model of a generated package; any exception of its code is passed on."""
+        self._model: Any = package.Model().eval()
+        _fill(package.named_tensors(self._model), spec, checkpoint)
         self._capacity = spec.serving.max_seq_len
         self._head = "backbone.embeddings" if spec.model.tie_word_embeddings else "lm_head"
         self._seen: dict[str, Array] = {}
@@ -79,7 +73,8 @@ class TorchModule:
     def _draft(self, newest: Any) -> Trace:
         """Return what the MTP block gives at the last token of the sequence, `newest` [B, 1] being behind it."""
         model, ids = self._model, torch.cat([self._ids, newest], dim=1)
-        hidden = model.mtp(model.backbone(ids[:, :-1]), model.backbone.embeddings(ids[:, 1:]))
+        hidden = hidden_states(model.backbone(ids[:, :-1]))
+        hidden = hidden_states(model.mtp(hidden, model.backbone.embeddings(ids[:, 1:])))
         mtp = {label: value[:, -1:] for label, value in self._seen.items() if label.startswith("mtp.")}
         return {**mtp, self._head: model.head(hidden)[:, -1:].numpy()}
 
@@ -93,24 +88,9 @@ class TorchModule:
         for label, layer in watched.items():
 
             def note(_: Any, __: Any, output: Any, label: str = label) -> None:
-                self._seen[label] = output.float().numpy()
+                self._seen[label] = hidden_states(output).float().numpy()
 
             layer.register_forward_hook(note)
-
-
-def imported(path: Path) -> Any:
-    """Import a file under a name of its own, beside which other generated files may lie."""
-    name = f"n3c_verified_{next(_numbers)}"
-    found = importlib.util.spec_from_file_location(name, path)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module  # dataclasses look their module up
-    try:
-        found.loader.exec_module(module)
-    finally:
-        del sys.modules[name]
-    return module
 
 
 def _fill(tensors: dict[str, Any], spec: Spec, checkpoint: Checkpoint) -> None:

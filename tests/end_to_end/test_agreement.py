@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,12 +9,12 @@ import torch
 from hypothesis import given, settings
 
 from n3c.backends.torch.emit import emit
+from n3c.backends.torch.loading import load_package
 from n3c.compiler.report.cost import count_parameters
 from n3c.ir.source import Stack, tensor_names
 from n3c.passes.lower.model import lower
 from n3c.specs.load import load_spec, parse_spec
 from n3c.specs.schema import Spec
-from support.modules import import_file
 from support.random_specs import spec_texts
 from support.specs import SPECS
 
@@ -32,10 +31,7 @@ def shapes_of_the_ir(spec: Spec) -> Shapes:
 
 def shapes_of_the_code(spec: Spec) -> tuple[Shapes, int]:
     """Return the shapes on disk, and the number of parameters without MTP."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.py"
-        path.write_text(emit(spec, "0" * 64)["model.py"], encoding="utf-8")
-        module = import_file(path)
+    module = load_package(emit(spec, "0" * 64))
     with torch.device("meta"):
         model = module.Model()
     shapes = {name: tuple(tensor.shape) for name, tensor in module.named_tensors(model).items()}

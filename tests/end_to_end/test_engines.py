@@ -14,12 +14,12 @@ from torch import Tensor
 
 from n3c.backends.onnx.bindings import Binding
 from n3c.backends.safetensors.checkpoint import Checkpoint
+from n3c.backends.torch.loading import load_package
 from n3c.passes.serving import serve
 from n3c.runtime.engines.reference.evaluate import evaluate, zero_states
 from n3c.specs.load import load_spec
 from support.command import n3c
 from support.models import random_config
-from support.modules import import_file
 from support.onnx_run import from_numpy, to_numpy
 from support.programs import load_parameters
 from support.specs import SPECS
@@ -33,7 +33,7 @@ def build(tmp_path: Path, *overrides: str) -> tuple[Path, Any, Path]:
     """Build tiny.toml for torch and trt into one output; return it, the module with weights, and a checkpoint."""
     spec, out = SPECS / "tiny.toml", tmp_path / "out"
     assert n3c("build", spec, "--target", "torch", "-o", out, *overrides).code == 0
-    module = import_file(out / "torch" / "model.py")
+    module = load_package(out / "torch")
     torch.manual_seed(0)
     model = module.Model().to(torch.bfloat16).float().eval()  # weights that BF16 holds exactly
     checkpoint = tmp_path / "checkpoint"
@@ -41,7 +41,7 @@ def build(tmp_path: Path, *overrides: str) -> tuple[Path, Any, Path]:
     arguments = ("--weights", checkpoint, "--entry", "decode", "-o", out, "--json")
     result = n3c("build", spec, "--target", "trt", *arguments, *overrides)
     assert result.code == 0, result.err
-    assert (out / "torch" / "model.py").is_file()  # the other target is still there
+    assert (out / "torch/tiny/model.py").is_file()  # the other target is still there
     return out, model, checkpoint
 
 
@@ -95,7 +95,7 @@ def test_the_file_that_tensorrt_gets(quantized: bool, tmp_path: Path) -> None:
     assert audit["summary"]["mismatches"] == 0
     assert ("nvfp4" in audit["summary"]["realised"]) == quantized
     names = {file["path"] for file in json.loads((out / "manifest.json").read_text())["files"]}
-    assert {"trt/decode.b1.plan", "trt/decode.b4.plan", "onnx/decode.onnx", "torch/model.py"} <= names
+    assert {"trt/decode.b1.plan", "trt/decode.b4.plan", "onnx/decode.onnx", "torch/tiny/model.py"} <= names
 
 
 def test_stages_are_plans_of_their_own(tmp_path: Path) -> None:

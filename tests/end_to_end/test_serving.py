@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers import NemotronHConfig
 
 from n3c.backends.safetensors.checkpoint import Checkpoint
+from n3c.backends.torch.loading import load_package
 from n3c.compiler.cli.main import run
 from n3c.ir.program import Program
 from n3c.passes.serving import serve
 from n3c.specs.blocks import BY_SYMBOL
 from n3c.specs.load import load_spec
 from support.models import transformers_model
-from support.modules import import_file
 from support.programs import load_parameters
 from support.serving import OnnxServed, RuntimeServed, Served
 
@@ -79,7 +79,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     program = serve(load_spec(folder / "spec.toml", overrides)[0]).program
     assert set(program.entry_points) == {"prefill", "decode"}
     checkpoint = Checkpoint(folder / "checkpoint")
-    module = import_file(folder / "out" / "torch" / "model.py")
+    module = load_package(folder / "out" / "torch")
     return Case(program, load_parameters(program, checkpoint), checkpoint, ids, expected, module)
 
 

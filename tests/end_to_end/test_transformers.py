@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from n3c.backends.safetensors.checkpoint import Checkpoint
+from n3c.backends.torch.loading import load_package
 from n3c.compiler.cli.main import run
 from n3c.passes.lower.model import lower
 from n3c.runtime.engines.reference.evaluate import evaluate
 from n3c.specs.load import load_spec
 from support.models import random_config, transformers_model
-from support.modules import import_file
 from support.programs import load_parameters
 
 SEEDS = range(20)
@@ -33,7 +33,7 @@ def test_checkpoint_to_logits(seed: int, tmp_path: Path) -> None:
     assert run(["import", checkpoint, "-o", spec]) == 0
     assert run(["build", spec, "--target", "torch", "--weights", checkpoint, "-o", out]) == 0
 
-    module = import_file(Path(out) / "torch" / "model.py")
+    module = load_package(Path(out) / "torch")
     ours = module.Model(module.Config()).eval()
     module.load_checkpoint(ours, checkpoint)
     with torch.no_grad():

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from n3c.backends.torch import emit as torch_backend
+from n3c.backends.torch.loading import load_package
 from n3c.ir.program import Program
 from n3c.ir.source import NegExp, Source, Stack
 from n3c.ir.source import Tensor as Stored
@@ -17,7 +18,6 @@ from n3c.passes.lower.model import lower
 from n3c.runtime.engines.reference.evaluate import evaluate
 from n3c.specs.schema import Spec
 
-from .modules import import_file
 from .programs import random_tensors, save_tensors
 
 TOKENS = 11
@@ -38,9 +38,7 @@ class Outcome:
 
 def generated(spec: Spec, ids: Tensor, folder: Path) -> Outcome:
     """Run the module that the templates make, on the checkpoint in `folder`."""
-    path = folder / "model.py"
-    path.write_text(torch_backend.emit(spec, "0" * 64)["model.py"], encoding="utf-8")
-    module = import_file(path)
+    module = load_package(torch_backend.emit(spec, "0" * 64))
     model = module.Model()
     module.load_checkpoint(model, folder)
     output = model(ids)

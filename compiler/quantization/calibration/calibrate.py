@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from n3c.backends.progress import Progress
+from n3c.backends.torch.loading import hidden_states
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 
 from .streamed_model import StreamedModel, batches
@@ -56,7 +57,7 @@ def calibrate(model: StreamedModel, ids: Tensor, progress: Progress, *, mtp: boo
                 keep(name, x)
             with model.loaded(name) as (block,), recorded(model, name, block, amax):
                 for part in batches(ids):
-                    x[part] = block(x[part])
+                    x[part] = hidden_states(block(x[part]))
         progress.step("lm_head", len(parts) - 1, len(parts))
         if keep is not None:
             keep("head", x)
@@ -86,7 +87,7 @@ def mtp_hidden(model: StreamedModel, h: Tensor, ids: Tensor) -> Iterator[Tensor]
     """Yield the hidden states [N, L - k, D] of each prediction step k, from those of the trunk [N, L, D]."""
     depth = model.spec.mtp.depth if model.spec.mtp is not None else 0
     for k in range(1, min(depth, ids.shape[1] - 1) + 1):
-        h = model.model.mtp(h[:, :-1], model.model.backbone.embeddings(ids[:, k:]))
+        h = hidden_states(model.model.mtp(h[:, :-1], model.model.backbone.embeddings(ids[:, k:])))
         yield h
 
 

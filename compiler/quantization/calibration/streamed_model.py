@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.backends.torch.emit import emit
+from n3c.backends.torch.loading import load_package
 from n3c.specs.dump import dump_spec
 from n3c.specs.schema import Spec
 
@@ -43,20 +41,8 @@ class StreamedModel:
 
     @staticmethod
     def generate(spec: Spec) -> Any:
-        """Write the generated module of `spec` to a temporary folder and import it."""
-        text = dump_spec(spec)
-        sha256 = hashlib.sha256(text.encode()).hexdigest()
-        name = f"n3c_generated_{sha256[:16]}"
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.py"
-            path.write_text(emit(spec, sha256)["model.py"], encoding="utf-8", newline="\n")
-            found = importlib.util.spec_from_file_location(name, path)
-            if found is None or found.loader is None:
-                raise RuntimeError(f"{path} cannot be imported")
-            module = importlib.util.module_from_spec(found)
-            sys.modules[name] = module  # dataclasses look their module up
-            found.loader.exec_module(module)
-        return module
+        """Import the generated package of `spec`."""
+        return load_package(emit(spec, hashlib.sha256(dump_spec(spec).encode()).hexdigest()))
 
     @property
     def blocks(self) -> list[str]:
@@ -86,11 +72,12 @@ class StreamedModel:
 
     @contextmanager
     def experts_reading(self, read: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
-        """Give routed experts `read(x, weight)` in place of their inputs x [tokens, K] while inside.
+        """Give routed experts `read(x, weight)` in place of their inputs x [tokens, in] while inside.
 
-        `weight` [E, N, K] is that of the projection which reads. A model without experts is left as it is.
+        `weight` [E, out, in] is that of the projection which reads. A model without experts is left as it is.
         """
-        original = getattr(self.generated, "grouped_linear", None)
+        module = self.generated.model  # of the package, which calls `grouped_linear`
+        original = getattr(module, "grouped_linear", None)
         if original is None:
             yield
             return
@@ -99,11 +86,11 @@ class StreamedModel:
             y: Tensor = original(read(x, weight), weight, counts)
             return y
 
-        self.generated.grouped_linear = grouped_linear
+        module.grouped_linear = grouped_linear
         try:
             yield
         finally:
-            self.generated.grouped_linear = original
+            module.grouped_linear = original
 
     @property
     def head_parts(self) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from n3c.backends.progress import Progress
+from n3c.backends.torch.loading import hidden_states
 from n3c.compiler.quantization.calibration.calibrate import Amax, mtp_hidden
 from n3c.compiler.quantization.calibration.streamed_model import StreamedModel, batches
 
@@ -121,7 +122,7 @@ def _head(scorer: _Scorer, ids: Tensor, x: Tensor) -> Tensor:
 
 def _weighted(block: Any, gradient: Tensor, x: Tensor) -> Tensor:
     """Return a scalar whose gradient is that of the loss, from the gradient behind the block."""
-    total: Tensor = (block(x) * gradient).sum()
+    total: Tensor = (hidden_states(block(x)) * gradient).sum()
     return total
 
 

@@ -74,8 +74,8 @@ class EngineProducts:
         function, found = program.functions[call.function], set[str]()
         names = dict(zip(map(id, function.parameters), call.parameters, strict=True))
         for node in function.nodes:
-            for operand in node.operands if self._is_product(entry, node) else ():
-                codes = operand.node["codes"] if operand is not None and operand.node is not None else operand
+            for weight in node.weights if node.op.weights and self._is_product(entry, node) else ():
+                codes = weight.stored[0]
                 parameter = program.parameters.get(names.get(id(codes), ""))
                 if parameter is not None and parameter.format in ("nvfp4", "fp8"):
                     found.add(parameter.format)

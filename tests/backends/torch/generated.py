@@ -11,51 +11,49 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from n3c.backends.torch.emit import TRAINER, emit
+from n3c.backends.torch.emit import emit
+from n3c.backends.torch.loading import load_package, write_files
 from n3c.specs.blocks import Attention, Mamba, Mlp, Moe
 from n3c.specs.pattern import Pattern
 from n3c.specs.schema import Model, Mtp, Spec
-from support.modules import import_file
 
 SHA256 = "0123456789abcdef" * 4
 
 
-def load_module(text: str, folder: Path) -> Any:
-    """Write generated code to `folder` and import it."""
-    path = folder / "model.py"
-    path.write_text(text)
-    return import_file(path)
-
-
-def generate(spec: Spec, folder: Path) -> Any:
-    return load_module(emit(spec, SHA256)["model.py"], folder)
+def generate(spec: Spec) -> Any:
+    """Return the generated package of a spec, imported."""
+    return load_package(emit(spec, SHA256))
 
 
 def write_generated(spec: Spec, folder: Path) -> None:
-    for name, text in emit(spec, SHA256, (1000, 10)).items():
-        (folder / name).write_text(text)
+    """Write all files of a spec, as `n3c build` does."""
+    write_files(emit(spec, SHA256, (1000, 10)), folder)
 
 
 @contextmanager
 def imported(folder: Path) -> Generator[SimpleNamespace]:
-    """Import model.py, the trainer's files and numerics.py, for a while; signals are put back as they were."""
-    names = [
-        name.removesuffix(".py")
-        for name in ("model.py", *TRAINER, "numerics.py", "blackwell.py")
-        if (folder / name).exists()
-    ]
-    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    """Import train.py and every part of its package by its own name, for a while; signals are put back as they were."""
+    (package,) = (path.parent for path in folder.glob("*/__init__.py"))
+    names = {path.stem: f"{package.name}.{path.stem}" for path in package.glob("[a-z]*.py")}
+    names |= {path.stem: f"{package.name}.training.{path.stem}" for path in package.glob("training/[a-z]*.py")}
+    names |= {"train": "train"}
+    names.pop("modeling_n3c", None)  # which needs transformers
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     sys.path.insert(0, str(folder))
+    _forget(package.name)
     try:
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+        yield SimpleNamespace(**{short: importlib.import_module(name) for short, name in names.items()})
     finally:
         sys.path.remove(str(folder))
-        for name in names:
-            sys.modules.pop(name, None)
-        sys.modules.update(before)
+        _forget(package.name)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def _forget(package: str) -> None:
+    """Remove a package and train.py from the imported modules: others may have the same names."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in (package, "train")]:
+        del sys.modules[name]
 
 
 def tiny_spec(pattern: str = "MEM*E-ME", mtp: str | None = "*E", depth: int = 2, **moe: Any) -> Spec:

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from n3c.backends.torch.emit import TRAINER, emit
+from n3c.backends.torch.emit import emit
 from n3c.backends.torch.engines import VERSIONS, engine_files
+from n3c.backends.torch.loading import write_files
 from n3c.backends.torch.megatron import gaps, precision
 from n3c.specs.blocks import Mamba
 from n3c.specs.load import load_spec
@@ -23,7 +24,7 @@ from support.golden import assert_golden
 from support.specs import SPECS
 
 from .generated import SHA256, generate, tiny_spec
-from .test_emit import BIG, run_tool, variants
+from .test_emit import run_tool
 
 ROOT = SPECS.parent
 MEGATRON = {"megatron_provider.py", "megatron_recipe.py"}
@@ -43,27 +44,11 @@ def test_golden() -> None:
         assert_golden(f"torch/engines/{name}", files[name])
 
 
-def test_formatted_and_clean(tmp_path: Path) -> None:
-    shipped = {path.stem: load_spec(path)[0] for path in SPECS.glob("*.toml")}
-    for name, spec in (variants() | shipped).items():
-        files = emit(spec, SHA256, (BIG, BIG))
-        for file in engine_files(spec):
-            (tmp_path / f"{file.removesuffix('.py')}_{name.replace('-', '_')}.py").write_text(files[file])
-    run_tool("ruff", "format", "--isolated", "--check", "--diff", "--line-length", "100", str(tmp_path))
-    rules = "A,B,C4,D2,D3,D4,E,F,I,PERF,PIE,RUF,UP,W"
-    style = "D203,D205,D212,D213,D400,D401,D415"
-    options = ["--isolated", "--line-length", "100", "--target-version", "py311", "--select", rules, "--ignore", style]
-    ours = [file.removesuffix(".py") for file in ("model.py", "numerics.py", "megatron_provider.py", *TRAINER)]
-    options += ["--config", f"lint.isort.known-first-party = {ours}"]
-    run_tool("ruff", "check", *options, str(tmp_path))
-
-
 @pytest.mark.parametrize("spec", [TINY, tiny_spec("M*-", mtp=None)], ids=["all", "dense"])
 def test_typed(spec: Spec, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Strictly typed, but for what comes from torchtitan and Megatron, which have no types."""
     cache = request.config.cache.mkdir("mypy-generated") if request.config.cache else tmp_path / "cache"
-    for file, text in emit(spec, SHA256).items():
-        (tmp_path / file).write_text(text)
+    write_files(emit(spec, SHA256), tmp_path)
     (tmp_path / "mypy.ini").write_text(UNTYPED)
     options = ["--strict", "--config-file", "mypy.ini", "--cache-dir", str(cache)]
     run_tool("mypy", *options, *engine_files(spec), cwd=tmp_path)
@@ -76,7 +61,7 @@ def test_versions_are_those_that_are_tested() -> None:
 
 
 @pytest.mark.parametrize("spec", [tiny_spec(), tiny_spec("M*-", mtp=None)], ids=["all", "dense"])
-def test_weight_decay_is_that_of_train_py(spec: Spec, tmp_path: Path) -> None:
+def test_weight_decay_is_that_of_train_py(spec: Spec) -> None:
     """The adapter's pattern over names means the rule of optimizer.py: matrices decay, embeddings do not."""
     text = emit(spec, SHA256)["torchtitan_adapter.py"]
     found = [
@@ -86,7 +71,7 @@ def test_weight_decay_is_that_of_train_py(spec: Spec, tmp_path: Path) -> None:
     ]
     plain = re.compile(ast.literal_eval(found[0]))
     with torch.device("meta"):
-        parameters = dict(generate(spec, tmp_path).Model().named_parameters())
+        parameters = dict(generate(spec).Model().named_parameters())
     assert {name for name in parameters if plain.search(name)} == {
         name for name, p in parameters.items() if p.dim() < 2 or name.endswith("embeddings.weight")
     }

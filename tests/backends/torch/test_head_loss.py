@@ -20,10 +20,10 @@ TOKENS, WIDTH, VOCABULARY = 700, 24, 97  # three chunks, the last one short
 
 
 @pytest.fixture(scope="module", params=["untied", "tied"])
-def generated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def generated(request: pytest.FixtureRequest) -> Any:
     spec = tiny_spec()
     spec = replace(spec, model=replace(spec.model, tie_word_embeddings=request.param == "tied"))
-    return generate(spec, tmp_path_factory.mktemp("head"))
+    return generate(spec)
 
 
 def operands(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,7 +42,7 @@ def gradients(loss: Tensor, *inputs: Tensor) -> list[Tensor]:
 
 def test_against_cross_entropy(generated: Any) -> None:
     x, weight, targets = operands()
-    got = gradients(generated.head_loss(x, weight, targets), x, weight)
+    got = gradients(generated.loss.linear_cross_entropy(x, weight, targets), x, weight)
     x, weight = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
     expected = gradients(F.cross_entropy(x @ weight.T, targets, reduction="sum"), x, weight)
     for a, b in zip(got, expected, strict=True):
@@ -58,7 +58,7 @@ def test_in_bfloat16(generated: Any, autocast: bool) -> None:
     exact = [t.detach().float().requires_grad_() for t in (x, weight)]
     expected = gradients(F.cross_entropy(exact[0] @ exact[1].T, targets, reduction="sum"), *exact)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        got = gradients(generated.head_loss(x, weight, targets), x, weight)
+        got = gradients(generated.loss.linear_cross_entropy(x, weight, targets), x, weight)
         plain = gradients(F.cross_entropy(F.linear(x, weight).float(), targets, reduction="sum"), x, weight)
     assert got[0].dtype == torch.float32 and got[1].dtype == x.dtype and got[2].dtype == weight.dtype
     for a, p, e in zip(got, plain, expected, strict=True):
@@ -69,7 +69,7 @@ def test_rows_of_some_tokens(generated: Any) -> None:
     """What processes with a part of the vocabulary each compute adds up to the whole."""
     x, weight, targets = operands()
     x, targets = x.detach()[:200].requires_grad_(), targets[:200]  # one chunk
-    expected = gradients(generated.head_loss(x, weight, targets), x, weight)
+    expected = gradients(generated.loss.linear_cross_entropy(x, weight, targets), x, weight)
     normaliser = (x @ weight.T).detach().logsumexp(-1, keepdim=True)
 
     def log_softmax(logits: Tensor) -> Tensor:
@@ -78,22 +78,22 @@ def test_rows_of_some_tokens(generated: Any) -> None:
     total = x.new_zeros(())
     for part in torch.arange(VOCABULARY).split(40):
         rows, first = weight[part], int(part[0])
-        total = total + generated.head_loss(x, rows, targets, first, log_softmax)
+        total = total + generated.loss.linear_cross_entropy(x, rows, targets, first, log_softmax)
     for a, b in zip(gradients(total, x, weight), expected, strict=True):
         assert (a - b).abs().max() <= 2e-6 * b.abs().max()
 
 
 def test_without_gradients(generated: Any) -> None:
     x, weight, targets = operands()
-    expected = generated.head_loss(x, weight, targets)
+    expected = generated.loss.linear_cross_entropy(x, weight, targets)
     with torch.no_grad():
-        loss = generated.head_loss(x, weight, targets)
+        loss = generated.loss.linear_cross_entropy(x, weight, targets)
     assert torch.equal(loss, expected) and not loss.requires_grad
 
 
 def test_no_target_counts(generated: Any) -> None:
     x, weight, targets = operands()
-    for result in gradients(generated.head_loss(x, weight, torch.full_like(targets, -100)), x, weight):
+    for result in gradients(generated.loss.linear_cross_entropy(x, weight, torch.full_like(targets, -100)), x, weight):
         assert not result.any()
 
 
@@ -143,7 +143,7 @@ MEMORY = """
 import sys
 from pathlib import Path
 import torch
-from model import head_loss
+from tiny_test.loss import linear_cross_entropy
 import torch.nn.functional as F
 x = torch.zeros(4096, 32, requires_grad=True)
 weight = torch.zeros(16384, 32, requires_grad=True)
@@ -155,7 +155,7 @@ def resident(which):  # in KiB; the peak of getrusage is at least that of the pr
 
 before = resident("VmRSS")
 if sys.argv[1] == "chunks":
-    head_loss(x, weight, targets).backward()
+    linear_cross_entropy(x, weight, targets).backward()
 else:
     F.cross_entropy(F.linear(x, weight), targets).backward()
 print(resident("VmHWM") - before)

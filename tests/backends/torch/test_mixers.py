@@ -13,8 +13,8 @@ from .generated import generate, tiny_spec
 
 
 @pytest.fixture(scope="module")
-def module(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return generate(tiny_spec(), tmp_path_factory.mktemp("mixers"))
+def module() -> Any:
+    return generate(tiny_spec())
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def scan_inputs(length: int, heads: int = 6, groups: int = 3) -> tuple[Tensor, .
 def test_ssd_is_the_recurrence(module: Any, length: int, chunk: int) -> None:
     inputs = scan_inputs(length)
     expected_y, expected_h = recurrence(*(t.double() for t in inputs))
-    y, h = module.ssd(*inputs, chunk)
+    y, h = module.ssd.ssd(*inputs, chunk)
     assert y.dtype == h.dtype == torch.float32
     torch.testing.assert_close(y.double(), expected_y, atol=2e-6, rtol=2e-6)
     torch.testing.assert_close(h.double(), expected_h, atol=2e-6, rtol=2e-6)
@@ -63,8 +63,8 @@ def test_ssd_is_the_recurrence(module: Any, length: int, chunk: int) -> None:
 
 def test_ssd_step_is_ssd(module: Any) -> None:
     *inputs, state = scan_inputs(1)
-    expected_y, expected_h = module.ssd(*inputs, state, 4)
-    torch.testing.assert_close(module.ssd_step(*inputs, state), expected_y)
+    expected_y, expected_h = module.ssd.ssd(*inputs, state, 4)
+    torch.testing.assert_close(module.ssd.ssd_step(*inputs, state), expected_y)
     torch.testing.assert_close(state, expected_h)
 
 
@@ -76,7 +76,7 @@ def test_ssd_gradients(module: Any) -> None:
         return torch.autograd.grad((y * weights[0]).sum() + (h * weights[1]).sum(), inputs)
 
     # The decay between two tokens passes through float32.
-    for got, expected in zip(gradients(*module.ssd(*inputs, 3)), gradients(*recurrence(*inputs)), strict=True):
+    for got, expected in zip(gradients(*module.ssd.ssd(*inputs, 3)), gradients(*recurrence(*inputs)), strict=True):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -85,7 +85,7 @@ def test_ssd_keeps_its_digits_where_decay_is_fast(module: Any) -> None:
     x, dt, _, B, C, h = scan_inputs(128, heads=2, groups=1)
     A = torch.tensor([-128.0, -64.0])
     expected, _ = recurrence(*(t.double() for t in (x, dt, A, B, C, h)))
-    y, _ = module.ssd(x, dt, A, B, C, h, 128)
+    y, _ = module.ssd.ssd(x, dt, A, B, C, h, 128)
     torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -127,7 +127,7 @@ def test_state(model: Any) -> None:
     assert {i: tuple(t.shape) for i, t in state.ssm.items()} == dict.fromkeys((0, 2, 6), (3, 8, 16, 16))
     assert {i: tuple(t.shape) for i, t in state.keys.items()} == {3: (3, 2, 10, 24)}
     assert all(t.dtype == torch.float32 for t in state.ssm.values())
-    with pytest.raises(ValueError, match="room for 10 more"):
+    with pytest.raises(ValueError, match="takes 10 more"):
         model.step(torch.zeros(3, 11, dtype=torch.int64), state)
     with pytest.raises(ValueError, match="3 sequences"):
         model.step(torch.zeros(2, 1, dtype=torch.int64), state)
@@ -154,17 +154,17 @@ def test_bfloat16_keeps_the_correction_bias_and_the_ssm_state(model: Any) -> Non
 
 def test_autocast_leaves_router_and_scan_in_float32(model: Any) -> None:
     mixer = model.backbone.layers[1].mixer
-    calls: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
+    calls: list[tuple[Tensor, tuple[Tensor, Tensor, None]]] = []
 
-    def keep(_: torch.nn.Module, args: tuple[Tensor], out: tuple[Tensor, Tensor]) -> None:
+    def keep(_: torch.nn.Module, args: tuple[Tensor], out: tuple[Tensor, Tensor, None]) -> None:
         calls.append((args[0].float(), out))
 
     mixer.gate.register_forward_hook(keep)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         model(torch.arange(9).view(1, 9))
-    x, (experts, weights) = calls[0]
+    x, (experts, weights, _) = calls[0]
     with torch.no_grad():
-        expected_experts, expected_weights = mixer.gate(x)
+        expected_experts, expected_weights, _ = mixer.gate(x)
     assert torch.equal(experts, expected_experts) and torch.equal(weights, expected_weights)
 
 
@@ -186,7 +186,7 @@ def test_experts(module: Any, inner: int, width: int, tokens: int) -> None:
     """Grouped GEMM for many rows of whole 16 bytes, a loop elsewhere: the plain sum in both."""
     torch.manual_seed(0)
     config = module.Config(moe_intermediate_size=inner, moe_latent_size=width)
-    experts = module.Experts(config)
+    experts = module.model.Experts(config)
     torch.nn.init.normal_(experts.up_proj)
     torch.nn.init.normal_(experts.down_proj)
     x = torch.randn(tokens, width, requires_grad=True)

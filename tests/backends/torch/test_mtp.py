@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,7 +57,7 @@ def second_form(model: Any, pattern: str, depth: int, ids: Tensor) -> list[Tenso
     """Return the logits of each depth, all places [B, S, V]; the last `depth` places mean nothing."""
     weights = model.state_dict()
     blocks = [block(model, pattern, index) for index in range(len(pattern))]
-    h, tokens, logits = model.backbone(ids), ids, []
+    (h, _), tokens, logits = model.backbone(ids), ids, []
     for _ in range(depth):
         tokens = roll(tokens)
         e = norm(weights["backbone.embeddings.weight"][tokens], weights["mtp.layers.0.enorm.weight"])
@@ -124,10 +123,10 @@ def moe_by_experts(w: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 @pytest.fixture(params=[("*E", 2), ("E", 3), ("*E*", 1)], ids=str)
-def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, str, int]:
+def case(request: pytest.FixtureRequest) -> tuple[Any, str, int]:
     pattern, depth = request.param
     torch.manual_seed(3)
-    model = generate(tiny_spec("ME*", mtp=pattern, depth=depth), tmp_path).Model().eval()
+    model = generate(tiny_spec("ME*", mtp=pattern, depth=depth)).Model().eval()
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if "norm" in name:
@@ -153,7 +152,7 @@ def test_logits_by_positions(case: tuple[Any, str, int]) -> None:
         for name, tensor in model.state_dict().items():
             if name.endswith("e_score_correction_bias"):
                 tensor.uniform_(-0.2, 0.2)
-        got, h = model(IDS).mtp_logits, model.backbone(IDS)
+        got, (h, _) = model(IDS).mtp_logits, model.backbone(IDS)
         for b in range(2):
             expected = by_positions(model, pattern, depth, IDS[b].tolist(), h[b])
             for k in range(depth):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from ml_dtypes import float4_e2m1fn, float8_e4m3fn
 from torch import Tensor
 
+from n3c.backends.torch.context import package_name
 from n3c.backends.torch.emit import emit
 from n3c.backends.torch.numerics import training_formats
 from n3c.specs.load import load_spec
@@ -162,7 +163,7 @@ def test_linear_without_its_ingredients(numerics: Any, monkeypatch: pytest.Monke
 def test_block_of_the_spec() -> None:
     one = replace(spec_with_rules(), training=Training("nvfp4", (1, 16)))
     for spec, said in ((spec_with_rules(), "False"), (one, "True")):
-        assert f"DISABLE_2D_QUANTIZATION = {said}" in emit(spec, SHA256)["numerics.py"]
+        assert f"DISABLE_2D_QUANTIZATION = {said}" in emit(spec, SHA256)[f"{package_name(spec)}/numerics.py"]
 
 
 def test_rules(modules: tuple[Any, Any, Any]) -> None:

@@ -26,7 +26,7 @@ def pair(seed: int, folder: Path) -> tuple[Any, Any, Any]:
     config = random_config(seed)
     theirs = transformers_model(config, seed)
     theirs.save_pretrained(folder / "checkpoint")
-    module = generate(run_import(folder / "checkpoint").spec, folder)
+    module = generate(run_import(folder / "checkpoint").spec)
     ours = module.Model()
     module.load_checkpoint(ours, folder / "checkpoint")
     return theirs, module, ours.eval()

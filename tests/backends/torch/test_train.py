@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from n3c.backends.torch.loading import load_package
 from n3c.specs.blocks import Attention, Mamba
-from support.modules import import_file
 
 from .generated import imported, tiny_spec, write_generated
 
@@ -36,7 +36,7 @@ SPEED = {"tokens_per_second", "flops_per_second"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with model.py, train.py and a text."""
+    """Return a folder with the package, train.py and a text."""
     folder = tmp_path_factory.mktemp("train")
     spec = tiny_spec("ME*")
     write_generated(replace(spec, model=replace(spec.model, vocab_size=256)), folder)
@@ -127,7 +127,7 @@ def test_schedule(whole: Path) -> None:
 
 def test_validation_by_the_exported_weights(folder: Path, whole: Path) -> None:
     """Bits a byte, as one computes them from the export and the end of the text."""
-    module = import_file(folder / "model.py")
+    module = load_package(folder)
     model = module.Model().eval()
     module.load_checkpoint(model, whole / "export")
     held_out = len(TEXT) // 10 // 32
@@ -317,7 +317,7 @@ def test_two_processes_stop_together_and_go_on_to_the_same_bits(folder: Path) ->
 )
 def test_two_processes_fail_together(folder: Path, options: list[str], message: str) -> None:
     """Each says the same and ends with the same code; torchrun ends with its own."""
-    module = import_file(folder / "model.py")
+    module = load_package(folder)
     model = module.Model()
     torch.nn.init.constant_(model.backbone.layers[2].mixer.o_proj.weight, torch.nan)
     module.save_checkpoint(model, folder / "broken")

@@ -281,7 +281,7 @@ def test_the_name_of_a_folder_never_becomes_code(tmp_path: Path) -> None:
     assert n3c("import", folder, "-o", tmp_path / "again.toml").code == 0
     assert n3c("build", tmp_path / "again.toml", "--target", "torch", "-o", tmp_path / "out").code == 0
     assert 'name = "import-os"' in (tmp_path / "out/spec.toml").read_text(encoding="utf-8")
-    assert '"]; import' not in (tmp_path / "out/torch/model.py").read_text(encoding="utf-8")
+    assert '"]; import' not in (tmp_path / "out/torch/import_os/model.py").read_text(encoding="utf-8")
 
 
 def test_bad_builds_to_inspect(tmp_path: Path) -> None:

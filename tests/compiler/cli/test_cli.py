@@ -177,7 +177,7 @@ def test_overrides_reach_every_command(tmp_path: Path) -> None:
 def test_the_default_output_is_named_by_the_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert n3c("build", write_small(tmp_path), "--target", "torch").code == 0
-    assert (tmp_path / "build/small/torch/model.py").is_file()
+    assert (tmp_path / "build/small/torch/small/model.py").is_file()
 
 
 def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_nobody_listening_to_the_progress_is_no_error(tmp_path: Path) -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=write, timeout=60, check=False)
     os.close(write)
     assert done.returncode == 0
-    assert (tmp_path / "out/torch/model.py").is_file()
+    assert (tmp_path / "out/torch/small/model.py").is_file()
 
 
 def test_a_full_stdout_is_a_file_error() -> None:

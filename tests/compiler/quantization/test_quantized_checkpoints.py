@@ -19,6 +19,7 @@ from n3c.backends.safetensors import nvfp4
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.backends.safetensors.sources import load
 from n3c.backends.torch.emit import emit
+from n3c.backends.torch.loading import load_package
 from n3c.ir.source import Fp8, Nvfp4, tensor_names
 from n3c.passes.serving import serve
 from n3c.specs.convert import run_import
@@ -26,7 +27,6 @@ from n3c.specs.load import load_spec
 from support.checkpoints import POLICY, as_bytes, policy_spec, write_checkpoint
 from support.command import n3c
 from support.models import transformers_model
-from support.modules import import_file
 from support.specs import SMALL
 
 with warnings.catch_warnings():
@@ -173,9 +173,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_generated_model_loads_it_dequantized(quantized: Path, tmp_path: Path) -> None:
-    for name, text in emit(policy_spec(), "0" * 64).items():
-        (tmp_path / name).write_text(text)
-    module = import_file(tmp_path / "model.py")
+    module = load_package(emit(policy_spec(), "0" * 64))
     model = module.Model()
     module.load_checkpoint(model, quantized / "out")
     tensors, checkpoint = module.named_tensors(model), Checkpoint(quantized / "out")
@@ -203,9 +201,7 @@ def test_the_generated_model_loads_it_dequantized(quantized: Path, tmp_path: Pat
 
 
 def test_the_generated_model_names_scales_that_are_missing(quantized: Path, tmp_path: Path) -> None:
-    for name, text in emit(policy_spec(), "0" * 64).items():
-        (tmp_path / name).write_text(text)
-    module = import_file(tmp_path / "model.py")
+    module = load_package(emit(policy_spec(), "0" * 64))
     tensors: dict[str, torch.Tensor] = {}
     for path in (quantized / "out").glob("*.safetensors"):
         tensors |= load_file(path)

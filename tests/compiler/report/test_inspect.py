@@ -101,7 +101,7 @@ def test_text_for_people(tmp_path: Path) -> None:
     text = n3c("inspect", out).out
     assert text.startswith(f"{out}: small (spec ")
     assert "nvfp4" in text
-    assert "torch/model.py" in text
+    assert "torch/small/model.py" in text
 
 
 def test_tables() -> None:

@@ -83,23 +83,23 @@ JOINED = "torch.cat([self.enorm(embedding), self.hnorm(x)]"
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "layer"),
+    ("file", "old", "new", "layer"),
     [
-        ("self.D.float()[:, None]", "-self.D.float()[:, None]", "backbone.layers.0"),
-        ("<= position[:, None, :, None]", "< position[:, None, :, None]", "backbone.layers.3"),
-        (JOINED, "torch.cat([self.hnorm(x), self.enorm(embedding)]", "mtp.layers.0"),
+        ("model.py", "self.D.float()[:, None]", "-self.D.float()[:, None]", "backbone.layers.0"),
+        ("state.py", "<= position[:, None, :, None]", "< position[:, None, :, None]", "backbone.layers.3"),
+        ("model.py", JOINED, "torch.cat([self.hnorm(x), self.enorm(embedding)]", "mtp.layers.0"),
     ],
     ids=["skip", "mask", "mtp"],
 )
 def test_one_line_of_the_module(
-    old: str, new: str, layer: str, altered: Callable[[str, Callable[[Path], None]], Path]
+    file: str, old: str, new: str, layer: str, altered: Callable[[str, Callable[[Path], None]], Path]
 ) -> None:
     def change(path: Path) -> None:
         text = path.read_text()
         assert old in text
         path.write_text(text.replace(old, new))
 
-    code, found = compared(altered("torch/model.py", change))
+    code, found = compared(altered(f"torch/small/{file}", change))
     assert code == 5
     assert found["PyTorch"]["first"]["tensor"] == layer
     assert found["ONNX files, reference evaluator"]["ok"]
@@ -107,9 +107,9 @@ def test_one_line_of_the_module(
 
 def test_a_module_that_fails(altered: Callable[[str, Callable[[Path], None]], Path]) -> None:
     def change(path: Path) -> None:
-        path.write_text(path.read_text().replace("y = self.scan(", "y = self.skan("))
+        path.write_text(path.read_text().replace("after = scan(", "after = skan("))
 
-    out = altered("torch/model.py", change)
+    out = altered("torch/small/model.py", change)
     result = n3c("verify", out, "--json")
     assert (result.code, result.codes, result.data["ok"]) == (5, ["E0821"], False)
     assert "skan" in result.data["diagnostics"][0]["message"]

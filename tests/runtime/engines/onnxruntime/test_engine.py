@@ -16,6 +16,7 @@ import torch
 from n3c.backends.onnx.emit import emit_entry
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.backends.torch.emit import emit
+from n3c.backends.torch.loading import load_package
 from n3c.ir.diagnostics import ExitCode, N3CError
 from n3c.passes.lower.model import lower
 from n3c.passes.serving import Served, serve
@@ -28,7 +29,6 @@ from n3c.runtime.generation.drafter import MtpDrafter
 from n3c.runtime.generation.loop import Generation
 from n3c.runtime.generation.sequence import Options
 from n3c.specs.schema import Spec
-from support.modules import import_file
 from support.programs import random_tensors, save_tensors
 from support.specs import SMALL, spec_from_text
 
@@ -53,8 +53,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     spec = spec_from_text(text.replace('"MEM*E-ME"', '"MEM*-E"'))
     served = serve(spec)
     checkpoint = save_tensors(random_tensors(lower(spec)), folder / "weights")
-    (folder / "model.py").write_text(emit(spec, "0" * 64)["model.py"], encoding="utf-8")
-    module = import_file(folder / "model.py")
+    module = load_package(emit(spec, "0" * 64))
     model = module.Model().eval()
     module.load_checkpoint(model, folder / "weights")
     return Small(spec, served, checkpoint, model)
