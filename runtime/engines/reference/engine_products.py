@@ -56,7 +56,7 @@ class EngineProducts:
 
     def __call__(self, program: Program, entry: EntryPoint, call: Call, node: Node) -> Evaluator:
         """Return the evaluator of a node."""
-        if node.op in (ops.dequantize_nvfp4, ops.dequantize_fp8):
+        if node.op in ops.DEQUANTIZE:
             formals = program.functions[call.function].parameters
             codes = call.parameters[formals.index(node["codes"])]
             return _unscaled(node.op.name, program.parameters[codes].format)
@@ -75,7 +75,8 @@ class EngineProducts:
         names = dict(zip(map(id, function.parameters), call.parameters, strict=True))
         for node in function.nodes:
             for operand in node.operands if self._is_product(entry, node) else ():
-                codes = operand.node["codes"] if operand is not None and operand.node is not None else operand
+                made_by = operand.node if operand is not None else None
+                codes = made_by["codes"] if made_by is not None and made_by.op in ops.DEQUANTIZE else operand
                 parameter = program.parameters.get(names.get(id(codes), ""))
                 if parameter is not None and parameter.format in ("nvfp4", "fp8"):
                     found.add(parameter.format)

@@ -100,7 +100,9 @@ def watched(place: Path, program: list[str], *, alone: bool) -> tuple[int, list[
     log, counters = place / "log", place / "counters"
     for path in (log, counters):
         path.unlink(missing_ok=True)
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("XDG_", "ORT_", "HF_", "TORCH"))}
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith(("XDG_", "ORT_", "HF_", "TORCH"))
+    }
     environment |= {"HOME": str(place / "home"), "TMPDIR": str(place / "temporary"), "PYTHONPATH": str(place / "hook")}
     environment |= {"N3C_WATCH_LOG": str(log), "N3C_COUNTERS": str(counters)}
     command = [*(OWN_NETWORK if alone else ()), *program]
