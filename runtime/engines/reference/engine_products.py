@@ -56,7 +56,7 @@ class EngineProducts:
 
     def __call__(self, program: Program, entry: EntryPoint, call: Call, node: Node) -> Evaluator:
         """Return the evaluator of a node."""
-        if node.op in (ops.dequantize_nvfp4, ops.dequantize_fp8):
+        if node.op in ops.DEQUANTIZE:
             formals = program.functions[call.function].parameters
             codes = call.parameters[formals.index(node["codes"])]
             return _unscaled(node.op.name, program.parameters[codes].format)
