@@ -33,7 +33,7 @@ from n3c.compiler.quantization.calibration.streamed_model import StreamedModel
 from n3c.compiler.quantization.search import fake_quant
 from n3c.compiler.quantization.search.budget import mean_bits
 from n3c.compiler.quantization.search.sensitivity import measure
-from n3c.compiler.quantization.search.units import Linear, Unit, find_units
+from n3c.compiler.quantization.units import Linear, Unit, find_units
 from n3c.specs.dump import dump_spec
 from n3c.specs.load import load_spec
 from n3c.specs.roles import select_layers

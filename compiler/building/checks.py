@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from n3c.backends.trt.targets import Flavour, lacking, require, sm_versions
 from n3c.compiler.common_options import BATCH, CONTEXT, SET, SM, SPEC, TRT, Target
-from n3c.compiler.report.memory_fit import Room, rooms
+from n3c.compiler.report.memory_fit import MemoryFit, memory_fits
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 from n3c.ir.types import DType
 from n3c.passes.serving import Served, serve
@@ -27,7 +27,7 @@ class Checked:
     served: Served
     sms: tuple[int, ...]
     target: Target | None
-    fits: tuple[Room, ...]
+    fits: tuple[MemoryFit, ...]
     """What cards take."""
     warnings: tuple[Diagnostic, ...]
 
@@ -45,7 +45,7 @@ class Checked:
             "name": self.spec.name,
             "sms": list(self.sms),
             "forms": [form.as_json() for form in self.forms()],
-            "fits": [room.as_json() for room in self.fits],
+            "fits": [fit.as_json() for fit in self.fits],
             "diagnostics": [warning.as_json() for warning in self.warnings],
         }
 
@@ -71,7 +71,7 @@ def check(
     served = serve(read)
     if target != "torch":
         require_target(read, () if target == "onnx" else sms, trt)
-    fits = rooms(read, served, context or read.serving.max_seq_len, batch)
+    fits = memory_fits(read, served, context or read.serving.max_seq_len, batch)
     return Checked(read, served, sms, target, fits, (*warnings, *served.warnings))
 
 

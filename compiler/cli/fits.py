@@ -11,12 +11,12 @@ def format_fits(fits: list[dict[str, Any]]) -> str:
     """Lay out what each size of card takes."""
     rows = [
         (
-            f"{room['gpu_gb']} GB ({room['cards']})",
-            "yes" if room["fits"] else "no",
-            f"{room['longest_context']:,}",
-            "any" if room["most_requests"] is None else f"{room['most_requests']:,}",
-            str(room["gpus"]),
+            f"{fit['gpu_gb']} GB ({fit['cards']})",
+            "yes" if fit["fits"] else "no",
+            f"{fit['longest_context']:,}",
+            "any" if fit["most_requests"] is None else f"{fit['most_requests']:,}",
+            str(fit["gpus"]),
         )
-        for room in fits
+        for fit in fits
     ]
     return format_table(("GPU", "fits", "longest context", "most requests", "GPUs needed"), rows)

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from n3c.backends.machine import peak_rss_bytes
+from n3c.backends.modelopt.quantizer import Job, Outcome, quantize_checkpoint
 from n3c.backends.progress import Progress
 from n3c.backends.safetensors.checkpoint_fit import fitting_checkpoint
 from n3c.backends.safetensors.layout import MAX_SHARD_BYTES
-from n3c.backends.safetensors.quantizer import Job, Outcome, quantize_checkpoint
 from n3c.ir.diagnostics import Diagnostic
 from n3c.ir.formats import FORMATS
 from n3c.passes.base import run_pipeline

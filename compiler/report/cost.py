@@ -11,7 +11,7 @@ from n3c.passes.lower.model import lower
 from n3c.passes.serving import Served, serve
 from n3c.specs.schema import Spec
 
-from .memory_fit import rooms
+from .memory_fit import memory_fits
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,5 +134,5 @@ def inspect_spec(spec: Spec, *, context: int | None = None, batch: int = 1) -> d
             "memory_bytes": sum(by_format.values()) + batch * plan.bytes_at(context),
             "tokens_per_second_at_1_TB_per_s": round(batch * 1e12 / moved["total"], 1),
         },
-        "fits": [room.as_json() for room in rooms(spec, served, context, batch)],
+        "fits": [fit.as_json() for fit in memory_fits(spec, served, context, batch)],
     }

@@ -1,4 +1,4 @@
-"""What fits where: weights and states of requests against the memory of GPUs."""
+"""Whether a model fits GPUs: weights and states of requests against their memory."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ RESERVED_GB = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
-    """What a card of one size takes. A request holds its states, and caches of the context."""
+class MemoryFit:
+    """How a model fits a card of one size. A request holds its states, and caches of the context."""
 
     gb: int
     cards: str
@@ -50,14 +50,14 @@ class Room:
         }
 
 
-def rooms(spec: Spec, served: Served, context: int, batch: int) -> tuple[Room, ...]:
-    """Return what each size of card takes, for `batch` requests of `context` tokens."""
+def memory_fits(spec: Spec, served: Served, context: int, batch: int) -> tuple[MemoryFit, ...]:
+    """Return how a model fits each size of card, with `batch` requests of `context` tokens."""
     plan = served.plan
     weights = sum(entry.bytes for entry in served.program.ledger)
     fixed = plan.bytes_per_request + plan.pending_bytes
     a_token = plan.kv_bytes_per_token + plan.mtp_kv_bytes_per_token
     request = plan.bytes_at(context)
-    found: list[Room] = []
+    found: list[MemoryFit] = []
     for gb, cards in CARDS.items():
         usable = (gb - RESERVED_GB) * GB
         free = usable - weights
@@ -68,5 +68,5 @@ def rooms(spec: Spec, served: Served, context: int, batch: int) -> tuple[Room, .
             longest = most if a_token == 0 else min(most, caches // a_token)
         needed = weights + batch * request
         most_requests = max(0, free // request) if request else None if free >= 0 else 0
-        found.append(Room(gb, cards, needed <= usable, longest, most_requests, -(-needed // usable)))
+        found.append(MemoryFit(gb, cards, needed <= usable, longest, most_requests, -(-needed // usable)))
     return tuple(found)

@@ -34,7 +34,7 @@ def command(spec: Path, as_json: bool, **_: Any) -> None:
     if checked.target == "trt":
         say(_forms(checked.forms()))
     if {"context", "batch"} & set(given):
-        say(format_fits([room.as_json() for room in checked.fits]))
+        say(format_fits([fit.as_json() for fit in checked.fits]))
 
 
 def _forms(forms: tuple[Form, ...]) -> str:

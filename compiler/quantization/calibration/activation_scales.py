@@ -21,7 +21,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from n3c.compiler.quantization.search.units import find_linears
+from n3c.compiler.quantization.units import find_linears
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 from n3c.ir.formats import CACHE_SCALES, E4M3_MAX, FORMATS, INPUT_SCALE
 from n3c.ir.program import LedgerEntry

@@ -9,10 +9,10 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
+from n3c.compiler.quantization.units import Unit
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 
 from .noise import Scores
-from .units import Unit
 
 _GAP = 1e-9
 """Relative gap at which the solver stops: below the noise of any score."""

@@ -20,10 +20,10 @@ from n3c.backends.safetensors.checkpoint import Checkpoint, file_error
 from n3c.backends.safetensors.nvfp4 import dequantize
 from n3c.backends.safetensors.packing import NotFiniteError, fp8_noise, largest, nvfp4_noise, pack_nvfp4
 from n3c.compiler.quantization.calibration.float_tensors import Array, as_float, read_float, read_raw
+from n3c.compiler.quantization.units import Linear, Unit
 from n3c.ir.formats import FORMATS
 
 from . import fake_quant
-from .units import Linear, Unit
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -26,10 +26,10 @@ from n3c.backends.progress import Progress
 from n3c.backends.torch.loading import hidden_states
 from n3c.compiler.quantization.calibration.calibrate import Amax, mtp_hidden
 from n3c.compiler.quantization.calibration.streamed_model import StreamedModel, batches
+from n3c.compiler.quantization.units import Unit
 
 from . import fake_quant
 from .noise import Scores
-from .units import Unit
 
 if TYPE_CHECKING:
     from torch import Tensor

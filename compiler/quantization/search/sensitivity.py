@@ -10,6 +10,7 @@ from n3c.backends.progress import Progress
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.compiler.quantization.calibration.calibrate import Amax, calibrate
 from n3c.compiler.quantization.calibration.streamed_model import StreamedModel
+from n3c.compiler.quantization.units import Unit, find_units, unit_name
 from n3c.ir.formats import FORMATS
 from n3c.specs.modules import Group, groups_of
 from n3c.specs.recipe import DEFAULT
@@ -19,7 +20,6 @@ from n3c.specs.schema import Quantization, Spec
 from .budget import choose, mean_bits, require_feasible
 from .noise import Scores, noise_scores
 from .second_order import KeptInputs, second_order_scores
-from .units import Unit, find_units, unit_name
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from n3c.backends.modelopt.quantizer import Job, quantize_checkpoint
 from n3c.backends.progress import SILENT
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.backends.safetensors.layout import plan_shards, plan_weights
-from n3c.backends.safetensors.quantizer import Job, quantize_checkpoint
 from n3c.backends.safetensors.resume import WorkDirectory
 from n3c.backends.safetensors.stream import Quantizer
 from n3c.ir.diagnostics import N3CError

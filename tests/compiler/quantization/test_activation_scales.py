@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from n3c.compiler.quantization.calibration.activation_scales import entries_of, load_scales, resolve, save_scales
 from n3c.compiler.quantization.calibration.calibrate import Amax
-from n3c.compiler.quantization.search.units import find_linears
+from n3c.compiler.quantization.units import find_linears
 from n3c.ir.diagnostics import ExitCode, N3CError
 from n3c.specs.schema import Spec
 from support.specs import QUANTIZED, small_spec

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from n3c.compiler.quantization.search.budget import choose, mean_bits
 from n3c.compiler.quantization.search.noise import Scores
-from n3c.compiler.quantization.search.units import Linear, Unit
+from n3c.compiler.quantization.units import Linear, Unit
 from n3c.ir.diagnostics import ExitCode, N3CError
 
 FORMATS = ("nvfp4", "fp8", "bf16")

@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 
 from n3c.compiler.quantization.search.budget import mean_bits
-from n3c.compiler.quantization.search.units import find_units
+from n3c.compiler.quantization.units import find_units
 from n3c.passes.lower.model import lower
 from n3c.specs.huggingface import export_config
 from n3c.specs.load import load_spec

@@ -12,7 +12,7 @@ from n3c.compiler.quantization.calibration.activation_scales import entries_of, 
 from n3c.compiler.quantization.calibration.calibrate import Amax
 from n3c.compiler.quantization.request import QuantizeRequest
 from n3c.compiler.quantization.requested_formats import requested_formats
-from n3c.compiler.quantization.search.units import find_linears
+from n3c.compiler.quantization.units import find_linears
 from n3c.passes.serving import serve
 from n3c.specs.huggingface import export_config
 from n3c.specs.load import load_spec

@@ -335,7 +335,7 @@ def test_what_appears_as_the_output_meanwhile_is_not_lost(tmp_path: Path, monkey
         return []
 
     with monkeypatch.context() as patch:
-        patch.setattr("n3c.backends.safetensors.quantizer.check", checked)
+        patch.setattr("n3c.backends.modelopt.quantizer.check", checked)
         result = n3c(*command_of(tmp_path))
     assert (result.code, result.codes) == (6, ["E0611"])
     assert tree(tmp_path / "out") == {"notes.txt": b"mine"}

@@ -11,7 +11,7 @@ import torch
 from n3c.backends.progress import SILENT
 from n3c.backends.safetensors import nvfp4
 from n3c.compiler.quantization.search.noise import noise_scores
-from n3c.compiler.quantization.search.units import find_units
+from n3c.compiler.quantization.units import find_units
 from n3c.ir.diagnostics import ExitCode, N3CError
 from n3c.passes.lower.model import lower
 from support.programs import random_tensors, save_tensors

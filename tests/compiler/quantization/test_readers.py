@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.compiler.quantization.calibration.activation_scales import entries_of, save_scales
 from n3c.compiler.quantization.calibration.calibrate import Amax
-from n3c.compiler.quantization.search.units import find_linears
+from n3c.compiler.quantization.units import find_linears
 from n3c.specs.convert import run_import
 from support.checkpoints import write_checkpoint
 from support.command import n3c

@@ -8,7 +8,7 @@ import pytest
 
 from n3c.compiler.quantization.calibration.activation_scales import ledger
 from n3c.compiler.quantization.search.sensitivity import spec_with_formats
-from n3c.compiler.quantization.search.units import find_units, unit_name
+from n3c.compiler.quantization.units import find_units, unit_name
 from n3c.specs.dump import dump_spec
 from n3c.specs.load import parse_spec
 from n3c.specs.schema import Spec

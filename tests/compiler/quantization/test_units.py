@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from n3c.compiler.quantization.search.units import find_linears, find_units
+from n3c.compiler.quantization.units import find_linears, find_units
 from n3c.specs.schema import Spec
 from support.specs import small_spec
 

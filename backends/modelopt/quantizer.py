@@ -17,19 +17,28 @@ from pathlib import Path
 from typing import Any
 
 from n3c.backends.machine import usable_cores
-from n3c.backends.modelopt.layout import algorithm, config_json, hf_quant_config
 from n3c.backends.progress import Progress
+from n3c.backends.safetensors.checkpoint import INDEX, Checkpoint, file_error
+from n3c.backends.safetensors.header import SIZES
+from n3c.backends.safetensors.layout import (
+    KEEP,
+    MAX_SHARD_BYTES,
+    Shard,
+    Weight,
+    fingerprint,
+    index_json,
+    plan_shards,
+    plan_weights,
+)
+from n3c.backends.safetensors.packing import Search
+from n3c.backends.safetensors.resume import Done, WorkDirectory, require_new
+from n3c.backends.safetensors.selfcheck import Checked, check
+from n3c.backends.safetensors.stream import BAND_BYTES, JOURNAL_BYTES, Quantizer, make_shard
 from n3c.ir.diagnostics import N3CError
 from n3c.ir.formats import NVFP4_BLOCK
 from n3c.ir.program import Program
 
-from .checkpoint import INDEX, Checkpoint, file_error
-from .header import SIZES
-from .layout import KEEP, MAX_SHARD_BYTES, Shard, Weight, fingerprint, index_json, plan_shards, plan_weights
-from .packing import Search
-from .resume import Done, WorkDirectory, require_new
-from .selfcheck import Checked, check
-from .stream import BAND_BYTES, JOURNAL_BYTES, Quantizer, make_shard
+from .layout import algorithm, config_json, hf_quant_config
 
 LEDGER = "n3c_ledger.json"
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
