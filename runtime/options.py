@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, cast, get_args, get_origin
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 
-INT64_MAX = 2**63 - 1
-"""The largest whole number that is taken where an option names no other."""
+from .numbers import out_of_range
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -69,16 +67,7 @@ class Option:
         """Return why a number is not within the bounds, or None where it is."""
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             return None
-        if not math.isfinite(value):
-            return f"{value} is not a finite number"
-        if self.least is not None and value < self.least:
-            return f"{value} is less than {self.least:g}"
-        if self.above is not None and value <= self.above:
-            return f"{value} is not more than {self.above:g}"
-        most = INT64_MAX if self.most is None and isinstance(value, int) else self.most
-        if most is not None and value > most:
-            return f"{value} is more than {most if most == INT64_MAX else f'{most:g}'}"
-        return None
+        return out_of_range(value, least=self.least, above=self.above, most=self.most)
 
 
 @dataclass(frozen=True, slots=True)

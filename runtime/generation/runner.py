@@ -13,7 +13,7 @@ from n3c.backends.safetensors.checkpoint_fit import fitting_checkpoint
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 from n3c.runtime.build_folder import OpenedBuild
 from n3c.runtime.engines.interface import Engine
-from n3c.runtime.numbers import require_between
+from n3c.runtime.numbers import require_number
 
 from .capacity import Capacity
 from .drafter import Drafter, MtpDrafter
@@ -63,7 +63,7 @@ def open_runner(
 
     N3CError: exit code 2 for no sequences, 4 where the device is not there, 6 where the weights do not fit.
     """
-    require_between("sequences", sequences, 1)
+    require_number("sequences", sequences, least=1)
     spec = build.spec
     batch = _batch(spec.serving.batch_sizes, sequences)
     speculate = speculate and {"draft", "verify"} <= set(build.served.program.entry_points)

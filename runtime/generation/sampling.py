@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
-from n3c.runtime.numbers import require_between
+from n3c.runtime.numbers import require_number
 
 Probabilities = NDArray[np.float64]
 
@@ -28,10 +27,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Raise N3CError (E0816, exit code 2) for a number that is out of its range or not finite."""
-        require_between("temperature", self.temperature, 0, sys.float_info.max)
-        require_between("top_k", self.top_k, 0)
-        require_between("top_p", self.top_p, 0, 1, above=True)
-        require_between("seed", self.seed, 0)
+        require_number("temperature", self.temperature, least=0)
+        require_number("top_k", self.top_k, least=0)
+        require_number("top_p", self.top_p, above=0, most=1)
+        require_number("seed", self.seed, least=0)
 
     def generator(self, sequence: int) -> np.random.Generator:
         """Return the random numbers of one sequence: they depend on no other sequence of the batch."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from n3c.runtime.numbers import require_between
+from n3c.runtime.numbers import require_number
 
 from .reasoning import Reasoning, Tags
 from .sampling import Probabilities, Sampling, certain, distribution
@@ -35,9 +35,9 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raise N3CError (E0816, exit code 2) for a number that is out of its range."""
-        require_between("max_new_tokens", self.max_new_tokens, 0)
+        require_number("max_new_tokens", self.max_new_tokens, least=0)
         if self.reasoning_budget is not None:
-            require_between("reasoning_budget", self.reasoning_budget, 0)
+            require_number("reasoning_budget", self.reasoning_budget, least=0)
 
 
 @dataclass(slots=True)
