@@ -6,7 +6,7 @@ where operands do not fit), `flops` its cost, and `weights` names the operands t
 Backends only add how they spell it; the meaning is fixed by the reference evaluation in
 `n3c.runtime.engines.reference`.
 
-The letters of sizes are those of letters.py; a linear has sizes in and out. Arithmetic is float32
+The letters of sizes are those of `n3c.specs.blocks`; a linear has sizes in and out. Arithmetic is float32
 whatever the storage types are.
 """
 
