@@ -118,7 +118,7 @@ def test_what_python_leaves_beside_the_code_is_not_foreign(spec: Path, tmp_path:
 def test_edited_files_are_refused_and_untouched(spec: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     build(spec, out)
-    edited = [out / "torch" / "model.py", out / "spec.toml"]
+    edited = [out / "torch" / "small" / "model.py", out / "spec.toml"]
     for path in edited:
         path.write_text("# mine\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
         before = tree(tmp_path)
@@ -135,7 +135,7 @@ def test_edited_files_are_refused_and_untouched(spec: Path, tmp_path: Path) -> N
 
 def test_a_link_in_place_of_a_built_file_is_not_lost(spec: Path, tmp_path: Path) -> None:
     build(spec, tmp_path / "out")
-    model = tmp_path / "out" / "torch" / "model.py"
+    model = tmp_path / "out" / "torch" / "small" / "model.py"
     model.rename(tmp_path / "mine.py")
     model.symlink_to(tmp_path / "mine.py")  # the same bytes, but it is the link that would go
     assert n3c("build", spec, "--target", "torch", "-o", tmp_path / "out", "--json").codes == ["E0611"]
