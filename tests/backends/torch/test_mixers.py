@@ -210,6 +210,23 @@ def test_experts(module: Any, inner: int, width: int, tokens: int) -> None:
         torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-5)
 
 
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_sort_by_expert(module: Any, multiple: int) -> None:
+    """An expert's rows are those of the tokens that chose it, in order, then zeros up to the multiple."""
+    torch.manual_seed(0)
+    x, chosen, weights = torch.randn(2, 5, 3), torch.randint(4, (2, 5, 2)), torch.rand(2, 5, 2)
+    chosen[chosen == 1] = 5  # which leaves an expert without rows
+    rows, counts, position = module.grouped.sort_by_expert(x, chosen, 6, multiple)
+    tokens = x.flatten(0, 1)
+    for e, part in enumerate(rows.split(counts.tolist())):
+        own = tokens[(chosen.flatten(0, 1) == e).nonzero()[:, 0]]
+        assert torch.equal(part, torch.cat([own, own.new_zeros(-len(own) % multiple, 3)]))
+    assert counts[1] == 0
+    assert torch.equal(rows[position], tokens.repeat_interleave(2, 0))
+    got = module.grouped.weighted_sum(rows, position, weights)
+    torch.testing.assert_close(got, x * weights.sum(-1, keepdim=True))
+
+
 def test_initialisation(module: Any) -> None:
     torch.manual_seed(0)
     with torch.device("meta"):

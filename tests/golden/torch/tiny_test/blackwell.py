@@ -18,7 +18,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -58,7 +57,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 CLASSES = {"nvfp4": "NVFP4BlockScaling", "mxfp8": "MXFP8BlockScaling"}
-ROWS = 128  # of an expert: a multiple of this, for NVFP4's grouped products
 
 
 def recipe(kind: str, recipes: Any) -> Any:
@@ -104,26 +102,16 @@ class EngineLinear(nn.Linear):
 
 
 class EngineExperts(Experts):
-    """The routed experts, each matrix in its format: grouped products over filled-up experts."""
+    """The routed experts, each matrix in its format: a grouped product each."""
 
+    multiple = 128  # for NVFP4's grouped products
     engines: tuple[Engine, Engine]
 
-    def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        expert = experts.flatten()  # [M]: row m is a choice of token m // K
-        order = expert.argsort(stable=True)
-        tokens_per_expert = torch.bincount(expert, minlength=len(self.up_proj))  # [E]
-        padding = -tokens_per_expert % ROWS
-        capacity = tokens_per_expert + padding  # [E] rows, with those of padding behind
-        moved = padding.cumsum(0) - padding  # rows of padding before each expert's
-        moved = moved.repeat_interleave(tokens_per_expert)  # [M]
-        position = torch.arange(len(expert), device=x.device) + moved
-        rows = x.new_zeros(int(capacity.sum()), x.shape[1])
-        rows = rows.index_copy(0, position, x[order // experts.shape[1]])
-        up, down = self.engines
-        inner = F.relu(up(by_expert(self.up_proj), rows, capacity)).square()
-        y = down(by_expert(self.down_proj), inner, capacity)[position]
-        y = y[order.argsort()].view(*experts.shape, -1)  # [T, K, L]
-        return (y * weights[..., None]).sum(1).to(x.dtype)
+    def up(self, x: Tensor, counts: Tensor) -> Tensor:
+        return self.engines[0](by_expert(self.up_proj), x, counts)
+
+    def down(self, x: Tensor, counts: Tensor) -> Tensor:
+        return self.engines[1](by_expert(self.down_proj), x, counts)
 
 
 def by_expert(stacked: Tensor) -> dict[str, Tensor]:

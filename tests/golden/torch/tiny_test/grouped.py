@@ -2,7 +2,7 @@
 # spec: tiny-test
 # sha256: 0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef
 # mypy: no-warn-return-any, allow-untyped-calls
-"""Grouped matrix products: many rows, each with the matrix of its expert."""
+"""Rows sorted by expert, and grouped matrix products: each row with the matrix of its expert."""
 
 from __future__ import annotations
 
@@ -11,6 +11,38 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def sort_by_expert(
+    x: Tensor, experts: Tensor, count: int, multiple: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what the experts read: a row for each choice in experts [..., K] of x [..., L].
+
+    The rows [rows, L] are sorted by expert, and each expert's are filled up with zeros to a
+    `multiple`. With them come the number of each expert's rows [count] int64 and the row of each
+    choice [M] int64; choice m is of token m // K. Where `multiple` is 1 there are M rows.
+    """
+    expert = experts.flatten()  # [M]
+    order = expert.argsort(stable=True)
+    tokens_per_expert = expert.new_zeros(count).scatter_add_(0, expert, torch.ones_like(expert))
+    rows = x.flatten(0, -2).index_select(0, order // experts.shape[-1])  # [M, L]
+    if multiple == 1:
+        return rows, tokens_per_expert, order.argsort()
+    padding = -tokens_per_expert % multiple
+    before = padding.cumsum(0) - padding  # [count] rows of padding before each expert's
+    position = torch.arange(len(order), device=x.device) + before[expert[order]]  # [M]
+    rows_per_expert = tokens_per_expert + padding
+    padded = x.new_zeros(int(rows_per_expert.sum()), x.shape[-1])
+    return padded.index_copy(0, position, rows), rows_per_expert, position[order.argsort()]
+
+
+def weighted_sum(rows: Tensor, position: Tensor, weights: Tensor) -> Tensor:
+    """Return the sum [..., L] over the choices of each token, of weights [..., K] times rows.
+
+    rows [rows, L] and position [M], the row of each choice, are sorted as by `sort_by_expert`.
+    """
+    chosen = rows.index_select(0, position).view(*weights.shape, -1)  # [..., K, L]
+    return (weights[..., None] * chosen).sum(-2)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:

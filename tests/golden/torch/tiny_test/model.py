@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from .autocast import float32_products
 from .balance import RouterStatistics, router_statistics, total_statistics
 from .convolution import CausalConv1d
-from .grouped import grouped_linear
+from .grouped import grouped_linear, sort_by_expert, weighted_sum
 from .loss import IGNORED, combined_loss, cross_entropy, linear_cross_entropy, targets_of
 from .norm import GatedRMSNorm, RMSNorm
 from .recompute import Recomputable
@@ -225,6 +225,8 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """sum over the chosen experts of weight_e * down_e(relu(up_e(x))^2)."""
 
+    multiple = 1  # each expert's rows are filled up to a multiple of it
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.std = config.initializer_range
@@ -238,17 +240,18 @@ class Experts(nn.Module):
         nn.init.normal_(self.down_proj, std=self.std)
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        """Return [T, L] for x [T, L], experts and weights [T, K]."""
-        expert = experts.flatten()  # [M]: row m is a choice of token m // K
-        order = expert.argsort(stable=True)
-        tokens_per_expert = expert.new_zeros(self.up_proj.shape[0])  # [E]
-        tokens_per_expert.scatter_add_(0, expert, torch.ones_like(expert))
-        rows = x.index_select(0, order // experts.shape[1])  # [M, L], sorted by expert
-        rows = grouped_linear(rows, self.up_proj.to(x.dtype), tokens_per_expert)  # [M, I]
-        rows = F.relu(rows).square()
-        rows = grouped_linear(rows, self.down_proj.to(x.dtype), tokens_per_expert)  # [M, L]
-        rows = rows.index_select(0, order.argsort()).view(*experts.shape, -1)  # [T, K, L]
-        return (weights[..., None] * rows).sum(1).to(x.dtype)
+        """Return [B, S, L] for x [B, S, L], experts and weights [B, S, K]."""
+        rows, counts, position = sort_by_expert(x, experts, len(self.up_proj), self.multiple)
+        inner = F.relu(self.up(rows, counts)).square()  # [rows, I]
+        return weighted_sum(self.down(inner, counts), position, weights).to(x.dtype)
+
+    def up(self, x: Tensor, counts: Tensor) -> Tensor:
+        """Return [rows, I] for x [rows, L], whose next counts[e] rows are expert e's."""
+        return grouped_linear(x, self.up_proj.to(x.dtype), counts)
+
+    def down(self, x: Tensor, counts: Tensor) -> Tensor:
+        """Return [rows, L] for x [rows, I], which are sorted as for `up`."""
+        return grouped_linear(x, self.down_proj.to(x.dtype), counts)
 
 
 class MoE(nn.Module):
@@ -270,9 +273,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, RouterStatistics | None]:
         """Return y [B, S, D] of x [B, S, D] and, in training, the router's statistics."""
         experts, weights, statistics = self.gate(x)  # [B, S, K] each
-        chosen = (experts.flatten(0, 1), weights.flatten(0, 1))  # [T, K] each
-        y = self.experts(self.fc1_latent_proj(x).flatten(0, 1), *chosen)  # [T, L]
-        y = self.fc2_latent_proj(y).view_as(x)  # [B, S, D]
+        y = self.fc2_latent_proj(self.experts(self.fc1_latent_proj(x), experts, weights))
         return y + self.shared_experts(x), statistics
 
 

@@ -256,13 +256,15 @@ class Mxfp8Linear(torch.autograd.Function):
 FUNCTIONS = {"nvfp4": Nvfp4Linear, "mxfp8": Mxfp8Linear}
 
 
-def product(x: Tensor, weight: Tensor, groups: Groups, kind: str) -> Tensor:
-    """Multiply x [tokens, in] with each group's matrix, weight [groups, out, in], in a format."""
-    if kind == "bf16":
-        tokens_per_expert = groups.ends.diff(prepend=groups.ends.new_zeros(1))
-        return grouped_linear(x, weight.to(x.dtype), tokens_per_expert)
+def product(x: Tensor, weight: Tensor, sizes: Tensor, kind: str) -> Tensor:
+    """Multiply x [tokens, in] with each group's matrix, weight [groups, out, in], in a format.
+
+    sizes [groups] are the numbers of each group's tokens, multiples of a tile.
+    """
+    if kind == "bf16" or not len(x):
+        return grouped_linear(x, weight.to(x.dtype), sizes)
     with torch.autocast(x.device.type, enabled=False):
-        return FUNCTIONS[kind].apply(x, weight, groups)
+        return FUNCTIONS[kind].apply(x, weight, Groups.of_sizes(sizes))
 
 
 def linear(x: Tensor, weight: Tensor, kind: str) -> Tensor:
@@ -271,8 +273,8 @@ def linear(x: Tensor, weight: Tensor, kind: str) -> Tensor:
         return F.linear(x, weight.to(x.dtype))
     rows = x.flatten(0, -2)
     padded = F.pad(rows, (0, 0, 0, -len(rows) % TILE))
-    groups = Groups.of_sizes(torch.tensor([len(padded)], device=x.device))
-    y = product(padded, weight[None], groups, kind)
+    sizes = torch.tensor([len(padded)], device=x.device)
+    y = product(padded, weight[None], sizes, kind)
     return y[: len(rows)].view(*x.shape[:-1], -1)
 
 
@@ -288,25 +290,14 @@ class EmulatedLinear(nn.Linear):
 class EmulatedExperts(Experts):
     """The routed experts, each matrix in its format and each expert with scales of its own."""
 
+    multiple = TILE
     kinds: tuple[str, str]
 
-    def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        expert = experts.flatten()  # [M]: row m is a choice of token m // K
-        if not len(expert):
-            return super().forward(x, experts, weights)
-        order = expert.argsort(stable=True)
-        tokens_per_expert = torch.bincount(expert, minlength=len(self.up_proj))  # [E]
-        padding = -tokens_per_expert % TILE
-        groups = Groups.of_sizes(tokens_per_expert + padding)
-        before = padding.cumsum(0) - padding  # rows of padding before each expert's
-        position = torch.empty_like(order)  # [M], of each choice in the padded rows
-        position[order] = torch.arange(len(order), device=x.device) + before[expert[order]]
-        padded = x.new_zeros(len(groups.of_tile) * TILE, x.shape[1])
-        rows = padded.index_copy(0, position, x.repeat_interleave(experts.shape[1], 0))
-        inner = F.relu(product(rows, self.up_proj, groups, self.kinds[0])).square()
-        rows = product(inner, self.down_proj, groups, self.kinds[1])
-        rows = rows[position].view(*experts.shape, -1)  # [T, K, L]
-        return (rows * weights[..., None]).sum(1).to(x.dtype)
+    def up(self, x: Tensor, counts: Tensor) -> Tensor:
+        return product(x, self.up_proj, counts, self.kinds[0])
+
+    def down(self, x: Tensor, counts: Tensor) -> Tensor:
+        return product(x, self.down_proj, counts, self.kinds[1])
 
 
 def emulate(part: nn.Module, part_name: str = "") -> None:

@@ -35,6 +35,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Shard, distribute_tensor
 from torch.func import functional_call
 
+from ..grouped import sort_by_expert, weighted_sum
 from ..loss import cross_entropy, linear_cross_entropy
 from ..model import MLP, Attention, Config, Experts, Mamba2, Model
 from .collectives import (
@@ -278,23 +279,20 @@ class ExpertShare(Share):
         self.expert = mesh["expert"]
 
     def __call__(self, *inputs: Any, **options: Any) -> Tensor:
-        x, experts, weights = inputs  # [T, L], [T, K], [T, K]
+        x, experts, weights = inputs  # [B, S, L], [B, S, K], [B, S, K]
         group, ranks = self.expert.get_group(), self.expert.size()
         local = len(self.shell.get_parameter("up_proj"))  # experts on a process
-        expert = experts.flatten()  # [M]: row m is a choice of token m // K
-        order = expert.argsort(stable=True)
-        sent = torch.bincount(expert, minlength=ranks * local)  # [E]
+        rows, sent, position = sort_by_expert(x, experts, ranks * local)  # [M, L], [E], [M]
         received = torch.empty_like(sent)  # from each process, rows for each local expert
         dist.all_to_all_single(received, sent, group=group)
         leaving, coming = (n.view(ranks, local).sum(1).tolist() for n in (sent, received))
-        rows = exchange(x[order // experts.shape[1]], leaving, coming, group)
+        rows = exchange(rows, leaving, coming, group)
         expert = torch.arange(local, device=x.device).repeat(ranks).repeat_interleave(received)
         # A row more, with no effect: without any, the experts would have no gradient.
         rows, expert = F.pad(rows, (0, 0, 0, 1)), F.pad(expert, (0, 1))
         y = super().__call__(rows, expert[:, None], torch.ones_like(rows[:, :1]))
         y = exchange(y[:-1], coming, leaving, group)  # [M, L]
-        y = y[order.argsort()].view(*experts.shape, -1)  # [T, K, L]
-        return (y * weights[..., None]).sum(1).to(x.dtype)
+        return weighted_sum(y, position, weights).to(x.dtype)
 
 
 def share_of(name: str, module: nn.Module, config: Config, meshes: Meshes) -> Share | None:
