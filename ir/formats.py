@@ -27,7 +27,7 @@ CACHE_SCALES = (".k_scale", ".v_scale")
 
 
 class Covers(Enum):
-    """What one element of a stored tensor stands for."""
+    """How many weights one element of a stored tensor belongs to."""
 
     WEIGHT = "one weight"
     BLOCK = "NVFP4_BLOCK weights along K"

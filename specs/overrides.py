@@ -13,7 +13,7 @@ from .places import Path, Places, Text, dotted, shown, window
 from .toml_places import scan_string
 
 FILE = "--set"
-"""What stands for the file in the place of a value from the command line."""
+"""The file name in the place of a value from the command line."""
 
 
 @dataclass(frozen=True, slots=True)

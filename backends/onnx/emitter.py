@@ -61,7 +61,7 @@ Rendering = Literal["engine", "float32"]
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What a call wrote into an FP8 cache, for the attention of the same call."""
+    """Rows that a call wrote into an FP8 cache, for the attention of the same call."""
 
     before: onnx.Value
     """The cache as FLOAT8E4M3FN [B, H, M, P], to be read at the places before the call's tokens only."""
@@ -70,7 +70,7 @@ class Rows:
 
 
 class Emitter:
-    """What a spelling works with. `dims` gives each symbolic dim its size."""
+    """The context in which a spelling emits its op. `dims` gives each symbolic dim its size."""
 
     def __init__(
         self, graph: GraphBuilder, dims: dict[str, int], rendering: Rendering = "engine", *, wide: bool = True

@@ -88,7 +88,7 @@ class Kernel:
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     constants: tuple[TensorInfo, ...] = ()
-    """What the plan itself holds: tables, masks, positions."""
+    """Constants of the plan: tables, masks, positions."""
     nodes: tuple[str, ...] = ()
     """Names of the ONNX nodes that it computes, where the builder says so."""
 

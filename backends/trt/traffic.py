@@ -36,7 +36,7 @@ _NAMED = 5
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What a kernel, a layer kind or a plan moves, and must move, in bytes."""
+    """Bytes that a kernel, a layer kind or a plan moves, and those that it must move."""
 
     bytes: int
     ideal: int
@@ -131,7 +131,7 @@ class _Account:
     def __init__(self, needs: Needs, kinds: Mapping[str, str], context: int) -> None:
         self.needs, self.kinds, self.context = needs, kinds, context
         self.left = {need: need.ideal for need in (*needs.reads.values(), *needs.writes.values())}
-        """What no kernel so far has moved."""
+        """Bytes of each need that no kernel so far has moved."""
         self.touched: set[Need] = set()
 
     def kernel(self, kernel: Kernel) -> KernelTraffic:

@@ -42,7 +42,7 @@ class Length:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a finished run left: losses of the next token, without MTP, in bits a byte."""
+    """The result of a finished run: losses of the next token, without MTP, in bits a byte."""
 
     arm: str
     seed: int

@@ -27,7 +27,7 @@ class Declaration:
 
 @dataclass(slots=True)
 class Block:
-    """A function in the making, and the declarations of its parameters."""
+    """A function under construction, with the declarations of its parameters."""
 
     function: Function
     eps: float
@@ -76,7 +76,7 @@ class Block:
         return self.linear(x, self.weight(role), rows, role, name)
 
     def weight(self, role: str) -> str:
-        """Return the name of a mixer's weight behind the block's label; `*` stands for each expert."""
+        """Return the name of a mixer's weight after the block's label; `*` stands for each expert."""
         assert self.kind is not None
         return f"mixer.{self.kind.module(role).name.replace('{}', '*')}.weight"
 
@@ -167,4 +167,4 @@ BLOCKS: dict[BlockKind, Callable[[Block, Spec, Value], Value]] = {
     MOE: _moe,
     MLP: _mlp,
 }
-"""What each kind adds to the residual stream [B, S, D]."""
+"""Kind → the function that emits what a block adds to the residual stream [B, S, D]."""

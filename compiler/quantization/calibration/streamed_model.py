@@ -1,4 +1,4 @@
-"""The generated PyTorch model of a spec with the weights of one part at a time, so that it needs no room for all."""
+"""The generated PyTorch model of a spec with the weights of one part in memory at a time."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def measure(
     model = StreamedModel(spec, checkpoint)
     with KeptInputs() as kept:
         amax = calibrate(model, ids, progress, mtp=mtp, keep=kept.keep)
-        scores = second_order_scores(model, ids, kept, amax, units, table.block[0], progress)
+        scores = second_order_scores(model, units, progress, ids=ids, kept=kept, amax=amax, block_rows=table.block[0])
     return Sensitivity(spec, units, scores, "second order", amax)
 
 

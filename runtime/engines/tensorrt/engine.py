@@ -1,4 +1,4 @@
-"""Plans on GPUs: the engine interface over TensorRT's runtime, with weights and states in memory of ours.
+"""Plans on GPUs: the engine interface over TensorRT's runtime; n3c owns the memory of weights and states.
 
 The plans of a GPU read the same buffers: one for each weight, one piece for the states of all sequences, laid out
 as the state plan says. Caches are written in place, as TensorRT's cache layer demands; of every other state there
@@ -150,7 +150,7 @@ class TrtEngine:
         self._broken = False
 
     def _call(self, stages: Sequence[_Loaded], inputs: Mapping[str, Array], row: int | None) -> dict[str, Array]:
-        """Run the stages one behind the other; what passes between them stays on the devices."""
+        """Run the stages one after the other; what passes between them stays on the devices."""
         made: dict[str, tuple[_Loaded, Binding]] = {}
         for stage in stages:
             self._enqueue(stage, inputs, made, row)
