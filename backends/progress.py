@@ -18,7 +18,7 @@ class Progress(Protocol):
 
 
 class _Silent:
-    """Reports that nobody reads."""
+    """Progress that is dropped."""
 
     def phase(self, name: str) -> None:
         """Ignore a phase."""

@@ -103,7 +103,7 @@ class JsonPlaces:
 
 
 def parse_json(text: str, file: str) -> tuple[Mapping[str, object], JsonPlaces]:
-    """Parse a JSON object; raises N3CError (SPEC), located, where the text is none."""
+    """Parse a JSON object; raises N3CError (SPEC), located, where the text is not one."""
     source = Text(text, file)
     try:
         parsed: object = json.loads(text)

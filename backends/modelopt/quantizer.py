@@ -88,7 +88,7 @@ class Outcome:
 
 
 def quantize_checkpoint(job: Job, progress: Progress) -> Outcome:
-    """Make `job.out`; N3CError (exit code 6) where source or output is not as it should be, and then no output."""
+    """Make `job.out`; N3CError (exit code 6), without output, where source or output cannot be used."""
     checkpoint = Checkpoint(job.source)
     config = _source_config(job.source)
     weights = plan_weights(job.program, checkpoint, job.input_scales, job.kv_scales)
@@ -258,7 +258,7 @@ def _decibels(signal: float, noise: float) -> float | None:
 
 
 def _write_files(files: Mapping[str, Mapping[str, Any]], folder: Path, source: Path) -> None:
-    """Write what stands beside the shards: `files`, name → content, and those of the source that are no weights."""
+    """Write what stands beside the shards: `files`, name → content, and the files of the source without weights."""
     for path in sorted(source.iterdir()):
         ours = path.name in _REPLACED or path.name.startswith(".")
         if path.is_file() and not ours and not path.name.endswith(_WEIGHT_FILES):

@@ -88,16 +88,16 @@ class Emitter:
         self._shared: dict[tuple[object, ...], Sequence[onnx.Value]] = {}
 
     def bind(self, value: Value, made: onnx.Value) -> None:
-        """Let `made` stand for `value`."""
+        """Bind the ONNX value `made` to the IR value `value`."""
         self._values[id(value)] = made
 
     def bind_results(self, node: Node, made: Sequence[onnx.Value]) -> None:
-        """Let `made` stand for the results of `node`."""
+        """Bind the ONNX values `made` to the results of `node`."""
         for value, result in zip(node.results, made, strict=True):
             self.bind(value, result)
 
     def bind_weight(self, value: Value, weight: Weight) -> None:
-        """Let a weight that is not dequantized stand for `value`."""
+        """Bind a weight that is not dequantized to `value`."""
         self._weights[id(value)] = weight
 
     def bind_format(self, value: Value, format_: str) -> None:

@@ -37,7 +37,7 @@ class Finding:
 
     @property
     def ok(self) -> bool:
-        """Whether the plan does what the graph asks, or better: without the copy that the graph allows."""
+        """Whether the plan does what the graph asks, or better, without the copy that the graph allows."""
         return self.realised in (self.requested, self.expected)
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """Formats within a budget, and why."""
+    """Formats within a budget, with the scores that decided."""
 
     spec: Spec
     """With the rules that say them."""
@@ -60,7 +60,7 @@ class Chosen:
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """How much every unit is harmed by each format; `within` chooses."""
+    """The harm of each format to every unit; `within` chooses."""
 
     spec: Spec
     units: Sequence[Unit]
