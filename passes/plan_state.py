@@ -1,4 +1,4 @@
-"""plan_state: turn the functions that train into functions that continue from a state, one set an entry point.
+"""plan_state: turn the functions that train into functions that continue from a state, one set for each entry point.
 
 `forward` gives way to what serving calls, each with the tokens that it takes a sequence:
   decode   1                 the calls up to the logits

@@ -55,11 +55,13 @@ class Block:
         return value
 
     def emit(self, op: ops.OpDef, *operands: Value | None, name: str, **attributes: ops.Attribute) -> Value:
+        """Append a node with one result and return that; ValueError where the operands do not fit the op."""
         return self.emit_many(op, *operands, names=[name], **attributes)[0]
 
     def emit_many(
         self, op: ops.OpDef, *operands: Value | None, names: list[str], **attributes: ops.Attribute
     ) -> list[Value]:
+        """Append a node and return its results, one a name; ValueError where the operands do not fit the op."""
         return Builder(self.function, self.function.origin).emit_many(op, *operands, names=names, **attributes)
 
     def norm(self, x: Value, weight: str, role: str = "norm", name: str = "h") -> Value:
