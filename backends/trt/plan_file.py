@@ -123,8 +123,8 @@ def check_plan(
     span = Span(str(plan))
     wrong: Diagnostic | None = None
     if (flavour, version) != (sidecar.flavour, sidecar.version):
-        built, here = (f"{_MODULES[f]} {v}" for f, v in ((sidecar.flavour, sidecar.version), (flavour, version)))
-        wrong = Diagnostic("E0511", f"the plan was built by {built}, here is {here}", span)
+        built, installed = (f"{_MODULES[f]} {v}" for f, v in ((sidecar.flavour, sidecar.version), (flavour, version)))
+        wrong = Diagnostic("E0511", f"the plan was built by {built}, here is {installed}", span)
     elif sm not in sidecar.sms:
         title = f" ({TARGETS[sm].title})" if sm in TARGETS else ""
         wrong = Diagnostic("E0512", f"the plan is for SM {named(sidecar.sms)}, this GPU is SM {sm}{title}", span)
