@@ -1,1 +1,1 @@
-"""Backends turn a program into files: torch, onnx, trt, safetensors; reference evaluates it."""
+"""Backends emit and read files: PyTorch code, ONNX graphs, TensorRT plans, checkpoints."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
-"""What file systems without locks answer."""
+"""Error numbers of file systems without locks."""
 
 
 class HeldError(Exception):

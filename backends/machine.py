@@ -1,4 +1,4 @@
-"""What this machine has, wherever Python runs: cores and memory. None where the system does not tell."""
+"""Cores and memory of this machine; None for memory that the system does not tell."""
 
 from __future__ import annotations
 

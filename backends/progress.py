@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """What long work reports to."""
+    """The interface that long work reports to."""
 
     def phase(self, name: str) -> None:
         """Report that the phase `name` begins."""
@@ -18,7 +18,7 @@ class Progress(Protocol):
 
 
 class _Silent:
-    """Reports that nobody reads."""
+    """Progress that is dropped."""
 
     def phase(self, name: str) -> None:
         """Ignore a phase."""

@@ -1,4 +1,4 @@
-"""What building plans takes: with the layers of a model, and for whole models with all entry points."""
+"""Time and memory of building plans: by the layers of a model, and for whole models with all entry points."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Task:
-    """What one process measures."""
+    """The measurement of one process."""
 
     size: str
     work: str  # of WORKS

@@ -7,7 +7,7 @@ from typing import Literal
 from n3c.runtime.options import Argument, Needs, Option
 
 Target = Literal["torch", "onnx", "trt"]
-"""What a spec is compiled to."""
+"""The target that a spec is compiled to."""
 
 FOR_PLANS = Needs("target", ("trt", None))
 """Without a target (`n3c check`) all of them are meant."""

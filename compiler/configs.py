@@ -16,15 +16,20 @@ from n3c.specs.schema import Spec
 
 
 @dataclass(frozen=True, slots=True)
-class ImportedConfig:
-    """A spec that was a config."""
+class _Converted:
+    """A spec, and the text that a conversion gave."""
 
     spec: Spec
     text: str
-    """The spec as TOML."""
+    """The spec as TOML, or the config as JSON."""
     out: Path | None
-    """Where it was written."""
+    """Where the text was written."""
     warnings: tuple[Diagnostic, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ImportedConfig(_Converted):
+    """A spec made from a config, and its TOML text."""
 
     def as_json(self) -> dict[str, Any]:
         """Return the form of `n3c import --json`."""
@@ -38,16 +43,10 @@ class ImportedConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class ExportedConfig:
-    """A config that was a spec."""
+class ExportedConfig(_Converted):
+    """A config made from a spec, and its JSON text."""
 
-    spec: Spec
     config: dict[str, Any]
-    text: str
-    """The config as JSON."""
-    out: Path | None
-    """Where it was written."""
-    warnings: tuple[Diagnostic, ...]
 
     def as_json(self) -> dict[str, Any]:
         """Return the form of `n3c export-config --json`."""
@@ -98,4 +97,4 @@ def export_config(
     text = config_text(read)
     if out is not None:
         write_text(out, text)
-    return ExportedConfig(read, exported(read), text, out, tuple(warnings))
+    return ExportedConfig(read, text, out, tuple(warnings), exported(read))

@@ -30,6 +30,8 @@ class ExitCode(IntEnum):
 
 
 class Severity(Enum):
+    """How serious a diagnostic is: only errors fail a command."""
+
     ERROR = "error"
     WARNING = "warning"
     NOTE = "note"

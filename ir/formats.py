@@ -21,13 +21,13 @@ E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 
 INPUT_SCALE = ".input_scale"
-"""Behind the name of a linear: the scale of what it reads, float32."""
+"""After the name of a linear: the scale of what it reads, float32."""
 CACHE_SCALES = (".k_scale", ".v_scale")
-"""Behind the names of k_proj and v_proj: the scales of an FP8 cache, float32."""
+"""After the names of k_proj and v_proj: the scales of an FP8 cache, float32."""
 
 
 class Covers(Enum):
-    """What one element of a stored tensor stands for."""
+    """How many weights one element of a stored tensor belongs to."""
 
     WEIGHT = "one weight"
     BLOCK = "NVFP4_BLOCK weights along K"
@@ -41,7 +41,7 @@ class Part:
     name: str
     """`codes`, `scale` or `scale_2`."""
     suffix: str
-    """Behind the name of the weight."""
+    """After the name of the weight."""
     dtype: DType
     covers: Covers
 

@@ -338,7 +338,7 @@ def causal_conv1d_update(
     """causal_conv1d of the tokens that follow a window, and the window after the first `counts` of them.
 
     x [B, S, X], window [B, X, W - 1] (the last W - 1 inputs, oldest first), counts i64 [B] in 0…S, S where
-    left out → [B, S, X], window. What comes behind the counted tokens does not change the window.
+    left out → [B, S, X], window. What comes after the counted tokens does not change the window.
     """
     causal_conv1d.infer([x, weight, bias], {})
     width = weight.dims[-1]
@@ -405,7 +405,7 @@ def ssd_update(
 ) -> Types:
     """Continue ssd from a state, and return the state after the first `counts` tokens: h as [B, H, P, N].
 
-    counts i64 [B] in 0…S, S where left out. A token behind them has δ = 0, so it leaves h as it is; its y
+    counts i64 [B] in 0…S, S where left out. A token after them has δ = 0, so it leaves h as it is; its y
     is of no use. In pieces of `chunk_size` tokens, with cᵢ = Σⱼ≤ᵢ δⱼ A:
     y[s] = exp(cₛ) h C[s] + Σᵢ≤ₛ exp(cₛ - cᵢ) δᵢ (C[s]·B[i]) x[i] + D x[s];
     h' = exp(c) h + Σᵢ exp(c - cᵢ) δᵢ x[i] ⊗ B[i].
@@ -474,7 +474,7 @@ def cached_attention(
     """Attend with token s of sequence b to the positions 0…lengths[b] + s of the caches.
 
     q [B, S, J·Z], caches [B, Y, C, Z], which hold the new tokens already, lengths i64 [B]: tokens before
-    them → [B, S, J·Z]. key_positions i64 [end] = 0…end - 1 with lengths[b] + S ≤ end ≤ C: positions behind
+    them → [B, S, J·Z]. key_positions i64 [end] = 0…end - 1 with lengths[b] + S ≤ end ≤ C: positions after
     it are not read, so that the cost follows end. What an FP8 cache holds is multiplied with its scale.
     """
     _require(k_cache == v_cache, f"caches {k_cache} and {v_cache} differ")

@@ -1,4 +1,4 @@
-"""Programs: one function a distinct block, the sequence of calls that makes a model of them, its tables.
+"""Programs: a function for each distinct block, the calls that make a model of them, and their tables.
 
     Program
       functions     name → Function: SSA over typed values; every layer of one shape shares one
@@ -46,7 +46,7 @@ class Value:
 
     @property
     def stored(self) -> list[Value]:
-        """What holds this weight: codes, then scales, where it is dequantized; else itself."""
+        """The values that hold this weight: codes, then scales, where it is dequantized; else itself."""
         if self.node is None or self.node.op not in DEQUANTIZE:
             return [self]
         return [operand for operand in self.node.operands if operand is not None]
@@ -167,13 +167,13 @@ class Parameter:
 
     @property
     def memory(self) -> str:
-        """What tells parameters of the same bytes: the source, whatever type the bytes are bound as."""
+        """The key that parameters of the same bytes share: the source, whatever type the bytes are bound as."""
         return str(self.source.operand if isinstance(self.source, Bytes) else self.source)
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What a request keeps between tokens. The dim `B` counts sequences, `S` the tokens of a call that wait."""
+    """A tensor that a request keeps between tokens. `B` counts sequences, `S` the pending tokens of a call."""
 
     name: str
     type: TensorType

@@ -1,4 +1,4 @@
-"""The builder: nodes are added to a function at an insertion point, and take the place of others."""
+"""The builder adds nodes to a function at an insertion point and replaces nodes by others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NUMBER = re.compile(r"_\d+$")
 
 @dataclass(slots=True)
 class Builder:
-    """Adds nodes of one origin to a function, one behind the other, in front of a node or at the end."""
+    """Adds nodes of one origin to a function in order, in front of a node or at the end."""
 
     function: Function
     origin: Origin
@@ -26,11 +26,11 @@ class Builder:
         return cls(function, node.origin.by(made_by), node)
 
     def emit(self, op: OpDef, *operands: Value | None, name: str, **attributes: Attribute) -> Value:
-        """Add a node with one result and return that; ValueError where it does not type."""
+        """Add a node with one result and return that; ValueError where the operands do not fit the op."""
         return self.emit_many(op, *operands, names=[name], **attributes)[0]
 
     def emit_many(self, op: OpDef, *operands: Value | None, names: list[str], **attributes: Attribute) -> list[Value]:
-        """Add a node and return its results, one a name; ValueError where it does not type.
+        """Add a node and return its results, one a name; ValueError where the operands do not fit the op.
 
         Optional operands at the end may be left out. A name that is taken gets a number.
         """
@@ -65,7 +65,7 @@ class Builder:
         self.function.nodes.remove(node)
 
     def _fresh(self, name: str, others: list[Value]) -> str:
-        """Return `name`, with one number behind its base where it is taken: `xbc_1` becomes `xbc_2`, not `xbc_1_1`."""
+        """Return `name`, with one number after its base where it is taken: `xbc_1` becomes `xbc_2`, not `xbc_1_1`."""
         taken = {value.name for value in (*self.function.values(), *others)}
         candidate, n = name, 1
         while candidate in taken:

@@ -89,7 +89,7 @@ class Bytes:
 
 @dataclass(frozen=True, slots=True)
 class Dequantized:
-    """What quantized codes mean, in float32: the exact product of codes and scales."""
+    """A weight dequantized to float32: the exact product of codes and scales."""
 
     codes: Nvfp4 | Fp8
 
@@ -120,20 +120,27 @@ class CacheScale:
 Source = Tensor | Stack | Concat | NegExp | Nvfp4 | Fp8 | Bytes | Dequantized | Rounded | CacheScale
 
 
-def tensor_names(source: Source) -> Iterator[str]:
-    """Yield the checkpoint tensors that `source` needs, in order."""
+def leaves(source: Source) -> Iterator[Tensor | Stack]:
+    """Yield what `source` reads of the checkpoint, in order; a cache scale is optional there and left out."""
     match source:
-        case Tensor(name):
-            yield name
-        case Stack(pattern, count):
-            for i in range(count):
-                yield pattern.replace("*", str(i))
+        case Tensor() | Stack():
+            yield source
         case Concat(parts):
             for part in parts:
-                yield from tensor_names(part)
+                yield from leaves(part)
         case NegExp(operand) | Nvfp4(operand) | Fp8(operand) | Bytes(operand) | Rounded(operand):
-            yield from tensor_names(operand)
+            yield from leaves(operand)
         case Dequantized(codes):
-            yield from tensor_names(codes)
+            yield from leaves(codes)
         case CacheScale():
-            return  # a checkpoint may do without
+            return
+
+
+def tensor_names(source: Source) -> Iterator[str]:
+    """Yield the checkpoint tensors that `source` needs, in order."""
+    for leaf in leaves(source):
+        match leaf:
+            case Tensor(name):
+                yield name
+            case Stack(pattern, count):
+                yield from (pattern.replace("*", str(i)) for i in range(count))

@@ -1,4 +1,4 @@
-"""Text for people: what a terminal would obey, or show in another order, is spelled out instead."""
+"""Escaping of text for people: characters that a terminal would obey or reorder are spelled out."""
 
 from __future__ import annotations
 

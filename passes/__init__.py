@@ -1,1 +1,1 @@
-"""One pass a file; pipelines are short tuples in `pipelines.py`."""
+"""Passes rewrite programs, one pass a file; `pipelines.py` has their order."""

@@ -1,4 +1,4 @@
-"""What a pass is, and how passes run.
+"""The interface of a pass, and `run_pipeline`, which runs passes in order.
 
 A pass is a frozen dataclass: its fields are its options, `run` rewrites a valid program into a valid
 program and returns whether it changed anything. It knows nothing of dumping, timing or verifying:

@@ -1,4 +1,4 @@
-"""cleanup: drop what nobody needs and compute equal things once.
+"""cleanup: remove dead code and common subexpressions.
 
 Pattern: nodes of a function without readers; two nodes with the same op, operands and attributes;
 functions, calls, parameters and states that no entry point reaches. Last in a pipeline: others leave

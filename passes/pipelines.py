@@ -1,4 +1,4 @@
-"""The serving pipeline, and every pass that there is.
+"""The passes in the order in which they run, each with the reason for its place.
 
 `lower` makes the program of a spec. Training runs no pass: generated code carries its own numerics. What is
 deployed goes through the passes of `SERVING`, in this order.
@@ -37,7 +37,7 @@ SERVING: Mapping[type[Pass], Callable[[Spec, Collection[DType]], Pass]] = {
 """Pass → how it is made of a spec and the types that the target lacks."""
 
 STAGES = ("lower", *(pass_.name for pass_ in SERVING))
-"""What a program goes through on the way to serving, in order."""
+"""Names of the stages of the serving pipeline, in order."""
 
 ELSEWHERE: tuple[type[Pass], ...] = (Widen,)
 """Passes in no pipeline: what runs the float32 form of a program applies them to a copy."""

@@ -1,4 +1,4 @@
-"""plan_state: turn the functions that train into functions that continue from a state, one set an entry point.
+"""plan_state: turn the functions that train into functions that continue from a state, one set for each entry point.
 
 `forward` gives way to what serving calls, each with the tokens that it takes a sequence:
   decode   1                 the calls up to the logits
@@ -76,7 +76,7 @@ class _Serving:
         """The calls of the first step of multi-token prediction."""
         hidden = self.originals[self.head.function].inputs[0].type
         self.inputs = {"input_ids": IDS, "following_ids": IDS, **INPUTS, self.hidden: hidden}
-        """What entry points may take, in this order."""
+        """Inputs that entry points may have, in this order."""
 
     def decode(self) -> None:
         self.file("decode", 1, [self.continued(call, "decode") for call in self.trunk], [self.logits])
@@ -108,7 +108,7 @@ class _Serving:
         self.file("draft", 1, calls, ["logits", "next_hidden"])
 
     def file(self, name: str, tokens: int, calls: list[Call], outputs: list[str]) -> None:
-        """File an entry point; its inputs are what its calls read and none of them gives."""
+        """Add an entry point; its inputs are the values that its calls read and none of them computes."""
         read = {value for call in calls for value in call.inputs} - {value for call in calls for value in call.outputs}
         inputs = {value: type_ for value, type_ in self.inputs.items() if value in read}
         self.program.entry_points[name] = EntryPoint(name, inputs, calls, outputs, tokens)
@@ -170,10 +170,10 @@ class _Serving:
         return name
 
     def stateful(self, function: Function, mode: Mode) -> Function:
-        """Return the form of `function` for `mode`; one without memory is its own."""
+        """Return the form of `function` for `mode`: a copy of it where it has no memory."""
         memory = memory_ops(function)
         if mode == "verify" and memory <= {ops.attention}:
-            mode = "decode"  # what is written into a cache behind its length is as if it never was
+            mode = "decode"  # what is written beyond the length of a cache is never read
         name = function.name if mode == "decode" or not memory else f"{function.name}.{mode}"
         if name not in self.functions:
             twin = self.functions[name] = function.clone(name)

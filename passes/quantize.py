@@ -59,7 +59,7 @@ def linear_parameters(program: Program) -> set[str]:
 
 
 def _weights_of_linears(function: Function) -> list[bool | None]:
-    """Return for each formal parameter whether only linears read it, as their weight; None: nobody reads it."""
+    """Return for each formal parameter whether only linears read it, as their weight; None: no node does."""
     kinds: list[bool | None] = []
     for formal in function.parameters:
         readers = [

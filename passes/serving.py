@@ -1,4 +1,4 @@
-"""From a spec to the program that is served: lowering and the serving pipeline."""
+"""`serve` makes the program of serving from a spec: lowering, then the serving pipeline."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .training_formats import require_training_rules
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A program with the entry points of serving, and what the passes said."""
+    """A program with the entry points of serving, its state plan, and the reports of the passes."""
 
     program: Program
     plan: StatePlan

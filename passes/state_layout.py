@@ -50,12 +50,12 @@ class StatePlan:
 
     @property
     def bytes_per_request(self) -> int:
-        """What does not grow with context: SSM states and convolution windows."""
+        """Bytes that do not grow with context: SSM states and convolution windows."""
         return self.ssm_bytes + self.conv_bytes
 
     @property
     def copies_bytes(self) -> int:
-        """What one full copy of SSM states and windows for each drafted token would take."""
+        """Bytes that a full copy of SSM states and windows for each drafted token would take."""
         return self.draft_tokens * self.bytes_per_request
 
     def bytes_at(self, context: int) -> int:
@@ -114,24 +114,32 @@ def state_plan(program: Program, max_seq_len: int) -> StatePlan:
     for state in program.states.values():
         type_ = state.type.bind({"B": 1, "S": tokens})
         shape = type_.static_dims[1:]
-        users = tuple(e.name for e in program.entry_points.values() if any(state.name in c.states for c in e.calls))
-        strides = _strides(shape, type_.dtype.bits // 8)
-        dtype = type_.dtype.value
+        entries = program.entry_points.values()
         planned.append(
-            PlannedState(state.name, state.kind, state.layer, dtype, shape, type_.bytes, end, strides, users)
+            PlannedState(
+                name=state.name,
+                kind=state.kind,
+                layer=state.layer,
+                dtype=type_.dtype.value,
+                shape=shape,
+                bytes=type_.bytes,
+                offset=end,
+                strides=_strides(shape, type_.dtype.bits // 8),
+                entries=tuple(e.name for e in entries if any(state.name in c.states for c in e.calls)),
+            )
         )
         totals["mtp" if state.kind == "kv" and state.layer > last else state.kind] += type_.bytes
         end += -(-type_.bytes // ALIGNMENT) * ALIGNMENT
     return StatePlan(
-        tuple(planned),
-        max_seq_len,
-        tokens - 1,
-        end,
-        totals["kv"] // max_seq_len,
-        totals["mtp"] // max_seq_len,
-        totals["ssm"],
-        totals["conv"],
-        totals["pending"],
+        states=tuple(planned),
+        max_seq_len=max_seq_len,
+        draft_tokens=tokens - 1,
+        total_bytes=end,
+        kv_bytes_per_token=totals["kv"] // max_seq_len,
+        mtp_kv_bytes_per_token=totals["mtp"] // max_seq_len,
+        ssm_bytes=totals["ssm"],
+        conv_bytes=totals["conv"],
+        pending_bytes=totals["pending"],
     )
 
 

@@ -1,9 +1,9 @@
-"""widen: everything in float32, for a runtime that knows no narrow type (ONNX Runtime on a CPU, PyTorch).
+"""widen: compute everything in float32, for a runtime without narrow types (ONNX Runtime on a CPU, PyTorch).
 
 Pattern: `dequantize_*` nodes give way to parameters that hold the dequantized weight; every other
 parameter and every state that is stored in a narrower type becomes float32. The numbers are those of
-the quantized weights, exactly; states are not rounded. In no pipeline: who needs the float32 form of a
-program runs it on that, or on a copy (`Program.extract`).
+the quantized weights, exactly; states are not rounded. In no pipeline: the float32 form of a
+program is made of it, or of a copy (`Program.extract`), where it is needed.
 """
 
 from __future__ import annotations

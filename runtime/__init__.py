@@ -1,4 +1,4 @@
-"""What runs a build, as a Python API: `load` to generate with it, `verify` to compare its implementations."""
+"""The Python API that runs a build: `load` opens it to generate, `verify` compares its implementations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MODULES = {"load": "generation.model", "verify": "verification.run"}
 
 
 def imported(package: str, modules: dict[str, str], name: str) -> object:
-    """Import `package`.`modules[name]` and return its `name`; AttributeError where there is none."""
+    """Import `package`.`modules[name]` and return its `name`; AttributeError for an unknown name."""
     if name not in modules:
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
     from importlib import import_module

@@ -20,7 +20,7 @@ _REBUILD = "build it again (`n3c build`), into the same or another directory"
 
 @dataclass(frozen=True, slots=True)
 class OpenedBuild:
-    """A build whose files are whole."""
+    """A build that was opened: its files are complete and unaltered."""
 
     out: Path
     spec: Spec
@@ -33,7 +33,7 @@ class OpenedBuild:
 
 
 def open_build(out: Path) -> OpenedBuild:
-    """Read a build. N3CError (exit code 6) where it is none, or where a file is missing, truncated or altered."""
+    """Read a build. N3CError (exit code 6) where it is not one, or a file is missing, truncated or altered."""
     if not out.is_dir():
         raise out_error("E0601", "not a directory", out)
     manifest = read_manifest(out)
@@ -52,7 +52,7 @@ def open_build(out: Path) -> OpenedBuild:
 
 
 def _plain(data: object) -> object:
-    """Return what JSON makes of `data`."""
+    """Return `data` as it is after writing and reading JSON."""
     return json.loads(json.dumps(data))
 
 

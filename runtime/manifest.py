@@ -18,7 +18,7 @@ def out_error(code: str, message: str, path: Path, help: str | None = None) -> N
 
 
 def read_manifest(out: Path) -> dict[str, Any] | None:
-    """Return the manifest of a build, or None where there is none that n3c wrote."""
+    """Return the manifest of a build, or None without one that n3c wrote."""
     try:
         data: object = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

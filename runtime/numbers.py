@@ -1,4 +1,4 @@
-"""Numbers that a user gives, and what they may be."""
+"""Bounds of numbers that a user gives."""
 
 from __future__ import annotations
 

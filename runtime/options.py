@@ -29,7 +29,7 @@ class Needs:
     values: tuple[object, ...] = ()
     test: Callable[[Any], bool] | None = None
     said: str = ""
-    """What `test` asks for."""
+    """The condition of `test`, as a message states it."""
 
     def met(self, value: object) -> bool:
         """Whether the value of the parameter is one that is needed."""
@@ -78,7 +78,7 @@ class Parameter:
     hint: Any
     """Its type, without None."""
     default: object
-    """`inspect.Parameter.empty` where there is none."""
+    """`inspect.Parameter.empty` for a parameter without a default."""
     required: bool
     """Whether there is neither a default nor None."""
     described: Option | Argument

@@ -1,4 +1,4 @@
-"""The form of a block kind's record: what n3c knows of a kind besides how it computes."""
+"""The record of a block kind: what n3c knows of a kind besides how it computes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Say = Callable[[str, str, str, str | None], None]
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """A module with a weight: its role, and its name in released checkpoints behind `….mixer.`."""
+    """A module with a weight: its role, and its name in released checkpoints after `….mixer.`."""
 
     role: str
     name: str
@@ -24,14 +24,14 @@ class Module:
     count: str | None = None
     """A key of the table: how many modules `name` stands for; else it is one."""
     linear: bool = True
-    """Whether a linear multiplies with its weight; what is none has no format but that of the model."""
+    """Whether the module is a linear; a weight of any other keeps the type of the model."""
     megatron: str | None = None
     """The glob that names it in Megatron-core's recipes; None: they give it no format."""
 
 
 @dataclass(frozen=True, slots=True)
 class ConfigKey:
-    """What a nemotron_h config.json calls a key of the table."""
+    """The name of a key of the table in a nemotron_h config.json."""
 
     key: str
     name: str
@@ -43,16 +43,16 @@ class ConfigKey:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockKind:
-    """What one residual block does. Kinds are compared by identity: there is one record each."""
+    """A kind of residual block. Kinds are compared by identity: there is one record for each."""
 
     symbol: str
     """Its symbol in patterns."""
     name: str
     """Its function in the IR, and its template."""
     title: str
-    """What messages call it."""
+    """Its name in messages."""
     legend: str
-    """What generated code calls it."""
+    """Its name in comments of generated code."""
     class_name: str
     """Its mixer in generated code."""
     table: str

@@ -1,4 +1,4 @@
-"""What the keys of a spec say of each other. Every check looks only at values that could be read."""
+"""Checks between the keys of a spec. Each looks only at values that could be read."""
 
 from __future__ import annotations
 

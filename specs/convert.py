@@ -1,4 +1,4 @@
-"""Configs and checkpoint folders to specs, and specs to config texts."""
+"""Conversion of configs and checkpoint folders to specs, and of specs to configs."""
 
 from __future__ import annotations
 

@@ -66,17 +66,17 @@ class JsonPlaces:
 
     def _scan(self) -> None:
         """Walk the tokens of text that the json module has accepted."""
-        opened: list[tuple[Path, int]] = []  # around here: the path, and the index in an array (-1: in an object)
+        opened: list[tuple[Path, int]] = []  # what is open: its path, and the index in an array (-1: in an object)
         path: Path = ()
         key, index = (0, 0), -1
         expect_key = False
         for found in _TOKEN.finditer(self.text.text):
             token, start, end = found.group(1), found.start(1), found.end(1)
-            here: Path = (*path, index) if index >= 0 else path
+            at: Path = (*path, index) if index >= 0 else path
             if token in "{[":
                 opened.append((path, index))
-                self._entries[here] = ((key if index < 0 else (start, start + 1)), (start, start + 1))
-                path, index = here, -1 if token == "{" else 0
+                self._entries[at] = ((key if index < 0 else (start, start + 1)), (start, start + 1))
+                path, index = at, -1 if token == "{" else 0
                 expect_key = token == "{"
             elif token in "}]":
                 if not opened:
@@ -97,13 +97,13 @@ class JsonPlaces:
                     self.duplicate = (name, self.text.span(start, end))
                 path, key = (*path, name), (start, end)
             else:
-                self._entries[here] = ((key if index < 0 else (start, end)), (start, end))
+                self._entries[at] = ((key if index < 0 else (start, end)), (start, end))
                 if index < 0 and path:
                     path = path[:-1]
 
 
 def parse_json(text: str, file: str) -> tuple[Mapping[str, object], JsonPlaces]:
-    """Parse a JSON object; raises N3CError (SPEC), located, where the text is none."""
+    """Parse a JSON object; raises N3CError (SPEC), located, where the text is not one."""
     source = Text(text, file)
     try:
         parsed: object = json.loads(text)

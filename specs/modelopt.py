@@ -42,7 +42,7 @@ class QuantizationError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """What a quantization config says."""
+    """A quantization config, read."""
 
     table: dict[str, Any]
     """The [quantization] table, as plain values."""

@@ -13,7 +13,7 @@ from .places import Path, Places, Text, dotted, shown, window
 from .toml_places import scan_string
 
 FILE = "--set"
-"""What stands for the file in the place of a value from the command line."""
+"""The file name in the place of a value from the command line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,19 +119,19 @@ def _value(typed: str) -> object:
 
 def _put(raw: dict[str, object], parts: Sequence[str], value: object) -> tuple[tuple[str, str | None] | None, Path]:
     """Store `value` below `raw`; return (message, help) where the path leads nowhere, and the path."""
-    here: object = raw
+    reached: object = raw
     path: Path = ()
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
-        if isinstance(here, dict):
-            table = cast("dict[str, object]", cast("object", here))
+        if isinstance(reached, dict):
+            table = cast("dict[str, object]", cast("object", reached))
             path += (part,)
             if last:
                 table[part] = value
             else:
-                here = table.setdefault(part, {})
-        elif isinstance(here, list):
-            entries = cast("list[object]", here)
+                reached = table.setdefault(part, {})
+        elif isinstance(reached, list):
+            entries = cast("list[object]", reached)
             if not (part.isascii() and part.isdecimal()) or len(part) > 9 or int(part) >= len(entries):
                 message = f"`{shown(dotted(path))}` has no entry `{shown(part)}`"
                 return (message, f"it has entries 0 to {len(entries) - 1}" if entries else "it is empty"), path
@@ -139,7 +139,7 @@ def _put(raw: dict[str, object], parts: Sequence[str], value: object) -> tuple[t
             if last:
                 entries[int(part)] = value
             else:
-                here = entries[int(part)]
+                reached = entries[int(part)]
         else:
             return (f"`{shown(dotted(path))}` is a value: it has no `{shown(part)}`", None), path
     return None, path

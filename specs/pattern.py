@@ -130,7 +130,7 @@ def _parse(text: str) -> Pattern:
 
 
 def _count(text: str, start: int) -> tuple[int, int]:
-    """Return the repetition that begins at `start` (1 where there is none) and where it ends."""
+    """Return the repetition count that begins at `start` (1 without digits) and where it ends."""
     end = start
     while end < len(text) and text[end] in "0123456789":
         end += 1

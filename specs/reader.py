@@ -133,10 +133,10 @@ class _Reader:
         self.unknown(table, fields, path)
         values: dict[str, Any] = {}
         for name, (hint, metadata, required) in fields.items():
-            here = (*path, name)
+            place = (*path, name)
             if name in table:
-                self.given.append(here)
-                value = self.value(plain(hint), table[name], here, metadata)
+                self.given.append(place)
+                value = self.value(plain(hint), table[name], place, metadata)
             elif required:
                 what = f"table [{name}]" if name in _homes() else f"key `{name}`"
                 where = f" in {_title(path)}" if path else ""
@@ -147,7 +147,7 @@ class _Reader:
                 value = next(field.default for field in dataclasses.fields(cls) if field.name == name)
             values[name] = value
             if value is not _BAD:
-                self.values[dotted(here)] = value
+                self.values[dotted(place)] = value
         return None if any(value is _BAD for value in values.values()) else values
 
     def unknown(self, table: Mapping[str, object], fields: Iterable[str], path: Path) -> None:

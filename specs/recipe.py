@@ -1,4 +1,4 @@
-"""The published recipe: the formats of a model whose config or spec gives none, as rules to be read.
+"""The published recipe: the formats of a model for which neither config nor spec gives any, as rules.
 
 It is ModelOpt's for Nemotron 3 (modelopt_recipes/models/nvidia/…/ptq of nvidia-modelopt 0.47: Super, Ultra,
 Nano): routed experts in 4 bits, and so dense MLPs, which it does not know; Mamba projections and shared experts in
@@ -20,7 +20,7 @@ from .rules_table import role_globs
 from .schema import Format, Quantization, Rule, Spec
 
 DEFAULT = Quantization(format="nvfp4", block=(1, 16))
-"""What is asked for where nothing says otherwise, before exclusions."""
+"""The formats that are asked for by default, before exclusions."""
 
 SENSITIVE = ("attention.*", "moe.latent_*", "mtp.*", "lm_head")
 """BF16, as what is no linear's and routers are."""
@@ -38,7 +38,7 @@ class Recipe:
 
     table: Quantization
     names: tuple[str, ...]
-    """What each rule of the table is, in words for the ledger."""
+    """The reason for each rule of the table, as the ledger states it."""
 
     @property
     def names_by_path(self) -> dict[str, str]:

@@ -1,7 +1,7 @@
-"""Which rule decides the format of a weight: one engine for [quantization] and [training].
+"""The rules that decide the format of each weight: one engine for [quantization] and [training].
 
-The default is that of every linear. Rules are read top-down and the last that matches decides; a weight that is
-no linear's is decided only by a rule that names it, not by a wildcard.
+Rules are read top-down, and the last that matches decides. A linear that no rule matches has the default
+format. A weight that belongs to no linear is decided only by a rule that names it, not by a wildcard.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Table = Literal["quantization", "training"]
 
 
 class Weight(Protocol):
-    """What a rule sees of a weight."""
+    """The properties of a weight that a rule selects by."""
 
     @property
     def name(self) -> str:
@@ -117,7 +117,7 @@ class FormatRules:
         ]
 
     def annotated(self, notes: Mapping[str, str]) -> FormatRules:
-        """Return the same rules with `notes` (path of a rule → words) behind their paths, as the ledger tells them."""
+        """Return the same rules with `notes` (path of a rule → words) after their paths, as the ledger tells them."""
         rules = (
             replace(rule, path=f"{rule.path} ({notes[rule.path]})") if rule.path in notes else rule
             for rule in self.exceptions

@@ -33,7 +33,7 @@ LAYERS = r"all|[0-9]+|[0-9]+\.\.[0-9]+|first [0-9]+|last [0-9]+|before attention
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """[model]: the residual stream and what is at both its ends."""
+    """[model]: the residual stream, embedding and head."""
 
     hidden_size: int = key("Width of the residual stream.", minimum=1, maximum=WIDTH)
     vocab_size: int = key("Rows of the embedding and of the head.", minimum=1, maximum=1 << 24)
@@ -92,7 +92,7 @@ class Training:
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """[serving]: what the plans are made for."""
+    """[serving]: batch sizes, lengths and state types of plans."""
 
     batch_sizes: tuple[int, ...] = key("One static decode plan each.", default=(1,), minimum=1, maximum=COUNT)
     max_seq_len: int = key(

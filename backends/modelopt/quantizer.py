@@ -47,7 +47,7 @@ _REPLACED = ("config.json", "hf_quant_config.json", LEDGER)
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to quantize, and how."""
+    """A checkpoint to quantize, and how."""
 
     source: Path
     out: Path
@@ -75,7 +75,7 @@ class Job:
 
 @dataclass(slots=True)
 class Outcome:
-    """What was made."""
+    """The result of a run."""
 
     out: Path
     finished: bool
@@ -88,7 +88,7 @@ class Outcome:
 
 
 def quantize_checkpoint(job: Job, progress: Progress) -> Outcome:
-    """Make `job.out`; N3CError (exit code 6) where source or output is not as it should be, and then no output."""
+    """Make `job.out`; N3CError (exit code 6), without output, where source or output cannot be used."""
     checkpoint = Checkpoint(job.source)
     config = _source_config(job.source)
     weights = plan_weights(job.program, checkpoint, job.input_scales, job.kv_scales)
@@ -109,7 +109,13 @@ def quantize_checkpoint(job: Job, progress: Progress) -> Outcome:
                 return outcome
             progress.phase("check the result")
             outcome.ledger = _ledger(shards, done)
-            _write_files(job, config, weights, shards, work.result, mark, outcome.ledger)
+            files = {
+                "config.json": config_json(config, job.exported, weights, job.kv_cache),
+                "hf_quant_config.json": hf_quant_config(weights, job.kv_cache),
+                INDEX: index_json(shards),
+                LEDGER: {"schema": 1, "plan": mark, "search": job.search, "weights": outcome.ledger},
+            }
+            _write_files(files, work.result, job.source)
             outcome.checked = check(checkpoint, Checkpoint(work.result), shards)
             work.finish()
         except N3CError as error:
@@ -152,7 +158,16 @@ def _make(
             state = done[shard.file]
             if state.weights < len(shard.weights):
                 path = work.result / shard.file
-                make_shard(shard, path, state, quantizer, journal, pool, wrote, job.journal_bytes)
+                make_shard(
+                    shard,
+                    path,
+                    state,
+                    quantizer,
+                    journal=journal,
+                    pool=pool,
+                    progress=wrote,
+                    journal_bytes=job.journal_bytes,
+                )
             else:
                 wrote(shard.size)
     return done
@@ -242,25 +257,12 @@ def _decibels(signal: float, noise: float) -> float | None:
     return round(10 * math.log10(signal / noise), 3) if signal > 0 and noise > 0 else None
 
 
-def _write_files(
-    job: Job,
-    config: Mapping[str, Any],
-    weights: Sequence[Weight],
-    shards: Sequence[Shard],
-    folder: Path,
-    mark: str,
-    ledger: Sequence[Mapping[str, Any]],
-) -> None:
-    for path in sorted(job.source.iterdir()):
+def _write_files(files: Mapping[str, Mapping[str, Any]], folder: Path, source: Path) -> None:
+    """Write what stands beside the shards: `files`, name → content, and the files of the source without weights."""
+    for path in sorted(source.iterdir()):
         ours = path.name in _REPLACED or path.name.startswith(".")
         if path.is_file() and not ours and not path.name.endswith(_WEIGHT_FILES):
             shutil.copyfile(path, folder / path.name)
-    files: dict[str, Mapping[str, Any]] = {
-        "config.json": config_json(config, job.exported, weights, job.kv_cache),
-        "hf_quant_config.json": hf_quant_config(weights, job.kv_cache),
-        INDEX: index_json(shards),
-        LEDGER: {"schema": 1, "plan": mark, "search": job.search, "weights": ledger},
-    }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8", newline="\n")
         with (folder / name).open("rb") as file:

@@ -1,4 +1,4 @@
-"""What an engine's inputs and outputs are: the rows of bindings.json."""
+"""Bindings: the inputs and outputs of an engine, which are the rows of bindings.json."""
 
 from __future__ import annotations
 

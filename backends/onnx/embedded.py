@@ -90,13 +90,13 @@ def embed(entry: OnnxEntry, weights: WeightsFile) -> None:
 
 
 class _Front:
-    """Nodes that are made first, in order; nodes that read weights go behind them."""
+    """Nodes that are made first, in order; nodes that read weights go after them."""
 
     def __init__(self, graph: onnx.Graph) -> None:
         self._graph, self._first = graph, graph[0]
 
     def node(self, op: str, *operands: onnx.Value, name: str, **attributes: int) -> onnx.Value:
-        """Add a node in front of what was there, behind those added before."""
+        """Add a node in front of what was there, after those added before."""
         node = onnx.node(op, operands, attributes, name=name, outputs=[onnx.val(name)])
         self._graph.insert_before(self._first, node)
         return node.outputs[0]

@@ -46,7 +46,7 @@ class OnnxEntry:
     spans: Mapping[str, Span]
     """Label of a call (the first part of its nodes' names) → the spec line of its block."""
     parameters: tuple[Parameter, ...]
-    """What the weights are, in their order: `n3c.backends.safetensors.sources.load` gives the values."""
+    """The parameters of the weights, in their order: `n3c.backends.safetensors.sources.load` gives the values."""
     dynamic_inputs: Mapping[str, tuple[int, int, int]]
     """Inputs of one dim that is chosen at every call → its least, usual and greatest size."""
 
@@ -140,16 +140,16 @@ class _Emission:
             for name in states
         ]
         return OnnxEntry(
-            self.entry.name,
-            self.dims["B"],
-            self.graph.model(PRODUCER),
-            tuple(weights),
-            tuple(arguments),
-            tuple(results),
-            linears_of(program, self.entry, self.dims, wide=self.emitter.wide),
-            self.spans,
-            tuple(parameters),
-            self.dynamic(),
+            name=self.entry.name,
+            batch=self.dims["B"],
+            model=self.graph.model(PRODUCER),
+            weights=tuple(weights),
+            arguments=tuple(arguments),
+            results=tuple(results),
+            linears=linears_of(program, self.entry, self.dims, wide=self.emitter.wide),
+            spans=self.spans,
+            parameters=tuple(parameters),
+            dynamic_inputs=self.dynamic(),
         )
 
     def argument(self, name: str, type_: TensorType, kind: str, source: str, memory: str = "") -> Binding:

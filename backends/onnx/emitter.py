@@ -61,7 +61,7 @@ Rendering = Literal["engine", "float32"]
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What a call wrote into an FP8 cache, for the attention of the same call."""
+    """Rows that a call wrote into an FP8 cache, for the attention of the same call."""
 
     before: onnx.Value
     """The cache as FLOAT8E4M3FN [B, H, M, P], to be read at the places before the call's tokens only."""
@@ -70,7 +70,7 @@ class Rows:
 
 
 class Emitter:
-    """What a spelling works with. `dims` gives each symbolic dim its size."""
+    """The context in which a spelling emits its op. `dims` gives each symbolic dim its size."""
 
     def __init__(
         self, graph: GraphBuilder, dims: dict[str, int], rendering: Rendering = "engine", *, wide: bool = True
@@ -88,16 +88,16 @@ class Emitter:
         self._shared: dict[tuple[object, ...], Sequence[onnx.Value]] = {}
 
     def bind(self, value: Value, made: onnx.Value) -> None:
-        """Let `made` stand for `value`."""
+        """Bind the ONNX value `made` to the IR value `value`."""
         self._values[id(value)] = made
 
     def bind_results(self, node: Node, made: Sequence[onnx.Value]) -> None:
-        """Let `made` stand for the results of `node`."""
+        """Bind the ONNX values `made` to the results of `node`."""
         for value, result in zip(node.results, made, strict=True):
             self.bind(value, result)
 
     def bind_weight(self, value: Value, weight: Weight) -> None:
-        """Let a weight that is not dequantized stand for `value`."""
+        """Bind a weight that is not dequantized to `value`."""
         self._weights[id(value)] = weight
 
     def bind_format(self, value: Value, format_: str) -> None:

@@ -1,4 +1,4 @@
-"""Which form each weight of an entry point gets, told without emitting anything: what `n3c check` prints.
+"""The form of each weight of an entry point, found without emitting anything, for `n3c check`.
 
 Standard library only.
 """

@@ -1,4 +1,4 @@
-"""Which linears an entry point has, and which graph input holds the weight of each: what an audit needs."""
+"""The linears of an entry point, and the graph input that holds the weight of each, for the audit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from math import prod
 from n3c.ir import ops
 from n3c.ir.formats import FORMATS
 from n3c.ir.program import Call, EntryPoint, Node, Parameter, Program, Value
-from n3c.ir.source import Bytes, CacheScale, Concat, Dequantized, Fp8, NegExp, Nvfp4, Rounded, Source, Stack, Tensor
+from n3c.ir.source import Source, Tensor, leaves
 from n3c.ir.types import DType
 
 from .forms import is_matrix_product, rows_of
@@ -72,9 +72,17 @@ def _linears(
     if node.op is ops.expert_linear:
         chosen = node["indices"].type.bind(dims).elements
         selected = chosen * prod(weight.type.static_dims[1:])
-    widened = _widened(parameter, wide) if is_matrix_product(node, dims) else ""
     for name in _modules(parameter.source):
-        yield Linear(name, _format(parameter), parameter.name, selected, total, (n, k), rows_of(node, dims), widened)
+        yield Linear(
+            name,
+            requested=_format(parameter),
+            weight=parameter.name,
+            selected=selected,
+            total=total,
+            shape=(n, k),
+            rows=rows_of(node, dims),
+            widened=_widened(parameter, wide) if is_matrix_product(node, dims) else "",
+        )
 
 
 def _widened(parameter: Parameter, wide: bool) -> str:
@@ -90,16 +98,6 @@ def _format(parameter: Parameter) -> str:
 
 
 def _modules(source: Source) -> Iterator[str]:
-    """Yield the modules whose weights `source` holds."""
-    match source:
-        case Tensor(name) | Stack(name, _):
-            yield name.removesuffix(".weight")
-        case Concat(parts):
-            for part in parts:
-                yield from _modules(part)
-        case NegExp(operand) | Nvfp4(operand) | Fp8(operand) | Bytes(operand) | Rounded(operand):
-            yield from _modules(operand)
-        case Dequantized(codes):
-            yield from _modules(codes)
-        case CacheScale():
-            pass
+    """Yield the modules whose weights `source` holds; `*` stands for every expert."""
+    for leaf in leaves(source):
+        yield (leaf.name if isinstance(leaf, Tensor) else leaf.pattern).removesuffix(".weight")

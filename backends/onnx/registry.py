@@ -1,6 +1,6 @@
-"""Which function spells which op. Ops that are not here have no place in an engine's graph:
+"""The spellings: op → the function that writes it in ONNX.
 
-`causal_conv1d`, `ssd` and `attention` are rewritten by plan_state.
+`causal_conv1d`, `ssd` and `attention` have none: plan_state rewrites them before a graph is emitted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Cut entry points into stages, each of which becomes a plan of its own, on a GPU of its own where one is too small.
+"""Stages: an entry point cut into several plans, which may run on several GPUs where one is too small.
 
 Every entry point is cut at the same layers, so that a stage has one set of weights and states whatever
 runs; what passes from stage to stage is the residual stream, so nothing is lost at a cut but one small

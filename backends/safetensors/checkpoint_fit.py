@@ -1,4 +1,4 @@
-"""Whether a checkpoint belongs to a spec: names, shapes and formats of tensors, and what its config.json says."""
+"""The check that a checkpoint fits a spec: names, shapes and formats of tensors, and its config.json."""
 
 from __future__ import annotations
 

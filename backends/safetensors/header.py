@@ -51,7 +51,7 @@ def stored_as(type_: TensorType) -> tuple[str, tuple[int, ...]]:
 
 
 class HeaderError(ValueError):
-    """A file that is not what safetensors files are."""
+    """A file that is not valid safetensors."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, from its headers alone: BF16, ModelOpt's layout or compressed-tensors'.
+"""The inventory of a checkpoint, from its headers alone: BF16, ModelOpt's layout or compressed-tensors'.
 
     ModelOpt            X.weight u8, X.weight_scale e4m3, X.weight_scale_2 f32 [], X.input_scale f32 []
     compressed-tensors  X.weight_packed u8, X.weight_scale e4m3, X.weight_global_scale f32 [1], X.input_global_scale
@@ -20,7 +20,7 @@ from .header import CODES
 _COMPRESSED = ("_packed", "_global_scale", "_shape", "_zero_point")
 """Suffixes of compressed-tensors."""
 _ROOTS = (*_COMPRESSED, *sorted({part.suffix for f in FORMATS.values() for part in f.scales}, reverse=True))
-"""What may stand behind the name of a weight, the longer first where one ends with another."""
+"""Suffixes after the name of a weight, the longer first where one ends with another."""
 _OF_MODULE = (INPUT_SCALE, ".input_global_scale", *CACHE_SCALES)
 
 

@@ -1,4 +1,4 @@
-"""What a quantized checkpoint will hold: every tensor, in which shard, at which byte; from headers alone.
+"""The layout of a quantized checkpoint: every tensor, its shard and its first byte, from headers alone.
 
 All of it is known before a weight is read, so shards can be made in any order, on several machines, and
 continued after a crash, and always come out the same. Names are ModelOpt's (`export_hf_checkpoint`),
@@ -47,7 +47,7 @@ class Weight:
     shares_scale: str
     """Weights with the same mark get one scale, as readers merge q, k and v; empty: its own."""
     scalars: tuple[tuple[str, float], ...]
-    """float32 tensors that are stored behind it: input_scale, k_scale, v_scale."""
+    """float32 tensors that are stored after it: input_scale, k_scale, v_scale."""
 
     @property
     def calibrated(self) -> bool:
@@ -121,7 +121,17 @@ def _weight(
         scalars += [(module + kv, kv_scales[module + kv]) for kv in CACHE_SCALES if module + kv in kv_scales]
     merged = role.removeprefix("mtp.") in _MERGED and format_ != KEEP
     shares = f"{module.rpartition('.')[0]}:{format_}" if merged else ""
-    return Weight(name, dtype, shape, role, rule, format_, rows, shares, tuple(scalars))
+    return Weight(
+        name,
+        dtype,
+        shape,
+        role=role,
+        rule=rule,
+        format=format_,
+        block_rows=rows,
+        shares_scale=shares,
+        scalars=tuple(scalars),
+    )
 
 
 _MERGED = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
@@ -145,7 +155,7 @@ def plan_shards(weights: Sequence[Weight], max_bytes: int = MAX_SHARD_BYTES) -> 
 
 def _shard(number: int, total: int, weights: Sequence[Weight]) -> Shard:
     tensors = {name: stored for weight in weights for name, stored in weight.stored().items()}
-    # float32 scalars behind uint8 codes would be misaligned: the widest elements first, as the format's library does
+    # float32 scalars after uint8 codes would be misaligned: the widest elements first, as the format's library does
     ordered = dict(sorted(tensors.items(), key=lambda item: -SIZES[item[1][0]]))
     header = header_bytes(ordered)
     offsets: dict[str, int] = {}

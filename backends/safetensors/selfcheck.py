@@ -30,7 +30,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What the sample of one role and format gave."""
+    """The result of sampling one role and format."""
 
     role: str
     format: str

@@ -54,7 +54,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """What packing a band of rows gave."""
+    """A packed band of rows."""
 
     pieces: tuple[Piece, ...]
     figures: tuple[float, float, float]
@@ -164,6 +164,7 @@ def make_shard(
     path: Path,
     done: Done,
     quantizer: Quantizer,
+    *,
     journal: Journal,
     pool: ThreadPoolExecutor,
     progress: Callable[[int], None],

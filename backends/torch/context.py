@@ -1,4 +1,4 @@
-"""What the templates lay out: every value of a spec, resolved to a Python literal or a flag.
+"""The variables of the templates: every value of a spec, resolved to a Python literal or a flag.
 
 Spec text never reaches generated code as it is. Strings are checked against the form that they
 must have, numbers are written from their value, and anything else is refused.
@@ -30,7 +30,7 @@ LINE_LENGTH = 100
 PATTERN_CHUNK = 40
 """Blocks of a long pattern on one line."""
 IMPORTED = {"torch", "safetensors", "numpy", "transformers", "transformer_engine", "torchtitan", "megatron", "train"}
-"""What a package must not be called, as the generated code and what it needs import that."""
+"""Names that a package must not have: the generated code, or a library that it needs, imports them."""
 
 Literals = Mapping[str, str]
 """Key of a spec's table → the text of its value in Python."""
@@ -38,7 +38,7 @@ Literals = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Uses:
-    """What the patterns of a spec have."""
+    """Which block kinds, and whether MTP, the patterns of a spec use."""
 
     mamba: bool
     moe: bool
@@ -68,14 +68,14 @@ class PatternLine:
 
 @dataclass(frozen=True, slots=True)
 class ParallelView:
-    """What tensor parallelism divides."""
+    """The classes and sizes that tensor parallelism divides."""
 
     classes: tuple[str, ...]
     """Classes of model.py that processes share out."""
     sizes: tuple[str, ...]
     """Fields of Config."""
     imported: tuple[str, ...]
-    """What parallelize.py imports of model.py."""
+    """Names that parallelize.py imports from model.py."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The adapters that run the same spec on engines of others: torchtitan, and Megatron-Bridge."""
+"""Adapters that train the same spec with other trainers: torchtitan and Megatron-Bridge."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VERSIONS = {
     "core": "0.19.2",
     "bridge": "August 2026 (067f987)",
 }
-"""What the adapters are written for, and what of them was run."""
+"""The versions that the adapters are written for, and which of them ran."""
 
 MIXED = {"nvfp4": "bf16_with_nvfp4_mixed", "mxfp8": "bf16_with_mxfp8_mixed", "bf16": "bf16_mixed"}
 RECIPES = {
@@ -30,14 +30,14 @@ RECIPES = {
 
 @dataclass(frozen=True, slots=True)
 class TitanView:
-    """What the template of the torchtitan adapter has beside the variables of all."""
+    """Variables that only the template of the torchtitan adapter has."""
 
     versions: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class MegatronView:
-    """What the templates for Megatron-Bridge have beside the variables of all."""
+    """Variables that only the templates for Megatron-Bridge have."""
 
     versions: Mapping[str, str]
     megatron_pattern_lines: tuple[str, ...]

@@ -15,7 +15,7 @@ _numbers = itertools.count()
 
 
 def load_package(source: Path | Mapping[str, str]) -> Any:
-    """Import a generated package under a name of its own, beside which others may be imported, and return it.
+    """Import a generated package under a unique name, so that several can be imported, and return it.
 
     `source` is the package's folder, `OUT/torch`, or the files that `emit` returns. Those leave nothing on disk, so
     that `save_checkpoint` writes weights and config.json without code. Raises FileNotFoundError where the folder holds

@@ -1,4 +1,4 @@
-"""A spec in the words of Megatron-core: the pattern, and which modules train in which precision.
+"""A spec in Megatron-core's terms: the pattern, and which modules train in which precision.
 
 Names of modules and matchers: Megatron-LM, megatron/core/quantization and megatron/core/models/hybrid (0.19.2).
 """

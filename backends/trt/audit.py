@@ -33,11 +33,11 @@ class Finding:
     """A format, or `none` where no kernel reads the weight."""
     kernel: str
     expected: str
-    """What the graph asks of kernels: the requested format, or the wider one that it dequantizes the weight to."""
+    """The format that kernels must read: the requested one, or the wider one that the graph dequantizes to."""
 
     @property
     def ok(self) -> bool:
-        """Whether the plan does what the graph asks, or better: without the copy that the graph allows."""
+        """Whether the plan does what the graph asks, or better, without the copy that the graph allows."""
         return self.realised in (self.requested, self.expected)
 
 

@@ -88,7 +88,7 @@ class Kernel:
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     constants: tuple[TensorInfo, ...] = ()
-    """What the plan itself holds: tables, masks, positions."""
+    """Constants of the plan: tables, masks, positions."""
     nodes: tuple[str, ...] = ()
     """Names of the ONNX nodes that it computes, where the builder says so."""
 
@@ -109,7 +109,7 @@ class Kernel:
 
     @property
     def reduces(self) -> bool:
-        """Whether it may read more than it writes: it sums, or does what we do not know."""
+        """Whether it may read more than it writes: it sums, or its kind is unknown."""
         return not self.nodes or any(node.rpartition("/")[2].partition(".")[0] in _REDUCING for node in self.nodes)
 
 

@@ -22,7 +22,7 @@ _FIGURES = ("Max Scratch Memory: ", "Total Activation Memory: ")
 
 
 class Captured:
-    """What a build said, of all that it says: errors, warnings, memory figures and the layer listing."""
+    """The messages of a build that matter: errors, warnings, memory figures and the layer listing."""
 
     def __init__(self) -> None:
         self.errors: list[str] = []
@@ -69,7 +69,7 @@ class BuilderStep:
 
 
 class Steps:
-    """Where the builder is, written by its thread and read by the one that waits, and the wish to cancel."""
+    """Progress of the builder, written by its thread and read by the waiting one, and the request to cancel."""
 
     def __init__(self) -> None:
         self.cancelled = False

@@ -1,4 +1,4 @@
-"""What an entry point must read and write, and what a kernel that touches it moves."""
+"""Needs: the bytes that an entry point must read and write, and those that a kernel moves of them."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class CacheWrite(Need):
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What must be read and written, by each name that an engine tensor may have: a cache has several."""
+    """The needs of an entry point, by each name that an engine tensor may have: a cache has several."""
 
     reads: dict[str, Need] = field(default_factory=dict[str, Need])
     writes: dict[str, Need] = field(default_factory=dict[str, Need])

@@ -25,7 +25,7 @@ _MODULES = {"rtx": "tensorrt_rtx", "full": "tensorrt"}
 
 @dataclass(frozen=True, slots=True)
 class Sidecar:
-    """What stands in `<plan>.json`."""
+    """The content of `<plan>.json`."""
 
     entry: str
     """`decode.b4`: the entry point and the batch size."""
@@ -81,12 +81,27 @@ def _parsed(data: Mapping[str, Any]) -> Sidecar:
     numbers: Iterable[Any] = data["sms"]
     if data["schema"] != 1 or trt["flavour"] not in _MODULES:
         raise ValueError("another schema")
-    texts = (data["entry"], trt["version"], data["sha256"], data["spec_sha256"], data["weights_mode"])
+    sidecar = Sidecar(
+        entry=data["entry"],
+        stage=stage,
+        flavour=trt["flavour"],
+        version=trt["version"],
+        sms=tuple(int(sm) for sm in numbers),
+        bytes=int(data["bytes"]),
+        sha256=data["sha256"],
+        spec_sha256=data["spec_sha256"],
+        weights_mode=data["weights_mode"],
+    )
+    texts: tuple[Any, ...] = (
+        sidecar.entry,
+        sidecar.version,
+        sidecar.sha256,
+        sidecar.spec_sha256,
+        sidecar.weights_mode,
+    )
     if not all(isinstance(text, str) for text in texts) or not isinstance(stage, int | None):
         raise TypeError("not a text")
-    sms = tuple(int(sm) for sm in numbers)
-    size = int(data["bytes"])
-    return Sidecar(texts[0], stage, trt["flavour"], texts[1], sms, size, texts[2], texts[3], texts[4])
+    return sidecar
 
 
 def check_plan(
@@ -108,8 +123,8 @@ def check_plan(
     span = Span(str(plan))
     wrong: Diagnostic | None = None
     if (flavour, version) != (sidecar.flavour, sidecar.version):
-        built, here = (f"{_MODULES[f]} {v}" for f, v in ((sidecar.flavour, sidecar.version), (flavour, version)))
-        wrong = Diagnostic("E0511", f"the plan was built by {built}, here is {here}", span)
+        built, installed = (f"{_MODULES[f]} {v}" for f, v in ((sidecar.flavour, sidecar.version), (flavour, version)))
+        wrong = Diagnostic("E0511", f"the plan was built by {built}, here is {installed}", span)
     elif sm not in sidecar.sms:
         title = f" ({TARGETS[sm].title})" if sm in TARGETS else ""
         wrong = Diagnostic("E0512", f"the plan is for SM {named(sidecar.sms)}, this GPU is SM {sm}{title}", span)

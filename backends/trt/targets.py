@@ -51,7 +51,7 @@ TARGETS: dict[int, Target] = {
 """SM version → target."""
 
 PORTABLE = (80, 86, 89, 120, 121)
-"""What `--sm portable` stands for: every GPU of TensorRT-RTX that n3c's plans can run on."""
+"""The versions of `--sm portable`: every GPU of TensorRT-RTX that n3c's plans can run on."""
 
 
 def sm_versions(given: int | str | Sequence[int]) -> tuple[int, ...]:

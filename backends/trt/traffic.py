@@ -36,7 +36,7 @@ _NAMED = 5
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What a kernel, a layer kind or a plan moves, and must move, in bytes."""
+    """Bytes that a kernel, a layer kind or a plan moves, and those that it must move."""
 
     bytes: int
     ideal: int
@@ -57,7 +57,7 @@ class Moved:
 
 @dataclass(frozen=True, slots=True)
 class KernelTraffic:
-    """One kernel. Its `ideal` is what it is the first to move of what must be moved."""
+    """The traffic of one kernel. Of bytes that must be moved, `ideal` counts those that it is the first to move."""
 
     kernel: str
     layer: str
@@ -131,11 +131,11 @@ class _Account:
     def __init__(self, needs: Needs, kinds: Mapping[str, str], context: int) -> None:
         self.needs, self.kinds, self.context = needs, kinds, context
         self.left = {need: need.ideal for need in (*needs.reads.values(), *needs.writes.values())}
-        """What no kernel so far has moved."""
+        """Bytes of each need that no kernel so far has moved."""
         self.touched: set[Need] = set()
 
     def kernel(self, kernel: Kernel) -> KernelTraffic:
-        """Return what a kernel moves, and what it is the first to move of what must be moved."""
+        """Return what a kernel moves, and the needed bytes that it is the first to move."""
         total = sum(tensor.resolved(self.context).bytes for tensor in _distinct(kernel.constants))
         ideal = 0
         shares: dict[str, int] = {label: 0 for label in kernel.labels if label in self.kinds}
@@ -154,7 +154,7 @@ class _Account:
         return KernelTraffic(kernel.name, layer, self.kinds.get(layer, "other"), Moved(total, ideal))
 
     def take(self, need: Need, size: int) -> int:
-        """Return how much of `size` bytes is the first to be moved of `need`."""
+        """Return how many of `size` bytes no kernel has moved before, and count them as moved."""
         first = min(self.left[need], size)
         self.left[need] -= first
         if size:
@@ -162,7 +162,7 @@ class _Account:
         return first
 
     def untouched(self) -> Iterator[tuple[str, Moved]]:
-        """Yield kind and bytes of what must be moved and no kernel names."""
+        """Yield kind and bytes of the needs that no kernel names."""
         for need, size in self.left.items():
             if size and need not in self.touched:
                 yield self.kinds.get(need.label, need.label), Moved(0, size)

@@ -1,4 +1,4 @@
-"""What is compared: each arm is a spec, how train.py is called, and what is changed in numerics.py.
+"""The arms that are compared: each is a spec, how train.py is called, and what is changed in numerics.py.
 
 All arms train the same number of steps on the same text. Arms of a question differ from its baseline
 in the one thing that their name says.

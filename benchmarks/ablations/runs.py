@@ -42,7 +42,7 @@ class Length:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a finished run left: losses of the next token, without MTP, in bits a byte."""
+    """The result of a finished run: losses of the next token, without MTP, in bits a byte."""
 
     arm: str
     seed: int
@@ -84,18 +84,18 @@ def run_one(arm: Arm, seed: int, length: Length, folder: Path) -> Run:
         "save-every": length.steps,
     }
     digest = hashlib.sha256(json.dumps([code, options], sort_keys=True).encode()).hexdigest()[:12]
-    here = folder / f"{arm.name}-{seed}-{digest}"
-    if not (here / "done").exists():
-        write_files(code, here / "torch")
-        command: list[str | Path] = [sys.executable, here / "torch" / "train.py", "--out", here / "run"]
+    place = folder / f"{arm.name}-{seed}-{digest}"
+    if not (place / "done").exists():
+        write_files(code, place / "torch")
+        command: list[str | Path] = [sys.executable, place / "torch" / "train.py", "--out", place / "run"]
         command += ["--data", folder / "text", "--val-data", folder / "held-out"]
         command += [part for key, value in options.items() for part in (f"--{key}", str(value))]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if done.returncode:
             raise RuntimeError(f"{arm.name}, seed {seed}: train.py ended with {done.returncode}\n{done.stderr}")
-        (here / "done").touch()
-    lines = [json.loads(line) for line in (here / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        (place / "done").touch()
+    lines = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     curve = [(line["step"], line["loss"] / math.log(2)) for line in lines]
     return Run(arm.name, seed, lines[-1]["val_bits_per_byte"], curve)
 

@@ -1,1 +1,1 @@
-"""`n3c build` and `n3c check`: what is asked, what must hold before, and the output directory."""
+"""`n3c build` and `n3c check`: the request and its checks, the driver, and the output directory."""

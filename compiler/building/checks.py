@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A spec that is in order."""
+    """A spec without errors, with its program of serving."""
 
     spec: Spec
     served: Served
     sms: tuple[int, ...]
     target: Target | None
     fits: tuple[MemoryFit, ...]
-    """What cards take."""
+    """Which GPUs hold the model."""
     warnings: tuple[Diagnostic, ...]
 
     def forms(self) -> "tuple[Form, ...]":
@@ -61,10 +61,10 @@ def check(
     batch: Annotated[int, BATCH] = 1,
     set: Annotated[Sequence[str], SET] = (),
 ) -> Checked:
-    """Return what there is to say of a spec; N3CError with exit code 3, 4 or 6 for what would fail later.
+    """Check a spec, and return it with its program; N3CError (exit code 3, 4 or 6) for what would fail later.
 
-    Without a target all of them are checked. `batch` requests of `context` tokens (serving.max_seq_len) are what
-    cards are asked to take.
+    Without a target all of them are checked. `fits` tells which GPUs hold `batch` requests of `context` tokens
+    (serving.max_seq_len).
     """
     sms = sm_versions(sm)
     read, warnings = loaded(spec, set)

@@ -20,7 +20,7 @@ from n3c.runtime.manifest import MANIFEST, out_error, read_manifest, sha256_file
 _MOST_NAMED = 3
 """Foreign files that a message names."""
 _BINARY = (".onnx", ".data", ".plan")
-"""What nobody edits; where it differs from what was built it is damaged, and building again is the cure."""
+"""Suffixes of files that nobody edits: one that differs from what was built is damaged, and is built again."""
 
 
 def require_writable(out: Path) -> None:

@@ -1,4 +1,4 @@
-"""The engine half of the driver: entry points as ONNX, and plans built from those very files."""
+"""Emission of entry points as ONNX files, and of the plans that are built from those very files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CONTEXT = 4096
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What becomes one graph and one plan: an entry point, or a stage of it, at one batch size."""
+    """An entry point, or a stage of it, at one batch size: it becomes one graph and one plan."""
 
     name: str
     """`decode.b4`."""
@@ -51,7 +51,7 @@ class Part:
 
 @dataclass(slots=True)
 class _Made:
-    """What is remembered of the parts that are done, for bindings.json and audit.json."""
+    """The rows of bindings.json and audit.json of the parts that are done."""
 
     job: Job
     bindings: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
@@ -175,15 +175,15 @@ def _build(job: Job, part: Part, entry: OnnxEntry, trt: Any) -> PlanResult:
 def _describe(job: Job, part: Part, result: PlanResult, version: str) -> None:
     request = job.request
     sidecar = Sidecar(
-        part.name,
-        part.stage,
-        request.trt,
-        version,
-        request.sms,
-        result.bytes,
-        sha256_file(result.path),
-        job.spec_sha256,
-        request.weights_mode,
+        entry=part.name,
+        stage=part.stage,
+        flavour=request.trt,
+        version=version,
+        sms=request.sms,
+        bytes=result.bytes,
+        sha256=sha256_file(result.path),
+        spec_sha256=job.spec_sha256,
+        weights_mode=request.weights_mode,
     )
     write_sidecar(result.path, sidecar)
 

@@ -1,4 +1,4 @@
-"""What a build is asked for, and what is refused before any work."""
+"""A request to build a spec, and the checks that refuse one before any work."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BUILDER_COPIES = 3
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to build of a spec."""
+    """What to build from a spec, and how."""
 
     target: Target
     weights: Path | None = None
@@ -41,7 +41,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A build at work: what is asked for, the compiled spec, and the folder that it writes to."""
+    """A running build: its request, the compiled spec, and the folder that it writes to."""
 
     request: Request
     spec: Spec

@@ -1,4 +1,4 @@
-"""The table of what fits where."""
+"""The table of GPUs that hold a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .table import format_table
 
 
 def format_fits(fits: list[dict[str, Any]]) -> str:
-    """Lay out what each size of card takes."""
+    """Return the table: each size of GPU, and what it holds of the model."""
     rows = [
         (
             f"{fit['gpu_gb']} GB ({fit['cards']})",

@@ -1,4 +1,4 @@
-"""What `n3c run` prints: text as it comes, then figures."""
+"""The output of `n3c run`: text as it comes, then figures."""
 
 from __future__ import annotations
 

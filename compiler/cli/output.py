@@ -1,4 +1,4 @@
-"""What commands print: one JSON object or text on stdout, everything else on stderr."""
+"""The output of commands: one JSON object or text on stdout, everything else on stderr."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The final formats of a request, taken from elsewhere or chosen, and the scales of activations."""
+"""The final formats of a request, taken from a checkpoint or chosen, and the scales of activations."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class FormatsAndScales:
-    """What the packing goes by."""
+    """The final spec and the scales of activations, by which weights are packed."""
 
     spec: Spec
     scales: Scales = field(default_factory=Scales)
@@ -54,32 +54,44 @@ def formats_and_scales(spec: Spec, request: QuantizeRequest, progress: Progress)
     --block outranks a format map. Raises N3CError as the parts do.
     """
     warnings: list[Diagnostic] = []
-    chosen: Chosen | None = None
-    amax = None
     if request.like is not None:
         spec, warnings = spec_like(spec, request.like, request.block_shape)
     ids = _tokens(spec, request)
-    if request.effective_bits is not None:
-        progress.phase("measure sensitivity")
-        sensitivity = measure(
-            spec, Checkpoint(request.weights), progress, ids=ids, mtp=request.mtp, at_least=request.effective_bits
-        )
-        chosen = sensitivity.within(request.effective_bits)
-        spec, amax = chosen.spec, chosen.amax
+    chosen = _chosen(spec, request, ids, progress)
+    spec = spec if chosen is None else chosen.spec
     if request.write_spec is not None:
         write_text(request.write_spec, _header(chosen) + dump_spec(spec))
-    entries: Mapping[str, float] | None = None
-    if request.activation_scales is not None:
-        entries = load_scales(request.activation_scales, spec)
-    elif ids is not None:
-        if amax is None:
-            progress.phase("calibrate")
-            amax = calibrate(StreamedModel(spec, Checkpoint(request.weights)), ids, progress, mtp=_quantizes_mtp(spec))
-        entries = entries_of(amax)
-        if request.save_activation_scales is not None:
-            save_scales(request.save_activation_scales, entries)
+    entries = _scale_entries(spec, request, ids, chosen, progress)
     scales = Scales() if entries is None else resolve(spec, entries, request.activation_scales or request.calibration)
     return FormatsAndScales(spec, scales, warnings, chosen)
+
+
+def _chosen(spec: Spec, request: QuantizeRequest, ids: Tensor | None, progress: Progress) -> Chosen | None:
+    """Return the formats that --auto chooses; None without it."""
+    bits = request.effective_bits
+    if bits is None:
+        return None
+    progress.phase("measure sensitivity")
+    sensitivity = measure(spec, Checkpoint(request.weights), progress, ids=ids, mtp=request.mtp, at_least=bits)
+    return sensitivity.within(bits)
+
+
+def _scale_entries(
+    spec: Spec, request: QuantizeRequest, ids: Tensor | None, chosen: Chosen | None, progress: Progress
+) -> Mapping[str, float] | None:
+    """Return the scales of activations, by name: of a file, or of the calibration tokens `ids`; None without either."""
+    if request.activation_scales is not None:
+        return load_scales(request.activation_scales, spec)
+    if ids is None:
+        return None
+    amax = None if chosen is None else chosen.amax
+    if amax is None:
+        progress.phase("calibrate")
+        amax = calibrate(StreamedModel(spec, Checkpoint(request.weights)), ids, progress, mtp=_quantizes_mtp(spec))
+    entries = entries_of(amax)
+    if request.save_activation_scales is not None:
+        save_scales(request.save_activation_scales, entries)
+    return entries
 
 
 def _tokens(spec: Spec, request: QuantizeRequest) -> Tensor | None:

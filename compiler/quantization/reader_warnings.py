@@ -1,4 +1,4 @@
-"""What vLLM, SGLang and TensorRT make of a quantized checkpoint that they do not say themselves."""
+"""Warnings about a quantized checkpoint that vLLM, SGLang and TensorRT do not give themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is asked of `n3c quantize`."""
+"""A request to `n3c quantize`: the checkpoint, its formats, and how the result is written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which spec and which formats a request asks for, before any are taken from elsewhere or chosen."""
+"""The spec and the formats that a request names, before any are taken from a checkpoint or chosen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is chosen for as one: the linears that must share a format, with what each format costs them."""
+"""Units of the choice of formats: linears that must share one, with what each format costs them."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a model costs: parameters, FLOPs, bytes, and which GPUs hold it."""
+"""The costs of a model: parameters, FLOPs, bytes, and the GPUs that hold it."""

@@ -1,4 +1,4 @@
-"""What a model costs, from its program: parameters, FLOPs, weight bytes, state bytes, roofline."""
+"""The costs of a model, from its program: parameters, FLOPs, weight bytes, state bytes, roofline."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Parameters:
 
     total: int
     active: int
-    """What one token uses: embedding and head once each, and top_k of the routed experts."""
+    """Parameters that one token uses: embedding and head once each, and top_k of the routed experts."""
     mtp: int
     by_role: dict[str, int]
 

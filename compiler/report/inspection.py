@@ -1,4 +1,4 @@
-"""Inspecting a spec, a checkpoint or a build: what it holds and costs."""
+"""`inspect`: what a spec, a checkpoint or a build holds and costs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from .cost import inspect_spec
 
 @dataclass(frozen=True, slots=True)
 class Inspected:
-    """What was found."""
+    """The result of `inspect`."""
 
     kind: Literal["spec", "checkpoint", "build"]
     figures: dict[str, Any]

@@ -1,4 +1,4 @@
-"""Whether a model fits GPUs: weights and states of requests against their memory."""
+"""The fit of a model on GPUs: weights and states of requests against their memory."""
 
 from __future__ import annotations
 

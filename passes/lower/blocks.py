@@ -27,7 +27,7 @@ class Declaration:
 
 @dataclass(slots=True)
 class Block:
-    """A function in the making, and the declarations of its parameters."""
+    """A function under construction, with the declarations of its parameters."""
 
     function: Function
     eps: float
@@ -55,11 +55,13 @@ class Block:
         return value
 
     def emit(self, op: ops.OpDef, *operands: Value | None, name: str, **attributes: ops.Attribute) -> Value:
+        """Append a node with one result and return that; ValueError where the operands do not fit the op."""
         return self.emit_many(op, *operands, names=[name], **attributes)[0]
 
     def emit_many(
         self, op: ops.OpDef, *operands: Value | None, names: list[str], **attributes: ops.Attribute
     ) -> list[Value]:
+        """Append a node and return its results, one a name; ValueError where the operands do not fit the op."""
         return Builder(self.function, self.function.origin).emit_many(op, *operands, names=names, **attributes)
 
     def norm(self, x: Value, weight: str, role: str = "norm", name: str = "h") -> Value:
@@ -76,7 +78,7 @@ class Block:
         return self.linear(x, self.weight(role), rows, role, name)
 
     def weight(self, role: str) -> str:
-        """Return the name of a mixer's weight behind the block's label; `*` stands for each expert."""
+        """Return the name of a mixer's weight after the block's label; `*` stands for each expert."""
         assert self.kind is not None
         return f"mixer.{self.kind.module(role).name.replace('{}', '*')}.weight"
 
@@ -167,4 +169,4 @@ BLOCKS: dict[BlockKind, Callable[[Block, Spec, Value], Value]] = {
     MOE: _moe,
     MLP: _mlp,
 }
-"""What each kind adds to the residual stream [B, S, D]."""
+"""Kind → the function that emits what a block adds to the residual stream [B, S, D]."""

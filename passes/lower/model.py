@@ -1,4 +1,4 @@
-"""lower: a spec becomes a program with the entry point `forward`, the model as it trains.
+"""lower: turn a spec into a program with the entry point `forward`, the model as it trains.
 
 Layers of one kind share the function that `blocks` makes; each call binds the parameters of its layer.
 """
@@ -23,6 +23,8 @@ def lower(spec: Spec) -> Program:
 
 
 class _Lowering:
+    """The program under construction: blocks are built on first use, calls are appended."""
+
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self.program = Program(spec.name)

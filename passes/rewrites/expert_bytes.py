@@ -16,7 +16,7 @@ from n3c.ir.source import Bytes
 from n3c.ir.types import DType
 
 FP4 = ".fp4"
-"""Behind the name of codes that are bound as FP4 while others bind the same bytes as i8."""
+"""Suffix of the name of codes that are bound as FP4 while others bind the same bytes as i8."""
 
 
 def bind_codes_as_bytes(program: Program, made_by: str) -> bool:

@@ -31,7 +31,7 @@ INPUTS = {
     "accepted": PER_SEQUENCE,
     "key_positions": TensorType(DType.I64, ("L",)),
 }
-"""What a stateful function may take besides the inputs that it had."""
+"""Inputs that a stateful function may have besides those of its stateless form."""
 KINDS = {"conv_state": "conv", "ssm_state": "ssm", "k_cache": "kv", "v_cache": "kv"}
 """States → their kinds; all others are pending operands."""
 SCALES = ("mixer.k_proj.k_scale", "mixer.v_proj.v_scale")
@@ -69,7 +69,7 @@ class _Stateful:
     types: StateTypes
     made_by: str
     added: dict[str, Value] = field(default_factory=dict[str, Value])
-    """Inputs besides those that the function had."""
+    """The additional inputs, by name."""
 
     def run(self) -> None:
         found = {op: [node for node in self.function.nodes if node.op is op] for op in _MEMORY}
@@ -82,7 +82,7 @@ class _Stateful:
                 self.mamba(conv, ssd)
 
     def input(self, name: str) -> Value:
-        """Return an input besides those that the function had, declared when first asked for."""
+        """Return an additional input, declared when it is first asked for."""
         if name not in self.added:
             self.added[name] = Value(name, INPUTS[name])
             self.function.inputs.append(self.added[name])
@@ -138,7 +138,7 @@ class _Stateful:
         return window, self.state("ssm_state", dims, self.types.ssm_dtype)
 
     def mamba(self, conv: Node, ssd: Node) -> None:
-        """Continue from window and SSM state, and keep what the call's tokens make of them."""
+        """Continue from window and SSM state, and keep both as they are after the call's tokens."""
         window, state = self.mamba_states(conv, ssd)
         counts = self.counts()
         y, next_window = self.convolved(conv, conv["x"], window, counts, [conv.results[0].name, "conv_state_next"])
@@ -149,9 +149,9 @@ class _Stateful:
         self.keep([next_window, next_state])
 
     def mamba_verified(self, conv: Node, ssd: Node) -> None:
-        """Commit the accepted ones of the pending tokens, then see from there what the new ones give.
+        """Commit the accepted pending tokens, then compute the new ones from the committed states.
 
-        What the new tokens would make of window and SSM state is dropped: only their operands are kept, pending.
+        Window and SSM state after the new tokens are dropped: only the operands of these are kept, pending.
         """
         window, state = self.mamba_states(conv, ssd)
         accepted, x, dt = self.input("accepted"), conv["x"], ssd["dt"]

@@ -1,1 +1,1 @@
-"""One interface, and what implements it: the reference evaluation, ONNX Runtime, TensorRT."""
+"""Engines run entry points: one interface, implemented by the reference, ONNX Runtime and TensorRT."""

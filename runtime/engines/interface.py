@@ -1,4 +1,4 @@
-"""What runs an entry point: the small interface between generation and a runtime.
+"""The engine interface: it runs entry points, and is all that generation knows of a runtime.
 
 An engine has a fixed number of sequences, holds their states between calls, and one set of weights
 that all its entry points share. Which inputs an entry point takes, and what they mean, stands in
@@ -21,7 +21,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """An input or an output of an entry point; states and weights are the engine's own affair."""
+    """An input or an output of an entry point; states and weights stay inside the engine."""
 
     dtype: str
     """As in IR text: i64, f32."""
@@ -31,7 +31,7 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """What an entry point takes and gives, by name."""
+    """Inputs and outputs of an entry point, by name."""
 
     inputs: Mapping[str, Port]
     outputs: Mapping[str, Port]
@@ -49,11 +49,11 @@ class Allocation:
 
 
 class Engine(Protocol):
-    """Entry points of one model. Not for several threads at once."""
+    """Runs the entry points of one model. Not thread-safe."""
 
     @property
     def batch(self) -> int:
-        """Sequences; fixed."""
+        """Sequences of every call."""
         ...
 
     @property

@@ -1,4 +1,4 @@
-"""What a request may ask of a build: number of prompts, context length, token ids."""
+"""Limits that a build sets a request: number of prompts, context length, token ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who proposes tokens for the model to verify."""
+"""Drafters propose tokens, which the model verifies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Drafter(Protocol):
     """Proposes tokens. A bad one costs time only: the verdict is the model's."""
 
     def propose(self, engine: Engine, sequences: Sequence[Running | None], count: int) -> list[list[Draft]]:
-        """Return `count` drafts behind the last token of each sequence, none where there is None."""
+        """Return `count` drafts after the last token of each sequence; no drafts for None."""
         ...
 
 
@@ -27,7 +27,7 @@ class MtpDrafter:
 
     It reads the newest token and the hidden state of the position before. Its cache gets position p from
     (hidden state of p, token p + 1): the first step writes the position of the last committed token, each
-    further one the position behind it, which `verify` writes again with the main model's hidden states.
+    further one the position after it, which `verify` writes again with the main model's hidden states.
     """
 
     def propose(self, engine: Engine, sequences: Sequence[Running | None], count: int) -> list[list[Draft]]:

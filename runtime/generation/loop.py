@@ -1,7 +1,7 @@
 """The generation loop: chunked prefill, then token by token, or draft and verify.
 
-Sequences of a batch have their own lengths and end by themselves; places of the engine's batch that are
-free, or whose sequence has ended, are fed zeros that no other place sees.
+Sequences of a batch have different lengths and end independently. Rows of the engine's batch that are free, or
+whose sequence has ended, are fed zeros, which no other row sees.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from .tokenizer import Tokenizer
 
 @dataclass(slots=True)
 class Statistics:
-    """What generating took."""
+    """Counts and times of a request."""
 
     prompt_tokens: int = 0
     new_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     rounds: int = 0
-    """Of a sequence: each gives one token, or with speculation one and those that were accepted."""
+    """Rounds, counted for each sequence: one gives a token, with speculation also the accepted drafts."""
     decoded: int = 0
-    """Tokens that the rounds gave and that are returned: none behind a stop or a limit."""
+    """Tokens that the rounds gave and that are returned, so none after a stop or a limit."""
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens behind the first of each sequence, in the time after prefill; all sequences together."""
+        """New tokens a second after prefill, of all sequences together, without the first token of each."""
         return self.decoded / self.decode_seconds if self.decode_seconds > 0 else 0.0
 
     @property
@@ -59,18 +59,18 @@ class Generation:
     drafter: Drafter | None = None
     """None: no speculation."""
     device: str = "cpu"
-    """Of the engine, for the result."""
+    """Device of the engine, for the result."""
     sequences: list[Running] = field(init=False)
     statistics: Statistics = field(default_factory=Statistics)
     _pieces: list[Piece] = field(default_factory=list[Piece], init=False)
-    """Tokens of the step at work."""
+    """Tokens of the current step."""
 
     def __post_init__(self) -> None:
         self.capacity.require(self.prompts, self.engine.batch)
         self.sequences = [Running.begin(p, i, self.options, self.tokenizer) for i, p in enumerate(self.prompts)]
 
     def run(self) -> None:
-        """Continue every sequence to its end. KeyboardInterrupt is passed on; the engine may serve the next request."""
+        """Continue every sequence to its end. KeyboardInterrupt is passed on; the engine can serve the next request."""
         for _ in self.steps():
             pass
 
@@ -94,7 +94,7 @@ class Generation:
             raise
 
     def interrupt(self) -> None:
-        """End every sequence that runs where it is."""
+        """End every running sequence where it is."""
         for sequence in self.sequences:
             sequence.interrupt()
 
@@ -103,19 +103,19 @@ class Generation:
         return pieces
 
     def result(self) -> Generated:
-        """Return what the request gave so far: all of it behind `run`, and what there is behind an interrupt."""
+        """Return the result so far: complete after `run`, partial after an interrupt."""
         statistics = self.statistics
         return Generated(
-            tuple(Completion(s.text, tuple(s.new), s.ending, len(s.prompt)) for s in self.sequences),
-            self.device,
-            self.drafter is not None,
-            statistics.prompt_tokens,
-            statistics.new_tokens,
-            statistics.tokens_per_second,
-            statistics.acceptance_length,
-            statistics.prefill_seconds,
-            statistics.decode_seconds,
-            self.engine.allocated(),
+            completions=tuple(Completion(s.text, tuple(s.new), s.ending, len(s.prompt)) for s in self.sequences),
+            device=self.device,
+            speculative=self.drafter is not None,
+            prompt_tokens=statistics.prompt_tokens,
+            new_tokens=statistics.new_tokens,
+            tokens_per_second=statistics.tokens_per_second,
+            acceptance_length=statistics.acceptance_length,
+            prefill_seconds=statistics.prefill_seconds,
+            decode_seconds=statistics.decode_seconds,
+            allocated=self.engine.allocated(),
         )
 
     def _prefill(self) -> None:
@@ -147,7 +147,7 @@ class Generation:
         return inputs
 
     def _begin(self, index: int, last: Mapping[str, Array]) -> None:
-        """Give a sequence its first token, unless none may follow; `last` are the outputs at its prompt's end."""
+        """Give a sequence its first token, unless its limit is reached; `last` are the outputs at its prompt's end."""
         sequence = self.sequences[index]
         sequence.hidden = last.get("hidden")
         if self.options.max_new_tokens == 0 or len(sequence.tokens) >= self.capacity.context_length:
@@ -156,7 +156,7 @@ class Generation:
             self._draw(index, last["logits"])
 
     def _decode(self) -> None:
-        """Give every sequence that runs one token."""
+        """Give every running sequence one token."""
         ids, lengths = self._zeros(1), self._zeros()
         running = [i for i, s in enumerate(self.sequences) if s.ending is None]
         for i in running:
@@ -167,7 +167,7 @@ class Generation:
             self._count(1)
 
     def _speculate(self, drafter: Drafter) -> None:
-        """Draft, verify, and keep what the rule accepts: one round of every sequence that runs."""
+        """Draft, verify, and keep what the rule accepts: one round of every running sequence."""
         tokens = self.engine.signatures["verify"].inputs["input_ids"].shape[1]
         assert isinstance(tokens, int)
         running = [s if s.ending is None else None for s in self.sequences]

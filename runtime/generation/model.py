@@ -35,7 +35,7 @@ class Stream(Iterator["Piece"]):
         self._generation.interrupt()
 
     def result(self) -> "Generated":
-        """Return what there is so far; behind the last piece, all of it."""
+        """Return the result so far; after the last piece it is complete."""
         return self._generation.result()
 
 
@@ -112,7 +112,7 @@ class Model:
             str | Sequence[int],
             Option("Token ids that end a sequence, beside those of the checkpoint.", metavar=IDS),
         ] = (),
-        ignore_eos: Annotated[bool, Option("Go on behind the checkpoint's end-of-sequence tokens.")] = False,
+        ignore_eos: Annotated[bool, Option("Continue after the checkpoint's end-of-sequence tokens.")] = False,
         reasoning_budget: Annotated[int | None, Option("Tokens inside the thinking tags at most.", least=0)] = None,
         thinking_tags: Annotated[
             tuple[str, str],

@@ -1,4 +1,4 @@
-"""What the command line says of prompts, stops and thinking tags, as token ids."""
+"""Prompts, stops and thinking tags of the command line, as token ids."""
 
 from __future__ import annotations
 

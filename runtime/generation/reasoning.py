@@ -16,20 +16,20 @@ class Tags:
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """Where a sequence stands. A value: drafts are followed without touching the sequence itself."""
+    """The state of a sequence's reasoning. Immutable, so drafts are followed without changing the sequence."""
 
     tags: Tags
     budget: int
-    """Tokens allowed behind the start tag."""
+    """Tokens allowed after the start tag."""
     tail: tuple[int, ...] = ()
     """The last tokens, as many as a tag is long."""
     used: int | None = None
-    """Tokens behind the start tag; None outside."""
+    """Tokens after the start tag so far; None outside of the tags."""
     forced: tuple[int, ...] = ()
-    """What is left of the end tag that is being forced."""
+    """Tokens still to come of the end tag that is being forced."""
 
     def begin(self, prompt: Iterable[int]) -> Reasoning:
-        """Return the state behind `prompt`: where that ends inside the tags, counting starts at its end."""
+        """Return the state after `prompt`: where that ends inside the tags, counting starts at its end."""
         state = self
         for token in prompt:
             state = replace(state, forced=(), used=None if state.used is None else 0).after(token)
@@ -57,7 +57,7 @@ class Reasoning:
         return replace(self, forced=self.tags.end[self._begun() :])
 
     def _begun(self) -> int:
-        """Return how many tokens of the end tag already stand at the end, all of them behind the start tag."""
+        """Return how many tokens of the end tag already stand at the end, all of them after the start tag."""
         end = self.tags.end
         longest = min(len(end) - 1, self.used or 0)
         return next((n for n in range(longest, 0, -1) if self.tail[-n:] == end[:n]), 0)

@@ -1,4 +1,4 @@
-"""What a request gave: texts and ids, and the figures of the run."""
+"""The result of a request: texts and ids, and the figures of the run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What followed one prompt."""
+    """The continuation of one prompt."""
 
     text: str | None
     """None without a tokenizer."""
@@ -44,7 +44,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """A request that was run, or what there was of it when it was interrupted."""
+    """The result of a request, partial where it was interrupted."""
 
     completions: tuple[Completion, ...]
     """In the order of the prompts."""
@@ -55,7 +55,7 @@ class Generated:
     prompt_tokens: int
     new_tokens: int
     tokens_per_second: float
-    """New tokens behind the first of each sequence, in the time after prefill; all sequences together."""
+    """New tokens a second after prefill, of all sequences together, without the first token of each."""
     acceptance_length: float
     """Tokens a round that were returned: 1 without speculation, at most 1 + draft tokens with it."""
     prefill_seconds: float
@@ -64,12 +64,12 @@ class Generated:
 
     @property
     def texts(self) -> list[str | None]:
-        """The text behind each prompt; None without a tokenizer."""
+        """The text after each prompt; None without a tokenizer."""
         return [completion.text for completion in self.completions]
 
     @property
     def token_ids(self) -> list[list[int]]:
-        """The token ids behind each prompt."""
+        """The token ids after each prompt."""
         return [list(completion.token_ids) for completion in self.completions]
 
     @property

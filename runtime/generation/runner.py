@@ -1,4 +1,4 @@
-"""A build and a checkpoint, ready to generate; requests one after the other, and other weights in between."""
+"""A build with loaded weights: it runs requests one after the other, and takes other weights in between."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Device = Literal["cpu", "cuda"]
 
 @dataclass(slots=True)
 class Runner:
-    """Generates. `engine` may be of any kind."""
+    """Makes the requests of a build with loaded weights. `engine` may be of any kind."""
 
     build: OpenedBuild
     engine: Engine
@@ -37,7 +37,7 @@ class Runner:
     device: Device = "cpu"
 
     def generation(self, prompts: Sequence[Sequence[int]], options: Options) -> Generation:
-        """Return a request, not yet run; N3CError (exit code 2) where the build has no room for it."""
+        """Return a request, not yet run; N3CError (exit code 2) where it exceeds the build's capacity."""
         capacity = Capacity.of(self.build.spec)
         return Generation(self.engine, prompts, options, capacity, self.tokenizer, self.drafter, self.device)
 
@@ -84,7 +84,7 @@ def open_runner(
 
 
 def require_weights(directory: Path | None) -> Path:
-    """Return the directory of weights; N3CError (exit code 2) where there is none."""
+    """Return the directory of weights; N3CError (exit code 2) for None."""
     if directory is None:
         help_ = "give the checkpoint's directory with --weights"
         raise N3CError(Diagnostic("E0808", "a build holds no weights", help=help_), ExitCode.USAGE)

@@ -1,4 +1,4 @@
-"""From logits to a token: greedy, temperature, top-k, top-p."""
+"""Sampling a token from logits: greedy, temperature, top-k, top-p."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class Running:
 
     @property
     def new(self) -> list[int]:
-        """The tokens behind the prompt, the one that stopped it too."""
+        """The tokens after the prompt, the one that stopped it too."""
         return self.tokens[len(self.prompt) :]
 
     @property
@@ -95,7 +95,7 @@ class Running:
         return distribution(logits, self.options.sampling)
 
     def choices(self, drafts: Sequence[Draft], logits: NDArray[Any]) -> Callable[[int], Probabilities]:
-        """Return a function of n: what the token behind n of `drafts` is drawn from, given logits [1 + drafts, V]."""
+        """Return a function of n: what the token after n of `drafts` is drawn from, given logits [1 + drafts, V]."""
         states = [self.reasoning]
         for draft in drafts:
             before = states[-1]

@@ -28,14 +28,14 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How many drafts stand, and the token behind them."""
+    """How many drafts stand, and the token after them."""
 
     accepted: int
     following: int
 
 
 def judge(drafts: Sequence[Draft], target: Callable[[int], Probabilities], generator: np.random.Generator) -> Verdict:
-    """Judge `drafts` in order; `target(i)` is the model's distribution [V] behind i of them."""
+    """Judge `drafts` in order; `target(i)` is the model's distribution [V] after i of them."""
     for i, draft in enumerate(drafts):
         p, q = target(i), draft.proposed
         if generator.random() * q[draft.token] < p[draft.token]:

@@ -21,7 +21,7 @@ class GrowingText:
         self._shown: list[bool] = []
         """Of each character of it: whether it is text, and not of a special token."""
         self.text = ""
-        """What is certain."""
+        """The text so far that no later token changes."""
         self.stopped = False
 
     def feed(self, token: int) -> str:

@@ -22,7 +22,7 @@ class CallInputs:
         self._hidden = None
 
     def of(self, step: Step) -> dict[str, Array]:
-        """Return the inputs of `step` by name; those that the entry point does not read are there too."""
+        """Return the inputs of `step` by name, also those that the entry point does not read."""
         batch, count = step.tokens.shape
         tokens = self._program.entry_points[step.entry].tokens
         padding = ((0, 0), (0, tokens - count))

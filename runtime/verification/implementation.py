@@ -1,4 +1,4 @@
-"""What is compared: an implementation runs the steps of a scenario and tells what it computed, layer by layer."""
+"""The interface of an implementation: it runs the steps of a scenario and returns what each layer computed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Implementation(Protocol):
 
     @property
     def tolerance(self) -> Tolerance:
-        """What a difference from the reference may be."""
+        """The difference from the reference that is allowed."""
         ...
 
     def reset(self) -> None:
@@ -35,9 +35,9 @@ class Implementation(Protocol):
         ...
 
     def run(self, step: Step, reference: Trace) -> Trace | None:
-        """Run a step behind those before; None where there is no such entry point.
+        """Run a step after those before; None where there is no such entry point.
 
         `reference` is what the reference computed in this step, from which an implementation whose layers can be
-        run one by one goes on behind each of them.
+        run one by one goes on after each of them.
         """
         ...

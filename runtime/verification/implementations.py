@@ -1,4 +1,4 @@
-"""Which implementations of a model a build has, made ready to be compared."""
+"""The implementations of a model that a build has, ready to be compared."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def implementations(
 
 
 def _torch_module(build: OpenedBuild, checkpoint: Checkpoint) -> TorchModule:
-    """Return the package of the build, or where it has none what it would be."""
+    """Return the module of the build's package, or of one emitted for its spec if the build has none."""
     built = build.has("torch/train.py")
     package = load_package(build.out / "torch" if built else emit(build.spec, build.manifest["spec"]["sha256"]))
     return TorchModule(package, build.spec, checkpoint)
@@ -108,7 +108,7 @@ def _read(path: Path) -> onnx.ModelProto:
 
 
 def _tensorrt_plans(build: OpenedBuild, checkpoint: Checkpoint, batch: int) -> TensorRTPlans | Skipped:
-    """Return the plans, where the build has any and a GPU is there."""
+    """Return the plans of the build, which need a GPU."""
     import torch
 
     if not torch.cuda.is_available():

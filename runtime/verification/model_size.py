@@ -1,4 +1,4 @@
-"""Up to which size a model is verified."""
+"""Limits on the size of a model that can be verified."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def whole(model: onnx.ModelProto, program: Program, load: Load) -> Graph:
 
 
 def layerwise(model: onnx.ModelProto, program: Program, load: Load) -> Graph:
-    """Return a graph cut behind the result of each layer."""
+    """Return a graph cut after the result of each layer."""
     layers = _layers(model.graph, program)
     inputs, outputs = _inputs(model), tuple(value.name for value in model.graph.output)
     segments = tuple(_segments(model, layers, outputs, load))

@@ -21,7 +21,7 @@ from .trace import Trace
 
 
 class OnnxGraphs:
-    """Runs the graphs of each entry point, one behind the other where it is cut into stages.
+    """Runs the graphs of each entry point, one after the other where it is cut into stages.
 
     Of graphs that run layer by layer, each layer begins with what the reference gave for the one before, and each
     step with the reference's states: what a layer rounds otherwise is its own difference and nobody else's.
@@ -39,7 +39,7 @@ class OnnxGraphs:
         """Take `weights` by the names of graph inputs, in the stored types of the program."""
         self.name, self.rounding, self.tolerance = name, rounding, tolerance
         self._program, self._graphs, self._inputs = program, graphs, CallInputs(program)
-        self._weights = {
+        self.weights = {
             name: _as_input(weights[name], dtype, shape)
             for stages in graphs.values()
             for graph in stages
@@ -60,7 +60,7 @@ class OnnxGraphs:
         entry, stages = self._program.entry_points[step.entry], self._graphs[step.entry]
         given, batch = self._inputs.of(step), len(step.tokens)
         rows = [slice(None)] if stages[0].batch == batch else [slice(row, row + 1) for row in range(batch)]
-        calls = [_Call(self, stages, given, row, batch, reference) for row in rows]
+        calls = [_Call(self, stages, row, given=given, batch=batch, reference=reference) for row in rows]
         for call in calls:
             call.run()
         results = {name: np.concatenate([call.known[name] for call in calls]) for name in calls[0].results}
@@ -92,27 +92,14 @@ class OnnxGraphs:
             return np.ascontiguousarray(value.astype(ml_dtypes.float8_e4m3fn)).view(np.float16)
         return value.astype(self._states[name].dtype)
 
-    def argument(
-        self,
-        name: str,
-        dtype: np.dtype[Any],
-        shape: tuple[int, ...],
-        given: Mapping[str, Array],
-        row: slice,
-        batch: int,
-    ) -> Array:
-        """Return a weight, an input or a state for the sequences `row` of `batch`."""
-        if name in self._weights:
-            return self._weights[name]
-        if name in given:
-            return given[name] if name == "key_positions" else given[name][row].astype(dtype)
-        state = name.removesuffix(".view")
-        if state != name:  # the memory of a state in another type
-            half = self.argument(state, np.dtype(np.float16), (*shape[:-1], shape[-1] // 2), given, row, batch)
-            return np.ascontiguousarray(half).view(dtype)
+    def state(self, name: str, dtype: np.dtype[Any], dims: tuple[int, ...], batch: int) -> Array:
+        """Return a state of all sequences, [batch, *dims]: zeros when it is first asked for."""
+        if name.endswith(".view"):  # the memory of a state in another type
+            whole = self.state(name.removesuffix(".view"), np.dtype(np.float16), (*dims[:-1], dims[-1] // 2), batch)
+            return np.ascontiguousarray(whole).view(dtype)
         if name not in self._states:
-            self._states[name] = np.zeros((batch, *shape[1:]), dtype)
-        return self._states[name][row]
+            self._states[name] = np.zeros((batch, *dims), dtype)
+        return self._states[name]
 
 
 class _Call:
@@ -122,13 +109,15 @@ class _Call:
         self,
         graphs: OnnxGraphs,
         stages: Sequence[Graph],
-        given: Mapping[str, Array],
         row: slice,
+        *,
+        given: Mapping[str, Array],
         batch: int,
         reference: Trace,
     ) -> None:
-        self._graphs, self._stages, self._given, self._row, self._batch = graphs, stages, given, row, batch
-        self._reference = reference
+        """`given` are the inputs of all `batch` sequences."""
+        self._graphs, self._stages, self._row = graphs, stages, row
+        self._given, self._batch, self._reference = given, batch, reference
         self.known: dict[str, Array] = {}
         self.layers: dict[str, Array] = {}
         """Label → what the layer gave."""
@@ -140,7 +129,7 @@ class _Call:
         for graph in self._stages:
             for name, (dtype, shape) in graph.inputs.items():
                 if name not in self.known:
-                    self.known[name] = self._graphs.argument(name, dtype, shape, self._given, self._row, self._batch)
+                    self.known[name] = self._argument(name, dtype, shape)
             for segment in graph.segments:
                 results = segment.evaluate({name: self.known[name] for name in segment.inputs})
                 self.known.update(zip(segment.outputs, results, strict=True))
@@ -149,6 +138,15 @@ class _Call:
             self.layers |= {
                 label: self.known[value] for label, value in graph.layers.items() if label not in self.layers
             }
+
+    def _argument(self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+        """Return a weight, an input or a state as a graph takes it."""
+        if name in self._graphs.weights:
+            return self._graphs.weights[name]
+        if name in self._given:
+            value = self._given[name]
+            return value if name == "key_positions" else value[self._row].astype(dtype)
+        return self._graphs.state(name, dtype, shape[1:], self._batch)[self._row]
 
     def _go_on_from_reference(self, label: str, value: str) -> None:
         """Note what a layer gave, and let the next one read what the reference gave; padding stays as it is."""

@@ -1,4 +1,4 @@
-"""A checkpoint that is not there: tensors of the right names, shapes and types, random from a seed."""
+"""Random weights in place of a checkpoint: tensors of its names, shapes and types, from a seed."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Verified:
     """One for each implementation that was compared."""
     not_compared: "tuple[Skipped, ...]"
     diagnostics: tuple[Diagnostic, ...]
-    """What differs or fails, at the spec line of its layer; empty where all agree."""
+    """Differences and failures, at the spec lines of their layers; empty where all agree."""
 
     @property
     def ok(self) -> bool:

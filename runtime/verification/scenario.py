@@ -1,4 +1,4 @@
-"""What every implementation is asked to compute: a prompt in chunks, then decoded tokens, or drafts to verify.
+"""Scenarios, which every implementation runs: a prompt in chunks, then decoded tokens, or drafts to verify.
 
 Sequences of a batch have the same length here, since a PyTorch module has no padding; the tests of the entry
 points are about ragged batches.
@@ -20,28 +20,28 @@ PROMPT = 24
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One call. `tokens` [B, n] are what it takes, behind `position` tokens of each sequence."""
+    """One call. `tokens` [B, n] are what it takes, after `position` tokens of each sequence."""
 
     entry: str
     position: int
     tokens: Array
     following: Array
-    """[B, n]: the token behind each of `tokens`; 0 where a runtime would not know it yet."""
+    """[B, n]: the token after each of `tokens`; 0 where a runtime would not know it yet."""
     commits: int
-    """How many of `tokens` stay; those behind are wrong on purpose."""
+    """How many of `tokens` stay; those after are wrong on purpose."""
     accepted: int = 0
     """Tokens of the `verify` before that this one commits first."""
 
     @property
     def title(self) -> str:
-        """As a person reads it."""
+        """The step in words."""
         return f"{self.entry} behind {self.position} tokens"
 
 
 def scenarios(spec: Spec, program: Program, batch: int, seed: int) -> list[list[Step]]:
     """Return what to run, each from fresh states.
 
-    Decoding and verification stand once by themselves, where nothing but weights is quantized, and once behind a
+    Decoding and verification stand once by themselves, where nothing but weights is quantized, and once after a
     prompt.
     """
     capacity = spec.serving.max_seq_len

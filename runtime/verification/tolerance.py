@@ -1,4 +1,4 @@
-"""How far an implementation may be from the reference that rounds the same numbers at the same places.
+"""Tolerances: how far an implementation may be from the reference, which rounds the same numbers.
 
 What is left between the two is the order of sums, `LAYER` of a tensor's size, and its consequence: a value that
 lies next to the middle of two neighbours may be rounded to the other one. Of N values that are rounded, `FLIPS` and
@@ -54,7 +54,7 @@ NOISE: Mapping[str, float] = {"nvfp4": 0.1, "fp8": 0.03, "bf16": 2**-8}
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What a difference may be: of all tokens together, and of the median token."""
+    """Allowed differences: of all tokens together, and of the median token."""
 
     relative: float
     typical: float
@@ -104,7 +104,7 @@ def _written(state: State, step: Step) -> int:
 
 
 def _flips(type_: str, values: int) -> float:
-    """Return the error, doubled, that those of `values` make which are rounded to the other neighbour."""
+    """Return twice the error of those of `values` that are rounded to the other neighbour."""
     distance = DISTANCE[type_]
     return 2 * distance * sqrt(FLIPS / values + NEAR / distance)
 

@@ -1,4 +1,4 @@
-"""The generated PyTorch module as an implementation, with hooks behind every layer."""
+"""The generated PyTorch module as an implementation, with hooks after every layer."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class TorchModule:
         self._ids: Any = None
 
     def run(self, step: Step, reference: Trace) -> Trace | None:
-        """Take the step's tokens in."""
+        """Run the step's tokens through the module."""
         tokens = torch.as_tensor(step.tokens)
         self._seen = {}
         if self._state is None:
@@ -71,7 +71,7 @@ class TorchModule:
         return trace
 
     def _draft(self, newest: Any) -> Trace:
-        """Return what the MTP block gives at the last token of the sequence, `newest` [B, 1] being behind it."""
+        """Return what the MTP block gives at the last token of the sequence, `newest` [B, 1] being after it."""
         model, ids = self._model, torch.cat([self._ids, newest], dim=1)
         hidden = hidden_states(model.backbone(ids[:, :-1]))
         hidden = hidden_states(model.mtp(hidden, model.backbone.embeddings(ids[:, 1:])))

@@ -1,4 +1,4 @@
-"""What a call computed, layer by layer, and how far two of them are apart."""
+"""Traces hold what a call computed, layer by layer; `differences` compares two."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Difference:
 
 
 def points(entry: EntryPoint, program: Program) -> dict[str, str]:
-    """Return the points of an entry point in the order of its layers: each label, and behind it its states.
+    """Return the points of an entry point in the order of its layers: each label, and after it its states.
 
     With each stands the label of the layer whose result it adds something to; empty where it is no residual layer.
     """

@@ -44,6 +44,25 @@ def test_every_command_exit_code_and_option_is_documented() -> None:
         assert f"| {code.value} |" in text
 
 
+def test_every_path_in_the_documents_exists() -> None:
+    documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    folders = "|".join((*FOLDERS, "tests", "benchmarks", "docs"))
+    for document in documents:
+        named = re.findall(rf"\b((?:{folders})/[\w./-]+\.(?:py|toml|md|jinja))\b", document.read_text(encoding="utf-8"))
+        missing = [path for path in named if "NAME" not in path and not (ROOT / path).exists()]
+        assert not missing, document.name
+
+
+def test_every_long_file_has_a_reason_in_the_design() -> None:
+    files = [path for folder in (*FOLDERS, "benchmarks") for path in (ROOT / folder).rglob("*")]
+    sources = [path for path in files if path.suffix in (".py", ".jinja")]
+    long = {path.relative_to(ROOT).as_posix() for path in sources if path.read_text(encoding="utf-8").count("\n") > 350}
+    section = (
+        (ROOT / "docs/design.md").read_text(encoding="utf-8").partition("\n## Long files\n")[2].partition("\n## ")[0]
+    )
+    assert set(re.findall(r"^\| `([^`]+)` \|", section, flags=re.MULTILINE)) == long
+
+
 def test_the_examples_give_what_the_document_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "specs").symlink_to(ROOT / "specs")
     monkeypatch.chdir(tmp_path)

@@ -8,16 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import NemotronHConfig
 
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.backends.torch.loading import load_package
 from n3c.compiler.cli.main import run
 from n3c.ir.program import Program
 from n3c.passes.serving import serve
-from n3c.specs.blocks import BY_SYMBOL
 from n3c.specs.load import load_spec
-from support.models import transformers_model
+from support.models import small_config, transformers_model
 from support.programs import load_parameters
 from support.serving import OnnxServed, RuntimeServed, Served
 
@@ -40,26 +38,7 @@ class Case:
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     """A tiny latent-MoE model without multi-token prediction, with weights that BF16 holds."""
     folder = tmp_path_factory.mktemp("serving")
-    config = NemotronHConfig(
-        vocab_size=97,
-        hidden_size=64,
-        layers_block_type=[BY_SYMBOL[symbol].hf_name for symbol in "MEM*E"],
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        mamba_num_heads=8,
-        mamba_head_dim=16,
-        ssm_state_size=16,
-        n_groups=2,
-        chunk_size=64,
-        n_routed_experts=8,
-        num_experts_per_tok=3,
-        moe_intermediate_size=48,
-        moe_shared_expert_intermediate_size=80,
-        moe_latent_size=32,
-        routed_scaling_factor=2.5,
-        initializer_range=0.1,
-    )
+    config = small_config("MEM*E", chunk_size=64, routed_scaling_factor=2.5, initializer_range=0.1)
     model = transformers_model(config, 0)
     ids = torch.randint(0, 97, (1, PROMPT + DECODED), generator=torch.Generator().manual_seed(7))
     with torch.no_grad():

@@ -17,7 +17,7 @@ from n3c.compiler.cli.main import run
 from support.specs import SMALL
 
 PROGRAM = (sys.executable, "-c", "from n3c.compiler.cli.main import main; main()")
-"""What the installed `n3c` script runs."""
+"""The command that the installed `n3c` script runs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ class HostDevice:
         self.memories: list[HostMemory] = []
         self.captured = self.replayed = self.received = 0
         self.recording: list[tuple[_Context, Bound]] | None = None
-        """What a capture has enqueued so far; None outside of one."""
+        """Calls that a capture has enqueued so far; None outside of one."""
 
     @contextmanager
     def current(self) -> Generator[None]:

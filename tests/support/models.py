@@ -49,6 +49,29 @@ def random_config(seed: int) -> NemotronHConfig:
     )
 
 
+def small_config(pattern: str, **changes: Any) -> NemotronHConfig:
+    """Return a configuration with the blocks of `pattern`, every width a multiple of 16; `changes` are other keys."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "layers_block_type": [BY_SYMBOL[symbol].hf_name for symbol in pattern],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 96,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 16,
+        "n_groups": 2,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 48,
+        "moe_shared_expert_intermediate_size": 80,
+        "moe_latent_size": 32,
+    }
+    return NemotronHConfig(**(sizes | changes))
+
+
 def transformers_model(config: NemotronHConfig, seed: int) -> Any:
     """Return transformers' model in float32, with nothing left at ones or zeros.
 

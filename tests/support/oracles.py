@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import NemotronHConfig
 
 from n3c.specs.huggingface import import_config
 from n3c.specs.json_places import parse_json
 from n3c.specs.schema import Spec
-from support.models import transformers_model
+from support.models import small_config, transformers_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,28 +26,8 @@ class SavedModel:
 
 
 def saved_model(folder: Path) -> SavedModel:
-    """Write a small model with every kind of block, in float32; every width is a multiple of 16."""
-    config = NemotronHConfig(
-        vocab_size=97,
-        hidden_size=64,
-        layers_block_type=["linear_attention", "moe", "linear_attention", "full_attention", "moe", "mlp"],
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        intermediate_size=96,
-        mamba_num_heads=8,
-        mamba_head_dim=16,
-        ssm_state_size=16,
-        n_groups=2,
-        chunk_size=8,
-        n_routed_experts=8,
-        num_experts_per_tok=3,
-        moe_intermediate_size=48,
-        moe_shared_expert_intermediate_size=80,
-        moe_latent_size=32,
-        routed_scaling_factor=2.5,
-        initializer_range=0.1,
-    )
+    """Write a small model with every kind of block, in float32."""
+    config = small_config("MEM*E-", chunk_size=8, routed_scaling_factor=2.5, initializer_range=0.1)
     model = transformers_model(config, 0)
     model.config.architectures = ["NemotronHForCausalLM"]
     model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""What other people's loaders make of a quantized checkpoint's configs, from reading their sources.
+"""The rules by which other loaders read a quantized checkpoint's configs, written from their sources.
 
 Written anew from their rules, for checkpoints of nemotron_h:
 

@@ -21,7 +21,7 @@ CACHES = ("k_cache", "v_cache")
 def write_cache(emitter: Emitter, node: Node) -> None:
     """TensorScatter at each sequence's length, which TensorRT does in place.
 
-    Where tokens may be padding or reach behind the capacity, the rows that must stay are read from the
+    Where tokens may be padding or reach beyond the capacity, the rows that must stay are read from the
     cache and written back: a scatter writes whole, and always inside.
     """
     g = emitter.graph

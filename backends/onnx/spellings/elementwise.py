@@ -27,7 +27,7 @@ def shift_left(emitter: Emitter, node: Node) -> None:
 
 
 def last_token(emitter: Emitter, node: Node) -> None:
-    """Gather the row counts[b] - 1 of each sequence, the first where there is none."""
+    """Gather the row counts[b] - 1 of each sequence; the first where counts[b] is 0."""
     g = emitter.graph
     row = g.node("Max", g.node("Sub", emitter.operand(node, "counts"), g.i64(1)), g.i64(0))
     sizes = emitter.sizes(node["x"])

@@ -18,7 +18,7 @@ from . import tables
 
 
 def dequantize_nvfp4(emitter: Emitter, node: Node) -> None:
-    """Nothing yet: the reader of the weight spells it."""
+    """Bind the codes and scales; the op that reads the weight spells the dequantization."""
     codes, scale, scale_2 = (emitter.operand(node, name) for name in ("codes", "scale", "scale_2"))
     packed, packed_scale = (node[name].type.dtype is DType.I8 for name in ("codes", "scale"))
     w4a4 = emitter.format(node["codes"]) == "nvfp4"
@@ -26,7 +26,7 @@ def dequantize_nvfp4(emitter: Emitter, node: Node) -> None:
 
 
 def dequantize_fp8(emitter: Emitter, node: Node) -> None:
-    """Nothing yet: the reader of the weight spells it."""
+    """Bind the codes and the scale; the op that reads the weight spells the dequantization."""
     packed = node["codes"].type.dtype is DType.I8
     emitter.bind_weight(
         node.results[0], Fp8Weight(emitter.operand(node, "codes"), emitter.operand(node, "scale"), packed)

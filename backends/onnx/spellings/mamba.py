@@ -103,7 +103,7 @@ class _Ssd:
         return self.emitter.operand(self.node, name)
 
     def step(self, tokens: int) -> onnx.Value:
-        """Return δ = softplus(dt + dt_bias), [B, S, H]; 0 behind the tokens that count, so that they change nothing."""
+        """Return δ = softplus(dt + dt_bias), [B, S, H]; 0 after the tokens that count, so that they change nothing."""
         g, counts = self.emitter.graph, self.node.get("counts")
         step = g.node("Softplus", g.node("Add", self.operand("dt"), self.operand("dt_bias")))
         if counts is None:

@@ -37,5 +37,5 @@ def _describe(pass_: type[Any]) -> dict[str, Any]:
 
 
 def _summary(module: str) -> str:
-    """Return what the docstring of a pass's module says behind its name."""
+    """Return what the docstring of a pass's module says after its name."""
     return inspect.cleandoc(sys.modules[module].__doc__ or "").splitlines()[0].partition(": ")[2]

@@ -1,4 +1,4 @@
-"""n3c verify: do all implementations of a build compute the same?"""
+"""n3c verify: compare all implementations of a build."""
 
 from __future__ import annotations
 

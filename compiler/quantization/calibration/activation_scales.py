@@ -67,7 +67,7 @@ def save_scales(path: Path, entries: Mapping[str, float]) -> None:
 
 
 def load_scales(path: Path, spec: Spec) -> dict[str, float]:
-    """Read a file of scales; N3CError (exit code 6) for names that the model does not have and values that are none."""
+    """Read a file of scales; N3CError (exit code 6) for names that the model lacks and values that are no scales."""
     raw = _read_safetensors(path) if path.suffix == ".safetensors" else _read_json(path)
     known = {module for linear in find_linears(spec) for module in (linear.module, *_experts(linear.module, spec))}
     faults: list[Diagnostic] = []

@@ -1,4 +1,4 @@
-"""The generated PyTorch model of a spec with the weights of one part at a time, so that it needs no room for all."""
+"""The generated PyTorch model of a spec with the weights of one part in memory at a time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BATCH_TOKENS = 4096
 
 
 class StreamedModel:
-    """A generated model on the meta device; `loaded` gives a part its weights, in float32, and takes them again."""
+    """A generated model on the meta device; `loaded` gives a part its float32 weights for a while."""
 
     def __init__(self, spec: Spec, checkpoint: Checkpoint) -> None:
         import torch

@@ -70,16 +70,19 @@ class KeptInputs:
 
 def second_order_scores(
     model: StreamedModel,
+    units: Sequence[Unit],
+    progress: Progress,
+    *,
     ids: Tensor,
     kept: KeptInputs,
     amax: Amax,
-    units: Sequence[Unit],
     block_rows: int,
-    progress: Progress,
 ) -> Scores:
-    """Return the score of every unit in each of its formats, BF16 at 0; `ids` [N, L] are those of the calibration.
+    """Return the score of every unit in each of its formats, BF16 at 0.
 
-    Needs room for the weights of the largest part three times, in float32.
+    `ids` [N, L], the inputs `kept` and the magnitudes `amax` are those of the calibration; `block_rows` is 1 or 16.
+
+    Needs memory for three copies of the largest part's weights in float32.
     """
     scorer = _Scorer(model, units, amax, block_rows)
     progress.step("head", 0, len(model.blocks) + 1)
@@ -121,7 +124,7 @@ def _head(scorer: _Scorer, ids: Tensor, x: Tensor) -> Tensor:
 
 
 def _weighted(block: Any, gradient: Tensor, x: Tensor) -> Tensor:
-    """Return a scalar whose gradient is that of the loss, from the gradient behind the block."""
+    """Return a scalar whose gradient is that of the loss, from the gradient after the block."""
     total: Tensor = (hidden_states(block(x)) * gradient).sum()
     return total
 

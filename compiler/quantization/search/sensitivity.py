@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """Formats within a budget, and why."""
+    """Formats within a budget, with the scores that decided."""
 
     spec: Spec
     """With the rules that say them."""
@@ -60,7 +60,7 @@ class Chosen:
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """How much every unit is harmed by each format; `within` chooses."""
+    """The harm of each format to every unit; `within` chooses."""
 
     spec: Spec
     units: Sequence[Unit]
@@ -104,7 +104,7 @@ def measure(
     model = StreamedModel(spec, checkpoint)
     with KeptInputs() as kept:
         amax = calibrate(model, ids, progress, mtp=mtp, keep=kept.keep)
-        scores = second_order_scores(model, ids, kept, amax, units, table.block[0], progress)
+        scores = second_order_scores(model, units, progress, ids=ids, kept=kept, amax=amax, block_rows=table.block[0])
     return Sensitivity(spec, units, scores, "second order", amax)
 
 

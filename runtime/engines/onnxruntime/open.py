@@ -1,4 +1,4 @@
-"""The engine of `--device cpu`: entry points made anew from the spec, in float32, for ONNX Runtime."""
+"""The engine of `--device cpu`: entry points emitted again from the spec, in float32, for ONNX Runtime."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One entry point in ONNX Runtime, all of whose inputs and outputs lie in memory of ours."""
+"""One entry point in ONNX Runtime; n3c owns the memory of all its inputs and outputs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Session:
     def run(
         self, inputs: Mapping[str, Array], states: Mapping[str, Array], after: Mapping[str, Array]
     ) -> dict[str, Array]:
-        """Run on `inputs`; `states` are read, and `after` holds the states behind the call. They may be one buffer."""
+        """Run on `inputs` and `states`; the states after the call go to `after`, which may be the same buffers."""
         feeds = {b.name: np.ascontiguousarray(inputs[b.name], DTYPES[b.dtype]) for b in self._inputs}
         outputs = {b.name: np.empty(b.shape, DTYPES[b.dtype]) for b in self._outputs}
         for name, array in feeds.items():
@@ -66,7 +66,7 @@ def _dims(name: str, shape: tuple[int, ...]) -> tuple[int | str, ...]:
 
 
 def inference_session(model: bytes) -> Any:
-    """Return a session on the CPU, of `OMP_NUM_THREADS` threads or one a core, that sends nothing to anybody.
+    """Return a session on the CPU, of `OMP_NUM_THREADS` threads or one a core, with telemetry off.
 
     Raises what ONNX Runtime raises for a graph that it refuses.
     """

@@ -1,1 +1,1 @@
-"""The meaning of every op in plain PyTorch, and a program evaluated by it."""
+"""The reference evaluation: every op in plain PyTorch, and programs run op by op."""

@@ -37,7 +37,7 @@ def by_definition(program: Program, entry: EntryPoint, call: Call, node: Node) -
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What a run gave: outputs in order, the states after it, and every value between calls."""
+    """The results of a run: outputs in order, the states after it, and every value between calls."""
 
     outputs: tuple[Tensor, ...]
     states: dict[str, Tensor]

@@ -1,4 +1,4 @@
-"""What every op means, in plain PyTorch: the yardstick of each rewrite and of each backend.
+"""Every op in plain PyTorch: the reference of each rewrite and of each backend.
 
 Written for reading, not for speed: recurrences are loops over tokens. All arithmetic is float32;
 states are rounded to their stored type where they are stored.

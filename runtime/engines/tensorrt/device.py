@@ -27,7 +27,7 @@ class Memory(Protocol):
 
 
 class Device(Protocol):
-    """What a session needs of a GPU. All work is in the order of one stream."""
+    """The operations of a GPU that an engine needs. All work is in the order of one stream."""
 
     @property
     def stream(self) -> int:
@@ -73,7 +73,7 @@ class Device(Protocol):
 
 
 def cuda_devices(most: int) -> list[Device]:
-    """Return the first `most` GPUs, or as many as there are; N3CError (E0801, exit code 4) where there is none."""
+    """Return the first `most` GPUs, or as many as there are; N3CError (E0801, exit code 4) without any."""
     import torch
 
     if not torch.cuda.is_available():

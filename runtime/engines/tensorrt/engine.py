@@ -1,4 +1,4 @@
-"""Plans on GPUs: the engine interface over TensorRT's runtime, with weights and states in memory of ours.
+"""Plans on GPUs: the engine interface over TensorRT's runtime; n3c owns the memory of weights and states.
 
 The plans of a GPU read the same buffers: one for each weight, one piece for the states of all sequences, laid out
 as the state plan says. Caches are written in place, as TensorRT's cache layer demands; of every other state there
@@ -89,16 +89,16 @@ class TrtEngine:
         loaded: dict[Path, _Loaded] = {}
         self._memories: list[DeviceMemory] = []
         self._parameters: dict[str, Parameter] = {}
-        for device, here in zip(devices, spread(plans, len(devices)), strict=True):
+        for device, placed in zip(devices, spread(plans, len(devices)), strict=True):
             with device.current():
                 self._runtimes.append(trt.Runtime(self._logger))
-                contexts = [_context(self._runtimes[-1], plan) for plan in here]
-                weights = {memory_of(b): b for plan in here for b in plan.weights}
+                contexts = [_context(self._runtimes[-1], plan) for plan in placed]
+                weights = {memory_of(b): b for plan in placed for b in plan.weights}
                 self._parameters |= {memory: parameters[binding.name] for memory, binding in weights.items()}
-                states = {b.source for plan in here for b in plan.inputs if b.kind == "state"}
+                states = {b.source for plan in placed for b in plan.inputs if b.kind == "state"}
                 planned = [state for state in state_plan.states if state.name in states]
                 self._memories.append(DeviceMemory(device, weights.values(), planned, batch))
-            for plan, context in zip(here, contexts, strict=True):
+            for plan, context in zip(placed, contexts, strict=True):
                 loaded[plan.path] = _Loaded(plan, context, self._memories[-1])
         self._load(checkpoint, progress)
         self._entries: dict[str, list[_Loaded]] = {}
@@ -150,7 +150,7 @@ class TrtEngine:
         self._broken = False
 
     def _call(self, stages: Sequence[_Loaded], inputs: Mapping[str, Array], row: int | None) -> dict[str, Array]:
-        """Run the stages one behind the other; what passes between them stays on the devices."""
+        """Run the stages one after the other; what passes between them stays on the devices."""
         made: dict[str, tuple[_Loaded, Binding]] = {}
         for stage in stages:
             self._enqueue(stage, inputs, made, row)

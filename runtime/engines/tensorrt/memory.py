@@ -1,4 +1,4 @@
-"""What lies on one GPU: weights and states of the plans that run there, and the inputs and outputs of their calls."""
+"""The memory of one GPU: weights and states of the plans that run on it, inputs and outputs of their calls."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def bytes_of(binding: Binding, shape: Sequence[int]) -> int:
 
 
 def _offsets(states: Iterable[PlannedState], batch: int) -> tuple[dict[str, int], int]:
-    """Return where each state of `batch` sequences begins when they lie one behind the other, and the end."""
+    """Return where each state of `batch` sequences begins when they lie one after the other, and the end."""
     offsets: dict[str, int] = {}
     end = 0
     for state in states:

@@ -77,10 +77,10 @@ def _plan(
         folder / f"{key}.plan",
         entry,
         batch,
-        tuple(map(_binding, row["inputs"])),
-        tuple(map(_binding, row["outputs"])),
-        tuple(weights[name] for name in row["weights"]),
-        row["stage"] or 0,
+        inputs=tuple(map(_binding, row["inputs"])),
+        outputs=tuple(map(_binding, row["outputs"])),
+        weights=tuple(weights[name] for name in row["weights"]),
+        stage=row["stage"] or 0,
     )
 
 

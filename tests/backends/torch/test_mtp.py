@@ -8,10 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import NemotronHConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHBlock
 
-from n3c.specs.blocks import BY_SYMBOL
+from support.models import small_config
 
 from .generated import generate, tiny_spec
 
@@ -24,21 +23,7 @@ def norm(x: Tensor, weight: Tensor) -> Tensor:
 
 def block(model: Any, pattern: str, index: int) -> Any:
     """Return transformers' block with the weights of `mtp.layers.<index>`."""
-    attention: dict[str, Any] = {"attn_implementation": "sdpa"}
-    config = NemotronHConfig(
-        hidden_size=64,
-        layers_block_type=[BY_SYMBOL[symbol].hf_name for symbol in pattern],
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=24,
-        n_routed_experts=8,
-        num_experts_per_tok=3,
-        moe_intermediate_size=48,
-        moe_shared_expert_intermediate_size=80,
-        moe_latent_size=32,
-        routed_scaling_factor=2.5,
-        **attention,
-    )
+    config = small_config(pattern, head_dim=24, routed_scaling_factor=2.5, attn_implementation="sdpa")
     result = NemotronHBlock(config, index)
     prefix = f"mtp.layers.{index}."
     extra = ("enorm", "hnorm", "eh_proj", "final_layernorm")

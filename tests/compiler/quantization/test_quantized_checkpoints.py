@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import NemotronHConfig
 
 from n3c.backends.safetensors import nvfp4
 from n3c.backends.safetensors.checkpoint import Checkpoint
@@ -26,7 +25,7 @@ from n3c.specs.convert import run_import
 from n3c.specs.load import load_spec
 from support.checkpoints import POLICY, as_bytes, policy_spec, write_checkpoint
 from support.command import n3c
-from support.models import transformers_model
+from support.models import small_config, transformers_model
 from support.specs import SMALL
 
 with warnings.catch_warnings():
@@ -58,25 +57,7 @@ LINEAR_ROLES = (
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Return a BF16 checkpoint of transformers, and ModelOpt's own export of the same weights."""
     folder = tmp_path_factory.mktemp("modelopt")
-    config = NemotronHConfig(
-        vocab_size=64,
-        hidden_size=64,
-        layers_block_type=["linear_attention", "moe", "full_attention", "mlp"],
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        intermediate_size=96,
-        mamba_num_heads=8,
-        mamba_head_dim=16,
-        ssm_state_size=16,
-        n_groups=2,
-        chunk_size=16,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=48,
-        moe_shared_expert_intermediate_size=80,
-        moe_latent_size=32,
-    )
+    config = small_config("ME*-", vocab_size=64, chunk_size=16, n_routed_experts=4, num_experts_per_tok=2)
     model: Any = transformers_model(config, 0).to(torch.bfloat16)
     model.config.architectures = ["NemotronHForCausalLM"]
     model.save_pretrained(folder / "bf16")

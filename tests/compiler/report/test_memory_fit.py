@@ -1,4 +1,4 @@
-"""What fits where, by hand for Super: 170,229,760 + 6,635,520 bytes a request, and 9,216 a token of it."""
+"""The fit of Super on GPUs, by hand: 170,229,760 + 6,635,520 bytes a request, and 9,216 a token of it."""
 
 from __future__ import annotations
 
