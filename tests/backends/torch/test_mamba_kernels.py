@@ -64,6 +64,9 @@ def scan_kernel() -> Iterator[Any]:
         patch.setattr(triton, "autotune", smallest_config)
         patch.setattr(torch.cuda, "device", no_device)
         patch.setattr(torch.cuda, "get_device_properties", properties)
+        # Kernels that Megatron-core has imported by now would be timed on a device.
+        for name in [name for name in sys.modules if name.partition(".")[0] == "mamba_ssm"]:
+            patch.delitem(sys.modules, name)
         # The package's __init__ imports CUDA extensions: only its files are wanted.
         found = importlib.util.find_spec("mamba_ssm")
         assert found is not None and found.submodule_search_locations is not None
