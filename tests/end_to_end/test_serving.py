@@ -43,7 +43,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     config = NemotronHConfig(
         vocab_size=97,
         hidden_size=64,
-        layers_block_type=[BY_SYMBOL[symbol].hf_name for symbol in "MEM*E"],
+        layers_block_type=[BY_SYMBOL[symbol].hf_names[0] for symbol in "MEM*E"],
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,

@@ -27,7 +27,7 @@ def block(model: Any, pattern: str, index: int) -> Any:
     attention: dict[str, Any] = {"attn_implementation": "sdpa"}
     config = NemotronHConfig(
         hidden_size=64,
-        layers_block_type=[BY_SYMBOL[symbol].hf_name for symbol in pattern],
+        layers_block_type=[BY_SYMBOL[symbol].hf_names[0] for symbol in pattern],
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=24,
