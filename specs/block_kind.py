@@ -59,7 +59,7 @@ class BlockKind:
     """Its table in the spec."""
     modules: tuple[Module, ...]
     hf_names: tuple[str, ...]
-    """Entries of `layers_block_type` that mean it: first as transformers 5 writes it, last as all readers know it."""
+    """Entries of `layers_block_type` that mean it: first that of transformers since 5.13, last that of messages."""
     config_keys: tuple[ConfigKey, ...]
     """Every key of the table, and what Hugging Face calls it."""
     letters: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -74,11 +74,6 @@ class BlockKind:
     """Whether an MTP pattern may have it."""
     in_transformers: bool = True
     """Whether transformers' NemotronHConfig takes it; where not, no modeling_n3c.py is written for it."""
-
-    @property
-    def hf_name(self) -> str:
-        """The name in `layers_block_type` as transformers 5 writes it."""
-        return self.hf_names[0]
 
     @property
     def template(self) -> str:

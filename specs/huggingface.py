@@ -10,7 +10,6 @@ from typing import Any, cast
 
 from .huggingface_import import import_config
 from .huggingface_names import FIELDS, STATE_DTYPES, UNSUPPORTED
-from .pattern import to_layers_block_type
 from .schema import Spec
 
 __all__ = ["export_config", "import_config"]
@@ -19,7 +18,8 @@ __all__ = ["export_config", "import_config"]
 def export_config(spec: Spec) -> dict[str, Any]:
     """Return the config.json of a spec, such that importing it gives an equal spec.
 
-    Both pattern forms and `num_hidden_layers` are written, as some readers need each.
+    Block types stand in patterns of symbols, and nowhere as a list: no spelling of its entries is read by every
+    release of transformers and by SGLang, and some releases refuse any list beside a pattern.
     """
     pattern = spec.model.pattern
     config: dict[str, Any] = {
@@ -28,7 +28,6 @@ def export_config(spec: Spec) -> dict[str, Any]:
         "dtype": "bfloat16",
         "num_hidden_layers": len(pattern),
         "hybrid_override_pattern": pattern.symbols,
-        "layers_block_type": to_layers_block_type(pattern),
     }
     for path, (name, _, _) in FIELDS.items():
         table = getattr(spec, str(path[0]))
@@ -45,7 +44,6 @@ def export_config(spec: Spec) -> dict[str, Any]:
     config["num_nextn_predict_layers"] = 0 if spec.mtp is None else 1
     if spec.mtp is not None:
         config["mtp_hybrid_override_pattern"] = spec.mtp.pattern.symbols
-        config["mtp_layers_block_type"] = to_layers_block_type(spec.mtp.pattern)
         config["mtp_num_layers"] = spec.mtp.depth
         config["mtp_loss_scaling_factor"] = spec.mtp.loss_scaling_factor
     config["n3c"] = _own(spec)

@@ -11,7 +11,17 @@ from typing import Any, cast
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Severity, Span
 
 from .blocks import KINDS
-from .huggingface_names import FIELDS, MTP, N3C_KEYS, PATTERNS, SILENT, STATE_DTYPES, UNSUPPORTED
+from .huggingface_names import (
+    FIELDS,
+    MTP,
+    MTP_PATTERN_LISTS,
+    N3C_KEYS,
+    PATTERN_LISTS,
+    PATTERNS,
+    SILENT,
+    STATE_DTYPES,
+    UNSUPPORTED,
+)
 from .json_places import JsonPlaces
 from .keys import COUNT
 from .modelopt import QuantizationError, import_quantization
@@ -116,7 +126,7 @@ class _Importer:
 
     def pattern(self) -> Pattern | None:
         before = len(self.found)
-        main = self.agreed(("layers_block_type", "layer_types"), "hybrid_override_pattern")
+        main = self.agreed(PATTERN_LISTS, "hybrid_override_pattern")
         if main is None:
             if len(self.found) == before:
                 message = "missing `layers_block_type` or `hybrid_override_pattern`"
@@ -178,7 +188,7 @@ class _Importer:
             self.error("E0304", message, self.places.json_value("num_nextn_predict_layers"), advice)
             return None
         before = len(self.found)
-        pattern = self.agreed(("mtp_layers_block_type",), "mtp_hybrid_override_pattern")
+        pattern = self.agreed(MTP_PATTERN_LISTS, "mtp_hybrid_override_pattern")
         if pattern is None and len(self.found) > before:
             return None
         pattern = pattern or Pattern.parse("*E")

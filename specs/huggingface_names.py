@@ -65,10 +65,13 @@ SILENT = {
     "quantization_config",
     "n3c",
 }
-PATTERNS = ("layers_block_type", "layer_types", "hybrid_override_pattern", "num_hidden_layers")
+# Lists of block types: read in any spelling, never written (see export_config).
+PATTERN_LISTS = ("layers_block_type", "layer_types")
+MTP_PATTERN_LISTS = ("mtp_layers_block_type",)
+PATTERNS = (*PATTERN_LISTS, "hybrid_override_pattern", "num_hidden_layers")
 MTP = (
     "num_nextn_predict_layers",
-    "mtp_layers_block_type",
+    *MTP_PATTERN_LISTS,
     "mtp_hybrid_override_pattern",
     "mtp_num_layers",
     "mtp_loss_scaling_factor",

@@ -231,11 +231,6 @@ def from_layers_block_type(names: Sequence[str]) -> Pattern:
     return Pattern(text, (), text, tuple(range(len(text))))
 
 
-def to_layers_block_type(pattern: Pattern) -> list[str]:
-    """Write `layers_block_type` with the names of transformers 5."""
-    return [kind.hf_name for kind in pattern]
-
-
 def from_megatron(text: str) -> tuple[Pattern, Pattern | None, int]:
     """Read Megatron's `--hybrid-layer-pattern`: the main pattern, that of MTP if any, and the MTP depth.
 

@@ -341,7 +341,8 @@ def test_lowering_and_template_agree(tmp_path: Path) -> None:
 def test_config_json_and_back() -> None:
     spec = spec_from_text(SPEC)
     config = export_config(spec)
-    assert config["layers_block_type"] == ["swiglu", "swiglu"]
+    assert config["hybrid_override_pattern"] == "SS"
+    assert "layers_block_type" not in config
     assert import_config(*parse_json(json.dumps(config), "config.json"), "x")[0] == spec
 '''
 

@@ -6,9 +6,6 @@ one by one, since not every reader understands a key for all experts of a layer.
 linears, as vLLM also takes an excluded name as a part of another one; where all routed experts of a layer are
 left out, so is `….mixer.experts`, the only name that SGLang asks for. No name carries the suffix that
 ModelOpt 0.47 appends by mistake under transformers 5.
-
-Block types are spelt `mamba`, `attention`, `mlp`, `moe`: the spelling of transformers 5 (`linear_attention`) is
-refused by SGLang and taken for another kind of layer by TensorRT Edge-LLM; transformers reads both.
 """
 
 from __future__ import annotations
@@ -19,7 +16,7 @@ from typing import Any
 
 from n3c.backends.safetensors.layout import KEEP, Weight
 from n3c.ir.formats import FORMATS, FP8, NVFP4_BLOCK, W4A16_NVFP4
-from n3c.specs.blocks import KINDS
+from n3c.specs.huggingface_names import MTP_PATTERN_LISTS, PATTERN_LISTS
 from n3c.specs.roles import ROUTERS
 
 PRODUCER = "modelopt"
@@ -32,12 +29,10 @@ _SHAPE_KEYS = (
     "model_type",
     "num_hidden_layers",
     "hybrid_override_pattern",
-    "layers_block_type",
     "mtp_hybrid_override_pattern",
-    "mtp_layers_block_type",
 )
-_BLOCK_TYPES = {kind.hf_name: kind.hf_names[-1] for kind in KINDS}
-"""Spelling of transformers 5 → that which every reader knows."""
+_NOT_KEPT = {"quantization_config", "n3c", *PATTERN_LISTS, *MTP_PATTERN_LISTS}
+"""Of the source's config.json: what is written anew, and lists of block types (see `export_config`)."""
 _NEVER = ROUTERS | {"embedding"}
 """Not linears to any reader: never listed as left out, as convolutions are."""
 
@@ -146,13 +141,10 @@ def config_json(
 ) -> dict[str, Any]:
     """Return config.json: that of the source, with what it lacks of `exported` (the spec's config), and quantized.
 
-    Both forms of the pattern and the number of layers are there, as some readers need each.
+    Lists of block types are left out: the patterns and the number of layers say the same.
     """
-    config = {key: value for key, value in source.items() if key not in ("quantization_config", "n3c")}
-    for key, value in exported.items():
-        if key in _SHAPE_KEYS:
-            config.setdefault(key, value)
-    for key in ("layers_block_type", "mtp_layers_block_type"):
-        if isinstance(config.get(key), list):
-            config[key] = [_BLOCK_TYPES.get(kind, kind) for kind in config[key]]
+    config = {key: value for key, value in source.items() if key not in _NOT_KEPT}
+    for key in _SHAPE_KEYS:
+        if config.get(key) is None and key in exported:
+            config[key] = exported[key]
     return config | {"quantization_config": quantization_config(weights, kv_cache), "n3c": exported["n3c"]}

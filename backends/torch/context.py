@@ -102,7 +102,6 @@ class SpecView:
     conv_bias: bool
     wrapped: bool
     """Whether transformers' own nemotron_h lacks something, so that modeling_n3c.py is written."""
-    hf_kinds: str
     remote_code: tuple[str, ...]
     model: Literals
     tables: Mapping[str, Literals]
@@ -153,7 +152,6 @@ def spec_view(spec: Spec, spec_sha256: str, flops_per_token: tuple[int, int]) ->
         rescale=spec.model.rescale_prenorm_residual,
         conv_bias=uses.mamba and tables["mamba"]["conv_bias"] == "True",
         wrapped=(uses.mtp or (uses.moe and not shared)) and all(kind.in_transformers for kind in blocks),
-        hf_kinds=", ".join(f'"{block.symbol}": "{block.hf_name}"' for block in blocks),
         remote_code=_remote_code(uses),
         model={**_literals(spec.model, "model"), "eos_token_id": _token_ids(spec.model.eos_token_ids)},
         tables=tables,

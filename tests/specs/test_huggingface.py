@@ -14,6 +14,7 @@ from n3c.ir.diagnostics import ExitCode, N3CError
 from n3c.specs.convert import config_text, run_import
 from n3c.specs.dump import dump_spec
 from n3c.specs.huggingface import export_config, import_config
+from n3c.specs.huggingface_names import MTP_PATTERN_LISTS, PATTERN_LISTS
 from n3c.specs.json_places import parse_json
 from n3c.specs.load import load_spec, parse_spec
 from n3c.specs.schema import Rule, Spec
@@ -75,9 +76,8 @@ def test_random_specs_round_trip(spec: Spec) -> None:
 def test_export_says_what_each_reader_needs() -> None:
     config = export_config(load_spec(SPECS / "super.toml")[0])
     assert config["architectures"] == ["NemotronHForCausalLM"]
-    assert (
-        config["num_hidden_layers"] == len(config["layers_block_type"]) == len(config["hybrid_override_pattern"]) == 88
-    )
+    assert config["num_hidden_layers"] == len(config["hybrid_override_pattern"]) == 88
+    assert not {*PATTERN_LISTS, *MTP_PATTERN_LISTS} & set(config)
     assert config["mtp_hybrid_override_pattern"] == "*E"
     assert (config["num_nextn_predict_layers"], config["mtp_num_layers"]) == (1, 2)
     assert (config["n_groups"], config["n_group"]) == (8, 1)

@@ -6,8 +6,8 @@ Written anew from their rules, for checkpoints of nemotron_h:
   ModelOptMixedPrecisionConfig) and utils/quant_utils.py (is_layer_skipped); model names by the mapper of
   models/nemotron_h.py (`backbone` → `model`).
 - SGLang, python/sglang/srt/layers/quantization/modelopt_quant.py (ModelOptQuantConfig, ModelOptFp4Config,
-  ModelOptMixedPrecisionConfig) and python/sglang/srt/configs/nemotron_h.py.
-- TensorRT Edge-LLM, tensorrt_edgellm/config.py (_parse_quant, module_quant_type, _parse_layer_types).
+  ModelOptMixedPrecisionConfig).
+- TensorRT Edge-LLM, tensorrt_edgellm/config.py (_parse_quant, module_quant_type).
 """
 
 from __future__ import annotations
@@ -111,7 +111,6 @@ class Sglang(Vllm):
     """Differs in what it takes for excluded, and in what it knows: no weight-only NVFP4 of ModelOpt."""
 
     algorithms: tuple[str, ...] = ("FP8", "NVFP4", "MIXED_PRECISION")
-    block_types = frozenset(("mamba", "attention", "mlp", "moe"))
 
     def format(self, layer: Layer) -> str | None:
         """Return the algorithm that a layer is loaded with; None: not quantized."""
@@ -129,9 +128,6 @@ class Sglang(Vllm):
 
 class EdgeLlm:
     """Reads hf_quant_config.json and the names of the tensors; every linear by its own name."""
-
-    block_types: Mapping[str, str] = {"mamba": "M", "moe": "E", "mlp": "-", "attention": "*"}
-    """`linear_attention` would be a gated delta net."""
 
     def __init__(self, hf_quant_config: Mapping[str, Any], tensors: Iterable[str]) -> None:
         said = hf_quant_config["quantization"]

@@ -20,7 +20,6 @@ def huggingface_config(model: Model) -> dict[str, object]:
     """
     config = model.config
     name = "tiny-test"
-    kinds = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
     return {
         "architectures": ["NemotronHForCausalLM"],
         "model_type": "nemotron_h",
@@ -29,7 +28,6 @@ def huggingface_config(model: Model) -> dict[str, object]:
         "hidden_size": config.hidden_size,
         "num_hidden_layers": len(config.pattern),
         "hybrid_override_pattern": config.pattern,
-        "layers_block_type": [kinds[symbol] for symbol in config.pattern],
         "max_position_embeddings": config.max_position_embeddings,
         "layer_norm_epsilon": config.norm_eps,
         "initializer_range": config.initializer_range,
@@ -64,7 +62,6 @@ def huggingface_config(model: Model) -> dict[str, object]:
         "intermediate_size": config.mlp_intermediate_size,
         "num_nextn_predict_layers": 1,  # one set of weights, whatever the depth
         "mtp_hybrid_override_pattern": config.mtp_pattern,
-        "mtp_layers_block_type": [kinds[symbol] for symbol in config.mtp_pattern],
         "mtp_num_layers": config.mtp_depth,
         "mtp_loss_scaling_factor": config.mtp_loss_scaling_factor,
         "n3c": {"name": name, "time_step_min": config.mamba_time_step_min},

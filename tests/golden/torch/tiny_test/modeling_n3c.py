@@ -63,6 +63,10 @@ def model_config(config: NemotronHConfig) -> Config:
     )
 
 
+# transformers 5.24 gave the field a new name; `forward` takes either.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
 class StateCache(Cache):
     """What decoding carries, as transformers hands it from one forward pass to the next.
 
@@ -160,20 +164,23 @@ class N3CForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: StateCache | None = None,
         use_cache: bool | None = None,
         seq_idx: Tensor | None = None,
+        cache: StateCache | None = None,
     ) -> N3COutput:
-        """Run sequences [B, S]; with `use_cache`, those that follow on `past_key_values`.
+        """Run sequences [B, S]; with `use_cache`, those that follow on `cache`.
+
+        Before transformers 5.24 that is `past_key_values`, of the output, too.
 
         `attention_mask` [B, S and what was before]: 0 is padding, on either side. `labels` [B, S]
         are `input_ids`, or -100 to ignore. `seq_idx` [B, S] are the documents of packed sequences,
         by the name that DataCollatorWithFlattening gives them.
         """
         model = self.whole[0]
-        if past_key_values is not None or (use_cache and labels is None):
-            cache = past_key_values
+        cache = past_key_values if cache is None else cache
+        if cache is not None or (use_cache and labels is None):
             if cache is None:
                 cache = StateCache(model.allocate_state(len(input_ids), input_ids.shape[1]))
             logits = self.step(input_ids, attention_mask, cache)
-            return N3COutput(logits=logits, past_key_values=cache)
+            return N3COutput(logits=logits, **{CACHE: cache})
         if attention_mask is not None:
             seq_idx = attention_mask if seq_idx is None else seq_idx
             labels = None if labels is None else labels.masked_fill(attention_mask == 0, -100)
