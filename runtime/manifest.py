@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import re
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
+from n3c.ir.json_file import is_count, read_json
 
 MANIFEST = "manifest.json"
 
@@ -20,8 +21,8 @@ def out_error(code: str, message: str, path: Path, help: str | None = None) -> N
 def read_manifest(out: Path) -> dict[str, Any] | None:
     """Return the manifest of a build, or None without one that n3c wrote."""
     try:
-        data: object = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        data = read_json(out / MANIFEST)
+    except (OSError, ValueError):
         return None
     return data if _is_manifest(data) else None
 
@@ -29,10 +30,19 @@ def read_manifest(out: Path) -> dict[str, Any] | None:
 def _is_manifest(data: object) -> TypeGuard[dict[str, Any]]:
     """Whether `data` has what n3c reads back of a manifest."""
     return (
-        _has(data, {"spec": dict, "files": list, "ledger": list})
+        _has(data, {"spec": dict, "files": list, "ledger": list, "parameters": dict})
         and _has(data["spec"], {"name": str, "sha256": str})
-        and all(_has(file, {"path": str, "bytes": int}) for file in data["files"])
-        and all(_has(entry, {"format": str, "bytes": int}) for entry in data["ledger"])
+        and all(is_count(data["parameters"].get(key)) for key in ("total", "mtp"))
+        and all(_is_file(file) for file in data["files"])
+        and all(_has(entry, {"format": str}) and is_count(entry.get("bytes")) for entry in data["ledger"])
+    )
+
+
+def _is_file(row: object) -> bool:
+    return (
+        _has(row, {"path": str, "sha256": str})
+        and is_count(row.get("bytes"))
+        and re.fullmatch(r"[0-9a-f]{64}", row["sha256"]) is not None
     )
 
 

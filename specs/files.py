@@ -13,16 +13,16 @@ MAX_BYTES = 32 << 20
 """Largest file; a quantization config that names every expert of a 550B model is below it."""
 
 
-def read_text(path: Path) -> str:
-    """Read a UTF-8 file; raises N3CError: FILE where it cannot be read, SPEC where it is not text."""
+def read_text(path: Path, most: int = MAX_BYTES) -> str:
+    """Read a UTF-8 file; N3CError: FILE where it cannot be read, SPEC where it is not text or above `most` bytes."""
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            data = file.read(most + 1)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         message = f"cannot read {shown(str(path))}: {_reason(error)}"
         raise N3CError(Diagnostic("E0601", message, Span(str(path))), ExitCode.FILE) from None
-    if len(data) > MAX_BYTES:
-        message = f"larger than {MAX_BYTES >> 20} MiB: not a spec or a configuration"
+    if len(data) > most:
+        message = f"larger than {most >> 20} MiB: not a spec or a configuration"
         raise N3CError(Diagnostic("E0100", message, Span(str(path))), ExitCode.SPEC)
     try:
         return data.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")

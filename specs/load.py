@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import tomllib
 from collections.abc import Sequence
@@ -12,9 +13,20 @@ from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 from .files import read_text
 from .overrides import apply_overrides
 from .places import Text, dotted, shown
-from .reader import read_spec
+from .reader import MAX_RULES, read_spec
 from .schema import Spec
-from .toml_places import TomlPlaces
+from .toml_places import MAX_KEY_PARTS, TomlPlaces
+
+MAX_SPEC_BYTES = 8 << 20
+"""Largest spec; rules that name every expert of a 550B model take less."""
+_DEEP_KEY = re.compile(
+    r"""(?<![\w-])(?:(?:[A-Za-z0-9_-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+)""" f"{{{MAX_KEY_PARTS}}}"
+)
+"""A dotted key for which tomllib would need memory and time by the square of its length."""
+
+_TABLE = re.compile(r"^[ \t]*+\[", re.MULTILINE)
+_MAX_TABLES = 4 * MAX_RULES
+"""Of two tables with rules, and what else a spec has."""
 
 
 def loaded(spec: str | Path | Spec, overrides: Sequence[str] = ()) -> tuple[Spec, list[Diagnostic]]:
@@ -38,7 +50,7 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Spec, li
     exit code SPEC for a spec that is invalid, FILE for a file that cannot be read, USAGE for an
     override that is none.
     """
-    return parse_spec(read_text(Path(path)), str(path), overrides)
+    return parse_spec(read_text(Path(path), MAX_SPEC_BYTES), str(path), overrides)
 
 
 def parse_spec(text: str, file: str, overrides: Sequence[str] = ()) -> tuple[Spec, list[Diagnostic]]:
@@ -53,6 +65,13 @@ def parse_spec(text: str, file: str, overrides: Sequence[str] = ()) -> tuple[Spe
 
 
 def _parse_toml(source: Text) -> dict[str, object]:
+    deep = _DEEP_KEY.search(source.text)
+    if deep is not None:
+        raise N3CError(Diagnostic("E0101", "nested too deeply", source.span(*deep.span())), ExitCode.SPEC)
+    beyond = next(itertools.islice(_TABLE.finditer(source.text), _MAX_TABLES, None), None)
+    if beyond is not None:
+        message = f"more than {_MAX_TABLES} tables and rules"
+        raise N3CError(Diagnostic("E0106", message, source.span(*beyond.span())), ExitCode.SPEC)
     try:
         return tomllib.loads(source.text)
     except tomllib.TOMLDecodeError as error:

@@ -27,6 +27,8 @@ MAX_ERRORS = 100
 """A file with more errors than this is something else; reading stops."""
 MAX_ENTRIES = 64
 """Most entries of an array, other than rules and modules."""
+MAX_RULES = 4096
+"""Most rules of a table; each is held against every weight of the model."""
 
 _BAD = object()  # what a value that was reported reads as
 
@@ -231,9 +233,9 @@ class _Reader:
             self.wrong_type(raw, path, "an array")
             return _BAD
         entries = cast("list[object]", raw)
-        unbounded = args[0] is Rule or path[-1] == "modules"
-        if len(entries) > MAX_ENTRIES and not unbounded:
-            message = f"{_named(path)} has {len(entries)} entries, more than {MAX_ENTRIES}"
+        most = MAX_RULES if args[0] is Rule else MAX_ENTRIES
+        if len(entries) > most and path[-1] != "modules":
+            message = f"{_named(path)} has {len(entries)} entries, more than {most}"
             self.say("E0106", message, self.places.value(path))
             return _BAD
         values: list[Any] = []

@@ -13,6 +13,9 @@ from n3c.ir.diagnostics import Span
 
 from .places import Path, Text, window
 
+MAX_KEY_PARTS = 100
+"""Most parts of a dotted key; those of specs have three."""
+
 
 @dataclass(slots=True)
 class _Entry:

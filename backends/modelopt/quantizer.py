@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from n3c.backends.machine import usable_cores
 from n3c.backends.progress import Progress
@@ -36,11 +36,14 @@ from n3c.backends.safetensors.selfcheck import Checked, check
 from n3c.backends.safetensors.stream import BAND_BYTES, JOURNAL_BYTES, Quantizer, make_shard
 from n3c.ir.diagnostics import N3CError
 from n3c.ir.formats import NVFP4_BLOCK
+from n3c.ir.json_file import is_count, read_json
 from n3c.ir.program import Program
 
 from .layout import algorithm, config_json, hf_quant_config
 
 LEDGER = "n3c_ledger.json"
+_MAX_LEDGER = 1 << 28
+"""Bytes; a 550B checkpoint's is a tenth of it."""
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 _REPLACED = ("config.json", "hf_quant_config.json", LEDGER)
 
@@ -96,10 +99,10 @@ def quantize_checkpoint(job: Job, progress: Progress) -> Outcome:
     mark = fingerprint(shards, job.search)
     outcome = Outcome(job.out, False, weights, shards=len(shards), bytes=sum(shard.size for shard in shards))
     work, whole = WorkDirectory(job.out, progress.phase), job.part == (1, 1)
-    if _is_finished(job, mark):
+    finished = _finished(job, mark)
+    if finished is not None:
         work.clear()
-        outcome.ledger = json.loads((job.out / LEDGER).read_text(encoding="utf-8"))["weights"]
-        outcome.finished = True
+        outcome.ledger, outcome.finished = finished, True
         return outcome
     _require_place(job, work, shards)
     with work.claimed(_plan(mark, checkpoint, job), job.part, resume=job.resume):
@@ -149,7 +152,7 @@ def _make(
         progress.step("MB written", at // 1_000_000, max(1, total // 1_000_000))
 
     progress.phase("quantize")
-    done = work.done({shard.file: shard.size for shard in shards})
+    done = work.done(shards)
     threads = job.threads or usable_cores()
     resume = job.resume or parts == 1
     with work.journal(job.part, resume) as journal, ThreadPoolExecutor(threads) as pool:
@@ -176,22 +179,28 @@ def _make(
 def _source_config(source: Path) -> dict[str, Any]:
     path = source / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except OSError as error:
         raise file_error("E0601", f"cannot read config.json: {error.strerror or error}", path) from error
     except ValueError as error:
-        raise file_error("E0601", "config.json is not JSON", path) from error
+        raise file_error("E0601", f"config.json cannot be read: {error}", path) from error
     if not isinstance(config, dict):
         raise file_error("E0601", "config.json is not a JSON object", path)
-    return config
+    return cast("dict[str, Any]", config)
 
 
-def _is_finished(job: Job, mark: str) -> bool:
-    """Whether the output is there already, made by this very plan: a resumed run has nothing left to do."""
+def _finished(job: Job, mark: str) -> list[dict[str, Any]] | None:
+    """Return the ledger of the output if that is there already, made by this very plan: nothing is left to do."""
+    if not job.resume:
+        return None
     try:
-        return job.resume and json.loads((job.out / LEDGER).read_text(encoding="utf-8"))["plan"] == mark
+        found = cast("Any", read_json(job.out / LEDGER, _MAX_LEDGER))
+        lines = cast("list[dict[str, Any]]", found["weights"])
+        whole = isinstance(found["weights"], list) and all(is_count(line["bytes"]) for line in lines)
+        named = all(isinstance(line[key], str) for line in lines for key in ("name", "format"))
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return None
+    return lines if found["plan"] == mark and whole and named else None
 
 
 def _require_place(job: Job, work: WorkDirectory, shards: Sequence[Shard]) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
+from n3c.ir.json_file import read_json
 
-from .header import HeaderError, TensorInfo, once, read_header
+from .header import HeaderError, TensorInfo, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -123,16 +123,23 @@ class Checkpoint:
                 raise file_error("E0601", f"neither {SINGLE} nor {INDEX} in this directory", self.directory)
             return [self.directory / SINGLE]
         try:
-            shards = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=once)["weight_map"].values()
+            shards = cast("Any", read_json(index))["weight_map"].values()
             names = sorted({str(shard) for shard in shards})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise file_error("E0604", "the index is not JSON with a `weight_map`", index) from error
         for name in names:
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise file_error("E0604", f"the index names `{name}`, which is not a file of this directory", index)
-            if not (self.directory / name).is_file():
+            if not _is_file(self.directory / name):
                 raise file_error("E0604", f"the index names `{name}`, which is missing", index)
         return [self.directory / name for name in names]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or with a null byte
+        return False
 
 
 def _header(path: Path) -> dict[str, TensorInfo]:

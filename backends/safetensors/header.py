@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
 from n3c.ir.formats import FORMATS
+from n3c.ir.json_file import JsonError, is_count, parse_json
 from n3c.ir.types import DType, TensorType
 
 MAX_HEADER_BYTES = 100_000_000
@@ -84,24 +84,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 def _parse(text: bytes) -> dict[str, object]:
     try:
-        data: object = json.loads(text.decode("utf-8"), object_pairs_hook=once)
-    except HeaderError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise HeaderError("its header is not JSON") from error
+        data = parse_json(text)
+    except JsonError as error:
+        raise HeaderError(f"its header cannot be read: {error}") from error
     if not isinstance(data, dict):
         raise HeaderError("its header is not a JSON object")
     return cast("dict[str, object]", data)
-
-
-def once(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
-    """Make a JSON object of its pairs (`object_pairs_hook`); HeaderError where a key is there twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        counts = Counter(name for name, _ in pairs)
-        twice = next(name for name, count in counts.items() if count > 1)
-        raise HeaderError(f"it has `{twice[:200]}` twice")
-    return found
 
 
 def _tensors(header: Mapping[str, object], data: int, size: int) -> dict[str, TensorInfo]:
@@ -118,22 +106,24 @@ def _tensors(header: Mapping[str, object], data: int, size: int) -> dict[str, Te
             raise HeaderError(f"`{name[:200]}` needs {info.bytes} bytes, its offsets are {begin} to {end}")
         spans.append((begin, end, name))
     at = 0
-    for begin, end, name in sorted(spans):
+    spans.sort()
+    for begin, end, name in spans:
         if begin != at:
             raise HeaderError(f"`{name[:200]}` begins at {begin}, but the tensor before it ends at {at}")
         at = end
     if data + at != size:
         raise HeaderError(f"its tensors end at byte {data + at}, the file at {size}")
-    return {name: tensors[name] for _, _, name in sorted(spans)}
+    return {name: tensors[name] for _, _, name in spans}
 
 
 def _is_entry(entry: object) -> TypeGuard[dict[str, Any]]:
     if not isinstance(entry, dict):
         return False
     table = cast("dict[str, object]", entry)
-    offsets = table.get("data_offsets")
+    dtype, offsets = table.get("dtype"), table.get("data_offsets")
     return (
-        table.get("dtype") in SIZES
+        isinstance(dtype, str)
+        and dtype in SIZES
         and _is_sizes(table.get("shape"))
         and _is_sizes(offsets)
         and len(cast("list[int]", offsets)) == 2
@@ -141,9 +131,7 @@ def _is_entry(entry: object) -> TypeGuard[dict[str, Any]]:
 
 
 def _is_sizes(value: object) -> bool:
-    return isinstance(value, list) and all(
-        type(size) is int and 0 <= size <= MAX_DIM for size in cast("list[object]", value)
-    )
+    return isinstance(value, list) and all(is_count(size, MAX_DIM) for size in cast("list[object]", value))
 
 
 def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:

@@ -41,8 +41,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def compiled(function: F) -> F:
-    """Compile on first use; the machine code is kept on disk for the next process."""
-    return cast("F", numba.njit(nogil=True, cache=True, error_model="numpy")(function))
+    """Compile on first use; the machine code is kept on disk for the next process, where that can be written.
+
+    Neither the folder of this file nor the user's cache may be: installed by root, run with a read-only home.
+    """
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    try:
+        return cast("F", numba.njit(cache=True, **options)(function))
+    except RuntimeError:  # numba finds no place for its cache
+        return cast("F", numba.njit(**options)(function))
 
 
 Bits = NDArray[np.uint16] | NDArray[np.uint32]

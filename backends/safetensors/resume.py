@@ -6,28 +6,35 @@
     .OUT.n3c-quantize/result/                   shards, and in the end everything else; renamed to OUT last
     .OUT.n3c-lock                               held for moments: to begin, and to rename and clear up
 
-A line is written after fsync of the data that it speaks of, and a torn last line is ignored; so whatever
+A line is written after fsync of the data that it speaks of, and a torn or damaged line is ignored; so whatever
 the lines say is true after a crash of the process or of the machine, and all else is made again.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from n3c.backends.locks import HeldError, locked, output_lock
 from n3c.ir.diagnostics import N3CError
+from n3c.ir.json_file import is_count, parse_json, read_bounded, read_json
 
 from .checkpoint import file_error
+from .layout import KEEP, Shard
 
 PLAN = "plan.json"
+_MAX_JOURNAL = 1 << 28
+"""Bytes; a line with three figures for each weight of a 550B checkpoint makes a tenth."""
+_FIGURES = 3
+"""What packing a weight cost: signal, noise, and the noise of the other block."""
 
 
 @dataclass(slots=True)
@@ -39,10 +46,16 @@ class Done:
 
 
 class WorkDirectory:
-    """The directory beside the output in which it is made. `waiting` hears that another process is waited for."""
+    """The directory beside the output in which it is made. `waiting` hears that another process is waited for.
+
+    N3CError (E0612) where the output's path is a loop of links.
+    """
 
     def __init__(self, out: Path, waiting: Callable[[str], None] = lambda _: None) -> None:
-        self.out = out.resolve()
+        try:
+            self.out = out.resolve()
+        except RuntimeError as error:
+            raise file_error("E0612", "the output cannot be written: a loop of links", out) from error
         self.folder = self.out.with_name(f".{self.out.name}.n3c-quantize")
         self.state = self.folder / "state"
         self.result = self.folder / "result"
@@ -114,24 +127,27 @@ class WorkDirectory:
 
     def _plan(self) -> Any:
         try:
-            return json.loads((self.state / PLAN).read_text(encoding="utf-8"))
+            return read_json(self.state / PLAN)
         except (OSError, ValueError):
             return None
 
-    def done(self, sizes: Mapping[str, int]) -> dict[str, Done]:
-        """Return what all parts have on the disk: shard → Done. `sizes` are the shards' sizes when complete."""
-        found: dict[str, Done] = {name: Done() for name in sizes}
+    def done(self, shards: Sequence[Shard]) -> dict[str, Done]:
+        """Return what all parts have on the disk: file of a shard → Done; nothing of a shard that is damaged."""
+        found: dict[str, Done] = {shard.file: Done() for shard in shards}
         for path in sorted(self.state.glob("part-*.jsonl")):
             for line in _whole_lines(path):
-                shard = found.get(line["shard"])
-                if shard is not None and line["weights"] > shard.weights:
-                    shard.weights = line["weights"]
-                    shard.figures |= line["figures"]
-        for name, shard in found.items():
-            file = self.result / name
-            if shard.weights and (not file.is_file() or file.stat().st_size != sizes[name]):
-                found[name] = Done()  # somebody has removed or cut it
-        return found
+                done = found.get(line.shard)
+                if done is not None and line.weights > done.weights:
+                    done.weights = line.weights
+                    done.figures |= line.figures
+        return {shard.file: self._believed(shard, found[shard.file]) for shard in shards}
+
+    def _believed(self, shard: Shard, done: Done) -> Done:
+        """Return `done`, or nothing where somebody has removed or cut the shard, or a line that speaks of it."""
+        file = self.result / shard.file
+        packed = [weight.name for weight in shard.weights[: done.weights] if weight.format != KEEP]
+        told = done.weights <= len(shard.weights) and all(name in done.figures for name in packed)
+        return done if told and file.is_file() and file.stat().st_size == shard.size else Done()
 
     @contextmanager
     def journal(self, part: tuple[int, int], resume: bool) -> Iterator[Journal]:
@@ -200,14 +216,44 @@ class Journal:
         os.fsync(self._file.fileno())
 
 
-def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for text in path.read_bytes().split(b"\n"):
+@dataclass(frozen=True, slots=True)
+class _Line:
+    shard: str
+    weights: int
+    figures: dict[str, list[float]]
+
+
+def _whole_lines(path: Path) -> Iterator[_Line]:
+    try:
+        texts = read_bounded(path, _MAX_JOURNAL).split(b"\n")
+    except ValueError:  # nothing of it can be believed
+        return
+    for text in texts:
         try:
-            line = json.loads(text)
+            line = _parsed(parse_json(text))
         except ValueError:
             continue
-        if isinstance(line, dict):
+        if line is not None:
             yield line
+
+
+def _parsed(data: object) -> _Line | None:
+    """Return what a line of a journal says; None where it is none that `Journal` writes."""
+    if not isinstance(data, dict):
+        return None
+    line = cast("dict[str, Any]", data)
+    shard, weights, figures = line.get("shard"), line.get("weights"), line.get("figures")
+    if not isinstance(shard, str) or not is_count(weights) or not isinstance(figures, dict):
+        return None
+    rows = cast("dict[str, object]", figures)
+    if not all(_are_figures(row) for row in rows.values()):
+        return None
+    return _Line(shard, cast("int", weights), cast("dict[str, list[float]]", rows))
+
+
+def _are_figures(row: object) -> bool:
+    numbers = cast("list[object]", row) if isinstance(row, list) else []
+    return len(numbers) == _FIGURES and all(isinstance(n, float) and math.isfinite(n) for n in numbers)
 
 
 def _sync(folder: Path) -> None:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
+from n3c.ir.json_file import is_count, read_json
 
 from .targets import TARGETS, Flavour, named
 
@@ -68,8 +69,8 @@ def read_sidecar(plan: Path) -> Sidecar:
     """Return the sidecar of `plan`; N3CError (E0641, exit code 6) where it is missing or not understood."""
     path = sidecar_path(plan)
     try:
-        return _parsed(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return _parsed(cast("Any", read_json(path)))
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not one that `n3c build` wrote"
         diagnostic = Diagnostic("E0641", f"the sidecar of a plan cannot be read: {reason}", Span(str(path)))
         raise N3CError(diagnostic, ExitCode.FILE) from error
@@ -77,31 +78,27 @@ def read_sidecar(plan: Path) -> Sidecar:
 
 def _parsed(data: Mapping[str, Any]) -> Sidecar:
     """Raises KeyError, TypeError or ValueError where `data` is not what `as_json` gives."""
-    trt, stage = data["tensorrt"], data["stage"]
-    numbers: Iterable[Any] = data["sms"]
+    trt, stage, sms, size = data["tensorrt"], data["stage"], data["sms"], data["bytes"]
     if data["schema"] != 1 or trt["flavour"] not in _MODULES:
         raise ValueError("another schema")
-    sidecar = Sidecar(
+    texts = (data["entry"], trt["version"], data["sha256"], data["spec_sha256"], data["weights_mode"])
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("not a text")
+    if not isinstance(sms, list) or not all(is_count(number) for number in (*cast("list[object]", sms), size)):
+        raise TypeError("not a number")
+    if stage is not None and not is_count(stage):
+        raise TypeError("not a stage")
+    return Sidecar(
         entry=data["entry"],
         stage=stage,
         flavour=trt["flavour"],
         version=trt["version"],
-        sms=tuple(int(sm) for sm in numbers),
-        bytes=int(data["bytes"]),
+        sms=tuple(cast("list[int]", sms)),
+        bytes=size,
         sha256=data["sha256"],
         spec_sha256=data["spec_sha256"],
         weights_mode=data["weights_mode"],
     )
-    texts: tuple[Any, ...] = (
-        sidecar.entry,
-        sidecar.version,
-        sidecar.sha256,
-        sidecar.spec_sha256,
-        sidecar.weights_mode,
-    )
-    if not all(isinstance(text, str) for text in texts) or not isinstance(stage, int | None):
-        raise TypeError("not a text")
-    return sidecar
 
 
 def check_plan(

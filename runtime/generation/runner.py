@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Literal, cast
 from n3c.backends.progress import SILENT, Progress
 from n3c.backends.safetensors.checkpoint_fit import fitting_checkpoint
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
+from n3c.ir.json_file import is_count, read_json
 from n3c.runtime.build_folder import OpenedBuild
 from n3c.runtime.engines.interface import Engine
 from n3c.runtime.numbers import require_number
@@ -79,7 +79,7 @@ def open_runner(
 
         engine = cuda_engine(build, names, batch, checkpoint, progress)
     tokenizer = find_tokenizer([weights], spec.model.vocab_size)
-    eos = _eos_ids(weights) or frozenset(spec.model.eos_token_ids)
+    eos = eos_token_ids(weights) or frozenset(spec.model.eos_token_ids)
     return Runner(build, engine, tokenizer, eos, MtpDrafter() if speculate else None, device)
 
 
@@ -96,14 +96,23 @@ def _batch(sizes: Sequence[int], sequences: int) -> int:
     return min((size for size in sizes if size >= sequences), default=max(sizes))
 
 
-def _eos_ids(weights: Path) -> frozenset[int]:
-    """Return `eos_token_id` of generation_config.json, a number or a list of them."""
+def eos_token_ids(weights: Path) -> frozenset[int]:
+    """Return `eos_token_id` of generation_config.json, a number or a list of them; N3CError (E0810) for another."""
     path = weights / "generation_config.json"
     if not path.is_file():
         return frozenset()
     try:
-        ids: object = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError) as error:
-        raise N3CError(Diagnostic("E0810", f"not a JSON object: {error}", Span(str(path))), ExitCode.FILE) from error
-    listed = cast("list[object]", ids) if isinstance(ids, list) else [ids]
-    return frozenset(i for i in listed if isinstance(i, int))
+        config = read_json(path)
+    except (OSError, ValueError) as error:
+        raise _bad_config(path, f"cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise _bad_config(path, "not a JSON object")
+    ids = cast("dict[str, object]", config).get("eos_token_id")
+    listed = [] if ids is None else cast("list[object]", ids) if isinstance(ids, list) else [ids]
+    if not all(is_count(token) for token in listed):
+        raise _bad_config(path, "`eos_token_id` is no token id and no list of them")
+    return frozenset(cast("list[int]", listed))
+
+
+def _bad_config(path: Path, message: str) -> N3CError:
+    return N3CError(Diagnostic("E0810", message, Span(str(path))), ExitCode.FILE)

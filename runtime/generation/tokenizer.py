@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
+from n3c.ir.json_file import read_bounded
 
 FILE = "tokenizer.json"
+_MAX_BYTES = 1 << 28
+"""Largest tokenizer.json; those of released models are a tenth of it."""
 BYTES = 256
 """The vocabulary of a byte-level spec."""
 
@@ -142,13 +145,16 @@ def _read(path: Path, vocab_size: int) -> FileTokenizer:
     from tokenizers import Tokenizer as Library
 
     try:
-        tokenizer: Any = Library.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
+        tokenizer: Any = Library.from_str(read_bounded(path, _MAX_BYTES).decode("utf-8"))
+        size: int = tokenizer.get_vocab_size(with_added_tokens=True)
+        found = FileTokenizer(tokenizer)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises nothing narrower; where its parser panics, not even Exception
         raise _unusable(path, f"not a tokenizer: {error}") from error
-    size = tokenizer.get_vocab_size(with_added_tokens=True)
     if size > vocab_size:
         raise _unusable(path, f"the tokenizer has {size:,} tokens, the model {vocab_size:,}")
-    return FileTokenizer(tokenizer)
+    return found
 
 
 def _unusable(path: Path, message: str) -> N3CError:

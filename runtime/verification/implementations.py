@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import onnx
 from onnx.external_data_helper import load_external_data_for_model
 
+from n3c.backends.onnx.bindings import read_bindings
 from n3c.backends.onnx.emit import emit_entry
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.backends.safetensors.sources import load
@@ -88,7 +86,7 @@ def _files(build: OpenedBuild, batch: int) -> dict[str, list[Path]]:
     """Return the ONNX files of each entry point, its stages in order, for `batch` sequences or one."""
     for folder in ("trt", "onnx"):
         if build.has(f"{folder}/bindings.json"):
-            entries: Mapping[str, Any] = json.loads((build.out / folder / "bindings.json").read_text())["entries"]
+            entries = read_bindings(build.out / folder / "bindings.json").entries
             break
     else:
         return {}
@@ -96,7 +94,7 @@ def _files(build: OpenedBuild, batch: int) -> dict[str, list[Path]]:
     for name, row in entries.items():
         entry, size = name.split(".")[:2]
         if size == f"b{batch}" or (entry == "prefill" and size == "b1"):
-            chosen.setdefault(entry, []).append(build.out / row["onnx"])
+            chosen.setdefault(entry, []).append(build.out / row.onnx)
     return chosen
 
 

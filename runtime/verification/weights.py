@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from n3c.backends.onnx.bindings import read_bindings
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.backends.safetensors.checkpoint_fit import fitting_checkpoint
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
@@ -23,7 +23,7 @@ def checkpoint_for(build: OpenedBuild, directory: Path | None, seed: int) -> Che
         return fitting_checkpoint(build.spec, directory)
     for folder in ("trt", "onnx"):
         file = build.out / folder / "bindings.json"
-        if build.has(f"{folder}/bindings.json") and json.loads(file.read_text())["weights_mode"] == "embedded":
+        if build.has(f"{folder}/bindings.json") and read_bindings(file).weights_mode == "embedded":
             help_ = "name the checkpoint that it was built with: --weights DIR"
             raise N3CError(Diagnostic("E0808", "this build holds its weights", help=help_), ExitCode.USAGE)
     return RandomCheckpoint(lower(build.spec), seed)

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -48,6 +49,15 @@ def n3c(*arguments: object) -> Result:
         code = run([str(argument) for argument in arguments])
     assert "Traceback" not in err.getvalue(), err.getvalue()
     return Result(code, out.getvalue(), err.getvalue())
+
+
+def default_signals() -> None:
+    """Let signals end a program that is started (`preexec_fn`), also where the tests' own shell ignores them.
+
+    A program inherits what is ignored: SIGHUP under nohup, SIGINT in the background of a shell.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def n3c_program(*arguments: object, before: Callable[[], None] | None = None, **environment: str) -> Result:

@@ -17,13 +17,16 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
+from n3c.backends.safetensors.checkpoint import DTYPES
+from n3c.backends.safetensors.header import HeaderError, read_header
 from n3c.compiler.quantization.units import find_linears
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 from n3c.ir.formats import CACHE_SCALES, E4M3_MAX, FORMATS, INPUT_SCALE
+from n3c.ir.json_file import JsonError, parse_json
 from n3c.ir.program import LedgerEntry
 from n3c.passes.lower.model import lower
 from n3c.passes.pipelines import quantize_pass
@@ -35,6 +38,7 @@ from .calibrate import Amax
 
 _KINDS = ("input_amax", "output_amax", *(suffix.removeprefix(".") for suffix in (INPUT_SCALE, *CACHE_SCALES)))
 _MOST_FAULTS = 20
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +136,9 @@ def _input_scale(name: str, module: str, entries: Mapping[str, float], divisor: 
 
 
 def _scale(amax: float, divisor: float) -> float:
-    """Divide in float32, as ModelOpt does; an input that was always 0 gets 1."""
-    return float(np.float32(amax) / np.float32(divisor)) if amax > 0 else 1.0
+    """Divide in float32, as ModelOpt does; an input that was always 0, or as good as, gets 1."""
+    scale = float(np.float32(amax) / np.float32(divisor))
+    return scale if scale > 0 else 1.0
 
 
 def _experts(module: str, spec: Spec) -> Iterator[str]:
@@ -143,30 +148,34 @@ def _experts(module: str, spec: Spec) -> Iterator[str]:
 
 
 def _is_scale(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    """Whether `value` is a number that float32 holds, and not negative."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= _LARGEST
 
 
 def _read_json(path: Path) -> dict[str, object]:
-    text = read_text(path)
     try:
-        raw: object = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _fault("E0632", f"not JSON: {error}", path) from None
+        raw = parse_json(read_text(path).encode())
+    except JsonError as error:
+        raise _fault("E0632", f"not readable: {error}", path) from None
     if not isinstance(raw, dict):
         raise _fault("E0632", "not a JSON object of names and numbers", path)
     return cast("dict[str, object]", raw)
 
 
 def _read_safetensors(path: Path) -> dict[str, object]:
-    from safetensors import SafetensorError, safe_open
-
+    found: dict[str, object] = {}
     try:
-        with safe_open(path, framework="numpy") as file:
-            handle: Any = file
-            tensors: dict[str, Any] = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, TypeError) as error:  # TypeError: an element type that numpy lacks
+        tensors = read_header(path)
+        with path.open("rb") as file:
+            for name, info in tensors.items():
+                if info.dtype not in DTYPES or math.prod(info.shape) != 1:
+                    found[name] = f"{info.dtype} {list(info.shape)}"  # no number, whatever it holds
+                    continue
+                file.seek(info.offset)
+                found[name] = float(np.frombuffer(file.read(info.bytes), DTYPES[info.dtype])[0])
+    except (OSError, HeaderError) as error:
         raise _fault("E0609", f"not a readable safetensors file of scales: {error}", path) from None
-    return {name: float(value.item()) if value.size == 1 else str(value.shape) for name, value in tensors.items()}
+    return found
 
 
 def _raise(faults: list[Diagnostic], path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,18 +50,21 @@ def read_tokens(path: Path, vocab_size: int, *, samples: int, length: int, least
 
 def _read(path: Path, vocab_size: int) -> NDArray[Any]:
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a device or a pipe may never end
+            raise _fault("E0601", "cannot read the calibration file: it is not a regular file", path)
         if path.suffix == ".npy":
             return _array(path)
         if path.suffix == ".bin":
             return _raw(path, np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4"))
-        data = path.read_bytes()
+        with path.open("rb"):  # whose error says why
+            pass
+        if vocab_size != BYTES:
+            message = f"text needs the tokenizer of this vocabulary of {vocab_size}, which n3c does not have"
+            help_ = "give token ids: .npy, or .bin of unsigned integers"
+            raise N3CError(Diagnostic("E0703", message, Span(str(path)), help=help_), ExitCode.USAGE)
+        return _raw(path, np.dtype(np.uint8))
     except OSError as error:
         raise _fault("E0601", f"cannot read the calibration file: {error.strerror or error}", path) from None
-    if vocab_size != BYTES:
-        message = f"text needs the tokenizer of this vocabulary of {vocab_size}, which n3c does not have"
-        help_ = "give token ids: .npy, or .bin of unsigned integers"
-        raise N3CError(Diagnostic("E0703", message, Span(str(path)), help=help_), ExitCode.USAGE)
-    return np.frombuffer(data, np.uint8)
 
 
 def _array(path: Path) -> NDArray[Any]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from n3c.backends.onnx.bindings import Binding
+from n3c.backends.onnx.bindings import EntryBindings, read_bindings
 from n3c.backends.progress import SILENT, Progress
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.backends.trt.module import load_trt
@@ -53,12 +52,11 @@ def _plans(build: OpenedBuild, names: Sequence[str], batch: int) -> Iterator[Pla
     folder = build.out / "trt"
     if not build.has("trt/bindings.json"):
         raise _lacking(build.out, "this build has no plans")
-    bindings = json.loads((folder / "bindings.json").read_text(encoding="utf-8"))
-    weights = {row["name"]: _binding(row) for row in bindings["weights"]}
+    entries = read_bindings(folder / "bindings.json").entries
     for name in names:
         rows = [
             (key, row)
-            for key, row in bindings["entries"].items()
+            for key, row in entries.items()
             if key.split(".")[:2] in ([name, f"b{batch}"], ["prefill", "b1"] if name == "prefill" else [])
         ]
         if not rows:
@@ -67,25 +65,11 @@ def _plans(build: OpenedBuild, names: Sequence[str], batch: int) -> Iterator[Pla
         size = f"b{batch}" if f"b{batch}" in sizes else "b1"
         for key, row in rows:
             if key.split(".")[1] == size:
-                yield _plan(folder, key, row, name, int(size[1:]), weights)
+                yield _plan(folder, key, row, name, int(size[1:]))
 
 
-def _plan(
-    folder: Path, key: str, row: Mapping[str, Any], entry: str, batch: int, weights: Mapping[str, Binding]
-) -> Plan:
-    return Plan(
-        folder / f"{key}.plan",
-        entry,
-        batch,
-        inputs=tuple(map(_binding, row["inputs"])),
-        outputs=tuple(map(_binding, row["outputs"])),
-        weights=tuple(weights[name] for name in row["weights"]),
-        stage=row["stage"] or 0,
-    )
-
-
-def _binding(row: Mapping[str, Any]) -> Binding:
-    return Binding(row["name"], row["kind"], row["dtype"], tuple(row["shape"]), row["source"], row.get("memory", ""))
+def _plan(folder: Path, key: str, row: EntryBindings, entry: str, batch: int) -> Plan:
+    return Plan(folder / f"{key}.plan", entry, batch, row.inputs, row.outputs, row.weights, row.stage or 0)
 
 
 def _lacking(out: Path, message: str) -> N3CError:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from operator import itemgetter
@@ -268,3 +271,15 @@ def test_one_file_holds_all_compiled_code() -> None:
     assert {path.name for path in using} == {"packing.py"}
     others = [path for folder in folders for path in (root / folder).rglob("*.py") if path not in using]
     assert not [path for path in others if "@compiled" in path.read_text()]
+
+
+def test_a_user_without_a_cache_folder_packs_all_the_same() -> None:
+    """As installed by root and run with a read-only home: numba then has no place for its compiled code."""
+    code = (
+        "import numpy as np; from n3c.backends.safetensors.packing import largest_bits\n"
+        "print(largest_bits(np.array([3, 7], np.uint16)))"
+    )
+    nowhere = os.environ | {"NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator"}
+    nowhere.pop("NUMBA_CACHE_DIR", None)
+    done = subprocess.run([sys.executable, "-c", code], env=nowhere, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "7\n"), done.stderr

@@ -104,7 +104,7 @@ def done_of_the_shard(job: Job) -> int:
     """Return how many weights of the only shard an interrupted run left on the disk."""
     weights = plan_weights(job.program, Checkpoint(job.source), {}, {})
     (shard,) = plan_shards(weights)
-    return WorkDirectory(job.out).done({shard.file: shard.size})[shard.file].weights
+    return WorkDirectory(job.out).done([shard])[shard.file].weights
 
 
 def test_a_resumed_run_begins_where_the_journal_ends(job: Job, tmp_path: Path) -> None:
@@ -123,3 +123,38 @@ def test_a_resumed_run_begins_where_the_journal_ends(job: Job, tmp_path: Path) -
         opened.write(kept)
     with pytest.raises(N3CError, match=first.name):
         quantize_checkpoint(replace(broken, resume=True), SILENT)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"[" * 100_000,
+        b"\xff\xfe",
+        b'{"weights": 99999}',
+        b'{"shard": [], "weights": 1, "figures": {}}',
+        b'{"shard": "NAME", "weights": 1e999, "figures": {}}',
+        b'{"shard": "NAME", "weights": true, "figures": {}}',
+        b'{"shard": "NAME", "weights": 1000000, "figures": {}}',
+        b'{"shard": "NAME", "weights": 30, "figures": []}',
+        b'{"shard": "NAME", "weights": 30, "figures": {"x": [NaN, 1.0, 1.0]}}',
+        None,
+    ],
+)
+def test_a_damaged_journal_costs_work_and_no_byte(
+    job: Job, whole: dict[str, bytes], tmp_path: Path, damage: bytes | None
+) -> None:
+    """A line may be put behind the true ones, or (None) the first of them lost."""
+    broken = replace(job, out=tmp_path / "out", band_bytes=4000, journal_bytes=1)
+    with pytest.raises(PowerLossError):
+        quantize_checkpoint(broken, PowerLossAfter(100))
+    (shard,) = plan_shards(plan_weights(job.program, Checkpoint(job.source), {}, {}))
+    (journal,) = WorkDirectory(broken.out).state.glob("*.jsonl")
+    lines = [line for line in journal.read_bytes().split(b"\n") if line]
+    told = [line for line in lines if b'"figures": {}' not in line]
+    if damage is None:
+        lines.remove(told[0])
+    else:
+        lines.append(damage.replace(b"NAME", shard.file.encode()))
+    journal.write_bytes(b"\n".join(lines) + b"\n")
+    assert quantize_checkpoint(replace(broken, resume=True), SILENT).finished
+    assert tree(broken.out) == whole

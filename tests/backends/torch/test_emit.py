@@ -108,7 +108,8 @@ def test_formatted_and_clean(generated: Path) -> None:
 
 
 def test_typed(generated: Path, request: pytest.FixtureRequest) -> None:
-    cache = request.config.cache.mkdir("mypy-generated") if request.config.cache else generated / "cache"
+    kept = getattr(request.config, "cache", None)  # absent under -p no:cacheprovider
+    cache = kept.mkdir("mypy-generated") if kept else generated / "cache"
     for name in ("tiny", "standard", "unshared", "tied", "only_4d", "only_2a", "only_2d"):
         options = ["--strict", "--config-file", os.devnull, "--cache-dir", str(cache)]
         (package,) = (generated / name).glob("*/__init__.py")
@@ -118,7 +119,8 @@ def test_typed(generated: Path, request: pytest.FixtureRequest) -> None:
 @pytest.mark.parametrize("name", ["tiny", "only_45", "only_4d", "emulated", "emulated_dense"])
 def test_train_is_typed(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Experts and MTP, experts, neither; and with numerics.py."""
-    cache = request.config.cache.mkdir("mypy-generated") if request.config.cache else tmp_path / "cache"
+    kept = getattr(request.config, "cache", None)  # absent under -p no:cacheprovider
+    cache = kept.mkdir("mypy-generated") if kept else tmp_path / "cache"
     files = emit(variants()[name], SHA256)
     assert ("tiny_test/numerics.py" in files) == name.startswith("emulated")
     write_files(files, tmp_path)

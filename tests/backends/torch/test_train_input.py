@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import bz2
 import errno
+import gzip
 import io
 import json
 import os
@@ -80,6 +82,11 @@ def failure(train: Any, capsys: pytest.CaptureFixture[str], code: int, *given: s
         ("beyond.npy", np.array([1, 2, 3] * 20 + [256] + [1] * 9), "holds token 256, and the vocabulary has 256"),
         ("cut.npy", npy(np.arange(99, dtype=np.uint16))[:-50], "is not as long as the 99 tokens of its header"),
         ("negative.npy", np.array([1] * 20 + [-1]), "holds token -1"),
+        ("long.npy", b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + b" " * 99, "is no one-dimensional .npy file"),
+        ("deep.npy", b"\x93NUMPY\x01\x00\x0f\x27" + b"-" * 9999, "is no one-dimensional .npy file"),
+        ("shape.npy", b"\x93NUMPY\x01\x00\x23\x00{'descr': '<u2', 'shape': (True,)}  ", "is no one-dimensional"),
+        ("packed.txt", gzip.compress(TEXT), "is a gzip archive"),
+        ("packed.dat", bz2.compress(TEXT), "is a bzip2 archive"),
         ("beyond.bin", np.array([7] * 20 + [999], np.uint16).tobytes(), "(the first wrong one is token 20)"),
     ],
 )
@@ -93,6 +100,42 @@ def test_bad_data(
         np.save(path, content)
     said = failure(train, capsys, 6, *arguments(path, tmp_path / "out"))
     assert message in said and name in said
+
+
+@pytest.mark.parametrize("name", ["zero", "pipe", "link", "pipe.bin", "pipe.npy"])
+def test_what_may_never_end_is_refused(
+    train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    path = Path("/dev/zero") if name == "zero" else tmp_path / name
+    if name.startswith("pipe"):
+        os.mkfifo(path)
+    elif name == "link":
+        path.symlink_to("/dev/zero")
+    assert f"{path} is not a regular file" in failure(train, capsys, 6, *arguments(path, tmp_path / "out"))
+
+
+def test_loops_of_links(train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "above").symlink_to(tmp_path, target_is_directory=True)
+    said = failure(train, capsys, 6, *arguments(tmp_path / "loop", tmp_path / "out"))
+    assert "cannot be read: Too many levels of symbolic links" in said
+    (tmp_path / "text").write_bytes(TEXT)
+    assert train.data.Tokens(tmp_path, 256).count == len(TEXT)
+
+
+def test_a_sparse_giant_is_refused(train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (tmp_path / "giant.bin").open("wb") as file:
+        file.truncate(1 << 43)
+    said = failure(train, capsys, 6, *arguments(tmp_path / "giant.bin", tmp_path / "out"))
+    assert "cannot be mapped into memory" in said or "take a longer --seq-len" in said
+
+
+def test_more_windows_than_an_order_in_memory_has(
+    train: Any, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train.data, "MOST_WINDOWS", 3)
+    said = failure(train, capsys, 6, *arguments(text, tmp_path / "out"))
+    assert "sequences of 16 tokens, more than 3: take a longer --seq-len" in said
 
 
 def test_texts_of_any_size(train: Any, tmp_path: Path) -> None:
@@ -134,6 +177,10 @@ def test_empty_folder(train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--settings", "none.toml"], "none.toml cannot be read"),
         (["--export-dtype", "float16"], "--export-dtype float16 is none of float32, bfloat16"),
         (["--numerics", "fp64"], "--numerics fp64 is none of float32, bf16"),
+        (["--settings", "/dev/zero"], "larger than 65536 bytes"),
+        (["--seed", "-1"], "--seed -1 is not from 0"),
+        (["--seed", str(1 << 63)], "is not from 0 to 9223372036854775807"),
+        (["--batch-size", str(1 << 40)], "--batch-size 1099511627776 is more than 1048576"),
         (["--warmup", "0.9"], "--warmup and --decay together"),
         (["--document-separator", "256"], "--document-separator 256 is not from -1 to 255"),
         (

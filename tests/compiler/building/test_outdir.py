@@ -20,7 +20,7 @@ from n3c.backends.torch.emit import TRAINING
 from n3c.compiler.building import outdir
 from n3c.ir.diagnostics import N3CError
 from n3c.runtime.manifest import read_manifest, verify_files
-from support.command import n3c, n3c_program, tree, write_small
+from support.command import default_signals, n3c, n3c_program, tree, write_small
 
 
 def silent(_: str) -> None:
@@ -39,6 +39,9 @@ def build(spec: Path, out: Path, *more: str) -> None:
 def names(folder: Path) -> list[str]:
     """Return what is in `folder`, hidden entries too."""
     return sorted(path.name for path in folder.iterdir())
+
+
+MANIFEST_OF_NOTHING = {"spec": {"name": "", "sha256": ""}, "parameters": {"total": 0, "mtp": 0}, "ledger": []}
 
 
 @pytest.fixture
@@ -199,7 +202,7 @@ def test_single_files_replace_no_device_and_no_link(spec: Path, tmp_path: Path) 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
 def test_an_error_while_building_leaves_the_old_output(error: type[BaseException], tmp_path: Path) -> None:
     with outdir.replacing(tmp_path / "x/y/out", silent) as folder:
-        (folder / "manifest.json").write_text('{"spec": {"name": "", "sha256": ""}, "files": [], "ledger": []}')
+        (folder / "manifest.json").write_text(json.dumps(MANIFEST_OF_NOTHING | {"files": []}), encoding="utf-8")
     before = tree(tmp_path)
     for out in (tmp_path / "x/y/out", tmp_path / "x/z/out"):
         with pytest.raises((error, N3CError)), outdir.replacing(out, silent) as folder:
@@ -261,7 +264,7 @@ def half_way(spec: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """Start a build of tmp_path/out that hangs half-way, over an output that is there already."""
     build(spec, tmp_path / "out")
     command = [sys.executable, "-c", SLOW_BUILD, "build", str(spec), "--target", "torch", "-o", str(tmp_path / "out")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=default_signals) as process:
         assert process.stderr is not None
         while "half" not in process.stderr.readline():
             assert process.poll() is None
@@ -310,7 +313,7 @@ def test_builds_of_one_output_wait_for_each_other(spec: Path, tmp_path: Path) ->
             inside.set()
             waited.wait(30)
             listed = {"path": "first", "bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
-            manifest = {"spec": {"name": "", "sha256": ""}, "ledger": [], "files": [listed]}
+            manifest = MANIFEST_OF_NOTHING | {"files": [listed]}
             (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
     thread = threading.Thread(target=first)

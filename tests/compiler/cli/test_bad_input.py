@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from n3c.specs.load import load_spec
+from support.checkpoints import write_checkpoint
 from support.command import n3c, tree, write_small
 from support.specs import QUANTIZED, SPECS
 
@@ -121,6 +123,60 @@ def test_a_text_that_ends_early(before: str, end: str, tmp_path: Path) -> None:
         assert result.codes[0] == ("E0103" if before.startswith("a = 1") else "E0101")
     with_spec = write_small(tmp_path, extra=f"{before}[mamba]\n{end}")
     assert n3c("check", with_spec, "--json").code == 3
+
+
+@pytest.mark.parametrize(
+    ("extra", "code"),
+    [
+        ("[quantization]\n" + "[[quantization.rules]]\n" * 600_000, "E0100"),
+        ("[quantization]\n" + "[[quantization.rules]]\n" * 100_000, "E0106"),
+        (f"{NVFP4}rules = [{'{},' * 5000}]\n", "E0106"),
+        ("[" + "a." * 20_000 + "a]\n", "E0101"),
+        ("'a'. " * 20_000 + "a = 1\n", "E0101"),
+        ("a = " + "[" * 100_000 + "\n", "E0101"),
+    ],
+    ids=["bytes", "tables", "entries", "header", "key", "brackets"],
+)
+def test_texts_that_would_take_long(extra: str, code: str, tmp_path: Path) -> None:
+    result = n3c("check", write_small(tmp_path, extra=extra), "--json")
+    assert (result.code, result.codes[0]) == (3, code)
+    assert result.data["diagnostics"][0]["file"] == str(tmp_path / "small.toml")
+
+
+def test_loops_of_links(tmp_path: Path) -> None:
+    spec, loop = write_small(tmp_path), tmp_path / "loop"
+    loop.symlink_to("loop")
+    write_checkpoint(tmp_path / "weights", load_spec(spec)[0])
+    work = ("quantize", spec, "--weights", tmp_path / "weights")
+    for arguments, code in [
+        (("check", loop), "E0601"),
+        (("import", loop), "E0601"),
+        (("build", spec, "--target", "torch", "-o", loop), "E0612"),
+        (("build", spec, "--target", "torch", "-o", loop / "below"), "E0612"),
+        (("quantize", spec, "--weights", loop, "-o", tmp_path / "out"), "E0601"),
+        ((*work, "-o", loop), "E0612"),
+        ((*work, "-o", loop / "below"), "E0612"),
+        ((*work, "-o", tmp_path / "out", "--activation-scales", loop), "E0601"),
+        ((*work, "-o", tmp_path / "out", "--calibration", loop), "E0601"),
+    ]:
+        result = n3c(*arguments, "--json")
+        assert (result.code, result.codes[0]) == (6, code), arguments
+        assert result.data["diagnostics"][0]["file"], arguments
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_never_end(tmp_path: Path) -> None:
+    spec = write_small(tmp_path)
+    write_checkpoint(tmp_path / "weights", load_spec(spec)[0])
+    work = ("quantize", spec, "--weights", tmp_path / "weights", "-o", tmp_path / "out")
+    for arguments, code, exit_code in [
+        (("check", "/dev/zero"), "E0100", 3),
+        (("import", "/dev/zero"), "E0100", 3),
+        ((*work, "--calibration", "/dev/zero"), "E0601", 6),
+        ((*work, "--activation-scales", "/dev/zero"), "E0100", 3),
+    ]:
+        result = n3c(*arguments, "--json")
+        assert (result.code, result.codes[0]) == (exit_code, code), arguments
 
 
 def test_bad_targets(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from n3c.compiler import build
 from n3c.compiler.cli.progress import TerminalProgress
-from support.command import PROGRAM, write_small
+from support.command import PROGRAM, default_signals, write_small
 from support.progress import Recorded
 
 LINE = re.compile(r"^ *\d+\.\d s  \S")
@@ -81,7 +81,9 @@ def on_terminal(
     """Run `command` on a terminal; `act` sees all output so far after each piece. Returns exit code and output."""
     ours, theirs = pty.openpty()
     variables = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
-    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=variables | environment) as process:
+    with subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, env=variables | environment, preexec_fn=default_signals
+    ) as process:
         os.close(theirs)
         seen, end = "", time.monotonic() + 60
         while time.monotonic() < end:

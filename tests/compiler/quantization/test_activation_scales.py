@@ -56,6 +56,28 @@ def test_scales_of_a_modelopt_checkpoint_are_taken_as_they_are(spec: Spec, amax:
     assert again == scales
 
 
+@pytest.mark.parametrize("value", [10**400, 1e39, -1e-9, math.inf, math.nan, True, "1", None, [1.0]])
+def test_what_float32_does_not_hold_is_no_scale(spec: Spec, tmp_path: Path, value: object) -> None:
+    path = tmp_path / "scales.json"
+    path.write_text(json.dumps({"backbone.layers.0.mixer.in_proj.input_amax": value}), encoding="utf-8")
+    with pytest.raises(N3CError) as caught:
+        load_scales(path, spec)
+    assert (caught.value.exit_code, caught.value.diagnostics[0].code) == (ExitCode.FILE, "E0633")
+
+
+def test_a_large_tensor_among_the_scales_is_not_read(spec: Spec, tmp_path: Path) -> None:
+    path, size = tmp_path / "scales.safetensors", 1 << 40
+    header = json.dumps(
+        {"backbone.layers.0.mixer.in_proj.input_amax": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
+    ).encode()
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    with pytest.raises(N3CError) as caught:
+        load_scales(path, spec)
+    assert caught.value.diagnostics[0].code == "E0633"
+
+
 def test_an_input_that_was_always_zero_gets_one(spec: Spec, amax: Amax) -> None:
     amax.inputs["backbone.layers.0.mixer.in_proj"] = 0.0
     assert resolve(spec, entries_of(amax)).inputs["backbone.layers.0.mixer.in_proj"] == 1.0

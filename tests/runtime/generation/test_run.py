@@ -18,7 +18,7 @@ from n3c.runtime.build_folder import open_build
 from n3c.runtime.generation.runner import open_runner
 from n3c.runtime.generation.sequence import Options
 from support.checkpoints import write_checkpoint
-from support.command import Result, n3c
+from support.command import Result, default_signals, n3c
 from support.specs import SMALL, spec_from_text
 
 TEXT = (
@@ -245,7 +245,12 @@ def test_ctrl_c_prints_what_there_is(folder: Path) -> None:
     )
     arguments = ["run", folder / "out", "--weights", folder / "weights", "--prompt", "ab", "--max-new-tokens", 20]
     done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        preexec_fn=default_signals,
     )
     assert done.returncode == 1
     assert len(done.stdout.split()) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -119,3 +120,23 @@ def test_tokenizers_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(N3CError, match=r"E0805.*not a tokenizer"):
         find_tokenizer([tmp_path], 400)
+
+
+def test_a_tokenizer_whose_parser_panics_is_no_tokenizer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Rust raises where it panics is no Exception; Ctrl-C goes on as such."""
+
+    class PanicException(BaseException):
+        pass
+
+    raised: list[type[BaseException]] = [PanicException]
+
+    def panics(_: str) -> object:
+        raise raised[0]("index out of bounds")
+
+    monkeypatch.setattr("tokenizers.Tokenizer", SimpleNamespace(from_str=panics))
+    with pytest.raises(N3CError) as caught:
+        find_tokenizer([folder], 400)
+    assert (caught.value.exit_code, caught.value.diagnostics[0].code) == (ExitCode.FILE, "E0805")
+    raised[0] = KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        find_tokenizer([folder], 400)

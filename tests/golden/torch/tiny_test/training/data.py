@@ -10,6 +10,7 @@ import ast
 import bisect
 import functools
 import itertools
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,8 @@ class Tokens:
         return [self._open_file(file) for file in packed or files]
 
     def _open_file(self, path: Path) -> Tensor:
+        if not stat.S_ISREG(path.stat().st_mode):  # a device or a pipe may never end
+            raise TrainError(f"{path} is not a regular file", FILES)
         if path.suffix == ".bin":
             return mapped(path, 0, torch.uint16 if self.vocab_size <= 65_536 else torch.uint32)
         if path.suffix == ".npy":
@@ -61,9 +64,15 @@ class Tokens:
             vocabulary = f"a vocabulary of {self.vocab_size}"
             raise TrainError(f"{self.path} is read as bytes, and the model has {vocabulary}", FILES)
         self.bytes_are_tokens = True
-        if path.stat().st_size >= SMALL:
-            return mapped(path, 0, torch.uint8)
-        data = bytearray(path.read_bytes())
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(min(size, 512))
+            for kind, (at, mark) in ARCHIVES.items():
+                if start.startswith(mark, at):
+                    raise TrainError(f"{path} is a {kind} archive, and no text: unpack it", FILES)
+            if size >= SMALL:
+                return mapped(path, 0, torch.uint8)
+            data = bytearray(start + file.read(size - len(start)))
         return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0)
 
     def read(self, start: int, length: int) -> Tensor:
@@ -92,6 +101,14 @@ class Tokens:
 
 
 SMALL = 1 << 20  # bytes of a text that is read; a process has no more than 65,530 mappings
+ARCHIVES = {  # where its first bytes are, and what they are
+    "gzip": (0, b"\x1f\x8b\x08"),
+    "zip": (0, b"PK\x03\x04"),
+    "zstd": (0, b"\x28\xb5\x2f\xfd"),
+    "xz": (0, b"\xfd7zXZ\x00"),
+    "bzip2": (4, b"1AY&SY"),
+    "tar": (257, b"ustar"),
+}
 
 
 def mapped(path: Path, offset: int, dtype: torch.dtype) -> Tensor:
@@ -102,7 +119,11 @@ def mapped(path: Path, offset: int, dtype: torch.dtype) -> Tensor:
     if size <= 0:
         return torch.empty(0, dtype=dtype)
     with path.open("rb"):  # whose error says why; the mapping keeps no file open
+        pass
+    try:
         data = torch.from_file(str(path), size=offset + size, dtype=torch.uint8)
+    except RuntimeError as error:  # larger than the system lets a process map
+        raise TrainError(f"{path} cannot be mapped into memory: {size} bytes", FILES) from error
     return data[offset:].view(dtype)
 
 
@@ -113,6 +134,7 @@ NPY_TYPES = {
     "<i4": torch.int32,
     "<i8": torch.int64,
 }
+NPY_HEADER = 10_000  # most bytes of a header, as numpy has it
 
 
 def npy_header(path: Path) -> tuple[int, torch.dtype]:
@@ -122,14 +144,16 @@ def npy_header(path: Path) -> tuple[int, torch.dtype]:
         width = 2 if start[6:7] == b"\x01" else 4
         length = int.from_bytes(start[8 : 8 + width], "little")
         file.seek(8 + width)
-        text = file.read(length)
+        text = file.read(min(length, NPY_HEADER + 1))
     try:
-        header = ast.literal_eval(text.decode("latin-1"))
-        if start[:6] != b"\x93NUMPY":
+        if start[:6] != b"\x93NUMPY" or length > NPY_HEADER:
             raise ValueError
+        header = ast.literal_eval(text.decode("latin-1"))
         (count,), dtype = header["shape"], NPY_TYPES[header["descr"]]
+        if type(count) is not int or count < 0:
+            raise ValueError
         size = 8 + width + length + count * dtype.itemsize
-    except (ValueError, SyntaxError, KeyError, TypeError) as error:
+    except (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError) as error:
         kinds = ", ".join(NPY_TYPES)
         raise TrainError(f"{path} is no one-dimensional .npy file of {kinds}", FILES) from error
     if path.stat().st_size != size:
@@ -167,6 +191,9 @@ class Windows:
         return self.tokens.read(self.start + shift + window * self.length, self.length)
 
 
+MOST_WINDOWS = 1 << 30  # the order of an epoch is held in memory, 8 bytes each
+
+
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, count: int, length: int) -> tuple[Tensor, int]:
     """Return the order of an epoch's windows, and by how many tokens they are shifted."""
@@ -186,6 +213,9 @@ def open_data(settings: Settings) -> tuple[Windows, Windows | None]:
     train = Windows(tokens, 0, split, length, settings.seed)
     if train.per_epoch == 0:
         raise too_short(tokens.path, split, length)
+    if train.per_epoch > MOST_WINDOWS:
+        windows = f"{train.per_epoch} sequences of {length} tokens, more than {MOST_WINDOWS}"
+        raise TrainError(f"{tokens.path} holds {windows}: take a longer --seq-len", FILES)
     if not settings.val_every:
         return train, None
     if not settings.val_data:

@@ -18,6 +18,8 @@ from typing import Any
 from ..model import Config
 
 NUMERICS = ("float32", "bf16", "nvfp4")
+MOST_SETTINGS = 1 << 16  # bytes
+MOST_SEQUENCES = 1 << 20  # of a step
 USAGE, NOT_FINITE, FILES, STOPPED = 2, 5, 6, 128 + signal.SIGTERM
 
 
@@ -115,11 +117,20 @@ def parse_settings(text: str, arguments: Sequence[str] | None = None) -> Setting
     given = vars(parser.parse_args(arguments))
     path = given.pop("settings")
     try:
-        values: dict[str, Any] = tomllib.loads(Path(path).read_text("utf-8")) if path else {}
-    except (OSError, ValueError) as error:
+        values = read_settings(Path(path)) if path else {}
+    except (OSError, ValueError, RecursionError) as error:
         raise TrainError(f"{path} cannot be read: {error}", USAGE) from error
     values |= {name: value for name, value in given.items() if value is not None}
     return checked(values)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return what a TOML file of settings says; ValueError where it is none."""
+    with path.open("rb") as file:
+        data = file.read(MOST_SETTINGS + 1)
+    if len(data) > MOST_SETTINGS:
+        raise ValueError(f"larger than {MOST_SETTINGS} bytes, so no settings")
+    return tomllib.loads(data.decode("utf-8"))
 
 
 def checked(values: dict[str, Any]) -> Settings:
@@ -157,6 +168,10 @@ def impossible(settings: Settings) -> list[str]:
     if not 2 <= settings.seq_len <= config.max_position_embeddings:
         most = config.max_position_embeddings
         problems.append(f"--seq-len {settings.seq_len} is not from 2 to {most}")
+    if not 0 <= settings.seed < 2**63:
+        problems.append(f"--seed {settings.seed} is not from 0 to {2**63 - 1}")
+    if settings.batch_size > MOST_SEQUENCES:
+        problems.append(f"--batch-size {settings.batch_size} is more than {MOST_SEQUENCES}")
     if not -1 <= settings.document_separator < config.vocab_size:
         separator = f"--document-separator {settings.document_separator}"
         problems.append(f"{separator} is not from -1 to {config.vocab_size - 1}")

@@ -1,0 +1,59 @@
+"""JSON that a program wrote, read with nothing taken on trust: no larger than it should be, every key once.
+
+Whoever reads decides which code an error gets, and checks types and values.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+MAX_BYTES = 64 << 20
+"""Largest file of most kinds; the index of a 550B checkpoint is below it."""
+
+
+class JsonError(ValueError):
+    """A text that is not what it should be; the message goes on from "it" or "not readable:"."""
+
+
+def read_json(path: Path, most: int = MAX_BYTES) -> object:
+    """Return what a file says; JsonError where it is no JSON or larger than `most` bytes, OSError as `open`."""
+    return parse_json(read_bounded(path, most))
+
+
+def read_bounded(path: Path, most: int) -> bytes:
+    """Return the bytes of a file; JsonError where it has more than `most`, endless and sparse ones too."""
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise JsonError(f"it is larger than {most:,} bytes")
+    return data
+
+
+def parse_json(text: bytes) -> object:
+    """Return what UTF-8 text says; JsonError where it is no JSON, nests too deeply or has a key twice."""
+    try:
+        data: object = json.loads(text.decode("utf-8"), object_pairs_hook=_once)
+    except JsonError:
+        raise
+    except RecursionError:
+        raise JsonError("it nests too deeply") from None
+    except ValueError as error:  # no UTF-8, and numbers of thousands of digits, too
+        raise JsonError("it is not JSON") from error
+    return data
+
+
+def _once(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
+        raise JsonError(f"it has `{twice[:200]}` twice")
+    return found
+
+
+def is_count(value: object, most: int = 1 << 62) -> bool:
+    """Whether `value` is a whole number from 0 to `most`; True and False are none."""
+    return type(value) is int and 0 <= value <= most
