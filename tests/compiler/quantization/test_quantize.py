@@ -41,7 +41,7 @@ def whole(source: Path) -> Path:
 
 
 def quantize(source: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*command(source, out), *more], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run([*command(source, out), *more], capture_output=True, text=True, timeout=300, check=False)
 
 
 def command(source: Path, out: Path) -> list[str]:
@@ -175,7 +175,7 @@ def test_parts_join_to_the_same_bytes(source: Path, whole: Path, tmp_path: Path)
         subprocess.Popen([*command(source, out), "--part", f"{i}/3"], stdout=subprocess.PIPE, text=True) for i in (1, 3)
     ]
     for process in runs:
-        said = process.communicate(timeout=120)[0]
+        said = process.communicate(timeout=300)[0]
         assert process.returncode == 0
         assert "--resume" in said
         assert not out.exists()
@@ -190,7 +190,7 @@ def test_parts_join_to_the_same_bytes(source: Path, whole: Path, tmp_path: Path)
 def test_of_two_whole_runs_one_makes_the_output(source: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     runs = [subprocess.Popen(command(source, out), stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [(process.communicate(timeout=120)[1], process.returncode) for process in runs]
+    said = [(process.communicate(timeout=300)[1], process.returncode) for process in runs]
     assert sorted(code for _, code in said) == [0, 6]
     refused = next(text for text, code in said if code == 6)
     assert "E0617" in refused or "E0611" in refused  # still at work, or done already
