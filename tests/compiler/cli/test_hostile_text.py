@@ -117,7 +117,7 @@ def test_manifests(spec: Path, tmp_path: Path) -> None:
     assert n3c("build", spec, "--target", "torch", "-o", out).code == 0
     manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
     manifest["spec"] |= {"name": HOSTILE, "sha256": HOSTILE}
-    manifest["files"].append({"path": HOSTILE, "bytes": 1, "sha256": HOSTILE})
+    manifest["files"].append({"path": HOSTILE, "bytes": 1, "sha256": "0" * 64})
     manifest["ledger"].append({"name": HOSTILE, "format": HOSTILE, "bytes": 1})
     (out / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     assert "\\x1b" in both(0, "inspect", out).out

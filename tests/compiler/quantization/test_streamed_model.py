@@ -136,7 +136,8 @@ def test_scores_are_those_of_the_whole_model(
 
 def _experts(module: Any, arguments: tuple[Any, ...], up_amax: float, down_amax: float) -> torch.Tensor:
     """Return what NVFP4 experts give, token by token."""
-    x, experts, weights = arguments
+    shape = arguments[0].shape
+    x, experts, weights = (argument.flatten(0, 1) for argument in arguments)
     up, down = (fake_quant.weight(w.detach(), "nvfp4", 1) for w in (module.up_proj, module.down_proj))
     x = fake_quant.activation(x, "nvfp4", up_amax)
     rows: list[torch.Tensor] = []
@@ -146,7 +147,7 @@ def _experts(module: Any, arguments: tuple[Any, ...], up_amax: float, down_amax:
             inner = torch.relu(up[expert] @ token).square()
             total = total + factor * (down[expert] @ fake_quant.activation(inner[None], "nvfp4", down_amax)[0])
         rows.append(total)
-    return torch.stack(rows)
+    return torch.stack(rows).view(shape)
 
 
 @pytest.mark.parametrize(
