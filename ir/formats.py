@@ -47,12 +47,12 @@ class Part:
 
     def type(self, weight: TensorType) -> TensorType:
         """Return its type for a weight [..., out, in]."""
-        dims = {
-            Covers.WEIGHT: weight.dims,
-            Covers.BLOCK: (*weight.dims[:-1], weight.static_dims[-1] // NVFP4_BLOCK),
-            Covers.MATRIX: weight.dims[:-2],
-        }
-        return TensorType(self.dtype, dims[self.covers])
+        dims = weight.dims
+        if self.covers is Covers.BLOCK:
+            dims = (*dims[:-1], weight.static_dims[-1] // NVFP4_BLOCK)
+        elif self.covers is Covers.MATRIX:
+            dims = dims[:-2]
+        return TensorType(self.dtype, dims)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Tensor:
     """One tensor of the checkpoint."""
 
@@ -20,7 +20,7 @@ class Tensor:
         return self.name
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Stack:
     """`count` tensors along a new first dim; `*` in `pattern` stands for 0, 1, … (one a routed expert)."""
 
@@ -31,7 +31,7 @@ class Stack:
         return f"stack({self.pattern}, {self.count})"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Concat:
     """Parts joined along dim 0: rows of linears that read the same input."""
 
@@ -41,7 +41,7 @@ class Concat:
         return f"concat({', '.join(map(str, self.parts))})"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class NegExp:
     """-exp(x): the decay rate A of Mamba-2 from A_log."""
 
@@ -51,7 +51,7 @@ class NegExp:
         return f"neg_exp({self.operand})"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Nvfp4:
     """One part of the NVFP4 form of a weight: `codes`, `scale` (a block) or `scale_2` (a matrix).
 
@@ -66,7 +66,7 @@ class Nvfp4:
         return f"nvfp4_{self.part}({self.operand}, {self.block_rows}x16)"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Fp8:
     """One part of the per-tensor FP8 form of a weight: `codes` or `scale`."""
 
@@ -77,7 +77,7 @@ class Fp8:
         return f"fp8_{self.part}({self.operand})"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Bytes:
     """The bytes of packed codes as i8, two codes each: a view, not a copy."""
 
@@ -87,7 +87,7 @@ class Bytes:
         return f"bytes({self.operand})"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Dequantized:
     """A weight dequantized to float32: the exact product of codes and scales."""
 
@@ -97,7 +97,7 @@ class Dequantized:
         return f"dequantized({self.codes})"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Rounded:
     """A weight that is deployed in BF16, in float32: rounded, where the checkpoint holds more digits."""
 
@@ -107,7 +107,7 @@ class Rounded:
         return f"rounded({self.operand})"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CacheScale:
     """Scale of an FP8 cache: what the checkpoint holds (amax / 448) times 448/352, so that 352 is amax; else 1."""
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from math import prod
+from typing import cast
 
 Dim = int | str
 
@@ -77,10 +78,10 @@ class TensorType:
     @property
     def static_dims(self) -> tuple[int, ...]:
         """The dims as integers; ValueError where one is symbolic."""
-        sizes = tuple(d for d in self.dims if isinstance(d, int))
-        if len(sizes) != len(self.dims):
-            raise ValueError(f"{self} has symbolic dims")
-        return sizes
+        for dim in self.dims:
+            if isinstance(dim, str):
+                raise ValueError(f"{self} has symbolic dims")
+        return cast("tuple[int, ...]", self.dims)
 
     @property
     def bytes(self) -> int:

@@ -15,7 +15,7 @@ from typing import ClassVar
 from n3c.ir import ops
 from n3c.ir.diagnostics import ExitCode, N3CError
 from n3c.ir.formats import FORMATS, NVFP4_BLOCK, WeightFormat
-from n3c.ir.program import Call, Function, LedgerEntry, Parameter, Program, Value
+from n3c.ir.program import Function, LedgerEntry, Parameter, Program, Value
 from n3c.ir.rewrite import Builder
 from n3c.ir.source import Fp8, Nvfp4
 from n3c.specs.rules import FormatRule, FormatRules, Misfit, misfit_diagnostics
@@ -122,33 +122,28 @@ def _entry(parameter: Parameter, rule: FormatRule | None) -> LedgerEntry:
 
 
 def _rewrite(program: Program, formats: dict[str, FormatRule]) -> None:
+    parts = {name: _parts(program.parameters[name], rule) for name, rule in formats.items()}
     variants: dict[tuple[str, tuple[str, ...]], Function] = {}
     for call in program.calls():
         original = program.functions[call.function]
         signature = tuple(formats[name].format if name in formats else "bf16" for name in call.parameters)
-        bound = _bound(program, call, formats)
-        if set(signature) != {"bf16"}:
-            if (call.function, signature) not in variants:
-                variant = _variant(original, signature, _fresh(program, call.function, signature))
-                variants[call.function, signature] = program.functions[variant.name] = variant
-            call.function = variants[call.function, signature].name
-        call.parameters = bound
+        if set(signature) == {"bf16"}:
+            continue
+        if (call.function, signature) not in variants:
+            variant = _variant(original, signature, _fresh(program, call.function, signature))
+            variants[call.function, signature] = program.functions[variant.name] = variant
+        call.function = variants[call.function, signature].name
+        call.parameters = [bound for name in call.parameters for bound in _names(parts, name)]
     used = {call.function for call in program.calls()}
     program.functions = {name: f for name, f in program.functions.items() if name in used}
-    parameters: dict[str, Parameter] = {}
-    for parameter in program.parameters.values():
-        rule = formats.get(parameter.name)
-        for part in _parts(parameter, rule) if rule else [parameter]:
-            parameters[part.name] = part
-    program.parameters = parameters
+    program.parameters = {
+        part.name: part for name, held in program.parameters.items() for part in parts.get(name, [held])
+    }
 
 
-def _bound(program: Program, call: Call, formats: dict[str, FormatRule]) -> list[str]:
-    names: list[str] = []
-    for name in call.parameters:
-        rule = formats.get(name)
-        names.extend(part.name for part in _parts(program.parameters[name], rule)) if rule else names.append(name)
-    return names
+def _names(parts: dict[str, list[Parameter]], name: str) -> list[str]:
+    """Return the names of the parameters that take the place of `name`."""
+    return [part.name for part in parts[name]] if name in parts else [name]
 
 
 def _fresh(program: Program, function: str, signature: tuple[str, ...]) -> str:

@@ -111,10 +111,13 @@ def state_plan(program: Program, max_seq_len: int) -> StatePlan:
     planned: list[PlannedState] = []
     totals = {"kv": 0, "mtp": 0, "ssm": 0, "conv": 0, "pending": 0}
     end = 0
+    users: dict[str, list[str]] = {}
+    for entry in program.entry_points.values():
+        for name in dict.fromkeys(name for call in entry.calls for name in call.states):
+            users.setdefault(name, []).append(entry.name)
     for state in program.states.values():
         type_ = state.type.bind({"B": 1, "S": tokens})
         shape = type_.static_dims[1:]
-        entries = program.entry_points.values()
         planned.append(
             PlannedState(
                 name=state.name,
@@ -125,7 +128,7 @@ def state_plan(program: Program, max_seq_len: int) -> StatePlan:
                 bytes=type_.bytes,
                 offset=end,
                 strides=_strides(shape, type_.dtype.bits // 8),
-                entries=tuple(e.name for e in entries if any(state.name in c.states for c in e.calls)),
+                entries=tuple(users.get(state.name, ())),
             )
         )
         totals["mtp" if state.kind == "kv" and state.layer > last else state.kind] += type_.bytes

@@ -12,7 +12,7 @@ Say = Callable[[str, str, str, str | None], None]
 """`say(path, code, message, advice)`: report about the value, or the table, at a dotted path."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Module:
     """A module with a weight: its role, and its name in released checkpoints after `….mixer.`."""
 
@@ -29,7 +29,7 @@ class Module:
     """The glob that names it in Megatron-core's recipes; None: they give it no format."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ConfigKey:
     """The name of a key of the table in a nemotron_h config.json."""
 
@@ -41,7 +41,7 @@ class ConfigKey:
     """Other names in use."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class BlockKind:
     """A kind of residual block. Kinds are compared by identity: there is one record for each."""
 

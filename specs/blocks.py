@@ -15,7 +15,7 @@ from .block_kind import BlockKind, ConfigKey, Module, Say, Values
 from .keys import COUNT, WIDTH, key
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Mamba:
     """[mamba]: a Mamba-2 mixer (arXiv 2405.21060). Inner width = num_heads * head_dim."""
 
@@ -98,7 +98,7 @@ MAMBA = BlockKind(
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Attention:
     """[attention]: grouped-query attention without position encoding."""
 
@@ -146,7 +146,7 @@ ATTENTION = BlockKind(
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Moe:
     """[moe]: routed experts with squared ReLU, in a latent width where `latent_size` is given."""
 
@@ -232,7 +232,7 @@ MOE = BlockKind(
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Mlp:
     """[mlp]: a dense MLP with squared ReLU."""
 

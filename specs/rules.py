@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Literal, Protocol
 
 from n3c.ir.diagnostics import Diagnostic, Severity, Span
@@ -59,11 +60,16 @@ class FormatRule:
             return any(_names(module, weight) for module in self.modules)
         if self.layers is not None and weight.layer not in self.layers:
             return False
-        return any(fnmatchcase(weight.role, role) for role in self.roles)
+        return _selects(self.roles, weight.role)
 
     def names(self, weight: Weight) -> bool:
         """Return whether the rule selects `weight` by its module or its very role rather than by a wildcard."""
         return bool(self.modules) or weight.role in self.roles
+
+
+@cache
+def _selects(globs: tuple[str, ...], role: str) -> bool:
+    return any(fnmatchcase(role, glob) for glob in globs)
 
 
 def _names(module: str, weight: Weight) -> bool:

@@ -31,7 +31,7 @@ MODULE = r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*"
 LAYERS = r"all|[0-9]+|[0-9]+\.\.[0-9]+|first [0-9]+|last [0-9]+|before attention"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Model:
     """[model]: the residual stream, embedding and head."""
 
@@ -50,7 +50,7 @@ class Model:
     eos_token_ids: tuple[int, ...] = key("Tokens that end a sequence.", default=(), minimum=0, maximum=LENGTH)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Mtp:
     """[mtp]: multi-token prediction; one set of weights, applied `depth` times."""
 
@@ -59,7 +59,7 @@ class Mtp:
     loss_scaling_factor: float = key("Weight of the MTP loss, averaged over depths.", default=0.1, minimum=0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Rule:
     """One rule: the weights it selects (roles in layers, or exact modules) and their format."""
 
@@ -72,7 +72,7 @@ class Rule:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Quantization:
     """[quantization]: formats of the deployed checkpoint and engine; the last matching rule decides."""
 
@@ -81,7 +81,7 @@ class Quantization:
     rules: tuple[Rule, ...] = key("Exceptions, top-down.", default=())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Training:
     """[training]: numerics of training; rules of the same form."""
 
@@ -90,7 +90,7 @@ class Training:
     rules: tuple[Rule, ...] = key("Exceptions, top-down.", default=())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Serving:
     """[serving]: batch sizes, lengths and state types of plans."""
 
@@ -108,7 +108,7 @@ class Serving:
     conv_state_dtype: Literal["bf16", "fp32"] = key("Type of the convolution window.", default="bf16")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Spec:
     """A whole architecture spec. Sizes are in elements, lengths in tokens."""
 
