@@ -40,7 +40,9 @@ STAGES = ("lower", *(pass_.name for pass_ in SERVING))
 """Names of the stages of the serving pipeline, in order."""
 
 ELSEWHERE: tuple[type[Pass], ...] = (Widen,)
-"""Passes in no pipeline: what runs the float32 form of a program applies them to a copy."""
+"""Passes in no pipeline, without options: what runs the float32 form of a program applies them to a copy."""
+DUMPED = (*STAGES, *(pass_.name for pass_ in ELSEWHERE))
+"""Names of what `serve` calls `after` with, in order."""
 
 
 def serving_passes(spec: Spec, lacking: Collection[DType] = ()) -> list[Pass]:

@@ -13,7 +13,7 @@ from n3c.specs.rules import format_rules
 from n3c.specs.schema import Spec
 
 from .base import PassReport, run_pipeline
-from .pipelines import serving_passes
+from .pipelines import ELSEWHERE, serving_passes
 from .state_layout import StatePlan, state_plan
 from .training_formats import require_training_rules
 
@@ -46,4 +46,7 @@ def serve(
     weights = tuple(program.parameters.values())
     warnings = [*format_rules(spec, "quantization").warnings(weights), *require_training_rules(spec, program)]
     reports = run_pipeline(program, serving_passes(spec, lacking), after)
+    if after is not None:
+        for pass_ in ELSEWHERE:
+            run_pipeline(program.extract(*program.entry_points.values()), [pass_()], after)
     return Served(program, state_plan(program, spec.serving.max_seq_len), reports, warnings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -34,11 +34,14 @@ from .pattern import (
     from_layers_block_type,
     to_megatron,
 )
-from .places import shown
+from .places import Path, shown
 from .reader import in_order, read_spec
 from .recipe import published_recipe
 from .rules_table import spec_with_quantization
 from .schema import Spec
+
+MAY_BE_NULL = ("pad_token_id", "bos_token_id", "moe_latent_size")
+"""Fields of the config that are null where the spec leaves its key out."""
 
 
 def import_config(
@@ -210,29 +213,42 @@ class _Importer:
             table, key = str(path[0]), str(path[1])
             if table not in tables:
                 continue
-            given = [alias for alias in (name, *aliases) if alias in self.config]
-            for alias in given[1:]:
-                if self.config[alias] != self.config[given[0]]:
-                    first, second = shown(str(self.config[given[0]])), shown(str(self.config[alias]))
-                    message = f"`{alias}` is {second}, but `{given[0]}` is {first}"
-                    self.error("E0303", message, self.places.json_value(alias))
-            if not given:
+            spelling = self.spelling(name, aliases)
+            if spelling is None:
                 assumed.append(name)
             else:
-                self.places.names[path] = (given[0],)
-            value: Any = self.config[given[0]] if given else default
-            if path == ("mamba", "time_step_min") and "time_step_min" in own:
-                # Weights that model.py saved: transformers' key then keeps it from bounding dt.
-                value, self.places.names[path] = own["time_step_min"], ("n3c", "time_step_min")
-            if path == ("attention", "num_kv_heads") and value is None:
-                value = self.raw["attention"].get("num_heads")
-            if path == ("model", "eos_token_ids"):
-                value = [] if value is None else cast("Any", value) if isinstance(value, list) else [value]
-            if value is not None or name not in ("pad_token_id", "bos_token_id", "moe_latent_size"):
+                self.places.names[path] = (spelling,)
+            value = self.value(path, default if spelling is None else self.config[spelling], own)
+            if value is not None or name not in MAY_BE_NULL:
                 self.raw.setdefault(table, {})[key] = value
         if assumed:
             message = f"not given, so as in transformers' NemotronHConfig: {', '.join(assumed)}"
             self.warn("W0302", message, self.places.start)
+
+    def spelling(self, name: str, aliases: Iterable[str]) -> str | None:
+        """Return the first name of a field that the config has, or None; E0303 where another one has another value."""
+        given = [alias for alias in (name, *aliases) if alias in self.config]
+        for alias in given[1:]:
+            if self.config[alias] != self.config[given[0]]:
+                first, second = shown(str(self.config[given[0]])), shown(str(self.config[alias]))
+                self.error(
+                    "E0303", f"`{alias}` is {second}, but `{given[0]}` is {first}", self.places.json_value(alias)
+                )
+        return given[0] if given else None
+
+    def value(self, path: Path, value: Any, own: Mapping[str, Any]) -> Any:
+        """Return the value of a spec's key for that of the config: they mean the same but for three keys."""
+        match path:
+            case ("mamba", "time_step_min") if "time_step_min" in own:
+                # Weights that n3c saved: transformers' key then keeps it from bounding dt.
+                self.places.names[path] = ("n3c", "time_step_min")
+                return own["time_step_min"]
+            case ("attention", "num_kv_heads") if value is None:
+                return self.raw["attention"].get("num_heads")
+            case ("model", "eos_token_ids"):
+                return [] if value is None else value if isinstance(value, list) else [value]
+            case _:
+                return value
 
     def unsupported(self) -> None:
         for name, unused in UNSUPPORTED.items():

@@ -7,13 +7,13 @@ import pytest
 from n3c.ir.printer import print_program
 from n3c.ir.program import Program
 from n3c.passes.pack import CODES
-from n3c.passes.pipelines import STAGES
+from n3c.passes.pipelines import DUMPED
 from n3c.passes.serving import serve
 from support.golden import assert_golden
 from support.specs import QUANTIZED, small_spec
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", DUMPED)
 def test_golden_ir_after(stage: str) -> None:
     texts: dict[str, str] = {}
 

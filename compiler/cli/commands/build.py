@@ -14,14 +14,14 @@ from n3c.compiler.cli.progress import TerminalProgress
 from n3c.compiler.cli.table import format_bytes, format_peak
 from n3c.ir.diagnostics import ExitCode
 from n3c.ir.program import Program
-from n3c.passes.pipelines import STAGES
+from n3c.passes.pipelines import DUMPED
 
 
 @click.command("build", help="Compile SPEC to PyTorch code, ONNX graphs or TensorRT plans.")
 @options.of(build)
 @click.option(
     "--print-ir-after",
-    type=click.Choice([*STAGES, "all"]),
+    type=click.Choice([*DUMPED, "all"]),
     help="Print the IR after a pass, on stderr.",
 )
 @options.common

@@ -161,7 +161,8 @@ def test_print_ir_after_all_shows_every_stage_once(tmp_path: Path) -> None:
     result = n3c("build", spec, "--target", "torch", "-o", tmp_path / "out", "--print-ir-after", "all", "--json")
     assert result.data["ok"] is True
     headings = [line for line in result.err.splitlines() if line.startswith("// after ")]
-    assert headings == [f"// after {n}" for n in ("lower", "quantize", "plan_state", "fuse_moe", "pack", "cleanup")]
+    stages = ("lower", "quantize", "plan_state", "fuse_moe", "pack", "cleanup", "widen")
+    assert headings == [f"// after {name}" for name in stages]
 
 
 def test_overrides_reach_every_command(tmp_path: Path) -> None:
