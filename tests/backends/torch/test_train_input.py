@@ -85,7 +85,7 @@ def failure(train: Any, capsys: pytest.CaptureFixture[str], code: int, *given: s
         ("long.npy", b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + b" " * 99, "is no one-dimensional .npy file"),
         ("deep.npy", b"\x93NUMPY\x01\x00\x0f\x27" + b"-" * 9999, "is no one-dimensional .npy file"),
         ("shape.npy", b"\x93NUMPY\x01\x00\x23\x00{'descr': '<u2', 'shape': (True,)}  ", "is no one-dimensional"),
-        ("packed.txt", gzip.compress(TEXT), "is a gzip archive"),
+        ("packed.txt", gzip.compress(TEXT, mtime=0), "is a gzip archive"),
         ("packed.dat", bz2.compress(TEXT), "is a bzip2 archive"),
         ("beyond.bin", np.array([7] * 20 + [999], np.uint16).tobytes(), "(the first wrong one is token 20)"),
     ],
