@@ -10,9 +10,10 @@ from torch import Tensor
 
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.backends.safetensors.sources import load
-from n3c.ir.program import EntryPoint, Program
+from n3c.ir.program import Program
 from n3c.ir.types import DType
-from n3c.runtime.engines.interface import Allocation, Array, Port, Signature, key_positions
+from n3c.runtime.engines.interface import Allocation, Array, Signature, key_positions
+from n3c.runtime.engines.signature import signature_of
 
 from .evaluate import TORCH_DTYPES, Choice, Evaluation, by_definition, evaluate, zero_states
 
@@ -37,7 +38,7 @@ class ReferenceEngine:
         self.last: Evaluation | None = None
         self.states: dict[str, Tensor] = {}
         self.signatures: Mapping[str, Signature] = {
-            name: _signature(program, entry, batch) for name, entry in program.entry_points.items()
+            name: signature_of(program, entry, batch) for name, entry in program.entry_points.items()
         }
         self.replace_weights(checkpoint)
 
@@ -64,17 +65,3 @@ class ReferenceEngine:
         """Count states and weights; every run makes new states."""
         states, weights = (sum(t.nbytes for t in tensors.values()) for tensors in (self.states, self._parameters))
         return Allocation(states, 0, weights)
-
-
-def _signature(program: Program, entry: EntryPoint, batch: int) -> Signature:
-    dims = {"B": batch, "S": entry.tokens}
-    types = dict(entry.inputs)
-    for call in entry.calls:
-        outputs = program.functions[call.function].outputs
-        types.update((name, value.type) for name, value in zip(call.outputs, outputs, strict=True))
-
-    def port(name: str) -> Port:
-        bound = types[name].bind(dims)
-        return Port(bound.dtype.value, bound.dims)
-
-    return Signature({name: port(name) for name in entry.inputs}, {name: port(name) for name in entry.outputs})

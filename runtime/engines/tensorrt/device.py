@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
+from n3c.runtime.engines.cuda import no_memory, require_cuda
 from n3c.runtime.engines.interface import Array
 
 
@@ -76,10 +76,7 @@ def cuda_devices(most: int) -> list[Device]:
     """Return the first `most` GPUs, or as many as there are; N3CError (E0801, exit code 4) without any."""
     import torch
 
-    if not torch.cuda.is_available():
-        built = "" if torch.version.cuda else "; this PyTorch is built for the CPU only"
-        help_ = "`--device cpu` runs the same graphs in ONNX Runtime; `n3c doctor` shows what is installed"
-        raise N3CError(Diagnostic("E0801", f"no CUDA GPU is at hand{built}", help=help_), ExitCode.TARGET)
+    require_cuda()
     return [TorchDevice(torch, index) for index in range(min(most, torch.cuda.device_count()))]
 
 
@@ -111,11 +108,8 @@ class TorchDevice:
             tensor = self._torch.zeros(size, dtype=self._torch.uint8, device=f"cuda:{self._index}")
             self._torch.cuda.synchronize(self._index)
         except self._torch.cuda.OutOfMemoryError as error:
-            free, total = self._torch.cuda.mem_get_info(self._index)
-            message = f"GPU {self._index} has no room for {size:,} bytes: {free:,} of {total:,} are free"
-            help_ = "a smaller serving.max_seq_len or batch size needs less (`n3c inspect SPEC` counts); "
-            help_ += "`n3c build --stages N` spreads over N GPUs"
-            raise N3CError(Diagnostic("E0815", message, help=help_), ExitCode.TARGET) from error
+            help_ = "`n3c build --stages N` spreads over N GPUs"
+            raise no_memory(self._index, f"{size:,} bytes", help_) from error
         return _Tensor(tensor)
 
     def write(self, memory: Memory, offset: int, data: Array) -> None:
