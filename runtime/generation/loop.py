@@ -60,6 +60,8 @@ class Generation:
     """None: no speculation."""
     device: str = "cpu"
     """Device of the engine, for the result."""
+    engine_name: str = ""
+    """Likewise."""
     sequences: list[Running] = field(init=False)
     statistics: Statistics = field(default_factory=Statistics)
     _pieces: list[Piece] = field(default_factory=list[Piece], init=False)
@@ -108,6 +110,7 @@ class Generation:
         return Generated(
             completions=tuple(Completion(s.text, tuple(s.new), s.ending, len(s.prompt)) for s in self.sequences),
             device=self.device,
+            engine=self.engine_name,
             speculative=self.drafter is not None,
             prompt_tokens=statistics.prompt_tokens,
             new_tokens=statistics.new_tokens,

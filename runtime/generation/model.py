@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, overload
 
 from n3c.backends.progress import SILENT, Progress
 from n3c.runtime.build_folder import OpenedBuild, open_build
+from n3c.runtime.engines.choice import ENGINE_HELP, Device, EngineName, require_device
 from n3c.runtime.options import Argument, Needs, Option, checked, usage_error
 
 if TYPE_CHECKING:  # these load numpy
@@ -14,7 +15,6 @@ if TYPE_CHECKING:  # these load numpy
     from .result import Generated, Piece
     from .runner import Runner
 
-Device = Literal["cpu", "cuda"]
 Prompt = str | Sequence[int]
 """A text, or token ids."""
 
@@ -46,12 +46,21 @@ IDS = "IDS"
 class Model:
     """Generates with a build. The weights are read by the first request, for as many sequences as it has prompts."""
 
-    def __init__(self, build: OpenedBuild, weights: Path, device: Device, speculate: bool, progress: Progress) -> None:
+    def __init__(
+        self,
+        build: OpenedBuild,
+        weights: Path,
+        device: Device,
+        engine: EngineName | None,
+        speculate: bool,
+        progress: Progress,
+    ) -> None:
         from .tokenizer import find_tokenizer
 
         self.build = build
         self.weights = weights
         self.device: Device = device
+        self.engine: EngineName | None = engine
         self.tokenizer = find_tokenizer([weights], build.spec.model.vocab_size)
         self._speculate = speculate
         self._progress = progress
@@ -178,6 +187,7 @@ class Model:
                 self.build,
                 self.weights,
                 device=self.device,
+                engine=self.engine,
                 sequences=sequences,
                 speculate=self._speculate,
                 progress=self._progress,
@@ -200,14 +210,18 @@ def load(
     *,
     no_mtp: Annotated[bool, Option("Decode token by token, without drafts.")] = False,
     device: Annotated[Device, Option("Where to run.")] = "cpu",
+    engine: Annotated[EngineName | None, Option(ENGINE_HELP)] = None,
     progress: Progress = SILENT,
 ) -> Model:
     """Open a build to generate with the weights of a checkpoint.
 
-    N3CError: exit code 2 without weights, 6 where the build is damaged or the tokenizer is none of this model.
+    N3CError: exit code 2 without weights or for an engine that does not run on the device, 6 where the build is damaged or the tokenizer is none of this model.
     """
     from .runner import require_weights
 
+    if engine is not None:
+        require_device(engine, device)
     progress.phase("open")
     opened = open_build(Path(build))
-    return Model(opened, require_weights(None if weights is None else Path(weights)), device, not no_mtp, progress)
+    checkpoint = require_weights(None if weights is None else Path(weights))
+    return Model(opened, checkpoint, device, engine, not no_mtp, progress)

@@ -50,6 +50,8 @@ class Generated:
     """In the order of the prompts."""
     device: str
     """`cpu` or `cuda`."""
+    engine: str
+    """`onnxruntime`, `tensorrt`, `torch` or `reference`."""
     speculative: bool
     """Whether tokens were drafted and verified."""
     prompt_tokens: int
@@ -88,6 +90,7 @@ class Generated:
             "acceptance_length": round(self.acceptance_length, 4),
             "speculative": self.speculative,
             "device": self.device,
+            "engine": self.engine,
             "completions": [completion.as_json() for completion in self.completions],
             "prefill_seconds": round(self.prefill_seconds, 4),
             "decode_seconds": round(self.decode_seconds, 4),

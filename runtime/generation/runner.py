@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 from n3c.backends.progress import SILENT, Progress
 from n3c.backends.safetensors.checkpoint_fit import fitting_checkpoint
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 from n3c.ir.json_file import is_count, read_json
 from n3c.runtime.build_folder import OpenedBuild
+from n3c.runtime.engines.choice import Device, EngineName, choose_engine
 from n3c.runtime.engines.interface import Engine
+from n3c.runtime.engines.open import open_engine
 from n3c.runtime.numbers import require_number
 
 from .capacity import Capacity
@@ -21,66 +23,16 @@ from .loop import Generation
 from .sequence import Options
 from .tokenizer import Tokenizer, find_tokenizer
 
-Device = Literal["cpu", "cuda"]
-
 
 @dataclass(slots=True)
 class Runner:
     """Makes the requests of a build with loaded weights. `engine` may be of any kind."""
 
     build: OpenedBuild
-    engine: Engine
-    tokenizer: Tokenizer | None
-    eos_ids: frozenset[int]
-    drafter: Drafter | None
-    """None: no speculation."""
-    device: Device = "cpu"
-
-    def generation(self, prompts: Sequence[Sequence[int]], options: Options) -> Generation:
-        """Return a request, not yet run; N3CError (exit code 2) where it exceeds the build's capacity."""
-        capacity = Capacity.of(self.build.spec)
-        return Generation(self.engine, prompts, options, capacity, self.tokenizer, self.drafter, self.device)
-
-    def replace_weights(self, directory: Path) -> None:
-        """Take the weights of another checkpoint of the same spec, without building anything.
-
-        For reinforcement learning, between rollouts. N3CError (exit code 6) where they do not fit; then the old
-        weights stay.
-        """
-        self.engine.replace_weights(fitting_checkpoint(self.build.spec, directory))
-
-
-def open_runner(
-    build: OpenedBuild,
-    weights: Path,
-    *,
-    device: Device = "cpu",
-    sequences: int = 1,
-    speculate: bool = True,
-    progress: Progress = SILENT,
-) -> Runner:
-    """Load `weights` for at most `sequences` sequences at once. `speculate` has effect where the spec has [mtp].
-
-    N3CError: exit code 2 for no sequences, 4 where the device is not there, 6 where the weights do not fit.
-    """
-    require_number("sequences", sequences, least=1)
-    spec = build.spec
-    batch = _batch(spec.serving.batch_sizes, sequences)
-    speculate = speculate and {"draft", "verify"} <= set(build.served.program.entry_points)
-    names = ("prefill", "draft", "verify") if speculate else ("prefill", "decode")
-    checkpoint = fitting_checkpoint(spec, weights)
-    engine: Engine
-    if device == "cpu":
-        from n3c.runtime.engines.onnxruntime.open import cpu_engine
-
-        engine = cpu_engine(build.served, spec, names, batch, checkpoint, progress)
-    else:
-        from n3c.runtime.engines.tensorrt.open import cuda_engine
-
-        engine = cuda_engine(build, names, batch, checkpoint, progress)
+    opened = open_engine(chosen, build, names, batch, checkpoint, device, progress)
     tokenizer = find_tokenizer([weights], spec.model.vocab_size)
     eos = eos_token_ids(weights) or frozenset(spec.model.eos_token_ids)
-    return Runner(build, engine, tokenizer, eos, MtpDrafter() if speculate else None, device)
+    return Runner(build, opened, tokenizer, eos, MtpDrafter() if speculate else None, device, chosen)
 
 
 def require_weights(directory: Path | None) -> Path:

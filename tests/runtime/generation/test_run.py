@@ -203,7 +203,7 @@ def test_no_tokenizer_and_no_plans(folder: Path, tmp_path: Path) -> None:
     assert (result.code, result.codes) == (6, ["E0805"])
     ids = n3c("run", *where, "--prompt-ids", "1,2", "--max-new-tokens", 3)
     assert ids.code == 0 and len(ids.out.split()) == 3
-    missing = n3c("run", *where, "--prompt-ids", "1", "--device", "cuda", "--json")
+    missing = n3c("run", *where, "--prompt-ids", "1", "--device", "cuda", "--engine", "tensorrt", "--json")
     assert (missing.code, missing.codes) == (4, ["E0813"])
     assert n3c("run", *where, "--prompt-ids", "1", "--reasoning-budget", 1, "--json").codes == ["E0805"]
     assert n3c("run", *where, "--prompt-file", tmp_path / "none", "--json").codes == ["E0601"]
