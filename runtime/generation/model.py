@@ -215,7 +215,8 @@ def load(
 ) -> Model:
     """Open a build to generate with the weights of a checkpoint.
 
-    N3CError: exit code 2 without weights or for an engine that does not run on the device, 6 where the build is damaged or the tokenizer is none of this model.
+    N3CError: exit code 2 without weights or for an engine that does not run on the device, 6 where the build is
+    damaged or the tokenizer is none of this model.
     """
     from .runner import require_weights
 

@@ -29,6 +29,52 @@ class Runner:
     """Makes the requests of a build with loaded weights. `engine` may be of any kind."""
 
     build: OpenedBuild
+    engine: Engine
+    tokenizer: Tokenizer | None
+    eos_ids: frozenset[int]
+    drafter: Drafter | None
+    """None: no speculation."""
+    device: Device = "cpu"
+    engine_name: EngineName = "onnxruntime"
+
+    def generation(self, prompts: Sequence[Sequence[int]], options: Options) -> Generation:
+        """Return a request, not yet run; N3CError (exit code 2) where it exceeds the build's capacity."""
+        capacity = Capacity.of(self.build.spec)
+        return Generation(
+            self.engine, prompts, options, capacity, self.tokenizer, self.drafter, self.device, self.engine_name
+        )
+
+    def replace_weights(self, directory: Path) -> None:
+        """Take the weights of another checkpoint of the same spec, without building anything.
+
+        For reinforcement learning, between rollouts. N3CError (exit code 6) where they do not fit; then the old
+        weights stay.
+        """
+        self.engine.replace_weights(fitting_checkpoint(self.build.spec, directory))
+
+
+def open_runner(
+    build: OpenedBuild,
+    weights: Path,
+    *,
+    device: Device = "cpu",
+    engine: EngineName | None = None,
+    sequences: int = 1,
+    speculate: bool = True,
+    progress: Progress = SILENT,
+) -> Runner:
+    """Load `weights` for at most `sequences` sequences at once. `speculate` has effect where the spec has [mtp].
+
+    Without `engine` it is the usual one of the device. N3CError: exit code 2 for no sequences or an engine that does
+    not run on the device, 4 where the device is not there, 6 where the weights do not fit.
+    """
+    require_number("sequences", sequences, least=1)
+    chosen = choose_engine(engine, device, build)
+    spec = build.spec
+    batch = _batch(spec.serving.batch_sizes, sequences)
+    speculate = speculate and {"draft", "verify"} <= set(build.served.program.entry_points)
+    names = ("prefill", "draft", "verify") if speculate else ("prefill", "decode")
+    checkpoint = fitting_checkpoint(spec, weights)
     opened = open_engine(chosen, build, names, batch, checkpoint, device, progress)
     tokenizer = find_tokenizer([weights], spec.model.vocab_size)
     eos = eos_token_ids(weights) or frozenset(spec.model.eos_token_ids)

@@ -52,7 +52,7 @@ def _refuse(*_: Any) -> None:
 
 class _Tape(TorchDispatchMode):
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._calls: list[tuple[Any, Any, Any, Any]] = []
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
 

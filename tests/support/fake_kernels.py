@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,15 +14,31 @@ from n3c.runtime.engines.torch.packed import PackedWeight
 def fake_kernels(called: list[str]) -> Kernels:
     """Return kernels that note their names in `called`."""
 
-    def few_rows_linear(x: Tensor, weight: PackedWeight) -> Tensor:
+    def few_rows_linear(x: Tensor, weight: PackedWeight, *, dtype: torch.dtype) -> Tensor:
         called.append("few_rows_linear")
-        assert x.dim() == 2 and len(x) <= 16 and x.dtype == torch.bfloat16
-        return _product(x, weight)
+        assert x.dim() == 2 and len(x) <= 64
+        return _product(x, weight, dtype)
 
-    def many_rows_linear(x: Tensor, weight: PackedWeight) -> Tensor:
+    def many_rows_linear(x: Tensor, weight: PackedWeight, *, squared_relu: bool, dtype: torch.dtype) -> Tensor:
         called.append("many_rows_linear")
-        assert x.dim() == 2 and weight.format != "bf16"
-        return _product(x, weight)
+        assert x.dim() == 2
+        y = _product(x, weight, torch.float32)
+        return (ops.relu2(y) if squared_relu else y).to(dtype)
+
+    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        called.append("rms_norm")
+        return ops.rms_norm(x.float(), weight, eps=eps).to(x.dtype)
+
+    def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        called.append("add_rms_norm")
+        total = (x.float() + residual.float()).to(residual.dtype)
+        return ops.rms_norm(total.float(), weight, eps=eps).to(x.dtype), total
+
+    def route(logits: Tensor, bias: Tensor, top_k: int, scaling: float, *, normalize: bool) -> tuple[Tensor, Tensor]:
+        called.append("route")
+        assert logits.dim() == 2 and logits.dtype == bias.dtype == torch.float32
+        options = {"n_group": 1, "topk_group": 1, "norm_topk_prob": normalize, "scaling_factor": scaling}
+        return ops.route(logits, bias, top_k=top_k, **options)  # type: ignore[arg-type]
 
     def routed_experts(x: Tensor, chosen: Tensor, weights: Tensor, up: PackedWeight, down: PackedWeight) -> Tensor:
         called.append("routed_experts")
@@ -59,7 +73,7 @@ def fake_kernels(called: list[str]) -> Kernels:
         if advance:
             window.copy_(kept.mT)
             ssm.copy_(state)
-        return y.to(projected.dtype)
+        return y
 
     def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
         called.append("gated_rms_norm")
@@ -67,22 +81,30 @@ def fake_kernels(called: list[str]) -> Kernels:
 
     def cached_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
         called.append("cached_attention")
-        assert q.dtype == keys.dtype == values.dtype == torch.bfloat16
+        assert q.shape[2] <= 16 and keys.dtype == values.dtype and keys.is_contiguous() and values.is_contiguous()
         places = lengths[:, None] + torch.arange(q.shape[2])
         mask = torch.arange(keys.shape[2]) <= places[:, None, :, None]
-        wide: Any = (t.float() for t in (q, keys, values))
-        return F.scaled_dot_product_attention(*wide, attn_mask=mask, enable_gqa=True).to(q.dtype)
+        y = F.scaled_dot_product_attention(q.float(), keys.float(), values.float(), attn_mask=mask, enable_gqa=True)
+        return y.to(q.dtype)
 
     return Kernels(
-        few_rows_linear, many_rows_linear, routed_experts, mamba2_step, gated_rms_norm, cached_attention
+        few_rows_linear,
+        many_rows_linear,
+        rms_norm,
+        add_rms_norm,
+        route,
+        routed_experts,
+        mamba2_step,
+        gated_rms_norm,
+        cached_attention,
     )
 
 
-def _product(x: Tensor, weight: PackedWeight) -> Tensor:
-    return (x.float() @ weight.dequantized(torch.float32).T).to(x.dtype)
+def _product(x: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    return (x.float() @ weight.dequantized(torch.float32).T).to(dtype)
 
 
 def _experts(x: Tensor, chosen: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
     inner = torch.einsum("til,tl->ti", up[chosen].flatten(0, 1), x.float().repeat_interleave(chosen.shape[1], 0))
-    y = torch.einsum("tli,ti->tl", down[chosen].flatten(0, 1), F.relu(inner).square())
+    y = torch.einsum("tli,ti->tl", down[chosen].flatten(0, 1), ops.relu2(inner))
     return (y.view(*chosen.shape, -1) * weights[..., None]).sum(1).to(x.dtype)

@@ -71,7 +71,7 @@ class TorchEngine:
             self._inputs = {name: _static(signature, device) for name, signature in self.signatures.items()}
             self._staged = {name: _staged(tensors) for name, tensors in self._inputs.items()}
             package = load_package(emit(spec, hashlib.sha256(dump_spec(spec).encode()).hexdigest()))
-            made = operations(package)
+            made = operations(package, spec)
             self._model = PackedModel(package, stored_parameters(spec), made, device)
             self._scales = _cache_scales(program.parameters.values(), device)
             scales = {parameter.name: tensor for parameter, tensor in self._scales}
@@ -158,7 +158,9 @@ def _without_reach(signature: Signature) -> Signature:
 
 def _static(signature: Signature, device: torch.device) -> dict[str, Tensor]:
     """Return tensors for the inputs of an entry point, which graphs read."""
-    return {name: torch.zeros(_shape(p), dtype=HOST_TYPES[p.dtype], device=device) for name, p in signature.inputs.items()}
+    return {
+        name: torch.zeros(_shape(p), dtype=HOST_TYPES[p.dtype], device=device) for name, p in signature.inputs.items()
+    }
 
 
 def _staged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

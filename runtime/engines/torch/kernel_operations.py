@@ -1,4 +1,4 @@
-"""The operations by Triton's kernels where these are faster than PyTorch; the rest is that of `plain`."""
+"""The operations by Triton's kernels where there is one for them; the rest is that of `plain`."""
 
 from __future__ import annotations
 
@@ -11,20 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from n3c.specs.schema import Spec
+
 from .operations import MakeOperations
 from .packed import PackedWeight
 from .plain import PlainOperations
 
-FEW = 16
-"""Rows, or tokens of a sequence, up to which a kernel takes them all at once."""
+MOST_STEPS = 8
+"""Tokens of a sequence up to which the Mamba-2 step is made; more are scanned by chunks."""
+MOST_QUERIES = 16
+"""Tokens of a sequence whose queries are one tile; more are a matter of arithmetic, for PyTorch's attention."""
+MOST_ROUTED = 64
+"""Rows up to which a router's product is a kernel's; beyond it is the generated module's, in float32 as well."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """The kernels of `n3c.runtime.engines.torch.kernels`, by name. Activations are BF16."""
+    """The kernels of `n3c.runtime.engines.torch.kernels`, by name."""
 
-    few_rows_linear: Callable[[Tensor, PackedWeight], Tensor]
-    many_rows_linear: Callable[[Tensor, PackedWeight], Tensor]
+    few_rows_linear: Callable[..., Tensor]
+    many_rows_linear: Callable[..., Tensor]
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    route: Callable[..., tuple[Tensor, Tensor]]
     routed_experts: Callable[[Tensor, Tensor, Tensor, PackedWeight, PackedWeight], Tensor]
     mamba2_step: Callable[..., Tensor]
     gated_rms_norm: Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
@@ -32,7 +41,7 @@ class Kernels:
 
 
 def kernel_operations() -> MakeOperations:
-    """Return what makes the operations of a GPU: by kernels where Triton is installed, else by PyTorch."""
+    """Return what makes the operations of a GPU: by kernels where Triton is installed, else by PyTorch alone."""
     if importlib.util.find_spec("triton") is None:
         return PlainOperations
     from .kernels.attention import cached_attention
@@ -40,47 +49,77 @@ def kernel_operations() -> MakeOperations:
     from .kernels.gated_norm import gated_rms_norm
     from .kernels.linear import few_rows_linear, many_rows_linear
     from .kernels.mamba_step import mamba2_step
+    from .kernels.norm import add_rms_norm, rms_norm
+    from .kernels.router import route
 
     kernels = Kernels(
-        few_rows_linear, many_rows_linear, routed_experts, mamba2_step, gated_rms_norm, cached_attention
+        few_rows_linear=few_rows_linear,
+        many_rows_linear=many_rows_linear,
+        rms_norm=rms_norm,
+        add_rms_norm=add_rms_norm,
+        route=route,
+        routed_experts=routed_experts,
+        mamba2_step=mamba2_step,
+        gated_rms_norm=gated_rms_norm,
+        cached_attention=cached_attention,
     )
     return partial(KernelOperations, kernels=kernels)
 
 
 class KernelOperations(PlainOperations):
-    """What a GPU with Triton computes. A model in float32 is that of `plain`, as its products have no such kernels."""
+    """What a GPU with Triton computes."""
 
-    def __init__(self, package: Any, kernels: Kernels) -> None:
+    def __init__(self, package: Any, spec: Spec, kernels: Kernels) -> None:
         """Take the generated package, for what no kernel computes."""
-        super().__init__(package)
-        self._kernels = kernels
+        super().__init__(package, spec)
+        self._moe, self._kernels = spec.moe, kernels
 
-    def linear(self, x: Tensor, weight: PackedWeight) -> Tensor:
-        """Dequantize in registers; a weight in BF16 needs no kernel where rows fill the tiles of tensor cores."""
-        if x.dtype != torch.bfloat16:
-            return super().linear(x, weight)
-        if len(x) <= FEW:
-            return self._kernels.few_rows_linear(x, weight)
-        return super().linear(x, weight) if weight.format == "bf16" else self._kernels.many_rows_linear(x, weight)
+    def linear(self, x: Tensor, weight: PackedWeight, dtype: torch.dtype, *, squared_relu: bool = False) -> Tensor:
+        """Dequantize in registers, and write the float32 sums as they are asked for."""
+        return self._kernels.many_rows_linear(x, weight, squared_relu=squared_relu, dtype=dtype)
+
+    def norm(self, norm: Any, x: Tensor) -> Tensor:
+        """Norm in one kernel."""
+        return self._kernels.rms_norm(x, norm.weight, norm.eps)
+
+    def add_norm(self, norm: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Add and norm in one kernel."""
+        return self._kernels.add_rms_norm(y, x, norm.weight, norm.eps)
+
+    def route(self, router: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Multiply with the router's weight as it is stored and choose in float32, of one group of experts."""
+        config, rows = router.config, x.flatten(0, -2)
+        assert self._moe is not None
+        if len(rows) > MOST_ROUTED or self._moe.n_group > 1:
+            return super().route(router, x)
+        weight = PackedWeight("bf16", router.weight, None, None, tuple(router.weight.shape))
+        logits = self._kernels.few_rows_linear(rows, weight, dtype=torch.float32)
+        chosen, weights = self._kernels.route(
+            logits,
+            router.e_score_correction_bias,
+            config.moe_top_k,
+            config.moe_routed_scaling_factor,
+            normalize=self._moe.norm_topk_prob,
+        )
+        return chosen.unflatten(0, x.shape[:-1]), weights.unflatten(0, x.shape[:-1])
 
     def experts(self, x: Tensor, chosen: Tensor, weights: Tensor, up: PackedWeight, down: PackedWeight) -> Tensor:
         """Read the chosen experts only, each once for all of its tokens."""
-        if x.dtype != torch.bfloat16:
-            return super().experts(x, chosen, weights, up, down)
         return self._kernels.routed_experts(x, chosen, weights, up, down)
 
     def mamba_step(
         self, mixer: Any, projected: Tensor, window: Tensor, ssm: Tensor, counts: Tensor | None, *, advance: bool
     ) -> Tensor:
-        """Move a float32 state on in place by few tokens; whole chunks are scanned."""
-        if projected.dtype != torch.bfloat16 or ssm.dtype != torch.float32 or projected.shape[1] > FEW:
+        """Move the state on in place by few tokens; whole chunks are scanned."""
+        bias = getattr(mixer.conv1d, "bias", None)
+        if projected.shape[1] > MOST_STEPS or bias is None:
             return super().mamba_step(mixer, projected, window, ssm, counts, advance=advance)
         return self._kernels.mamba2_step(
             projected,
             window,
             ssm,
             mixer.conv1d.weight[:, 0],
-            getattr(mixer.conv1d, "bias", None),
+            bias,
             mixer.A_log,
             mixer.D,
             mixer.dt_bias,
@@ -91,14 +130,12 @@ class KernelOperations(PlainOperations):
 
     def gated_norm(self, norm: Any, y: Tensor, z: Tensor) -> Tensor:
         """Gate and norm in one kernel."""
-        if z.dtype != torch.bfloat16:
-            return super().gated_norm(norm, y, z)
         return self._kernels.gated_rms_norm(y, z, norm.weight, norm.groups, norm.eps)
 
     def attention(
         self, q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, on_host: Sequence[int] | None
     ) -> Tensor:
         """Read lengths on the device for few tokens, so that nothing is read beyond them in a recorded call either."""
-        if q.shape[2] > FEW or not q.dtype == keys.dtype == torch.bfloat16:
+        if q.shape[2] > MOST_QUERIES or keys.dtype not in (torch.bfloat16, torch.float32):
             return super().attention(q, keys, values, lengths, on_host)
         return self._kernels.cached_attention(q, keys, values, lengths)

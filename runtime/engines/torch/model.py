@@ -16,7 +16,7 @@ from n3c.passes.lower.model import lower
 from n3c.passes.pipelines import quantize_pass
 from n3c.specs.schema import Spec
 
-from .modules import PackedExperts, PackedLinear
+from .modules import Gate, PackedExperts, PackedLinear, PackedMlp
 from .operations import Operations
 from .packed import PackedWeight
 from .weights import WeightSource
@@ -42,23 +42,23 @@ class PackedModel:
         self._tensors: dict[str, Tensor] = {}
         """Name of a parameter → what holds it."""
         self._routers: dict[str, Any] = {}
-        """Name of its weight → a router."""
+        """Name of its weight → a router whose weight is quantized: it is held dequantized, in float32."""
         with torch.device("meta"):
             self.module = package.Model().eval()
-        for name, module in list(self.module.named_modules()):
-            self._pack(name, module)
-        for name, module in list(self.module.named_modules()):
+        self._pack("", self.module)
+        for name, module in self.module.named_modules():
             self._hold(name, module)
         table = self.module.backbone.embeddings.weight
         tied = PackedWeight("bf16", table, None, None, tuple(table.shape))
-        self.head = self.module.lm_head if hasattr(self.module, "lm_head") else PackedLinear(tied, operations)
-        """Gives logits; with tied embeddings it reads their table."""
+        untied = getattr(self.module, "lm_head", None)
+        self.head = untied or PackedLinear(tied, operations, torch.float32)
+        """Gives logits in float32; with tied embeddings it reads their table."""
 
     @property
     def bytes(self) -> int:
         """Bytes of all weights."""
-        routers = sum(router.weight.nbytes for router in self._routers.values())
-        return routers + sum(tensor.nbytes for tensor in self._tensors.values())
+        routers: list[Tensor] = [router.weight for router in self._routers.values()]
+        return sum(tensor.nbytes for tensor in (*routers, *self._tensors.values()))
 
     def fill(self, source: WeightSource, progress: Progress = SILENT) -> None:
         """Read every weight into its place; N3CError (exit code 6) where the source has it not."""
@@ -75,30 +75,52 @@ class PackedModel:
             done += 1
             progress.step(name, done, total)
 
-    def _pack(self, name: str, module: Any) -> None:
-        """Put a packed module in the place of a linear, or of experts, which have two weights."""
-        parent, _, own = name.rpartition(".")
-        if isinstance(module, nn.Linear):
-            packed: nn.Module = PackedLinear(self._weight(f"{name}.weight"), self._operations)
-        elif type(module).__name__ == "Experts":
-            up, down = (self._weight(f"{name}.*.{side}_proj.weight") for side in ("up", "down"))
-            packed = PackedExperts(up, down, self._operations)
-        else:
-            return
-        setattr(self.module.get_submodule(parent), own, packed)
-
-    def _hold(self, name: str, module: Any) -> None:
-        """Give memory to the other tensors of a module, in their stored types; routers compute in float32."""
-        for own, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            full = f"{name}.{own}"
-            if own == "weight" and type(module).__name__ == "Router":
-                held = torch.empty(tensor.shape, dtype=torch.float32, device=self._device)
-                self._routers[full] = module
+    def _pack(self, parent: str, module: nn.Module) -> None:
+        """Put a packed module in the place of each part of `module` that has one, here or deeper."""
+        for own, part in list(module.named_children()):
+            name = f"{parent}.{own}" if parent else own
+            packed = self._packed_module(name, part)
+            if packed is None:
+                self._pack(name, part)
             else:
-                (held,) = self._allocate(full.replace(".A_log", ".A")).values()
-                self._tensors[full.replace(".A_log", ".A")] = held
-            is_parameter = isinstance(tensor, nn.Parameter)
-            setattr(module, own, nn.Parameter(held, requires_grad=False) if is_parameter else held)
+                setattr(module, own, packed)
+
+    def _packed_module(self, name: str, module: nn.Module) -> nn.Module | None:
+        """Return what takes the place of a module of the generated package; None where it stays."""
+        made = self._operations
+        if isinstance(module, nn.Linear):
+            return PackedLinear(self._weight(f"{name}.weight"), made, torch.float32 if name == "lm_head" else None)
+        match type(module).__name__:
+            case "MLP":
+                up, down = (self._weight(f"{name}.{side}_proj.weight") for side in ("up", "down"))
+                return PackedMlp(up, down, made)
+            case "Experts":
+                up, down = (self._weight(f"{name}.*.{side}_proj.weight") for side in ("up", "down"))
+                return PackedExperts(up, down, made)
+            case "Router":
+                self._hold_router(name, module)
+                return Gate(module, made)
+            case _:
+                return None
+
+    def _hold_router(self, name: str, router: Any) -> None:
+        """Give memory to a router: it has a module of its own that no packed one replaces, so no quantized weight."""
+        weight = self._parameters[f"{name}.weight"]
+        if FORMATS[weight.format].quantized:
+            self._routers[weight.name] = router
+            held = torch.empty(weight.type.static_dims, dtype=torch.float32, device=self._device)
+            router.weight = nn.Parameter(held, requires_grad=False)
+        self._hold(name, router)
+
+    def _hold(self, name: str, module: nn.Module) -> None:
+        """Give memory to those tensors of a module that have none, in their stored types."""
+        for own, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if tensor.is_meta:
+                full = f"{name}.{own}".replace(".A_log", ".A")
+                (self._tensors[full],) = self._allocate(full).values()
+                is_parameter = isinstance(tensor, nn.Parameter)
+                held = self._tensors[full]
+                setattr(module, own, nn.Parameter(held, requires_grad=False) if is_parameter else held)
 
     def _weight(self, name: str) -> PackedWeight:
         """Return a weight with memory of its own."""

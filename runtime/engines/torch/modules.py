@@ -1,7 +1,10 @@
-"""The modules that take the place of a generated model's linears and experts: the same results of packed weights."""
+"""The modules that take the place of a generated model's own, with the same results: weights packed, kernels if any."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from .operations import Operations
@@ -11,13 +14,28 @@ from .packed import PackedWeight
 class PackedLinear(nn.Module):
     """y [..., N] = x [..., K] W^T."""
 
-    def __init__(self, weight: PackedWeight, operations: Operations) -> None:
+    def __init__(self, weight: PackedWeight, operations: Operations, dtype: torch.dtype | None = None) -> None:
+        """Take the type of y where it is not that of x."""
         super().__init__()
-        self.packed, self._operations = weight, operations
+        self._weight, self._operations, self._dtype = weight, operations, dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return y in the type of x."""
-        return self._operations.linear(x.flatten(0, -2), self.packed).unflatten(0, x.shape[:-1])
+        """Return y."""
+        rows = self._operations.linear(x.flatten(0, -2), self._weight, self._dtype or x.dtype)
+        return rows.view(*x.shape[:-1], -1)
+
+
+class PackedMlp(nn.Module):
+    """down(relu(up(x))^2)."""
+
+    def __init__(self, up: PackedWeight, down: PackedWeight, operations: Operations) -> None:
+        super().__init__()
+        self._up, self._down, self._operations = up, down, operations
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [B, S, D] for x [B, S, D]."""
+        inner = self._operations.linear(x.flatten(0, -2), self._up, x.dtype, squared_relu=True)
+        return self._operations.linear(inner, self._down, x.dtype).view_as(x)
 
 
 class PackedExperts(nn.Module):
@@ -25,9 +43,21 @@ class PackedExperts(nn.Module):
 
     def __init__(self, up: PackedWeight, down: PackedWeight, operations: Operations) -> None:
         super().__init__()
-        self.up, self.down, self._operations = up, down, operations
+        self._up, self._down, self._operations = up, down, operations
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """Return [B, S, L] for x [B, S, L], experts and weights [B, S, K], in the type of x."""
         rows, chosen, shares = (t.flatten(0, -2) for t in (x, experts, weights))
-        return self._operations.experts(rows, chosen, shares, self.up, self.down).view_as(x)
+        return self._operations.experts(rows, chosen, shares, self._up, self._down).view_as(x)
+
+
+class Gate(nn.Module):
+    """A generated router behind the operations, one of which chooses."""
+
+    def __init__(self, router: Any, operations: Operations) -> None:
+        super().__init__()
+        self.router, self._operations = router, operations
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Return experts and weights [B, S, K] of x [B, S, D], and no statistics."""
+        return *self._operations.route(self.router, x), None

@@ -67,37 +67,47 @@ class Network:
     def _backbone(self, ids: Tensor, call: Call) -> Tensor:
         """Return the hidden states [B, T, D] after the last norm."""
         backbone = self._model.backbone
-        x = self._embed(ids)
+        x, y = self._embed(ids), None
         for index, (symbol, block) in enumerate(zip(self._model.config.pattern, backbone.layers, strict=True)):
-            x = x + self._mix(symbol, f"backbone.layers.{index}", block.mixer, block.norm(x), call)
-        normed: Tensor = backbone.norm_f(x)
-        return normed
+            normed, x = self._normed(block.norm, x, y)
+            y = self._mix(symbol, f"backbone.layers.{index}", block.mixer, normed, call)
+        return self._normed(backbone.norm_f, x, y)[0]
 
     def _predict(self, ids: Tensor, hidden: Tensor, call: Call) -> Tensor:
         """Return the hidden states of one step of multi-token prediction; `ids` are the tokens after `hidden`."""
-        x = hidden
-        for index, (symbol, block) in enumerate(zip(self._model.config.mtp_pattern, self._model.mtp.layers, strict=True)):
+        x, y = hidden, None
+        for index, (symbol, block) in enumerate(
+            zip(self._model.config.mtp_pattern, self._model.mtp.layers, strict=True)
+        ):
             x = self._joined(block, ids, x) if block.first else x
-            x = x + self._mix(symbol, f"mtp.layers.{index}", block.mixer, block.norm(x), call)
-        normed: Tensor = block.final_layernorm(x)
-        return normed
+            normed, x = self._normed(block.norm, x, y)
+            y = self._mix(symbol, f"mtp.layers.{index}", block.mixer, normed, call)
+        return self._normed(block.final_layernorm, x, y)[0]
 
     def _fill_caches(self, ids: Tensor, hidden: Tensor, call: Call) -> None:
-        """Write the caches of the step of multi-token prediction: the last layer that has one needs keys and values only."""
-        pattern, x = self._model.config.mtp_pattern, hidden
+        """Write the caches of a step of multi-token prediction: no more is computed than the last of them needs."""
+        pattern, x, y = self._model.config.mtp_pattern, hidden, None
         last = pattern.rfind("*")
         for index, block in enumerate(self._model.mtp.layers[: last + 1]):
             label = f"mtp.layers.{index}"
             x = self._joined(block, ids, x) if block.first else x
+            normed, x = self._normed(block.norm, x, y)
             if index == last:
-                self._write(label, block.mixer, block.norm(x), call)
+                self._write(label, block.mixer, normed, call)
             else:
-                x = x + self._mix(pattern[index], label, block.mixer, block.norm(x), call)
+                y = self._mix(pattern[index], label, block.mixer, normed, call)
 
     def _joined(self, block: Any, ids: Tensor, hidden: Tensor) -> Tensor:
         """Return what the first block of a step of multi-token prediction reads."""
-        joined: Tensor = block.eh_proj(torch.cat([block.enorm(self._embed(ids)), block.hnorm(hidden)], dim=-1))
+        norm = self._operations.norm
+        joined: Tensor = block.eh_proj(
+            torch.cat([norm(block.enorm, self._embed(ids)), norm(block.hnorm, hidden)], dim=-1)
+        )
         return joined
+
+    def _normed(self, norm: Any, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the norm of the residual stream, and the stream: x and what the layer before adds to it."""
+        return (self._operations.norm(norm, x), x) if y is None else self._operations.add_norm(norm, x, y)
 
     def _embed(self, ids: Tensor) -> Tensor:
         embedded: Tensor = self._model.backbone.embeddings(ids)
@@ -105,7 +115,7 @@ class Network:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self._head(hidden)
-        return logits.float()
+        return logits
 
     def _mix(self, symbol: str, label: str, mixer: Any, x: Tensor, call: Call) -> Tensor:
         """Return what a mixer makes of x [B, T, D]."""

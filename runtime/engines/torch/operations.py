@@ -10,7 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+
+from n3c.specs.schema import Spec
 
 from .packed import PackedWeight
 
@@ -18,8 +21,23 @@ from .packed import PackedWeight
 class Operations(Protocol):
     """What the modules of an engine are made of. Nothing waits for the device, unless it is said so."""
 
-    def linear(self, x: Tensor, weight: PackedWeight) -> Tensor:
-        """Return x [T, K] W^T as [T, N], in the type of x. Activations are not quantized."""
+    def linear(self, x: Tensor, weight: PackedWeight, dtype: torch.dtype, *, squared_relu: bool = False) -> Tensor:
+        """Return x [T, K] W^T as [T, N] of type `dtype`, or the square of its positive part.
+
+        Activations are not quantized.
+        """
+        ...
+
+    def norm(self, norm: Any, x: Tensor) -> Tensor:
+        """Return the norm of x [B, T, D] by a generated module."""
+        ...
+
+    def add_norm(self, norm: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the norm of x + y, and x + y."""
+        ...
+
+    def route(self, router: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the experts [B, T, K] int64 that a generated router chooses for x [B, T, D], and their weights."""
         ...
 
     def experts(self, x: Tensor, chosen: Tensor, weights: Tensor, up: PackedWeight, down: PackedWeight) -> Tensor:
@@ -44,13 +62,13 @@ class Operations(Protocol):
     def attention(
         self, q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, on_host: Sequence[int] | None
     ) -> Tensor:
-        """Return [B, J, T, Z]: token t of a sequence attends to the places up to lengths + t of its caches [B, Y, C, Z].
+        """Return [B, J, T, Z]: token t of a sequence attends to the places up to lengths + t of its caches.
 
-        The call's own tokens are in the caches already. `on_host` are the lengths [B] where the host knows them, so
-        that only filled places are read; None where the call is recorded and serves all lengths.
+        The call's own tokens are in the caches [B, Y, C, Z] already. `on_host` are the lengths [B] where the host
+        knows them, so that only filled places are read; None where the call is recorded and serves all lengths.
         """
         ...
 
 
-MakeOperations = Callable[[Any], Operations]
-"""Makes them for a generated package."""
+MakeOperations = Callable[[Any, Spec], Operations]
+"""Makes them for a package that is generated of a spec."""

@@ -1,4 +1,4 @@
-"""A weight as a checkpoint stores it: codes and scales on a device, in one of the formats of [quantization]."""
+"""A weight in the form in which checkpoints store it, and what its numbers are."""
 
 from __future__ import annotations
 
@@ -13,39 +13,48 @@ from n3c.ir.formats import NVFP4_BLOCK
 Format = Literal["bf16", "fp8", "nvfp4"]
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""Magnitudes of FP4 codes; bit 3 is the sign."""
+"""Values of the codes 0…7; 8…15 are their negatives."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PackedWeight:
-    """A matrix [N, K], or one for each expert [E, N, K].
+    """A matrix [N, K], or a stack of E of them, with K inputs.
 
-        bf16    data
-        fp8     data * scale
-        nvfp4   e2m1(data) * e4m3(block_scales) * scale
+    A block of `nvfp4` is 16 inputs of a row; `nvfp4` stores w = e2m1(code) · e4m3(block scale) · scale, `fp8` stores
+    w = e4m3(code) · scale, and `bf16` the numbers themselves.
     """
 
     format: Format
     data: Tensor
-    """bf16: bfloat16 [..., N, K]; fp8: the E4M3 bytes, uint8 [..., N, K]; nvfp4: uint8 [..., N, K/2], two codes a byte,
-    the first in the low nibble."""
+    """`bf16`: [..., N, K], any float type; `fp8`: [..., N, K] uint8; `nvfp4`: [..., N, K/2] uint8, low nibbles first."""
     block_scales: Tensor | None
-    """nvfp4: E4M3 bytes, uint8 [..., N, K/16]."""
+    """`nvfp4`: [..., N, K/16] uint8, the bits of E4M3."""
     scale: Tensor | None
-    """fp8, nvfp4: float32, one a matrix: [] or [E]."""
+    """`fp8` and `nvfp4`: float32, one a matrix: [] or [E]."""
     shape: tuple[int, ...]
-    """[N, K] or [E, N, K], in weights."""
+    """[N, K] or [E, N, K]."""
 
-    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the values of all weights; exact in float32, rounded once in another type."""
-        if self.scale is None:
+    @property
+    def bytes(self) -> int:
+        """Return how many bytes the weight takes in memory."""
+        parts = (self.data, self.block_scales, self.scale)
+        return sum(part.numel() * part.element_size() for part in parts if part is not None)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """Return the numbers as [N, K] or [E, N, K], computed in float32 and rounded once to `dtype`."""
+        if self.format == "bf16":
             return self.data.to(dtype)
-        scale = self.scale[..., None, None]
-        if self.block_scales is None:
-            return (self.data.view(torch.float8_e4m3fn).float() * scale).to(dtype)
-        magnitudes = torch.tensor(E2M1, device=self.data.device)
-        table = torch.cat([magnitudes, -magnitudes])
-        codes = torch.stack((self.data & 15, self.data >> 4), dim=-1).flatten(-2)
-        blocks = table[codes.int()].unflatten(-1, (-1, NVFP4_BLOCK))
-        steps = self.block_scales.view(torch.float8_e4m3fn).float()
-        return ((blocks * steps[..., None]).flatten(-2) * scale).to(dtype)
+        assert self.scale is not None
+        scale = self.scale.float()[..., None, None]
+        if self.format == "fp8":
+            return (e4m3(self.data) * scale).to(dtype)
+        assert self.block_scales is not None
+        codes = torch.stack([self.data & 15, self.data >> 4], dim=-1).flatten(-2)  # [..., N, K]
+        table = torch.tensor([*E2M1, *(-value for value in E2M1)], device=codes.device)
+        blocks = table[codes.int()].unflatten(-1, (-1, NVFP4_BLOCK))  # [..., N, K/16, 16]
+        return ((blocks * e4m3(self.block_scales)[..., None]).flatten(-2) * scale).to(dtype)
+
+
+def e4m3(codes: Tensor) -> Tensor:
+    """Return the float32 values of E4M3 codes, stored as bytes or as float8_e4m3fn."""
+    return codes.view(torch.float8_e4m3fn).float()

@@ -10,19 +10,37 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from n3c.specs.schema import Spec
+
 from .packed import PackedWeight
 
 
 class PlainOperations:
     """What a CPU computes, and a GPU without Triton."""
 
-    def __init__(self, package: Any) -> None:
-        """Take the generated package, whose kernels for other devices are used where they are installed."""
+    def __init__(self, package: Any, spec: Spec) -> None:
+        """Take the package that is generated of `spec`; its own kernels for GPUs are used where they are installed."""
         self._package = package
 
-    def linear(self, x: Tensor, weight: PackedWeight) -> Tensor:
+    def linear(self, x: Tensor, weight: PackedWeight, dtype: torch.dtype, *, squared_relu: bool = False) -> Tensor:
         """Multiply with the dequantized weight."""
-        return F.linear(x, weight.dequantized(x.dtype))
+        y = F.linear(x, weight.dequantized(x.dtype)).to(dtype)
+        return F.relu(y).square() if squared_relu else y
+
+    def norm(self, norm: Any, x: Tensor) -> Tensor:
+        """Run the generated module."""
+        normed: Tensor = norm(x)
+        return normed
+
+    def add_norm(self, norm: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Add, then run the generated module."""
+        total = x + y
+        return norm(total), total
+
+    def route(self, router: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the generated module."""
+        chosen, weights, _ = router(x)
+        return chosen, weights
 
     def experts(self, x: Tensor, chosen: Tensor, weights: Tensor, up: PackedWeight, down: PackedWeight) -> Tensor:
         """Dequantize the chosen experts, or all of them where the tokens choose more than there are."""

@@ -84,7 +84,7 @@ def _raw(x: Tensor) -> Tensor:
 
 
 class States:
-    """The states of `batch` sequences on a device: by layer as mixers use them, by name as the state plan lists them."""
+    """The states of `batch` sequences: by layer as mixers use them, by name as the state plan lists them."""
 
     def __init__(
         self, plan: StatePlan, batch: int, dtype: torch.dtype, device: torch.device, scales: Mapping[str, Tensor]
@@ -135,7 +135,9 @@ class States:
         if pending[0] is not None and pending[1] is not None:
             (tokens, _), (_, heads) = pending[0].shape, pending[1].shape
             kept = self._zeros(self._dtype, tokens, channels + heads)
-        return MambaState(self._zeros(self._type(conv), width, channels), self._zeros(self._type(ssm), *ssm.shape), kept)
+        return MambaState(
+            self._zeros(self._type(conv), width, channels), self._zeros(self._type(ssm), *ssm.shape), kept
+        )
 
     def _caches(self, label: str, scales: Mapping[str, Tensor]) -> tuple[Cache, Cache]:
         keys, values = (self._planned[f"{label}.{part}"] for part in ("k_cache", "v_cache"))

@@ -102,8 +102,16 @@ def _matrices(parameter: Parameter) -> Iterator[Parameter]:
     type_ = replace(parameter.type, dims=parameter.type.dims[1:])
     for index in range(stack.count):
         one = Named(stack.pattern.replace("*", str(index)))
-        source = parameter.source
-        yield replace(parameter, type=type_, source=one if source is stack else replace(source, operand=one))  # type: ignore[call-arg]
+        yield replace(parameter, type=type_, source=_in_format(parameter.source, one))
+
+
+def _in_format(source: Source, operand: Source) -> Source:
+    """Return the same part of `operand` as `source` is of another weight."""
+    match source:
+        case Nvfp4() | Fp8():
+            return replace(source, operand=operand)
+        case _:
+            return operand
 
 
 def _stack(source: Source) -> Stack | None:
