@@ -1,16 +1,17 @@
-"""The Python API that runs a build: `load` opens it to generate, `verify` compares its implementations."""
+"""The Python API that runs a build: `load` to generate, `verify` to compare implementations, `bench` to measure."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .benchmark.run import bench as bench
     from .generation.model import load as load
     from .verification.run import verify as verify
 
-__all__ = ["load", "verify"]
+__all__ = ["bench", "load", "verify"]
 
-_MODULES = {"load": "generation.model", "verify": "verification.run"}
+_MODULES = {"bench": "benchmark.run", "load": "generation.model", "verify": "verification.run"}
 """Function → its module."""
 
 

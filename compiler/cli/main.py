@@ -23,6 +23,7 @@ COMMANDS = {
     "quantize": "Quantize a checkpoint to NVFP4 or FP8, in ModelOpt's layout.",
     "verify": "Compare all implementations of a model, layer by layer.",
     "run": "Generate text with a build and the weights of a checkpoint.",
+    "bench": "Measure how fast an engine runs a build.",
     "import": "Turn a Hugging Face config into a spec.",
     "export-config": "Turn a spec into a Hugging Face config.json.",
     "passes": "List the passes.",

@@ -24,7 +24,8 @@ DEVICES: dict[EngineName, tuple[Device, ...]] = {
 def choose_engine(engine: EngineName | None, device: Device, build: OpenedBuild) -> EngineName:
     """Return the engine that is asked for, else the usual one.
 
-    That is ONNX Runtime on a CPU, and on a GPU TensorRT where the build has plans, else PyTorch. N3CError (E0707, exit code 2) for one that does not run on `device`.
+    That is ONNX Runtime on a CPU, and on a GPU TensorRT where the build has plans, else PyTorch. N3CError (E0707,
+    exit code 2) for one that does not run on `device`.
     """
     if engine is None:
         return "onnxruntime" if device == "cpu" else "tensorrt" if build.has("trt/bindings.json") else "torch"

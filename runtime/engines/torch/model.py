@@ -46,8 +46,6 @@ class PackedModel:
         with torch.device("meta"):
             self.module = package.Model().eval()
         self._pack("", self.module)
-        for name, module in self.module.named_modules():
-            self._hold(name, module)
         table = self.module.backbone.embeddings.weight
         tied = PackedWeight("bf16", table, None, None, tuple(table.shape))
         untied = getattr(self.module, "lm_head", None)
@@ -76,7 +74,8 @@ class PackedModel:
             progress.step(name, done, total)
 
     def _pack(self, parent: str, module: nn.Module) -> None:
-        """Put a packed module in the place of each part of `module` that has one, here or deeper."""
+        """Put a packed module in the place of each part of `module` that has one, and give memory to what stays."""
+        self._hold(parent, module)
         for own, part in list(module.named_children()):
             name = f"{parent}.{own}" if parent else own
             packed = self._packed_module(name, part)
@@ -113,14 +112,15 @@ class PackedModel:
         self._hold(name, router)
 
     def _hold(self, name: str, module: nn.Module) -> None:
-        """Give memory to those tensors of a module that have none, in their stored types."""
+        """Give memory to a module's own tensors, in their stored types."""
         for own, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            if tensor.is_meta:
-                full = f"{name}.{own}".replace(".A_log", ".A")
-                (self._tensors[full],) = self._allocate(full).values()
-                is_parameter = isinstance(tensor, nn.Parameter)
-                held = self._tensors[full]
-                setattr(module, own, nn.Parameter(held, requires_grad=False) if is_parameter else held)
+            full = f"{name}.{own}".replace(".A_log", ".A")
+            if full in self._routers:
+                continue
+            (held,) = self._allocate(full).values()
+            self._tensors[full] = held
+            is_parameter = isinstance(tensor, nn.Parameter)
+            setattr(module, own, nn.Parameter(held, requires_grad=False) if is_parameter else held)
 
     def _weight(self, name: str) -> PackedWeight:
         """Return a weight with memory of its own."""

@@ -1,0 +1,1 @@
+"""`n3c bench`: how fast an engine runs a build."""
