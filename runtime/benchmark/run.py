@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from n3c.backends.progress import SILENT, Progress
+from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 from n3c.runtime.build_folder import OpenedBuild, open_build
 from n3c.runtime.engines.choice import ENGINE_HELP, Device, EngineName, choose_engine, require_device
 from n3c.runtime.options import Argument, Option, checked
@@ -60,6 +61,8 @@ def bench(
     speculative = not no_mtp and {"draft", "verify"} <= set(opened.served.program.entry_points)
     names = ("prefill", "draft", "verify") if speculative else ("prefill", "decode")
     most = capacity.context_length - new_tokens
+    if max(context, default=0) > most:
+        raise _too_long(max(context), new_tokens, capacity.context_length)
     contexts = context or [c for c in CONTEXTS if c <= most] or [max(1, most)]
     rows: list[Row] = []
     for size in batch or spec.serving.batch_sizes:
@@ -108,6 +111,12 @@ def _opened(
         RandomCheckpoint(lower(build.spec), seed) if weights is None else fitting_checkpoint(build.spec, weights)
     )
     return open_engine(engine, build, names, batch, checkpoint, device, progress)
+
+
+def _too_long(context: int, new_tokens: int, room: int) -> N3CError:
+    message = f"a prompt of {context} tokens and {new_tokens} new ones exceed the {room} that this build has room for"
+    help_ = "a smaller --context or --new-tokens, or a build with a larger serving.max_seq_len"
+    return N3CError(Diagnostic("E0802", message, help=help_), ExitCode.USAGE)
 
 
 def _name(device: Device) -> str:

@@ -15,15 +15,18 @@ from n3c.backends.safetensors.sources import load
 from n3c.backends.torch.emit import emit
 from n3c.backends.torch.loading import load_package
 from n3c.runtime.build_folder import OpenedBuild
+from n3c.runtime.engines.interface import Array
 from n3c.runtime.engines.reference.engine_products import EngineProducts
 from n3c.runtime.engines.tensorrt.open import cuda_engine
+from n3c.runtime.engines.torch.open import torch_engine
+from n3c.runtime.engines.torch.weights import CheckpointWeights
 
+from .engine_outputs import EngineOutputs
 from .evaluators import onnx_runtime, reference_evaluator
 from .implementation import Implementation
 from .model_size import MOST_EVALUATED, parameters
 from .onnx_graph import layerwise, whole
 from .onnx_graphs import OnnxGraphs
-from .tensorrt_plans import TensorRTPlans
 from .tolerance import AsDeployed, end_to_end, float32
 from .torch_module import TorchModule
 
@@ -42,6 +45,7 @@ def implementations(
     """Return what can be compared on this machine, and what cannot."""
     made = (
         _torch_module(build, checkpoint),
+        _torch_engine(build, checkpoint, batch),
         _float32_graphs(build, checkpoint, batch),
         _onnx_files(build, checkpoint, batch),
         _tensorrt_plans(build, checkpoint, batch),
@@ -54,6 +58,18 @@ def _torch_module(build: OpenedBuild, checkpoint: Checkpoint) -> TorchModule:
     built = build.has("torch/train.py")
     package = load_package(build.out / "torch" if built else emit(build.spec, build.manifest["spec"]["sha256"]))
     return TorchModule(package, build.spec, checkpoint)
+
+
+def _torch_engine(build: OpenedBuild, checkpoint: Checkpoint, batch: int) -> EngineOutputs:
+    """Return the engine that `n3c run --engine torch` runs on a CPU: packed weights, float32 activations."""
+    program = build.served.program
+    weights = CheckpointWeights(checkpoint)
+    engine = torch_engine(build.served, build.spec, list(program.entry_points), batch, weights)
+
+    def states() -> dict[str, Array]:
+        return {name: state.clone().numpy() for name, state in engine.states.items()}
+
+    return EngineOutputs("PyTorch engine, packed", "none", program, engine, float32, states)
 
 
 def _float32_graphs(build: OpenedBuild, checkpoint: Checkpoint, batch: int) -> OnnxGraphs:
@@ -105,7 +121,7 @@ def _read(path: Path) -> onnx.ModelProto:
     return model
 
 
-def _tensorrt_plans(build: OpenedBuild, checkpoint: Checkpoint, batch: int) -> TensorRTPlans | Skipped:
+def _tensorrt_plans(build: OpenedBuild, checkpoint: Checkpoint, batch: int) -> EngineOutputs | Skipped:
     """Return the plans of the build, which need a GPU."""
     import torch
 
@@ -115,4 +131,5 @@ def _tensorrt_plans(build: OpenedBuild, checkpoint: Checkpoint, batch: int) -> T
         return Skipped("TensorRT", "no plans in this build; `n3c build --target trt` makes them")
     program = build.served.program
     engine = cuda_engine(build, list(program.entry_points), batch, checkpoint)
-    return TensorRTPlans(program, engine, end_to_end(program, EngineProducts(program, batch)))
+    tolerance = end_to_end(program, EngineProducts(program, batch))
+    return EngineOutputs("TensorRT plans", "as deployed", program, engine, tolerance)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from n3c.specs.schema import Spec
 
@@ -118,6 +117,8 @@ def _chosen(weight: PackedWeight, index: Tensor) -> PackedWeight:
 
 def _row_by_row(q: Tensor, keys: Tensor, values: Tensor, lengths: Sequence[int]) -> Tensor:
     """Attend sequence by sequence: a causal mask that is not written out has kernels that need no memory for scores."""
+    from torch.nn.attention.bias import causal_lower_right  # brings the compiler along, with a folder of its own
+
     parts: list[Tensor] = []
     for row, length in enumerate(lengths):
         end = length + q.shape[2]

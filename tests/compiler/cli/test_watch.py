@@ -66,7 +66,11 @@ LINES: dict[str, list[str]] = {
         " --save-activation-scales scales.json --write-spec chosen.toml --effective-bits 9",
     ],
     "verify": ["out --weights weights"],
-    "run": ["out --weights weights --prompt ab --max-new-tokens 2"],
+    "run": [
+        "out --weights weights --prompt ab --max-new-tokens 2",
+        "out --weights weights --prompt ab --max-new-tokens 2 --engine torch",
+    ],
+    "bench": ["out --engine torch --context 4 --new-tokens 2 --runs 1"],
     "import": ["weights -o imported.toml"],
     "export-config": ["spec.toml -o config.json"],
     "passes": [""],

@@ -65,6 +65,32 @@ def test_the_fixed_keys_and_a_batch(run: Callable[..., Result]) -> None:
     assert (plain["token_ids"], plain["acceptance_length"], plain["speculative"]) == (data["token_ids"], 1.0, False)
 
 
+@pytest.mark.parametrize("engine", ["torch", "reference"])
+def test_every_engine_gives_the_same_tokens(run: Callable[..., Result], engine: str) -> None:
+    options = ("--prompt", "ab", "--prompt-ids", "1,2,3", "--max-new-tokens", 9, "--json")
+    usual, other = run(*options).data, run(*options, "--engine", engine).data
+    assert (usual["engine"], other["engine"]) == ("onnxruntime", engine)
+    assert [c["token_ids"] for c in other["completions"]] == [c["token_ids"] for c in usual["completions"]]
+    plain = run(*options, "--engine", engine, "--no-mtp").data
+    assert [c["token_ids"] for c in plain["completions"]] == [c["token_ids"] for c in usual["completions"]]
+
+
+@pytest.mark.parametrize(
+    ("engine", "device", "instead"),
+    [
+        ("tensorrt", "cpu", "`--device cuda`, or another engine: onnxruntime, torch, reference"),
+        ("onnxruntime", "cuda", "`--device cpu`, or another engine: tensorrt, torch"),
+        ("reference", "cuda", "`--device cpu`, or another engine: tensorrt, torch"),
+    ],
+)
+def test_an_engine_that_does_not_run_on_the_device(
+    run: Callable[..., Result], engine: str, device: str, instead: str
+) -> None:
+    result = run("--prompt", "ab", "--engine", engine, "--device", device, "--json")
+    assert (result.code, result.codes) == (2, ["E0707"])
+    assert result.data["diagnostics"][0]["help"] == instead
+
+
 def test_text_is_streamed_on_stdout_and_figures_on_stderr(run: Callable[..., Result], tmp_path: Path) -> None:
     data = run("--prompt", "ab", "--max-new-tokens", 6, "--json").data
     shown = run("--prompt", "ab", "--max-new-tokens", 6)

@@ -58,9 +58,14 @@ def compared(out: Path) -> tuple[int, dict[str, Any]]:
 def test_all_implementations_of_a_build_agree(built: Path) -> None:
     code, found = compared(built)
     assert code == 0
-    assert list(found) == ["PyTorch", "ONNX Runtime, float32", "ONNX files, reference evaluator"]
+    assert list(found) == [
+        "PyTorch",
+        "PyTorch engine, packed",
+        "ONNX Runtime, float32",
+        "ONNX files, reference evaluator",
+    ]
     assert all(row["ok"] for row in found.values())
-    for name in ("PyTorch", "ONNX Runtime, float32"):
+    for name in ("PyTorch", "PyTorch engine, packed", "ONNX Runtime, float32"):
         assert found[name]["worst"]["relative"] < 1e-5
     assert found["ONNX Runtime, float32"]["tensors"] > found["PyTorch"]["tensors"] > 100
     text = n3c("verify", built, "--seed", 3)
