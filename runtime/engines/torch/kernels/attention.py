@@ -42,10 +42,8 @@ def part_kernel(
     if first < last:
         m, z = tl.arange(0, BM), tl.arange(0, BZ)
         rows = m < ROWS
-        query = tl.load(
-            q + (pair * ROWS + m[:, None]) * Z + z[None, :], mask=rows[:, None] & (z < Z)[None, :], other=0.0
-        )
-        query = query.to(TYPE)
+        tile = rows[:, None] & (z < Z)[None, :]
+        query = tl.load(q + (pair * ROWS + m[:, None]) * Z + z[None, :], mask=tile, other=0.0).to(TYPE)
         seen = length + m % TOKENS  # the last position
         maximum = tl.full([BM], -float("inf"), tl.float32)
         total = tl.zeros([BM], tl.float32)
@@ -59,9 +57,8 @@ def part_kernel(
             key = tl.load(keys + at, mask=inside, other=0.0).to(TYPE)
             value = tl.load(values + at, mask=inside, other=0.0).to(TYPE)
             scores = tl.dot(query, tl.trans(key), input_precision="ieee") * SCALE
-            scores = tl.where(
-                (positions[None, :] <= seen[:, None]) & (positions < last)[None, :], scores, -float("inf")
-            )
+            visible = (positions[None, :] <= seen[:, None]) & (positions < last)[None, :]
+            scores = tl.where(visible, scores, -float("inf"))
             higher = tl.maximum(maximum, tl.max(scores, 1))
             shift = tl.where(higher == -float("inf"), 0.0, higher)  # nothing seen so far
             weights = tl.exp(scores - shift[:, None])
