@@ -84,8 +84,8 @@ def join_kernel(
     length = tl.load(lengths + pair // KEY_HEADS).to(tl.int32) + TOKENS
     count = tl.cdiv(length, part_of(length, PARTS, BLOCK))
     first = pair * PARTS * ROWS + row
-    parts = tl.arange(0, PARTS)
-    highest = tl.max(tl.load(maxima + first + parts * ROWS, mask=parts < count, other=-float("inf")), 0)
+    every = tl.arange(0, PARTS)
+    highest = tl.max(tl.load(maxima + first + every * ROWS, mask=every < count, other=-float("inf")), 0)
     total = tl.zeros([BP], tl.float32)
     result = tl.zeros([BP, BZ], tl.float32)
     for start in range(0, count, BP):
@@ -115,7 +115,7 @@ def cached_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -
     block_m, block_z = max(power_of_two(rows), 16), max(power_of_two(channels), 16)
     # 64 positions of 128 channels are 32 KB of keys and values; a few such tiles in flight on each SM.
     block = min(64, max(power_of_two(capacity), 16))
-    parts = power_of_two(max(1, min(ceil_div(2 * SMS, pairs), ceil_div(capacity, block), 256)))
+    parts = power_of_two(max(1, min(2 * SMS // pairs, ceil_div(capacity, block)) // 2 + 1))
     sums = torch.empty(pairs, parts, rows, channels, dtype=torch.float32, device=q.device)
     maxima, totals = (torch.empty(pairs, parts, rows, dtype=torch.float32, device=q.device) for _ in range(2))
     y = torch.empty_like(q)

@@ -49,6 +49,18 @@ def high(pair):
 
 
 @triton.jit
+def lower(word):
+    """Return the lower float32 of a word of 64 bits."""
+    return word.to(tl.uint32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def upper(word):
+    """Return the upper float32 of a word of 64 bits."""
+    return (word >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def block_scale(code):
     """Return the float32 values of E4M3 codes without a sign."""
     return ((code.to(tl.uint32) & 0x7F) << 20).to(tl.float32, bitcast=True) * 2.0**120
@@ -70,27 +82,26 @@ def eight(x, units, PLACE: tl.constexpr, inside, UNIT: tl.constexpr, WIDE: tl.co
     if WIDE:
         a, b = two_words(x, units, 2 * PLACE, inside, UNIT // 2)
         c, d = two_words(x, units, 2 * PLACE + 1, inside, UNIT // 2)
-        return (
-            a.to(tl.uint32).to(tl.float32, bitcast=True),
-            (a >> 32).to(tl.uint32).to(tl.float32, bitcast=True),
-            b.to(tl.uint32).to(tl.float32, bitcast=True),
-            (b >> 32).to(tl.uint32).to(tl.float32, bitcast=True),
-            c.to(tl.uint32).to(tl.float32, bitcast=True),
-            (c >> 32).to(tl.uint32).to(tl.float32, bitcast=True),
-            d.to(tl.uint32).to(tl.float32, bitcast=True),
-            (d >> 32).to(tl.uint32).to(tl.float32, bitcast=True),
+        values = (lower(a), upper(a), lower(b), upper(b), lower(c), upper(c), lower(d), upper(d))
+    else:
+        a, b = two_words(x, units, PLACE, inside, UNIT // 4)
+        a_low, a_high, b_low, b_high = (
+            a.to(tl.uint32),
+            (a >> 32).to(tl.uint32),
+            b.to(tl.uint32),
+            (b >> 32).to(tl.uint32),
         )
-    a, b = two_words(x, units, PLACE, inside, UNIT // 4)
-    return (
-        low(a.to(tl.uint32)),
-        high(a.to(tl.uint32)),
-        low((a >> 32).to(tl.uint32)),
-        high((a >> 32).to(tl.uint32)),
-        low(b.to(tl.uint32)),
-        high(b.to(tl.uint32)),
-        low((b >> 32).to(tl.uint32)),
-        high((b >> 32).to(tl.uint32)),
-    )
+        values = (
+            low(a_low),
+            high(a_low),
+            low(a_high),
+            high(a_high),
+            low(b_low),
+            high(b_low),
+            low(b_high),
+            high(b_high),
+        )
+    return values
 
 
 @triton.jit
@@ -186,17 +197,13 @@ def row_product(
 @triton.jit
 def lower_half(pair, TYPE: tl.constexpr):
     """Return the lower bfloat16 of `pair`, in TYPE."""
-    if tl.bfloat16 == TYPE:
-        return pair.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return low(pair)
+    return pair.to(tl.uint16).to(tl.bfloat16, bitcast=True) if tl.bfloat16 == TYPE else low(pair)
 
 
 @triton.jit
 def upper_half(pair, TYPE: tl.constexpr):
     """Return the upper bfloat16 of `pair`, in TYPE."""
-    if tl.bfloat16 == TYPE:
-        return (pair >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return high(pair)
+    return (pair >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True) if tl.bfloat16 == TYPE else high(pair)
 
 
 @triton.jit
@@ -232,8 +239,8 @@ def weight_tile(
         pair = pair_e2m1(word, 3)
         odd = tl.join(odd, tl.join(lower_half(pair, TYPE), upper_half(pair, TYPE)))  # 1 3 5 7
         values = tl.reshape(tl.join(even, odd), [BN, BK // 16, 16])
-        return tl.reshape(values * step[:, :, None], [BN, BK])
-    if FORMAT == "fp8":
+        tile = tl.reshape(values * step[:, :, None], [BN, BK])
+    elif FORMAT == "fp8":
         words = first // 4 + tl.arange(0, BK // 4)
         word = tl.load(data + rows[:, None] * (K // 4) + words[None, :], mask=(words < K // 4)[None, :], other=0)
         word = word.to(tl.uint32, bitcast=True)
@@ -241,10 +248,12 @@ def weight_tile(
         even = tl.join(lower_half(pair, TYPE), upper_half(pair, TYPE))  # codes 0 and 2
         pair = pair_e4m3(word, 1)
         odd = tl.join(lower_half(pair, TYPE), upper_half(pair, TYPE))  # 1 and 3
-        return tl.reshape(tl.join(even, odd), [BN, BK])
-    columns = first + tl.arange(0, BK)
-    at = data + rows[:, None] * K + columns[None, :]
-    return tl.load(at, mask=(columns < K)[None, :], other=0.0).to(TYPE)
+        tile = tl.reshape(tl.join(even, odd), [BN, BK])
+    else:
+        columns = first + tl.arange(0, BK)
+        at = data + rows[:, None] * K + columns[None, :]
+        tile = tl.load(at, mask=(columns < K)[None, :], other=0.0).to(TYPE)
+    return tile
 
 
 @triton.jit
