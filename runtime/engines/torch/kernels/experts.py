@@ -54,7 +54,7 @@ def expert_tile(
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
     product = tile_product(
         x, x_rows, valid, data + expert * PER_EXPERT, scales + expert * SCALES_PER_EXPERT,
-        tl.minimum(columns, N - 1), 0, K, K, FORMAT, TYPE, BM, BN, BK,
+        tl.minimum(columns, N - 1), 0, tl.cdiv(K, BK), K, FORMAT, TYPE, BM, BN, BK,
     )  # fmt: skip
     product = finished(product, scale + expert, FORMAT, SQUARED_RELU)
     at = y + y_rows.to(tl.int64)[:, None] * N + columns[None, :]

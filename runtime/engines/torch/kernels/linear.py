@@ -57,7 +57,7 @@ def row_kernel(
 
 @triton.jit
 def tile_kernel(
-    x, data, scales, scale, y, T, N, K_PART,
+    x, data, scales, scale, y, T, N, TILES,
     K: tl.constexpr, FORMAT: tl.constexpr, TYPE: tl.constexpr, SQUARED_RELU: tl.constexpr, PARTS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -66,8 +66,8 @@ def tile_kernel(
     x_rows = tl.program_id(1) * BM + tl.arange(0, BM)
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.minimum(columns, N - 1)
-    first = part * K_PART
-    last = tl.minimum(first + K_PART, K)
+    first = part * TILES
+    last = tl.minimum(first + TILES, tl.cdiv(K, BK))
     product = tile_product(x, x_rows, x_rows < T, data, scales, rows, first, last, K, FORMAT, TYPE, BM, BN, BK)
     if PARTS == 1:
         product = finished(product, scale, FORMAT, SQUARED_RELU)
@@ -181,8 +181,9 @@ def tile_linear(x: Tensor, weight: PackedWeight, y: Tensor, squared_relu: bool) 
     tiles = ceil_div(outputs, block_n) * ceil_div(count, block_m)
     # 4 KB of weights at least for each part, so that its sums (4 bytes each, written and read) stay small beside them.
     parts = max(1, min(ceil_div(4 * SMS, tiles), inputs // (4 * block_k), 16))
-    part = ceil_div(ceil_div(inputs, parts), block_k) * block_k
-    parts = ceil_div(inputs, part)
+    columns = ceil_div(inputs, block_k)
+    part = ceil_div(columns, parts)
+    parts = ceil_div(columns, part)
     out = y if parts == 1 else y.new_empty(parts, count, outputs, dtype=torch.float32)
     block_scales, scale = stored(weight)
     tile_kernel[(ceil_div(outputs, block_n), ceil_div(count, block_m), parts)](

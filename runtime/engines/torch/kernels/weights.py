@@ -263,10 +263,11 @@ def tile_product(
 ):  # fmt: skip
     """Return [BM, BN] float32: rows `x_rows` [BM] of x [.., K] times `rows` [BN] of a matrix, before its scale.
 
-    Sums over the columns from `first` to `last`; rows of x that are not valid are read as zeros.
+    Sums over the columns of the tiles `first` … `last` - 1 of BK; rows of x that are not valid are read as zeros.
     """
     total = tl.zeros([BM, BN], tl.float32)
-    for k in range(first, last, BK):
+    for tile in range(first, last):
+        k = tile * BK  # a multiple of BK, as the compiler sees: it then loads 16 bytes at once
         columns = k + tl.arange(0, BK)
         mask = x_valid[:, None] & (columns < K)[None, :]
         x_tile = tl.load(x + x_rows[:, None] * K + columns[None, :], mask=mask, other=0.0)
