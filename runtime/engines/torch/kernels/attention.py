@@ -119,9 +119,10 @@ def cached_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -
     sums = torch.empty(pairs, parts, rows, channels, dtype=torch.float32, device=q.device)
     maxima, totals = (torch.empty(pairs, parts, rows, dtype=torch.float32, device=q.device) for _ in range(2))
     y = torch.empty_like(q)
+    options = {"num_warps": 4 if block_m <= 64 else 8, "num_stages": 3 if block_m < 64 else 2}
     part_kernel[(parts, pairs)](
         q, keys, values, lengths, sums, maxima, totals, capacity, rows, tokens, key_heads, 1 / math.sqrt(channels),
-        channels, product_type(q), parts, block_m, block_z, block, num_warps=4 if block_m <= 64 else 8, num_stages=3 if block_m < 64 else 2,
+        channels, product_type(q), parts, block_m, block_z, block, **options,
     )  # fmt: skip
     join_kernel[(rows, pairs, ceil_div(channels, 32))](
         sums, maxima, totals, lengths, y, rows, tokens, key_heads,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..packed import PackedWeight
 from .launching import ceil_div, power_of_two, product_type
-from .linear import UNIT, WORD, finished, row_blocks, stored, words
+from .linear import UNIT, WORD, finished, row_blocks, stored, tile_blocks, words
 from .weights import row_product, tile_product
 
 FEW_PAIRS = 512
@@ -145,20 +145,20 @@ def experts_linear(x: Tensor, chosen: Tensor, weight: PackedWeight, y: Tensor, *
     block_scales, scale = stored(weight)
     data = words(weight, torch.int32)
     stored_as = (data, block_scales, scale, y, outputs, *sizes(weight, data))
-    block_k = min(64 if pairs > FEW_PAIRS else 128, max(power_of_two(inputs), 16))
+    per_row, kind = pairs // x.shape[0], product_type(x)
     if pairs <= FEW_PAIRS:
-        few_pairs_kernel[(ceil_div(outputs, 64), pairs)](
-            x, chosen, *stored_as, pairs,
-            inputs, pairs // x.shape[0], weight.format, product_type(x), squared_relu, 16, 64, block_k,
-            max(power_of_two(pairs), 16), num_warps=4, num_stages=4,
+        load = 8 if pairs <= 2 * experts else 16  # tokens of an expert that mostly share its tile
+        block_m, block_n, block_k, options = tile_blocks(weight.format, load, inputs)
+        few_pairs_kernel[(ceil_div(outputs, block_n), pairs)](
+            x, chosen, *stored_as, pairs, inputs, per_row, weight.format, kind, squared_relu,
+            block_m, block_n, block_k, max(power_of_two(pairs), 16), **options,
         )  # fmt: skip
         return
-    block_m = min(max(power_of_two(pairs // experts), 16), 128)
+    block_m, block_n, block_k, options = tile_blocks(weight.format, max(pairs // experts, 16), inputs)
     order, tile_expert, tile_first, ends = sorted_tiles(chosen, experts, block_m)
-    grouped_kernel[(ceil_div(outputs, 128), len(tile_expert))](
-        x, order, tile_expert, tile_first, ends, *stored_as, experts,
-        inputs, pairs // x.shape[0], weight.format, product_type(x), squared_relu, block_m, 128, block_k,
-        num_warps=8 if block_m == 128 else 4, num_stages=3,
+    grouped_kernel[(ceil_div(outputs, block_n), len(tile_expert))](
+        x, order, tile_expert, tile_first, ends, *stored_as, experts, inputs, per_row, weight.format, kind,
+        squared_relu, block_m, block_n, block_k, **options,
     )  # fmt: skip
 
 

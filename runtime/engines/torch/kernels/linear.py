@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..packed import PackedWeight
+from ..packed import Format, PackedWeight
 from .launching import SMS, ceil_div, power_of_two, product_type
 from .weights import row_product, tile_product, weight_tile
 
@@ -172,24 +172,35 @@ def few_rows_linear(
     return y
 
 
+def tile_blocks(stored_as: Format, rows: int, inputs: int) -> tuple[int, int, int, dict[str, int]]:
+    """Return BM, BN, BK and the launch options of a product of tiles for `rows` rows.
+
+    For few rows a tile of weights is 64 rows of 128 or 256 bytes, three or four of them on their way to shared memory
+    for each of some five programs of an SM: over 100 KB. Eight rows are the fewest that an instruction takes.
+    """
+    least = max(power_of_two(inputs), 16)
+    if rows <= 32:
+        block_k = 256 if stored_as == "nvfp4" else 128
+        options = {"num_warps": 4, "num_stages": 3 if stored_as == "bf16" else 4}
+        return max(power_of_two(rows), 8), 64, min(block_k, least), options
+    block_m = min(power_of_two(rows), 128)
+    return block_m, 128, min(64, least), {"num_warps": 4 if block_m == 64 else 8, "num_stages": 3}
+
+
 def tile_linear(x: Tensor, weight: PackedWeight, y: Tensor, squared_relu: bool) -> None:
-    """Write y by `tile_kernel`: few rows by narrow tiles and parts of K, many by tiles of 128 x 128."""
+    """Write y by `tile_kernel`; K is split where N alone gives an SM fewer than four programs."""
     (count, inputs), outputs = x.shape, weight.shape[0]
-    block_m = min(max(power_of_two(count), 16), 128)
-    block_n = 64 if block_m <= 32 else 128
-    block_k = min(128 if block_m <= 32 else 64, max(power_of_two(inputs), 16))
-    tiles = ceil_div(outputs, block_n) * ceil_div(count, block_m)
-    # 4 KB of weights at least for each part, so that its sums (4 bytes each, written and read) stay small beside them.
-    parts = max(1, min(ceil_div(4 * SMS, tiles), inputs // (4 * block_k), 16))
-    columns = ceil_div(inputs, block_k)
-    part = ceil_div(columns, parts)
-    parts = ceil_div(columns, part)
+    block_m, block_n, block_k, options = tile_blocks(weight.format, count, inputs)
+    grid_n, grid_m, columns = ceil_div(outputs, block_n), ceil_div(count, block_m), ceil_div(inputs, block_k)
+    # Sums of parts are 4 bytes, written and read: at most an eighth of the bytes of the weight.
+    parts = min(ceil_div(4 * SMS, grid_n * grid_m), weight.bytes // (64 * outputs * count), columns)
+    tiles = ceil_div(columns, max(parts, 1))
+    parts = ceil_div(columns, tiles)
     out = y if parts == 1 else y.new_empty(parts, count, outputs, dtype=torch.float32)
     block_scales, scale = stored(weight)
-    tile_kernel[(ceil_div(outputs, block_n), ceil_div(count, block_m), parts)](
-        x, words(weight, torch.int32), block_scales, scale, out, count, outputs, part,
-        inputs, weight.format, product_type(x), squared_relu, parts, block_m, block_n, block_k,
-        num_warps=4 if block_m <= 64 else 8, num_stages=4 if block_m <= 32 else 3,
+    tile_kernel[(grid_n, grid_m, parts)](
+        x, words(weight, torch.int32), block_scales, scale, out, count, outputs, tiles,
+        inputs, weight.format, product_type(x), squared_relu, parts, block_m, block_n, block_k, **options,
     )  # fmt: skip
     if parts > 1:
         size = count * outputs

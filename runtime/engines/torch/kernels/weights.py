@@ -265,7 +265,9 @@ def tile_product(
 
     Sums over the columns of the tiles `first` … `last` - 1 of BK; rows of x that are not valid are read as zeros.
     """
-    total = tl.zeros([BM, BN], tl.float32)
+    # Few rows are the narrow side of an instruction, down to 8 of them; weights then stay in the registers that they
+    # are dequantized in, as its wide side.
+    total = tl.zeros([BN, BM] if BM < 64 else [BM, BN], tl.float32)
     for tile in range(first, last):
         k = tile * BK  # a multiple of BK, as the compiler sees: it then loads 16 bytes at once
         columns = k + tl.arange(0, BK)
@@ -273,10 +275,14 @@ def tile_product(
         x_tile = tl.load(x + x_rows[:, None] * K + columns[None, :], mask=mask, other=0.0)
         if FORMAT == "fp8":
             x_tile = x_tile.to(tl.float32) * X_SCALE
+        x_tile = x_tile.to(TYPE)
         w_tile = weight_tile(data, scales, rows, k, K, FORMAT, TYPE, BN, BK)
-        total = tl.dot(x_tile.to(TYPE), tl.trans(w_tile), total, input_precision="ieee")
+        if BM < 64:
+            total = tl.dot(w_tile, tl.trans(x_tile), total, input_precision="ieee")
+        else:
+            total = tl.dot(x_tile, tl.trans(w_tile), total, input_precision="ieee")
     if FORMAT == "nvfp4":
         total *= 2.0**16
     elif FORMAT == "fp8":
         total *= 2.0**60
-    return total
+    return tl.trans(total) if BM < 64 else total
