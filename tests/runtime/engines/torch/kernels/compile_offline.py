@@ -1,9 +1,9 @@
 """Compile every kernel as its launch function would launch it, for GPUs that need not be there; a program of its own.
 
-    python compile_offline.py [CAPABILITY …] [--only NAME …] [--disassemble FOLDER]
+    python compile_offline.py [CAPABILITY …] [--only NAME …] [--once] [--disassemble FOLDER]
 
 Launches on meta tensors are caught, and their kernels compiled to cubins by Triton and the ptxas of its wheel. Prints
-a JSON list of what ptxas reports of each: registers, bytes of stack (spills) and of shared memory, and how wide the
+a JSON list of what became of each: registers, instructions that spill them, bytes of shared memory, and how wide the
 loads from global memory are. TRITON_INTERPRET must not be set.
 """
 
@@ -160,15 +160,15 @@ def report(name: str, launch: Launch, capability: int, folder: Path | None) -> d
         stem = folder / f"{name}.{launch.kernel.__name__}.sm{capability}"
         stem.with_suffix(stem.suffix + ".sass").write_text(code)
         stem.with_suffix(stem.suffix + ".ttgir").write_text(kernel.asm["ttgir"])
-    numbers = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage))
+    registers = re.findall(r"REG:(\d+)", usage)
     mnemonics = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?\s*([A-Z0-9_.]+)", code)
     loads = Counter(m for m in mnemonics if m.startswith(("LDG", "LDGSTS")))
     return {
         "call": name,
         "kernel": launch.kernel.__name__,
         "capability": capability,
-        "registers": int(numbers["REG"]),
-        "stack": int(numbers["STACK"]) + int(numbers.get("LOCAL", 0)),
+        "registers": int(registers[0]),
+        "spills": sum(m.startswith(("LDL", "STL")) for m in mnemonics),
         "shared": kernel.metadata.shared,
         "instructions": len(mnemonics),
         "loads": dict(loads),
@@ -180,15 +180,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("capabilities", nargs="*", type=int, default=[90])
     parser.add_argument("--only", nargs="*", default=[""], help="calls that begin with one of these")
+    parser.add_argument("--once", action="store_true", help="each kernel as it is launched first")
     parser.add_argument("--disassemble", type=Path, help="folder for machine code")
     options = parser.parse_args()
     if options.disassemble:
         options.disassemble.mkdir(parents=True, exist_ok=True)
+    called = {name: call for name, call in calls().items() if name.startswith(tuple(options.only))}
+    launches = [(name, launch) for name, call in called.items() for launch in catch_launches(call)]
+    if options.once:
+        launches = list({launch.kernel: (name, launch) for name, launch in reversed(launches)}.values())
     reports = [
         report(name, launch, capability, options.disassemble)
-        for name, call in calls().items()
-        if name.startswith(tuple(options.only))
-        for launch in catch_launches(call)
+        for name, launch in launches
         for capability in options.capabilities
     ]
     print(json.dumps(reports))
