@@ -1,9 +1,12 @@
-"""Small models gain nothing from many threads."""
+"""Small models gain nothing from many threads; Triton kernels run in its interpreter."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined; programs that tests start have it too
 
 
 @pytest.fixture(autouse=True, scope="session")

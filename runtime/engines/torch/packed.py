@@ -26,7 +26,7 @@ class PackedWeight:
 
     format: Format
     data: Tensor
-    """`bf16`: [..., N, K], any float type; `fp8`: [..., N, K] uint8; `nvfp4`: [..., N, K/2] uint8, low nibbles first."""
+    """`bf16`: [..., N, K] floats; `fp8`: [..., N, K] uint8; `nvfp4`: [..., N, K/2] uint8, low nibble first."""
     block_scales: Tensor | None
     """`nvfp4`: [..., N, K/16] uint8, the bits of E4M3."""
     scale: Tensor | None

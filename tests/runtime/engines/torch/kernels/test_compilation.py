@@ -1,0 +1,64 @@
+"""Every kernel compiles for the GPUs that it is meant for, and keeps its numbers in registers; no GPU is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+"""Compute capability → bytes of shared memory that a program may have."""
+
+EACH_KERNEL = (
+    "linear.nvfp4.1.small", "linear.fp8.4", "linear.nvfp4.1024", "experts.nvfp4.8", "experts.bf16.512",
+    "mamba.1", "attention.1", "norm.add", "gated_norm", "router",
+)  # fmt: skip
+
+
+def compiled(folder: Path, capability: int, *options: str) -> list[dict[str, Any]]:
+    """Return what `compile_offline.py` reports; no kernel may spill in a loop, or need more shared memory than there is."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder)}
+    environment.pop("TRITON_INTERPRET", None)
+    program = Path(__file__).parent / "compile_offline.py"
+    done = subprocess.run(
+        [sys.executable, str(program), str(capability), *options],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    reports: list[dict[str, Any]] = json.loads(done.stdout)
+    for report in reports:
+        assert report["spills"] <= 2, report  # a register set aside over a loop costs nothing
+        assert report["shared"] <= SHARED_MEMORY[capability], report
+    return reports
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_each_kernel(capability: int, tmp_path: Path) -> None:
+    found = {report["kernel"] for report in compiled(tmp_path, capability, "--once", "--only", *EACH_KERNEL)}
+    assert found == {
+        "row_kernel", "tile_kernel", "sum_kernel", "dequantize_kernel", "few_pairs_kernel", "grouped_kernel",
+        "combine_kernel", "conv_kernel", "step_kernel", "part_kernel", "join_kernel", "rms_norm_kernel",
+        "gated_norm_kernel", "router_kernel",
+    }  # fmt: skip
+
+
+def test_decoding_loads_16_bytes_a_thread(tmp_path: Path) -> None:
+    """Eight rows of the matrix and their activations; block scales are two bytes for 16 of codes."""
+    for report in compiled(tmp_path, 90, "--only", "linear.bf16.1", "linear.nvfp4.1.small", "experts.nvfp4.1"):
+        if report["kernel"] in ("row_kernel", "one_token_kernel"):
+            assert report["loads"]["LDG.E.128"] >= 8, report
+            assert report["registers"] <= 96, report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_every_size(capability: int, tmp_path: Path) -> None:
+    assert len(compiled(tmp_path, capability)) > 50
