@@ -19,8 +19,8 @@ from .plain import PlainOperations
 
 MOST_STEPS = 8
 """Tokens of a sequence up to which the Mamba-2 step is made; more are scanned by chunks."""
-MOST_QUERIES = 16
-"""Tokens of a sequence whose queries are one tile; more are a matter of arithmetic, for PyTorch's attention."""
+MOST_QUERIES = 128
+"""Queries that share a key head, of all tokens of a sequence, up to which they are one tile; more is for PyTorch."""
 MOST_ROUTED = 64
 """Rows up to which a router's product is a kernel's; beyond it is the generated module's, in float32 as well."""
 
@@ -136,6 +136,7 @@ class KernelOperations(PlainOperations):
         self, q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, on_host: Sequence[int] | None
     ) -> Tensor:
         """Read lengths on the device for few tokens, so that nothing is read beyond them in a recorded call either."""
-        if q.shape[2] > MOST_QUERIES or keys.dtype not in (torch.bfloat16, torch.float32):
+        sharing = q.shape[1] // keys.shape[1] * q.shape[2]
+        if sharing > MOST_QUERIES or keys.dtype not in (torch.bfloat16, torch.float32):
             return super().attention(q, keys, values, lengths, on_host)
         return self._kernels.cached_attention(q, keys, values, lengths)
