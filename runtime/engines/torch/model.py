@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from n3c.backends.progress import SILENT, Progress
 from n3c.ir.formats import FORMATS
@@ -33,6 +34,27 @@ def stored_parameters(spec: Spec) -> dict[str, Parameter]:
     return dict(program.parameters)
 
 
+class _NothingDrawn(TorchFunctionMode):
+    """Leaves out what fills the weights of a fresh module. On tensors without memory it would load the compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def _without_memory(package: Any) -> Any:
+    """Return a model of a generated package on the meta device."""
+
+    class Unfilled(package.Model):  # type: ignore[misc]
+        def init_weights(self) -> None:
+            """Draw nothing."""
+
+    with torch.device("meta"), _NothingDrawn():
+        return Unfilled().eval()
+
+
 class PackedModel:
     """A generated model on a device, made without memory and then given that of its stored weights."""
 
@@ -43,8 +65,7 @@ class PackedModel:
         """Name of a parameter → what holds it."""
         self._routers: dict[str, Any] = {}
         """Name of its weight → a router whose weight is quantized: it is held dequantized, in float32."""
-        with torch.device("meta"):
-            self.module = package.Model().eval()
+        self.module = _without_memory(package)
         self._pack("", self.module)
         table = self.module.backbone.embeddings.weight
         tied = PackedWeight("bf16", table, None, None, tuple(table.shape))
