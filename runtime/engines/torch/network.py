@@ -76,6 +76,7 @@ class Network:
     def _predict(self, ids: Tensor, hidden: Tensor, call: Call) -> Tensor:
         """Return the hidden states of one step of multi-token prediction; `ids` are the tokens after `hidden`."""
         x, y = hidden, None
+        layers = self._model.mtp.layers
         for index, (symbol, block) in enumerate(
             zip(self._model.config.mtp_pattern, self._model.mtp.layers, strict=True)
         ):
