@@ -51,7 +51,7 @@ class PackedWeight:
         assert self.block_scales is not None
         codes = torch.stack([self.data & 15, self.data >> 4], dim=-1).flatten(-2)  # [..., N, K]
         table = torch.tensor([*E2M1, *(-value for value in E2M1)], device=codes.device)
-        blocks = table[codes.int()].unflatten(-1, (-1, NVFP4_BLOCK))  # [..., N, K/16, 16]
+        blocks = table[codes.int()].view(*self.block_scales.shape, NVFP4_BLOCK)  # [..., N, K/16, 16]
         return ((blocks * e4m3(self.block_scales)[..., None]).flatten(-2) * scale).to(dtype)
 
 

@@ -144,7 +144,7 @@ def experts_linear(x: Tensor, chosen: Tensor, weight: PackedWeight, y: Tensor, *
         return
     block_scales, scale = stored(weight)
     data = words(weight, torch.int32)
-    stored_as = (data, block_scales, scale, y, outputs, *sizes(weight, data))
+    stored_as = (data, block_scales, scale, y, outputs, *sizes(weight, data, block_scales))
     per_row, kind = pairs // x.shape[0], product_type(x)
     if pairs <= FEW_PAIRS:
         load = 8 if pairs <= 2 * experts else 16  # tokens of an expert that mostly share its tile
@@ -168,17 +168,17 @@ def one_token(x: Tensor, chosen: Tensor, weight: PackedWeight, y: Tensor, square
     pairs, unit = chosen.numel(), UNIT[weight.format]
     block, warps = row_blocks(outputs * pairs, inputs, unit)
     data, wide = words(weight, torch.int64), x.dtype == torch.float32
+    block_scales, scale = stored(weight, torch.int16)
     stride = 0 if len(x) == 1 else inputs // (2 if wide else 4)
     one_token_kernel[(ceil_div(outputs, block), pairs)](
-        x.view(torch.int64), chosen, data, *stored(weight), y, outputs, *sizes(weight, data),
+        x.view(torch.int64), chosen, data, block_scales, scale, y, outputs, *sizes(weight, data, block_scales),
         inputs, stride, weight.format, wide, squared_relu, block, 32 * warps, num_warps=warps,
     )  # fmt: skip
 
 
-def sizes(weight: PackedWeight, data: Tensor) -> tuple[int, int]:
+def sizes(weight: PackedWeight, data: Tensor, block_scales: Tensor) -> tuple[int, int]:
     """Return how many elements of `data` and of the block scales an expert has."""
-    experts = weight.shape[0]
-    return data.numel() // experts, 0 if weight.block_scales is None else weight.block_scales.numel() // experts
+    return data.numel() // weight.shape[0], block_scales.numel() // weight.shape[0]
 
 
 def sorted_tiles(chosen: Tensor, experts: int, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

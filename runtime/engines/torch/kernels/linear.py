@@ -112,35 +112,33 @@ def words(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     return weight.data.view(dtype)
 
 
-def stored(weight: PackedWeight) -> tuple[Tensor, Tensor]:
-    """Return the block scales and the scale of a weight, or its data where it has none: kernels then read neither."""
+def stored(weight: PackedWeight, dtype: torch.dtype = torch.uint8) -> tuple[Tensor, Tensor]:
+    """Return the block scales, as `dtype`, and the scale of a weight; its data where it has none, and none is read."""
     block_scales, scale = weight.block_scales, weight.scale
+    block_scales = block_scales if block_scales is None else block_scales.view(dtype)
     return weight.data if block_scales is None else block_scales, weight.data if scale is None else scale
 
 
-IN_FLIGHT = 1 << 15
-"""Bytes that the loads of an SM should ask for at once: 3 TB/s for some 800 ns of latency are 18 KB, and half of that
-more for what is not always in step."""
+IN_FLIGHT = 20 << 10
+"""Bytes that the loads of an SM ask for at once: 3 TB/s times some 800 ns of latency are 18 KB."""
 
 
 def row_blocks(rows: int, inputs: int, unit: int) -> tuple[int, int]:
     """Return BN, the rows of a matrix a program takes, and its warps, of 32 units of K each.
 
-    Each warp asks for 512 bytes of each of its rows at once: enough of them give full bandwidth, and of the numbers of
-    warps that do, the one whose last part of K is least empty. Activations are loaded once for BN rows.
+    A warp asks for 512 bytes of each of its rows, and for the next 512 before it computes. Of the numbers of warps for
+    which that is enough in flight, the one whose last part of K is least empty is taken. Activations are unpacked once
+    for BN rows; seven warps an SM at least have their arithmetic overlap, in three programs at least.
     """
-    part = 32 * unit
 
-    def covered(warps: int) -> int:
-        return ceil_div(inputs, warps * part) * warps
+    def rounds(warps: int) -> int:
+        return ceil_div(inputs, warps * 32 * unit)
 
-    enough = [warps for warps in (4, 2, 1) if rows * warps * 512 >= SMS * IN_FLIGHT]
-    warps = min(enough or [4], key=covered)
-    if not enough:
-        while warps > 1 and covered(warps // 2) * 2 <= warps:  # K ends before the last half of them
-            warps //= 2
+    asked = {warps: rows * warps * 512 * min(rounds(warps), 2) for warps in (4, 2, 1)}
+    enough = [warps for warps, size in asked.items() if size >= SMS * IN_FLIGHT]
+    warps = min(enough or asked, key=lambda warps: rounds(warps) * warps)
     block = 8
-    while block > 1 and ceil_div(rows, block) < 4 * SMS:
+    while block > 1 and (ceil_div(rows, block) < 3 * SMS or ceil_div(rows, block) * warps < 7 * SMS):
         block //= 2
     return block, warps
 
@@ -158,13 +156,12 @@ def few_rows_linear(
         return dense_linear(x, weight, squared_relu, dtype)
     x = x.contiguous()
     y = x.new_empty(count, outputs, dtype=dtype or x.dtype)
-    block_scales, scale = stored(weight)
     unit = UNIT[weight.format]
     exact = weight.format != "bf16" or weight.data.dtype == torch.bfloat16
     if count == 1 and inputs % unit == 0 and exact and x.dtype in (torch.bfloat16, torch.float32):
         block, warps = row_blocks(outputs, inputs, unit)
         row_kernel[(ceil_div(outputs, block),)](
-            x.view(torch.int64), words(weight, torch.int64), block_scales, scale, y, outputs,
+            x.view(torch.int64), words(weight, torch.int64), *stored(weight, torch.int16), y, outputs,
             inputs, weight.format, x.dtype == torch.float32, squared_relu, block, 32 * warps, num_warps=warps,
         )  # fmt: skip
         return y

@@ -62,7 +62,7 @@ def upper(word):
 
 @triton.jit
 def block_scale(code):
-    """Return the float32 values of E4M3 codes without a sign."""
+    """Return the float32 values of E4M3 codes, without their signs; higher bits may be anything."""
     return ((code.to(tl.uint32) & 0x7F) << 20).to(tl.float32, bitcast=True) * 2.0**120
 
 
@@ -143,33 +143,50 @@ def add_e4m3(sums, words, x, units, PLACE: tl.constexpr, inside, WIDE: tl.conste
 
 
 @triton.jit
+def row_units(data, scales, rows, first, UNITS: tl.constexpr, FORMAT: tl.constexpr, KU: tl.constexpr):
+    """Return the two words of 64 bits of the KU units from `first` in `rows` [BN], and the scales of their blocks.
+
+    Each is [BN, KU]. What a thread loads is a row of its tile, contiguous along K, so that every version of Triton
+    lays threads along K.
+    """
+    words = 2 * first + tl.arange(0, 2 * KU)
+    word = tl.load(data + rows[:, None] * (2 * UNITS) + words[None, :], mask=(words < 2 * UNITS)[None, :], other=0)
+    a, b = tl.split(tl.reshape(word, [rows.shape[0], KU, 2]))
+    scale = a
+    if FORMAT == "nvfp4":
+        units = first + tl.arange(0, KU)
+        scale = tl.load(scales + rows[:, None] * UNITS + units[None, :], mask=(units < UNITS)[None, :], other=0)
+    return a, b, scale
+
+
+@triton.jit
 def row_product(
     x, data, scales, rows, K: tl.constexpr, FORMAT: tl.constexpr, WIDE: tl.constexpr, BN: tl.constexpr, KU: tl.constexpr
 ):
     """Return the products [BN] of one x [K] with `rows` [BN] of a matrix, before the matrix' scale.
 
-    x and data are pointers to int64. A unit is 16 bytes of a row: 32, 16 or 8 weights; a tile has KU of them, 32 for
-    each warp, so that the threads of all warps lie along K and each holds the same unit of every row.
+    x and data are pointers to int64, scales to int16, two blocks each. A unit is 16 bytes of a row: 32, 16 or 8
+    weights; a tile has KU of them, 32 for each warp, so that the threads of all warps lie along K and each holds the
+    same unit of every row.
     """
     UNIT: tl.constexpr = 32 if FORMAT == "nvfp4" else (16 if FORMAT == "fp8" else 8)
     UNITS: tl.constexpr = K // UNIT
-    two = tl.arange(0, 2)[None, None, :]
     total = tl.zeros([BN, KU], tl.float32)
+    a, b, scale = row_units(data, scales, rows, 0, UNITS, FORMAT, KU)
     for first in range(0, UNITS, KU):
         units = first + tl.arange(0, KU)
         inside = units < UNITS
-        at = rows[:, None, None] * (2 * UNITS) + units[None, :, None] * 2 + two
-        a, b = tl.split(tl.load(data + at, mask=inside[None, :, None], other=0))
+        # What the next round needs is asked for before this one computes; after the last that is nothing.
+        next_a, next_b, next_scale = row_units(data, scales, rows, first + KU, UNITS, FORMAT, KU)
         if FORMAT == "nvfp4":
-            scale_a, scale_b = tl.split(tl.load(scales + at, mask=inside[None, :, None], other=0))
             sums = tl.zeros([BN, KU], tl.float32)
             sums = add_e2m1(sums, a.to(tl.uint32), x, units, 0, inside, WIDE)
             sums = add_e2m1(sums, (a >> 32).to(tl.uint32), x, units, 1, inside, WIDE)
-            total += sums * block_scale(scale_a)
+            total += sums * block_scale(scale)
             sums = tl.zeros([BN, KU], tl.float32)
             sums = add_e2m1(sums, b.to(tl.uint32), x, units, 2, inside, WIDE)
             sums = add_e2m1(sums, (b >> 32).to(tl.uint32), x, units, 3, inside, WIDE)
-            total += sums * block_scale(scale_b)
+            total += sums * block_scale(scale >> 8)
         elif FORMAT == "fp8":
             total = add_e4m3(total, a, x, units, 0, inside, WIDE)
             total = add_e4m3(total, b, x, units, 1, inside, WIDE)
@@ -183,6 +200,7 @@ def row_product(
             total += high(b.to(tl.uint32)) * x5[None, :]
             total += low((b >> 32).to(tl.uint32)) * x6[None, :]
             total += high((b >> 32).to(tl.uint32)) * x7[None, :]
+        a, b, scale = next_a, next_b, next_scale
     result = tl.sum(total, 1)
     if FORMAT == "nvfp4":
         result *= 2.0**66

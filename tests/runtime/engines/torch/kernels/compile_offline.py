@@ -33,18 +33,20 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
     torch.uint8: "*u8",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
 FORMATS: tuple[Format, ...] = ("bf16", "fp8", "nvfp4")
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+TOOLS = Path(triton.__path__[0]) / "backends/nvidia/bin"
 
 
 class Launch:
     """A kernel with the arguments that it was launched with."""
 
     def __init__(self, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        self.kernel, self.options = kernel, {k: options[k] for k in ("num_warps", "num_stages") if k in options}
+        self.kernel = kernel
+        self.options: dict[str, Any] = {k: options[k] for k in ("num_warps", "num_stages") if k in options}
         self.signature: dict[str, str] = {}
         self.constants: dict[tuple[int, ...], Any] = {}
         self.aligned: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -69,11 +71,11 @@ def catch_launches(call: Callable[[], object]) -> list[Launch]:
     def run(self: Any, *args: Any, grid: object, warmup: bool, **options: Any) -> None:
         launches.append(Launch(self, args, options))
 
-    before, JITFunction.run = JITFunction.run, run  # type: ignore[method-assign,assignment]
+    before, JITFunction.run = JITFunction.run, run
     try:
         call()
     finally:
-        JITFunction.run = before  # type: ignore[method-assign]
+        JITFunction.run = before
     return launches
 
 
@@ -145,11 +147,15 @@ def calls() -> dict[str, Callable[[], object]]:
 
 def disassembled(cubin: bytes) -> tuple[str, str]:
     """Return the machine code of a cubin as text, and what ptxas noted of its resources."""
+
+    def output(tool: str, option: str) -> str:
+        command = [str(TOOLS / tool), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        run = lambda *command: subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: E731
-        return run(str(TOOLS / "nvdisasm"), "-c", file.name), run(str(TOOLS / "cuobjdump"), "-res-usage", file.name)
+        return output("nvdisasm", "-c"), output("cuobjdump", "-res-usage")
 
 
 def report(name: str, launch: Launch, capability: int, folder: Path | None) -> dict[str, Any]:

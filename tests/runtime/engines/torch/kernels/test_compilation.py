@@ -21,7 +21,7 @@ EACH_KERNEL = (
 
 
 def compiled(folder: Path, capability: int, *options: str) -> list[dict[str, Any]]:
-    """Return what `compile_offline.py` reports; no kernel may spill in a loop, or need more shared memory than there is."""
+    """Return what `compile_offline.py` reports. No kernel may spill in a loop, or need more memory than there is."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(folder)}
     environment.pop("TRITON_INTERPRET", None)
     program = Path(__file__).parent / "compile_offline.py"

@@ -57,9 +57,9 @@ class Case:
         for t in range(count):
             value = F.silu((tokens[t : t + self.W] * conv_weight.T).sum(0) + conv_bias)
             value = value.to(self.dtype).double()
-            u, B, C = value.split([self.inner, self.G * self.N, self.G * self.N])
-            u = u.view(self.H, self.P)
-            B, C = (g.view(self.G, self.N).repeat_interleave(self.H // self.G, 0) for g in (B, C))  # [H, N]
+            u = value[: self.inner].view(self.H, self.P)
+            by_group = value[self.inner :].view(2, self.G, self.N)
+            B, C = by_group.repeat_interleave(self.H // self.G, 1)  # [H, N]
             step = F.softplus(dt[t] + dt_bias)
             decay = torch.exp(-A_log.exp() * step)
             h = decay[:, None, None] * h + (step[:, None] * u)[..., None] * B[:, None]
