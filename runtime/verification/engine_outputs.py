@@ -29,7 +29,9 @@ class EngineOutputs:
         states: Callable[[], Mapping[str, Array]] = dict,
     ) -> None:
         """Take what returns the states of the engine by name, where it shows them."""
-        self.name, self.rounding, self.tolerance = name, rounding, tolerance
+        self.name = name
+        self.rounding: Rounding = rounding
+        self.tolerance = tolerance
         self._program, self._engine, self._states = program, engine, states
         self._inputs = CallInputs(program)
         self.reset()

@@ -135,7 +135,7 @@ class TorchEngine:
         """Copy what a caller gives to the static inputs."""
         for name, tensor in self._inputs[entry].items():
             staged = self._staged[entry][name]
-            staged.copy_(torch.from_numpy(np.ascontiguousarray(inputs[name])))
+            staged.copy_(torch.as_tensor(np.ascontiguousarray(inputs[name])))
             if staged is not tensor:
                 tensor.copy_(staged, non_blocking=True)
 

@@ -101,7 +101,7 @@ class KernelOperations(PlainOperations):
             config.moe_routed_scaling_factor,
             normalize=self._moe.norm_topk_prob,
         )
-        return chosen.unflatten(0, x.shape[:-1]), weights.unflatten(0, x.shape[:-1])
+        return chosen.view(*x.shape[:-1], -1), weights.view(*x.shape[:-1], -1)
 
     def experts(self, x: Tensor, chosen: Tensor, weights: Tensor, up: PackedWeight, down: PackedWeight) -> Tensor:
         """Read the chosen experts only, each once for all of its tokens."""

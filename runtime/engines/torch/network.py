@@ -77,13 +77,11 @@ class Network:
         """Return the hidden states of one step of multi-token prediction; `ids` are the tokens after `hidden`."""
         x, y = hidden, None
         layers = self._model.mtp.layers
-        for index, (symbol, block) in enumerate(
-            zip(self._model.config.mtp_pattern, self._model.mtp.layers, strict=True)
-        ):
+        for index, (symbol, block) in enumerate(zip(self._model.config.mtp_pattern, layers, strict=True)):
             x = self._joined(block, ids, x) if block.first else x
             normed, x = self._normed(block.norm, x, y)
             y = self._mix(symbol, f"mtp.layers.{index}", block.mixer, normed, call)
-        return self._normed(block.final_layernorm, x, y)[0]
+        return self._normed(layers[-1].final_layernorm, x, y)[0]
 
     def _fill_caches(self, ids: Tensor, hidden: Tensor, call: Call) -> None:
         """Write the caches of a step of multi-token prediction: no more is computed than the last of them needs."""

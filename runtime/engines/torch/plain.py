@@ -63,12 +63,13 @@ class PlainOperations:
         config, (batch, tokens, _) = mixer.config, projected.shape
         heads, groups = config.mamba_num_heads, config.mamba_n_groups
         inner, shared = config.mamba_inner_size, groups * config.mamba_state_size
-        _, xBC, dt = projected.split([inner, config.mamba_conv_size, heads], dim=-1)
+        channels = config.mamba_conv_size
+        xBC, dt = projected[..., inner : inner + channels], projected[..., inner + channels :]
         columns = torch.cat([window, xBC], dim=1)  # [B, W - 1 + T, X]
         convolved = mixer.conv1d(columns, None, None)[:, window.shape[1] :]
-        u, B, C = convolved.split([inner, shared, shared], dim=-1)
-        u = u.reshape(batch, tokens, heads, -1)  # [B, T, H, P]
-        B, C = (t.reshape(batch, tokens, groups, -1) for t in (B, C))  # [B, T, G, N]
+        u = convolved[..., :inner].reshape(batch, tokens, heads, -1)  # [B, T, H, P]
+        B = convolved[..., inner : inner + shared].reshape(batch, tokens, groups, -1)  # [B, T, G, N]
+        C = convolved[..., inner + shared :].reshape(batch, tokens, groups, -1)  # [B, T, G, N]
         dt = F.softplus(dt.float() + mixer.dt_bias.float())  # [B, T, H]
         if counts is not None:  # a token with dt = 0 neither decays nor adds
             dt = dt * (torch.arange(tokens, device=dt.device) < counts[:, None])[..., None]
@@ -117,13 +118,13 @@ def _chosen(weight: PackedWeight, index: Tensor) -> PackedWeight:
 
 def _row_by_row(q: Tensor, keys: Tensor, values: Tensor, lengths: Sequence[int]) -> Tensor:
     """Attend sequence by sequence: a causal mask that is not written out has kernels that need no memory for scores."""
-    from torch.nn.attention.bias import causal_lower_right  # brings the compiler along, with a folder of its own
+    from torch.nn.attention.bias import CausalBias, CausalVariant  # brings the compiler along, with a folder of its own
 
     parts: list[Tensor] = []
     for row, length in enumerate(lengths):
         end = length + q.shape[2]
         k, v = (cache[row : row + 1, :, :end].to(q.dtype) for cache in (keys, values))
-        mask = causal_lower_right(q.shape[2], end)
+        mask = CausalBias(CausalVariant.LOWER_RIGHT, q.shape[2], end)
         parts.append(F.scaled_dot_product_attention(q[row : row + 1], k, v, attn_mask=mask, enable_gqa=True))
     return torch.cat(parts)
 

@@ -40,7 +40,7 @@ class CheckpointWeights:
         places = into.unbind(0) if _stack(parameter.source) is not None else (into,)
         for matrix, place in zip(_matrices(parameter), places, strict=True):
             raw = np.ascontiguousarray(load(matrix, self._checkpoint)).reshape(-1).view(np.uint8)
-            place.reshape(-1).view(torch.uint8).copy_(torch.from_numpy(raw))
+            place.reshape(-1).view(torch.uint8).copy_(torch.as_tensor(raw))
 
 
 class RandomWeights:

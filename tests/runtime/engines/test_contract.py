@@ -83,7 +83,7 @@ def test_padding_changes_no_bit(name: EngineName, small: SmallModel) -> None:
     ids = np.random.default_rng(3).integers(0, 97, (1, 47))
     results: list[tuple[dict[str, Array], dict[str, Array]]] = []
     for padding in (0, 96):
-        engine = small.engine(name, 1)
+        engine, outputs = small.engine(name, 1), dict[str, Array]()
         for start in range(0, 47, 8):
             tokens = ids[:, start : start + 8]
             padded = np.pad(tokens, ((0, 0), (0, 8 - tokens.shape[1])), constant_values=padding)

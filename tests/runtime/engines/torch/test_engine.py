@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -213,15 +212,19 @@ def test_the_stand_in_notices_what_a_graph_would_freeze(mixed: SmallModel, monke
     at = [0]
 
     def decoded() -> Array:
-        engine = made(mixed, 1, recorder=FakeRecorder())
+        engine, logits = made(mixed, 1, recorder=FakeRecorder()), np.zeros(1)
         for length in range(12):
             at[0] = length
-            outputs = call(engine, "decode", input_ids=np.array([[length]]), lengths=np.array([length]))
+            logits = call(engine, "decode", input_ids=np.array([[length]]), lengths=np.array([length]))["logits"]
         assert not engine.unrecorded
-        return outputs["logits"]
+        return logits
 
     right, real = decoded(), Network.run
-    monkeypatch.setattr(Network, "run", lambda self, entry, inputs, _: real(self, entry, inputs, at))
+
+    def knows_lengths(self: Network, entry: str, inputs: Any, _: Any) -> Any:
+        return real(self, entry, inputs, at)
+
+    monkeypatch.setattr(Network, "run", knows_lengths)
     assert np.abs(decoded() - right).max() > 1e-3
 
 
@@ -256,20 +259,22 @@ def test_fp8_caches(tmp_path: Path) -> None:
     assert any(np.abs(a["logits"] - b["logits"]).max() > 1e-3 for a, b in zip(wide, exact, strict=True))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda text: text.replace('"MEM*-E"', '"MEM"').replace('[mtp]\npattern = "*E"\ndepth = 2\n', ""),
-        lambda text: text.replace('"MEM*-E"', '"*-"').replace('pattern = "*E"', 'pattern = "**"'),
-        lambda text: text.replace("initializer_range", "tie_word_embeddings = true\ninitializer_range"),
-        lambda text: text.replace("latent_size = 32\n", "").replace("shared_intermediate_size = 80\n", ""),
-        lambda text: text.replace("chunk_size = 8", "chunk_size = 8\nconv_bias = false"),
-    ],
-    ids=["no attention, no MTP", "two caches in MTP", "tied", "plain experts", "no bias"],
-)
-def test_other_architectures(change: Callable[[str], str], tmp_path: Path) -> None:
-    text = change(TEXT)
-    assert text != TEXT
+OTHERS = {
+    "no attention, no MTP": (('"MEM*-E"', '"MEM"'), ('[mtp]\npattern = "*E"\ndepth = 2\n', "")),
+    "two caches in MTP": (('"MEM*-E"', '"*-"'), ('pattern = "*E"', 'pattern = "**"')),
+    "tied": (("initializer_range", "tie_word_embeddings = true\ninitializer_range"),),
+    "plain experts": (("latent_size = 32\n", ""), ("shared_intermediate_size = 80\n", "")),
+    "no bias": (("chunk_size = 8", "chunk_size = 8\nconv_bias = false"),),
+}
+"""What is replaced in the spec."""
+
+
+@pytest.mark.parametrize("change", OTHERS)
+def test_other_architectures(change: str, tmp_path: Path) -> None:
+    text = TEXT
+    for old, new in OTHERS[change]:
+        assert old in text
+        text = text.replace(old, new)
     spec = spec_from_text(text)
     small = SmallModel(spec, serve(spec), save_tensors(random_tensors(lower(spec)), tmp_path))
     drafter = MtpDrafter() if spec.mtp else None
