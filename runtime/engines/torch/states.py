@@ -46,17 +46,19 @@ class Places:
     """[B, T]."""
     token: Tensor
     """[B, T] int64, which token goes to the place."""
-    written: Tensor
-    """[B, T], whether one does."""
+    written: Tensor | None
+    """[B, T], whether one does; None: to every place."""
 
     @staticmethod
     def of(lengths: Tensor, counts: Tensor | None, tokens: int, capacity: int) -> Places:
         """Return the places of `tokens` tokens after `lengths` [B], of which `counts` [B] are valid (None: all)."""
         device = lengths.device
+        rows = torch.arange(len(lengths), device=device)[:, None]
+        if tokens == 1 and counts is None:
+            return Places(rows, lengths[:, None], torch.zeros_like(rows), None)
         places = lengths.clamp(max=capacity - tokens)[:, None] + torch.arange(tokens, device=device)
         token = places - lengths[:, None]
         last = tokens if counts is None else counts[:, None]
-        rows = torch.arange(len(lengths), device=device)[:, None]
         return Places(rows, places, token.clamp(min=0), (token >= 0) & (token < last))
 
 
@@ -74,6 +76,9 @@ class Cache:
         # float8 has neither gather nor where, bytes have
         data, new = _raw(self.data), _raw(new.to(self.data.dtype))
         where = (places.rows, slice(None), places.places)
+        if places.written is None:
+            data[where] = new.transpose(1, 2)
+            return
         index = places.token[..., None, None].expand(-1, -1, data.shape[1], data.shape[3])
         taken = new.transpose(1, 2).gather(1, index)  # [B, T, Y, Z]
         data[where] = torch.where(places.written[..., None, None], taken, data[where])

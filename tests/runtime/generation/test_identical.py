@@ -1,4 +1,4 @@
-"""200 random prompts in ONNX Runtime, whose states are really rolled back: drafts change no token, whoever drafts.
+"""200 random prompts in engines whose states are really rolled back: drafts change no token, whoever drafts.
 
 Verification computes several tokens at once, so its logits differ from those of decoding by rounding (see
 docs/serving.md); no prompt here comes near enough to a tie for that to show.
@@ -15,8 +15,9 @@ import pytest
 from n3c.passes.lower.model import lower
 from n3c.passes.serving import serve
 from n3c.runtime.engines.interface import Engine
-from n3c.runtime.engines.onnxruntime.engine import OnnxRuntimeEngine
 from n3c.runtime.engines.onnxruntime.open import cpu_engine
+from n3c.runtime.engines.torch.open import torch_engine
+from n3c.runtime.engines.torch.weights import CheckpointWeights
 from n3c.runtime.generation.capacity import Capacity
 from n3c.runtime.generation.drafter import Drafter, MtpDrafter
 from n3c.runtime.generation.loop import Generation
@@ -52,12 +53,15 @@ class Oracle:
         return drafts
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> OnnxRuntimeEngine:
+@pytest.fixture(scope="module", params=["onnxruntime", "torch"])
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     spec = spec_from_text(TEXT)
     served = serve(spec)
     checkpoint = save_tensors(random_tensors(lower(spec)), tmp_path_factory.mktemp("weights"))
-    return cpu_engine(served, spec, list(served.program.entry_points), BATCH, checkpoint)
+    names = list(served.program.entry_points)
+    if request.param == "torch":
+        return torch_engine(served, spec, names, BATCH, CheckpointWeights(checkpoint))
+    return cpu_engine(served, spec, names, BATCH, checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +70,13 @@ def prompts() -> list[list[int]]:
     return [random.integers(0, VOCAB, int(random.integers(1, 20))).tolist() for _ in range(200)]
 
 
-def continued(
-    engine: OnnxRuntimeEngine, prompts: list[list[int]], drafter: Drafter | None
-) -> tuple[list[list[int]], float]:
+def continued(engine: Engine, prompts: list[list[int]], drafter: Drafter | None) -> tuple[list[list[int]], float]:
     generation = Generation(engine, prompts, Options(max_new_tokens=NEW), Capacity(30, VOCAB), drafter=drafter)
     generation.run()
     return [sequence.new for sequence in generation.sequences], generation.statistics.acceptance_length
 
 
-def test_two_hundred_prompts(engine: OnnxRuntimeEngine, prompts: list[list[int]]) -> None:
+def test_two_hundred_prompts(engine: Engine, prompts: list[list[int]]) -> None:
     accepted: dict[str, list[float]] = {"right": [], "wrong": [], "random": [], "mtp": []}
     for at in range(0, len(prompts), BATCH):
         batch = prompts[at : at + BATCH]
