@@ -127,16 +127,19 @@ def row_blocks(rows: int, inputs: int, unit: int) -> tuple[int, int]:
     """Return BN, the rows of a matrix a program takes, and its warps, of 32 units of K each.
 
     A warp asks for 512 bytes of each of its rows, and for the next 512 before it computes. Of the numbers of warps for
-    which that is enough in flight, the one whose last part of K is least empty is taken. Activations are unpacked once
-    for BN rows; seven warps an SM at least have their arithmetic overlap, in three programs at least.
+    which that is enough in flight, those count whose last part of K is least empty: NVFP4 is near the bound of
+    arithmetic. Of these the fewest whose loads are plenty: each then streams for longer. Activations are unpacked
+    once for BN rows; seven warps an SM at least, in three programs, have their arithmetic overlap.
     """
 
     def rounds(warps: int) -> int:
         return ceil_div(inputs, warps * 32 * unit)
 
-    asked = {warps: rows * warps * 512 * min(rounds(warps), 2) for warps in (4, 2, 1)}
-    enough = [warps for warps, size in asked.items() if size >= SMS * IN_FLIGHT]
-    warps = min(enough or asked, key=lambda warps: rounds(warps) * warps)
+    asked = {warps: rows * warps * 512 * min(rounds(warps), 2) for warps in (1, 2, 4)}
+    enough = [warps for warps, size in asked.items() if size >= SMS * IN_FLIGHT] or [4]
+    least = min(rounds(warps) * warps for warps in enough)
+    tight = [warps for warps in enough if rounds(warps) * warps * 7 <= least * 8]
+    warps = next((warps for warps in tight if asked[warps] >= 2 * SMS * IN_FLIGHT), tight[-1])
     block = 8
     while block > 1 and (ceil_div(rows, block) < 3 * SMS or ceil_div(rows, block) * warps < 7 * SMS):
         block //= 2

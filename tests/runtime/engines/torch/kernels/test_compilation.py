@@ -55,7 +55,7 @@ def test_decoding_loads_16_bytes_a_thread(tmp_path: Path) -> None:
     for report in compiled(tmp_path, 90, "--only", "linear.bf16.1", "linear.nvfp4.1.small", "experts.nvfp4.1"):
         if report["kernel"] in ("row_kernel", "one_token_kernel"):
             assert report["loads"]["LDG.E.128"] >= 8, report
-            assert report["registers"] <= 96, report
+            assert report["registers"] <= 128, report  # 16 warps an SM
 
 
 @pytest.mark.slow
