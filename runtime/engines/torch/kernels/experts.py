@@ -148,13 +148,13 @@ def experts_linear(x: Tensor, chosen: Tensor, weight: PackedWeight, y: Tensor, *
     per_row, kind = pairs // x.shape[0], product_type(x)
     if pairs <= FEW_PAIRS:
         load = 8 if pairs <= 2 * experts else 16  # tokens of an expert that mostly share its tile
-        block_m, block_n, block_k, options = tile_blocks(weight.format, load, inputs)
+        block_m, block_n, block_k, options = tile_blocks(x, weight.format, load)
         few_pairs_kernel[(ceil_div(outputs, block_n), pairs)](
             x, chosen, *stored_as, pairs, inputs, per_row, weight.format, kind, squared_relu,
             block_m, block_n, block_k, max(power_of_two(pairs), 16), **options,
         )  # fmt: skip
         return
-    block_m, block_n, block_k, options = tile_blocks(weight.format, max(pairs // experts, 16), inputs)
+    block_m, block_n, block_k, options = tile_blocks(x, weight.format, max(pairs // experts, 16))
     order, tile_expert, tile_first, ends = sorted_tiles(chosen, experts, block_m)
     grouped_kernel[(ceil_div(outputs, block_n), len(tile_expert))](
         x, order, tile_expert, tile_first, ends, *stored_as, experts, inputs, per_row, weight.format, kind,
