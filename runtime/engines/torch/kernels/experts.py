@@ -57,7 +57,7 @@ def expert_tile(
         tl.minimum(columns, N - 1), 0, tl.cdiv(K, BK), K, FORMAT, TYPE, BM, BN, BK,
     )  # fmt: skip
     product = finished(product, scale + expert, FORMAT, SQUARED_RELU)
-    at = y + y_rows.to(tl.int64)[:, None] * N + columns[None, :]
+    at = y + y_rows[:, None] * N + columns[None, :]
     tl.store(at, product.to(y.dtype.element_ty), mask=valid[:, None] & (columns < N)[None, :])
 
 
@@ -95,7 +95,7 @@ def grouped_kernel(
     if expert < EXPERTS:
         places = tl.load(tile_first + tile) + tl.arange(0, BM)
         valid = places < tl.load(ends + expert)
-        rows = tl.load(order + places, mask=valid, other=0)
+        rows = tl.load(order + places, mask=valid, other=0).to(tl.int64)  # times K or N
         expert_tile(
             x, rows // PAIRS_PER_ROW, valid, expert, data, scales, scale, y, rows,
             N, PER_EXPERT, SCALES_PER_EXPERT, K, FORMAT, TYPE, SQUARED_RELU, BM, BN, BK,
@@ -105,8 +105,8 @@ def grouped_kernel(
 @triton.jit
 def combine_kernel(parts, weights, y, L, K: tl.constexpr, BLOCK: tl.constexpr):
     """Write y [T, L] = sum_k weights [T, K] parts [T, K, L], in the order of k."""
-    token = tl.program_id(1).to(tl.int64)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(K):
         part = tl.load(parts + (token * K + k) * L + at, mask=at < L, other=0.0).to(tl.float32)
@@ -128,7 +128,7 @@ def routed_experts(x: Tensor, chosen: Tensor, weights: Tensor, up: PackedWeight,
     experts_linear(inner, chosen, down, parts, squared_relu=False)
     y = torch.empty_like(x)
     block = min(power_of_two(width), 512)
-    combine_kernel[(ceil_div(width, block), tokens)](parts, weights, y, width, top_k, block, num_warps=4)
+    combine_kernel[(tokens, ceil_div(width, block))](parts, weights, y, width, top_k, block, num_warps=4)
     return y
 
 
@@ -148,13 +148,13 @@ def experts_linear(x: Tensor, chosen: Tensor, weight: PackedWeight, y: Tensor, *
     per_row, kind = pairs // x.shape[0], product_type(x)
     if pairs <= FEW_PAIRS:
         load = 8 if pairs <= 2 * experts else 16  # tokens of an expert that mostly share its tile
-        block_m, block_n, block_k, options = tile_blocks(weight.format, load, inputs)
+        block_m, block_n, block_k, options = tile_blocks(x, weight.format, load)
         few_pairs_kernel[(ceil_div(outputs, block_n), pairs)](
             x, chosen, *stored_as, pairs, inputs, per_row, weight.format, kind, squared_relu,
             block_m, block_n, block_k, max(power_of_two(pairs), 16), **options,
         )  # fmt: skip
         return
-    block_m, block_n, block_k, options = tile_blocks(weight.format, max(pairs // experts, 16), inputs)
+    block_m, block_n, block_k, options = tile_blocks(x, weight.format, max(pairs // experts, 16))
     order, tile_expert, tile_first, ends = sorted_tiles(chosen, experts, block_m)
     grouped_kernel[(ceil_div(outputs, block_n), len(tile_expert))](
         x, order, tile_expert, tile_first, ends, *stored_as, experts, inputs, per_row, weight.format, kind,

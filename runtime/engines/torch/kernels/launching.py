@@ -21,6 +21,14 @@ def product_type(x: Tensor) -> Any:
     return tl.bfloat16 if x.dtype == torch.bfloat16 and not INTERPRETED else tl.float32
 
 
+def has_wide_products(x: Tensor) -> bool:
+    """Return whether x's GPU multiplies out of shared memory (SM 90 and 100), not out of registers alone.
+
+    So does one that kernels are compiled for without being there.
+    """
+    return not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+
+
 def power_of_two(size: int) -> int:
     """Return the smallest power of two that is at least `size`: the sides of a tile are powers of two."""
     return 1 << max(size - 1, 0).bit_length()

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..packed import Format, PackedWeight
-from .launching import SMS, ceil_div, power_of_two, product_type
+from .launching import SMS, ceil_div, has_wide_products, power_of_two, product_type
 from .weights import row_product, tile_product, weight_tile
 
 UNIT = {"bf16": 8, "fp8": 16, "nvfp4": 32}
@@ -172,25 +172,27 @@ def few_rows_linear(
     return y
 
 
-def tile_blocks(stored_as: Format, rows: int, inputs: int) -> tuple[int, int, int, dict[str, int]]:
-    """Return BM, BN, BK and the launch options of a product of tiles for `rows` rows.
+def tile_blocks(x: Tensor, stored_as: Format, rows: int) -> tuple[int, int, int, dict[str, int]]:
+    """Return BM, BN, BK and the launch options of a product of tiles for `rows` rows of x [.., K].
 
     For few rows a tile of weights is 64 rows of 128 or 256 bytes, three or four of them on their way to shared memory
     for each of some five programs of an SM: over 100 KB. Eight rows are the fewest that an instruction takes.
     """
-    least = max(power_of_two(inputs), 16)
+    least = max(power_of_two(x.shape[-1]), 16)
     if rows <= 32:
         block_k = 256 if stored_as == "nvfp4" else 128
         options = {"num_warps": 4, "num_stages": 3 if stored_as == "bf16" else 4}
         return max(power_of_two(rows), 8), 64, min(block_k, least), options
     block_m = min(power_of_two(rows), 128)
-    return block_m, 128, min(64, least), {"num_warps": 4 if block_m == 64 else 8, "num_stages": 3}
+    # With 128 columns a thread's part of the block scales is four bytes, the least that is copied without waiting.
+    block_k = 128 if stored_as == "nvfp4" and has_wide_products(x) else 64
+    return block_m, 128, min(block_k, least), {"num_warps": 4 if block_m == 64 else 8, "num_stages": 3}
 
 
 def tile_linear(x: Tensor, weight: PackedWeight, y: Tensor, squared_relu: bool) -> None:
     """Write y by `tile_kernel`; K is split where N alone gives an SM fewer than four programs."""
     (count, inputs), outputs = x.shape, weight.shape[0]
-    block_m, block_n, block_k, options = tile_blocks(weight.format, count, inputs)
+    block_m, block_n, block_k, options = tile_blocks(x, weight.format, count)
     grid_n, grid_m, columns = ceil_div(outputs, block_n), ceil_div(count, block_m), ceil_div(inputs, block_k)
     # Sums of parts are 4 bytes, written and read: at most an eighth of the bytes of the weight.
     parts = min(ceil_div(4 * SMS, grid_n * grid_m), weight.bytes // (64 * outputs * count), columns)

@@ -4,9 +4,10 @@
     chosen = the K largest of s + bias
     weight_i = scaling s_i / (sum of s over the chosen + 1e-20)
 
-Bytes moved: logits [T, E], nearly none: the time is that of K rounds of finding a maximum. One program a token. For
-routers without groups of experts (n_group = 1). Of equal values the lower expert comes first; PyTorch leaves the order
-of equals open.
+Bytes moved: logits [T, E], nearly none: the time is that of K rounds of finding a maximum. One program a token. A value
+and its expert are one integer of 64 bits whose order is that of the values, so a round is one reduction. For routers
+without groups of experts (n_group = 1). Of equal values the lower expert comes first; PyTorch leaves the order of
+equals open.
 """
 
 import torch
@@ -16,6 +17,14 @@ from torch import Tensor
 
 from .launching import power_of_two
 
+LEAST = tl.constexpr(-(2**63))
+
+
+@triton.jit
+def sigmoid(x):
+    """Return 1 / (1 + exp(-x))."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
 
 @triton.jit
 def router_kernel(
@@ -24,18 +33,22 @@ def router_kernel(
 ):  # fmt: skip
     """Write the K experts and weights of token `program_id(0)`."""
     token = tl.program_id(0).to(tl.int64)
+    logits += token * E
     experts, places = tl.arange(0, BE), tl.arange(0, BK)
     valid = experts < E
-    scores = 1.0 / (1.0 + tl.exp(-tl.load(logits + token * E + experts, mask=valid, other=0.0).to(tl.float32)))
-    choice = tl.where(valid, scores + tl.load(bias + experts, mask=valid, other=0.0).to(tl.float32), -float("inf"))
+    choice = sigmoid(tl.load(logits + experts, mask=valid, other=0.0).to(tl.float32))
+    choice += tl.load(bias + experts, mask=valid, other=0.0).to(tl.float32)
+    bits = choice.to(tl.int32, bitcast=True)
+    bits ^= (bits >> 31) & 0x7FFFFFFF  # negative numbers have the reverse order as integers
+    keys = (bits.to(tl.int64) << 32) | (BE - 1 - experts)
+    keys = tl.where(valid, keys, LEAST)
     best = tl.zeros([BK], tl.int32)
-    weight = tl.zeros([BK], tl.float32)
     for k in range(K):
-        most = tl.max(choice, 0)
-        expert = tl.min(tl.where(choice == most, experts, BE), 0)
-        best = tl.where(places == k, expert, best)
-        weight = tl.where(places == k, tl.sum(tl.where(experts == expert, scores, 0.0), 0), weight)
-        choice = tl.where(experts == expert, -float("inf"), choice)
+        most = tl.max(keys, 0)
+        best = tl.where(places == k, BE - 1 - (most & 0xFFFFFFFF).to(tl.int32), best)
+        keys = tl.where(keys == most, LEAST, keys)
+    weight = sigmoid(tl.load(logits + best, mask=places < K, other=0.0).to(tl.float32))
+    weight = tl.where(places < K, weight, 0.0)
     if NORMALIZE:
         weight = weight / (tl.sum(weight, 0) + 1e-20)
     tl.store(chosen + token * K + places, best.to(tl.int64), mask=places < K)
