@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import SMS, ceil_div, power_of_two, product_type
+from .launching import SMS, ceil_div, has_wide_products, power_of_two, product_type
 
 
 @triton.jit
@@ -119,7 +119,8 @@ def cached_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -
     sums = torch.empty(pairs, parts, rows, channels, dtype=torch.float32, device=q.device)
     maxima, totals = (torch.empty(pairs, parts, rows, dtype=torch.float32, device=q.device) for _ in range(2))
     y = torch.empty_like(q)
-    options = {"num_warps": 4 if block_m <= 64 else 8, "num_stages": 3 if block_m < 64 else 2}
+    rows_of_four_warps = 64 if has_wide_products(q) else 32  # more would not stay in registers
+    options = {"num_warps": 4 if block_m <= rows_of_four_warps else 8, "num_stages": 3 if block_m < 64 else 2}
     part_kernel[(parts, pairs)](
         q, keys, values, lengths, sums, maxima, totals, capacity, rows, tokens, key_heads, 1 / math.sqrt(channels),
         channels, product_type(q), parts, block_m, block_z, block, **options,

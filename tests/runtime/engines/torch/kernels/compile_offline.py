@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import torch
 import triton
@@ -195,7 +195,8 @@ def main() -> None:
     called = {name: call for name, call in calls().items() if name.startswith(tuple(options.only))}
     reports: list[dict[str, Any]] = []
     for capability in options.capabilities:
-        with patch.object(linear, "has_wide_products", return_value=capability in (90, 100)):
+        wide = Mock(return_value=capability in (90, 100))
+        with patch.object(linear, "has_wide_products", wide), patch.object(attention, "has_wide_products", wide):
             launches = [(name, launch) for name, call in called.items() for launch in catch_launches(call)]
         if options.once:
             launches = list({launch.kernel: (name, launch) for name, launch in reversed(launches)}.values())
