@@ -40,6 +40,7 @@ CODE = (
     "autocast.py",
     "balance.py",
     "convolution.py",
+    "dispatch.py",
     "grouped.py",
     "loss.py",
     "model.py",

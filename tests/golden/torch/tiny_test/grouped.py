@@ -67,13 +67,13 @@ def grouped_linear(x: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tens
 
 
 def grouped_gemm_supports(x: Tensor, weight: Tensor) -> bool:
-    """Return whether a grouped GEMM can be used for x [M, in] and weight [E, out, in].
+    """Return whether a grouped GEMM can be used for x [..., in] and weight [E, out, in].
 
     It needs rows of a multiple of 16 bytes in bfloat16 or, on a CPU, in any type; `torch.export`
     must have nothing but plain operators, of which it is one in bfloat16 only.
     """
     align = 16 // x.element_size()
-    aligned = x.shape[1] % align == 0 and weight.shape[1] % align == 0
+    aligned = x.shape[-1] % align == 0 and weight.shape[1] % align == 0
     plain = x.dtype == torch.bfloat16
     return aligned and (plain or (x.device.type == "cpu" and not torch.compiler.is_exporting()))
 

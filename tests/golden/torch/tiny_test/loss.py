@@ -11,7 +11,7 @@ of tokens at a time needs as much as their hidden states (as in Liger Kernel: Hs
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,8 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .dispatch import kernels
+
 IGNORED = -100  # a target that does not count
 MIN_CHUNK = 256  # tokens
+GPU_LOGITS = 1 << 30  # of a chunk, where a kernel differentiates it in place: 2 GiB in bfloat16
 
 
 def targets_of(labels: Tensor, ahead: int, documents: Tensor | None) -> Tensor:
@@ -96,8 +99,21 @@ class LinearCrossEntropy(torch.autograd.Function):
         if differentiate:
             dx = torch.empty_like(rows)
             dweight = torch.zeros_like(weight, dtype=torch.float32)
-        size = max(MIN_CHUNK, x.numel() // len(weight))
-        for chunk in (slice(start, start + size) for start in range(0, len(x), size)):
+        fast = kernels(x) if log_softmax is None else None
+        if fast is not None:  # `weight` is the whole vocabulary's
+            for chunk in chunks_of(x, GPU_LOGITS // len(weight)):
+                dlogits = F.linear(rows[chunk], matrix)
+                losses = fast.cross_entropy.cross_entropy(
+                    dlogits, targets[chunk], IGNORED, differentiate
+                )
+                total += losses.sum()
+                if differentiate:
+                    torch.mm(dlogits, matrix, out=dx[chunk])
+                    dweight += dlogits.mT @ rows[chunk]
+            if differentiate:
+                ctx.save_for_backward(dx.to(x.dtype), dweight.to(weight.dtype))
+            return total
+        for chunk in chunks_of(x, x.numel() // len(weight)):
             p = F.linear(rows[chunk], matrix).float()  # [size, V]
             p = p.log_softmax(-1) if log_softmax is None else log_softmax(p)
             total -= p.gather(1, column[chunk]).masked_fill(~owned[chunk], 0).sum()
@@ -120,3 +136,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight = ctx.saved_tensors
         return dx * dtotal.to(dx.dtype), dweight * dtotal.to(dweight.dtype), None, None, None, None
+
+
+def chunks_of(x: Tensor, size: int) -> Iterator[slice]:
+    """Yield slices of at least MIN_CHUNK and else `size` rows of x."""
+    size = max(MIN_CHUNK, size)
+    return (slice(start, start + size) for start in range(0, len(x), size))

@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,8 @@ from torch import Tensor, nn
 from .autocast import float32_products
 from .balance import RouterStatistics, router_statistics, total_statistics
 from .convolution import CausalConv1d
-from .grouped import grouped_linear, sort_by_expert, weighted_sum
+from .dispatch import kernels, prefer_mamba_ssm
+from .grouped import grouped_gemm_supports, grouped_linear, sort_by_expert, weighted_sum
 from .loss import IGNORED, combined_loss, cross_entropy, linear_cross_entropy, targets_of
 from .norm import GatedRMSNorm, RMSNorm
 from .recompute import Recomputable
@@ -149,7 +150,10 @@ class Mamba2(nn.Module):
         window = None if state is None else state.conv[self.index]
         h = None if state is None else state.ssm[self.index]
 
-        z, xBC, dt = torch.split(self.in_proj(x), [inner, config.mamba_conv_size, heads], dim=-1)
+        zxBCdt = self.in_proj(x)
+        if h is None and not prefer_mamba_ssm() and (fast := kernels(zxBCdt)) is not None:
+            return self.out_proj(self.between_projections(fast, zxBCdt, documents))
+        z, xBC, dt = torch.split(zxBCdt, [inner, config.mamba_conv_size, heads], dim=-1)
         xBC = self.conv1d(xBC, window, documents)  # [B, S, X]
         u, B, C = torch.split(xBC, [inner, shared, shared], dim=-1)
         u = u.view(batch, length, heads, -1)  # [B, S, H, P]
@@ -162,6 +166,15 @@ class Mamba2(nn.Module):
             h.copy_(after)
         y = torch.addcmul(y, self.D.float()[:, None], u)
         return self.out_proj(self.norm(y.flatten(-2), z))
+
+    def between_projections(self, fast: Any, zxBCdt: Tensor, documents: Tensor | None) -> Tensor:
+        """Return what `out_proj` reads, by the kernels `fast`, of what `in_proj` returns."""
+        config, conv = self.config, self.conv1d
+        return fast.mamba2.mixer(
+            *(zxBCdt, conv.weight[:, 0], conv.bias, self.dt_bias, self.A_log, self.D),
+            *(self.norm.weight, config.mamba_n_groups, config.mamba_state_size, config.norm_eps),
+            documents,
+        )
 
 
 class Router(nn.Module):
@@ -241,6 +254,10 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """Return [B, S, L] for x [B, S, L], experts and weights [B, S, K]."""
+        plain = type(self) is Experts and grouped_gemm_supports(x, self.up_proj)
+        if plain and x.dtype == torch.bfloat16 and (fast := kernels(x)) is not None:
+            up, down = self.up_proj.to(x.dtype), self.down_proj.to(x.dtype)
+            return fast.experts.experts(x, up, down, experts, weights)
         rows, counts, position = sort_by_expert(x, experts, len(self.up_proj), self.multiple)
         inner = F.relu(self.up(rows, counts)).square()  # [rows, I]
         return weighted_sum(self.down(inner, counts), position, weights).to(x.dtype)
@@ -331,7 +348,10 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner_size, size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.relu(self.up_proj(x)).square())
+        h = self.up_proj(x)
+        fast = kernels(h)
+        a = F.relu(h).square() if fast is None else fast.activation.squared_relu(h)
+        return self.down_proj(a)
 
 
 MIXERS: dict[str, Callable[[Config, int], nn.Module]] = {
@@ -504,11 +524,15 @@ class Model(nn.Module):
         """Return the routers, in the order of the blocks."""
         return [module for module in self.modules() if isinstance(module, Router)]
 
-    def activation_checkpointing_enable(self, enabled: bool = True) -> None:
-        """Keep only what lies between blocks; compute the rest again in the backward pass."""
+    def activation_checkpointing_enable(self, enabled: bool = True, kinds: str = "all") -> None:
+        """Keep only what lies between blocks; compute the rest again in the backward pass.
+
+        `kinds` names the mixers of these blocks, as in "mamba2,moe,attention,mlp".
+        """
         for module in self.modules():
             if isinstance(module, Recomputable):
-                module.gradient_checkpointing = enabled
+                chosen = kinds == "all" or type(module.mixer).__name__.lower() in kinds.split(",")
+                module.gradient_checkpointing = enabled and chosen
 
     def forward(
         self,

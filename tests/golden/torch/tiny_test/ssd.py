@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .autocast import float32_products
+from .dispatch import kernels, prefer_mamba_ssm
 
 CPU_CHUNK = 64  # tokens; larger chunks give the same y and are slower without the CUDA kernel
 LOG_RESET = -1e4  # log of a decay that leaves nothing
@@ -58,9 +59,13 @@ def scan(
     x, B and C have any type; `state` is zeros where it is left out. One token updates `state` in
     place.
     """
-    if scan_kernel is not None and x.is_cuda and (state is None or x.shape[1] > 1):
+    whole = state is None or x.shape[1] > 1
+    if scan_kernel is not None and x.is_cuda and whole and prefer_mamba_ssm():
         options = {"initial_states": state, "seq_idx": documents, "return_final_states": True}
         y, h = scan_kernel(x, dt, A, B, C, chunk_size, **options)
+        return y, h
+    if whole and (fast := kernels(x)) is not None:
+        y, h = fast.mamba2.scan(x, dt, A, B, C, state, documents)
         return y, h
     x, B, C = x.float(), B.float(), C.float()
     with float32_products(x):
