@@ -1,4 +1,4 @@
-"""`--numerics bf16-split`: bfloat16 weights that are the upper halves of float32 ones, and steps that wait for nothing."""
+"""`--numerics bf16-split`: weights that are the upper halves of float32 ones, and steps that wait for nothing."""
 
 from __future__ import annotations
 

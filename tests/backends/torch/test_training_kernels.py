@@ -1,4 +1,4 @@
-"""The Triton kernels of a package in Triton's interpreter, in float32, against float64 definitions of what they compute."""
+"""The Triton kernels of a package, interpreted in float32, against definitions of what they compute in float64."""
 
 from __future__ import annotations
 

@@ -37,6 +37,7 @@ TENSORS_AT_ONCE = 64  # then a file is opened anew, which frees what was mapped 
 INDEX_FILE = "model.safetensors.index.json"
 # What transformers runs with trust_remote_code.
 CODE = (
+    "activation.py",
     "autocast.py",
     "balance.py",
     "convolution.py",

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import kernels
+
 
 def sort_by_expert(
     x: Tensor, experts: Tensor, count: int, multiple: int = 1
@@ -76,6 +78,12 @@ def grouped_gemm_supports(x: Tensor, weight: Tensor) -> bool:
     aligned = x.shape[-1] % align == 0 and weight.shape[1] % align == 0
     plain = x.dtype == torch.bfloat16
     return aligned and (plain or (x.device.type == "cpu" and not torch.compiler.is_exporting()))
+
+
+def grouped_kernels(x: Tensor, weight: Tensor) -> Any | None:
+    """Return the kernels that compute all of the experts for x [..., in], or None."""
+    whole = x.dtype == torch.bfloat16 and grouped_gemm_supports(x, weight)
+    return kernels(x) if whole else None
 
 
 # torch.compile knows the grouped GEMM in bfloat16 only; as a custom operator it has any type.

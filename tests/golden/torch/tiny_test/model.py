@@ -28,20 +28,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .activation import squared_relu
 from .autocast import float32_products
 from .balance import RouterStatistics, router_statistics, total_statistics
 from .convolution import CausalConv1d
 from .dispatch import kernels, prefer_mamba_ssm
-from .grouped import grouped_gemm_supports, grouped_linear, sort_by_expert, weighted_sum
+from .grouped import grouped_kernels, grouped_linear, sort_by_expert, weighted_sum
 from .loss import IGNORED, combined_loss, cross_entropy, linear_cross_entropy, targets_of
 from .norm import GatedRMSNorm, RMSNorm
-from .recompute import Recomputable
+from .recompute import Recomputable, recompute
 from .ssd import scan
 from .state import State
 
@@ -152,7 +153,7 @@ class Mamba2(nn.Module):
 
         zxBCdt = self.in_proj(x)
         if h is None and not prefer_mamba_ssm() and (fast := kernels(zxBCdt)) is not None:
-            return self.out_proj(self.between_projections(fast, zxBCdt, documents))
+            return self.out_proj(fast.mamba2.between_projections(self, zxBCdt, documents))
         z, xBC, dt = torch.split(zxBCdt, [inner, config.mamba_conv_size, heads], dim=-1)
         xBC = self.conv1d(xBC, window, documents)  # [B, S, X]
         u, B, C = torch.split(xBC, [inner, shared, shared], dim=-1)
@@ -166,15 +167,6 @@ class Mamba2(nn.Module):
             h.copy_(after)
         y = torch.addcmul(y, self.D.float()[:, None], u)
         return self.out_proj(self.norm(y.flatten(-2), z))
-
-    def between_projections(self, fast: Any, zxBCdt: Tensor, documents: Tensor | None) -> Tensor:
-        """Return what `out_proj` reads, by the kernels `fast`, of what `in_proj` returns."""
-        config, conv = self.config, self.conv1d
-        return fast.mamba2.mixer(
-            *(zxBCdt, conv.weight[:, 0], conv.bias, self.dt_bias, self.A_log, self.D),
-            *(self.norm.weight, config.mamba_n_groups, config.mamba_state_size, config.norm_eps),
-            documents,
-        )
 
 
 class Router(nn.Module):
@@ -254,12 +246,10 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """Return [B, S, L] for x [B, S, L], experts and weights [B, S, K]."""
-        plain = type(self) is Experts and grouped_gemm_supports(x, self.up_proj)
-        if plain and x.dtype == torch.bfloat16 and (fast := kernels(x)) is not None:
-            up, down = self.up_proj.to(x.dtype), self.down_proj.to(x.dtype)
-            return fast.experts.experts(x, up, down, experts, weights)
+        if type(self) is Experts and (fast := grouped_kernels(x, self.up_proj)) is not None:
+            return fast.experts.experts(x, self.up_proj, self.down_proj, experts, weights)
         rows, counts, position = sort_by_expert(x, experts, len(self.up_proj), self.multiple)
-        inner = F.relu(self.up(rows, counts)).square()  # [rows, I]
+        inner = squared_relu(self.up(rows, counts))  # [rows, I]
         return weighted_sum(self.down(inner, counts), position, weights).to(x.dtype)
 
     def up(self, x: Tensor, counts: Tensor) -> Tensor:
@@ -348,10 +338,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner_size, size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.up_proj(x)
-        fast = kernels(h)
-        a = F.relu(h).square() if fast is None else fast.activation.squared_relu(h)
-        return self.down_proj(a)
+        return self.down_proj(squared_relu(self.up_proj(x)))
 
 
 MIXERS: dict[str, Callable[[Config, int], nn.Module]] = {
@@ -529,10 +516,7 @@ class Model(nn.Module):
 
         `kinds` names the mixers of these blocks, as in "mamba2,moe,attention,mlp".
         """
-        for module in self.modules():
-            if isinstance(module, Recomputable):
-                chosen = kinds == "all" or type(module.mixer).__name__.lower() in kinds.split(",")
-                module.gradient_checkpointing = enabled and chosen
+        recompute(self, kinds if enabled else "none")
 
     def forward(
         self,

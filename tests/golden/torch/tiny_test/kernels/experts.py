@@ -134,12 +134,13 @@ class Experts(torch.autograd.Function):
 def experts(x: Tensor, up: Tensor, down: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
     """Return [..., L] for x [..., L], up [E, I, L], down [E, L, I], experts and weights [..., K].
 
-    x, up and down are of one type, in which the products are; weights are float32.
+    Products are in the type of x.
     """
+    up, down = up.to(x.dtype), down.to(x.dtype)
     choices = experts.shape[-1]
     expert = experts.flatten()  # [M]
     order = expert.argsort(stable=True)
     counts = expert.new_zeros(len(up)).scatter_add_(0, expert, torch.ones_like(expert))
     ends = counts.cumsum(0, dtype=torch.int32)
-    rows = x.reshape(-1, x.shape[-1])
-    return Experts.apply(rows, up, down, weights.reshape(-1, choices), order, ends).view(x.shape)
+    rows, weights = x.reshape(-1, x.shape[-1]), weights.float().view(-1, choices)
+    return Experts.apply(rows, up, down, weights, order, ends).view(x.shape)

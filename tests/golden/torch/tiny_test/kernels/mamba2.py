@@ -130,6 +130,16 @@ def mixer(
     )
 
 
+def between_projections(module: Any, zxBCdt: Tensor, documents: Tensor | None) -> Tensor:
+    """Return `mixer` with the parameters of a Mamba2 of model.py."""
+    config, convolution = module.config, module.conv1d
+    return mixer(
+        *(zxBCdt, convolution.weight[:, 0], getattr(convolution, "bias", None)),
+        *(module.dt_bias, module.A_log, module.D, module.norm.weight),
+        *(config.mamba_n_groups, config.mamba_state_size, config.norm_eps, documents),
+    )
+
+
 class Scan(torch.autograd.Function):
     """See `scan`."""
 

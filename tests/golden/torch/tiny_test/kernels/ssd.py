@@ -35,7 +35,7 @@ BACKWARD = {"num_warps": 8, "num_stages": 1}
 
 @triton.jit
 def steps_of(dt, dt_bias, A, valid, SOFTPLUS: tl.constexpr):
-    """Return dt [Q] before and after softplus, and the sums of dt A up to each token and after it."""
+    """Return dt [Q] before and after softplus; the sums of dt A up to each token, and after it."""
     raw = tl.load(dt, mask=valid, other=0.0).to(tl.float32)
     step = raw
     if SOFTPLUS:

@@ -12,7 +12,6 @@ bfloat16 moments included, where float32 takes 16.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,15 +71,15 @@ class SplitAdamW(torch.optim.Optimizer):
         super().__init__(groups, {"weight_decay": 0.0, **options})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient; there is no closure."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self.update(parameter, group)
+                    self.update(parameter, parameter.grad, group)
 
-    def update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        """Update a parameter by the options of its group."""
+    def update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        """Update a parameter by its gradient and the options of its group."""
         state, split = self.state[parameter], parameter.dtype == torch.bfloat16
         if not state:
             state["step"] = torch.zeros(())
@@ -94,7 +93,12 @@ class SplitAdamW(torch.optim.Optimizer):
         rest = state["rest"].view(torch.int16) if split else None
         fast = kernels(parameter)
         (adamw if fast is None else fast.adamw.adamw)(
-            *(bits, rest, parameter.grad, state["exp_avg"], state["exp_avg_sq"], factor),
+            bits,
+            rest,
+            gradient,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            factor,
             rate=group["lr"],
             betas=group["betas"],
             eps=group["eps"],
