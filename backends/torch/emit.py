@@ -54,6 +54,7 @@ def package_files(view: SpecView) -> list[str]:
         "huggingface.py",
     ]
     names += ["autocast.py"] if view.uses.mamba or view.uses.moe else []
+    names += ["attention.py"] if view.uses.attention else []
     names += ["activation.py"] if view.uses.moe or view.uses.mlp else []
     names += ["ssd.py", "convolution.py"] if view.uses.mamba else []
     names += ["balance.py", "grouped.py"] if view.uses.moe else []

@@ -38,6 +38,7 @@ INDEX_FILE = "model.safetensors.index.json"
 # What transformers runs with trust_remote_code.
 CODE = (
     "activation.py",
+    "attention.py",
     "autocast.py",
     "balance.py",
     "convolution.py",

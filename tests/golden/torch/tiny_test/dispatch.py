@@ -29,16 +29,20 @@ def kernels(x: Tensor) -> Any | None:
 
     They need a GPU and Triton. Graphs for torch.compile and torch.export are of plain operators.
     """
-    if "triton" not in PREFERENCE or not on_gpu(x) or torch.compiler.is_compiling():
+    if not allowed("triton") or not on_gpu(x) or torch.compiler.is_compiling():
         return None
     return triton_kernels()
 
 
+def allowed(name: str) -> bool:
+    """Return whether "triton" or "mamba_ssm" may be used at all."""
+    return name in PREFERENCE
+
+
 def prefer_mamba_ssm() -> bool:
     """Return whether mamba_ssm and causal_conv1d come before the kernels of this package."""
-    if "mamba_ssm" not in PREFERENCE:
-        return False
-    return "triton" not in PREFERENCE[: PREFERENCE.index("mamba_ssm")] or triton_kernels() is None
+    names = [name for name in PREFERENCE if name in ("triton", "mamba_ssm")]
+    return names[:1] == ["mamba_ssm"]
 
 
 def on_gpu(x: Tensor) -> bool:

@@ -35,15 +35,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .activation import squared_relu
+from .attention import causal_attention
 from .autocast import float32_products
 from .balance import RouterStatistics, router_statistics, total_statistics
 from .convolution import CausalConv1d
-from .dispatch import kernels, prefer_mamba_ssm
 from .grouped import grouped_kernels, grouped_linear, sort_by_expert, weighted_sum
 from .loss import IGNORED, combined_loss, cross_entropy, linear_cross_entropy, targets_of
 from .norm import GatedRMSNorm, RMSNorm
 from .recompute import Recomputable, recompute
-from .ssd import scan
+from .ssd import mixer_kernels, scan
 from .state import State
 
 
@@ -152,7 +152,7 @@ class Mamba2(nn.Module):
         h = None if state is None else state.ssm[self.index]
 
         zxBCdt = self.in_proj(x)
-        if h is None and not prefer_mamba_ssm() and (fast := kernels(zxBCdt)) is not None:
+        if h is None and (fast := mixer_kernels(zxBCdt)) is not None:
             return self.out_proj(fast.mamba2.between_projections(self, zxBCdt, documents))
         z, xBC, dt = torch.split(zxBCdt, [inner, config.mamba_conv_size, heads], dim=-1)
         xBC = self.conv1d(xBC, window, documents)  # [B, S, X]
@@ -317,15 +317,11 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(batch, length, self.num_kv_heads, self.head_dim)  # [B, S, Y, Z]
         v = self.v_proj(x).view(batch, length, self.num_kv_heads, self.head_dim)  # [B, S, Y, Z]
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, S, Z]
-        mask = None
-        if state is not None:
+        if state is None:
+            y = causal_attention(q, k, v, documents)
+        else:
             k, v, mask = state.append(self.index, k, v)
-        elif documents is not None:
-            same = documents[:, None, :, None] == documents[:, None, None, :]  # [B, 1, S, S]
-            mask = same.tril()
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-        )
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .autocast import float32_products
-from .dispatch import kernels, prefer_mamba_ssm
+from .dispatch import allowed, kernels, prefer_mamba_ssm
 
 CPU_CHUNK = 64  # tokens; larger chunks give the same y and are slower without the CUDA kernel
 LOG_RESET = -1e4  # log of a decay that leaves nothing
@@ -44,6 +44,11 @@ def cuda_kernel() -> Callable[..., Any] | None:
 scan_kernel = cuda_kernel()
 
 
+def mixer_kernels(x: Tensor) -> Any | None:
+    """Return the kernels of all that is between the projections, or None where others are used."""
+    return None if scan_kernel is not None and prefer_mamba_ssm() else kernels(x)
+
+
 def scan(
     x: Tensor,
     dt: Tensor,
@@ -60,11 +65,13 @@ def scan(
     place.
     """
     whole = state is None or x.shape[1] > 1
-    if scan_kernel is not None and x.is_cuda and whole and prefer_mamba_ssm():
+    fast = kernels(x) if whole else None
+    theirs = scan_kernel if whole and x.is_cuda and allowed("mamba_ssm") else None
+    if theirs is not None and (fast is None or prefer_mamba_ssm()):
         options = {"initial_states": state, "seq_idx": documents, "return_final_states": True}
-        y, h = scan_kernel(x, dt, A, B, C, chunk_size, **options)
+        y, h = theirs(x, dt, A, B, C, chunk_size, **options)
         return y, h
-    if whole and (fast := kernels(x)) is not None:
+    if fast is not None:
         y, h = fast.mamba2.scan(x, dt, A, B, C, state, documents)
         return y, h
     x, B, C = x.float(), B.float(), C.float()
