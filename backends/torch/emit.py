@@ -67,8 +67,9 @@ def package_files(view: SpecView) -> list[str]:
 def kernel_files(view: SpecView) -> list[str]:
     """Return the files of the package's folder `kernels`, in Triton."""
     names = ["__init__.py", "activation.py", "adamw.py", "cross_entropy.py", "norm.py"]
+    names += ["precision.py"] if view.uses.mamba or view.uses.moe else []
     names += ["convolution.py", "mamba2.py", "ssd.py"] if view.uses.mamba else []
-    return names + (["experts.py"] if view.uses.moe else [])
+    return names + (["experts.py", "grouped.py"] if view.uses.moe else [])
 
 
 def _render(name: str, *views: SpecView | TitanView | MegatronView) -> str:

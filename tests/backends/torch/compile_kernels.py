@@ -14,7 +14,7 @@ from triton.compiler import ASTSource
 TYPES = {
     "*bf16": "x y z B C dy dx dz dout out before after dBC h a da dh rows logits m v g",
     "*fp32": "A D dt_bias first last dlast dfirst ddt dD weight bias sums losses dweight factor",
-    "*i32": "documents",
+    "*i32": "documents ends",
     "*i64": "position targets",
     "*i16": "p rest",
     "fp32": "eps rate beta1 beta2 kept correction1 correction2",
@@ -24,6 +24,8 @@ TYPES = {
 
 def compile_kernel(kernel: Any, capability: int, constants: dict[str, Any], options: dict[str, int]) -> None:
     kinds = {name: kind for kind, names in TYPES.items() for name in names.split()} | {"dt": "*bf16"}
+    if kernel.__name__.startswith("grouped"):  # what PyTorch's grouped GEMM does not do
+        kinds |= dict.fromkeys(("x", "y", "dy"), "*fp32")
     signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in kernel.arg_names}
     aligned = {
         (index,): [["tt.divisibility", 16]]
@@ -37,8 +39,8 @@ def compile_kernel(kernel: Any, capability: int, constants: dict[str, Any], opti
 
 
 def compile_all(package: str, capability: int) -> None:
-    names = ("activation", "adamw", "convolution", "cross_entropy", "experts", "norm", "ssd")
-    activation, adamw, convolution, cross_entropy, experts, norm, ssd = (
+    names = ("activation", "adamw", "convolution", "cross_entropy", "experts", "grouped", "norm", "ssd")
+    activation, adamw, convolution, cross_entropy, experts, grouped, norm, ssd = (
         importlib.import_module(f"{package}.kernels.{name}") for name in names
     )
 
@@ -56,6 +58,9 @@ def compile_all(package: str, capability: int) -> None:
     build(experts.activation_forward, experts.tile_of(1856))
     build(experts.activation_backward, experts.tile_of(1856))
     build(experts.sum_rows, {"K": 6, "WIDTH": 2688, "BLOCK": 1024})
+    tile = {"ROWS": grouped.ROWS, "COLUMNS": grouped.COLUMNS, "DEPTH": grouped.DEPTH, "PRECISION": "ieee"}
+    build(grouped.grouped_rows, {**tile, "EXPERTS": 128, "BLOCK_E": 128})
+    build(grouped.grouped_weights, tile)
     for width, gated in ((512, True), (2688, False)):
         tile = norm.tile_of(width)
         warps = tile.pop("num_warps")

@@ -568,7 +568,10 @@ def test_needs_torch_and_safetensors_only() -> None:
     """What the files import at once; rich and TensorBoard only when they are used."""
     files = emit(replace(tiny_spec(), training=Training("nvfp4")), SHA256)
     roots = set[str]()
-    for name in ("train.py", *(name for name in files if name.startswith("tiny_test/") and not re.search("modeling|kernels", name))):
+    for name in (
+        "train.py",
+        *(name for name in files if name.startswith("tiny_test/") and not re.search("modeling|kernels", name)),
+    ):
         for node in ast.parse(files[name]).body:
             if isinstance(node, ast.Import):
                 roots |= {alias.name.partition(".")[0] for alias in node.names}

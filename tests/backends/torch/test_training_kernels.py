@@ -37,7 +37,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def kernels(package: Any) -> SimpleNamespace:
-    names = ("activation", "adamw", "convolution", "cross_entropy", "experts", "mamba2", "norm", "ssd")
+    names = ("activation", "adamw", "convolution", "cross_entropy", "experts", "grouped", "mamba2", "norm", "ssd")
     return SimpleNamespace(**{name: importlib.import_module(f"{package.__name__}.kernels.{name}") for name in names})
 
 
@@ -238,6 +238,18 @@ def test_experts(kernels: Any) -> None:
     compare(lambda **tensors: kernels.experts.experts(**tensors, experts=experts), definition, inputs)
 
 
+def test_grouped_linear(kernels: Any) -> None:
+    """Groups of no row, one row, less and more than a tile; widths that tiles do not divide."""
+    ends = torch.tensor([0, 1, 70, 70, 90], dtype=torch.int32)
+    expert = torch.repeat_interleave(torch.arange(5), torch.tensor([0, 1, 69, 0, 20]))
+    inputs = {"x": torch.randn(90, 70), "weight": torch.randn(5, 66, 70)}
+    compare(
+        lambda x, weight: kernels.grouped.grouped_linear(x, weight, ends),
+        lambda x, weight: torch.einsum("moi,mi->mo", weight[expert], x),
+        inputs,
+    )
+
+
 def test_squared_relu(kernels: Any) -> None:
     compare(kernels.activation.squared_relu, lambda h: F.relu(h).square(), {"h": torch.randn(70, 90)})
 
@@ -338,6 +350,7 @@ def test_compiles(package: Any, capability: int) -> None:
     assert done.stdout.split() == [
         *("square_forward", "square_backward", "adamw_update", "adamw_update", "convolution_forward"),
         *("convolution_backward", "row_losses", "activation_forward", "activation_backward", "sum_rows"),
+        *("grouped_rows", "grouped_weights"),
         *("norm_forward", "norm_backward", "norm_forward", "norm_backward"),
         *("scan_forward", "state_backward", "scan_backward"),
         *("scan_forward", "state_backward", "scan_backward"),

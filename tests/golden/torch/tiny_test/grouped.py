@@ -34,7 +34,12 @@ def sort_by_expert(
     before = padding.cumsum(0) - padding  # [count] rows of padding before each expert's
     position = torch.arange(len(order), device=x.device) + before[expert[order]]  # [M]
     rows_per_expert = tokens_per_expert + padding
-    padded = x.new_zeros(int(rows_per_expert.sum()), x.shape[-1])
+    if x.is_cuda:  # without asking it how many rows there are, the last expert has what may be left
+        total = -(-(len(expert) + count * (multiple - 1)) // multiple) * multiple
+        rows_per_expert[-1] += total - rows_per_expert.sum()
+    else:
+        total = int(rows_per_expert.sum())
+    padded = x.new_zeros(total, x.shape[-1])
     return padded.index_copy(0, position, rows), rows_per_expert, position[order.argsort()]
 
 
@@ -50,14 +55,18 @@ def weighted_sum(rows: Tensor, position: Tensor, weights: Tensor) -> Tensor:
 def grouped_linear(x: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
     """Apply weight[e] [out, in] to the next tokens_per_expert[e] rows of x [M, in].
 
-    Returns [M, out]: by a grouped GEMM where there is one, else by a loop over the experts that
-    have rows.
+    Returns [M, out]: by a grouped GEMM where there is one, on a GPU else by a kernel, on a CPU by a
+    loop over the experts that have rows.
     """
     if grouped_gemm_supports(x, weight):
         ends = tokens_per_expert.cumsum(0, dtype=torch.int32)
         if x.dtype == torch.bfloat16 or not torch.compiler.is_compiling():
             return F.grouped_mm(x, weight.mT, offs=ends)
         return grouped_mm(x, weight, ends)
+    if (fast := kernels(x)) is not None:
+        ends = tokens_per_expert.cumsum(0, dtype=torch.int32)
+        y: Tensor = fast.grouped.grouped_linear(x, weight, ends)
+        return y
     if torch.compiler.is_compiling():
         # A graph cannot loop over the experts that were chosen: each row gets its own matrix.
         rows = torch.arange(x.shape[0], device=x.device)

@@ -7,6 +7,6 @@
 Elsewhere, and where a kernel does not apply, the modules one folder up say the same in PyTorch.
 """
 
-from . import activation, adamw, cross_entropy, experts, mamba2, norm
+from . import activation, adamw, cross_entropy, experts, grouped, mamba2, norm
 
-__all__ = ["activation", "adamw", "cross_entropy", "experts", "mamba2", "norm"]
+__all__ = ["activation", "adamw", "cross_entropy", "experts", "grouped", "mamba2", "norm"]

@@ -27,6 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .precision import precision
+
 CHUNK = 64  # Q, tokens
 FORWARD = {"num_warps": 4, "num_stages": 2}
 STATE_BACKWARD = {"num_warps": 4, "num_stages": 2}
@@ -263,11 +265,6 @@ def scan_backward(
     tl.store(place, dx_chunk.to(dx.dtype.element_ty), mask=of_x)
     given = tl.sum(tl.sum(xs.to(tl.float32) * dys.to(tl.float32), 1), 0)
     tl.store(dD + (row * tl.num_programs(1) + chunk) * H + head, given)
-
-
-def precision(x: Tensor) -> str:
-    """Return how products of float32 are computed: exactly, unless TF32 is allowed."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 and x.is_cuda else "ieee"
 
 
 def split_of(heads: int, channels: int, device: torch.device) -> tuple[int, int]:
