@@ -111,8 +111,8 @@ class Experts(torch.autograd.Function):
     ) -> Tensor:
         token = order // weights.shape[1]
         position = torch.empty_like(order)
-        position[order] = torch.arange(len(order), device=x.device)
-        position = position.view_as(weights)
+        position.scatter_(0, order, torch.arange(len(order), device=x.device))
+        position = position.view_as(weights)  # the row of each choice
         weight = weights.flatten().index_select(0, order)
         h = F.grouped_mm(x.index_select(0, token), up.mT, offs=ends)
         y = F.grouped_mm(activate(h, weight), down.mT, offs=ends)
@@ -128,7 +128,8 @@ class Experts(torch.autograd.Function):
         ddown = F.grouped_mm(dy.mT, a, offs=ends)
         dx = gathered_sum(F.grouped_mm(dh, up, offs=ends), position)
         dup = F.grouped_mm(dh.mT, x.index_select(0, token), offs=ends)
-        return dx, dup, ddown, dweight[position], None, None
+        dweights = dweight.index_select(0, position.flatten()).view_as(position)
+        return dx, dup, ddown, dweights, None, None
 
 
 def experts(x: Tensor, up: Tensor, down: Tensor, experts: Tensor, weights: Tensor) -> Tensor:

@@ -38,13 +38,13 @@ class Mixer(torch.autograd.Function):
         states: int,
         eps: float,
         documents: Tensor | None,
+        save: bool,
     ) -> Tensor:
         batch, length, _ = zxBCdt.shape
         z, xBC, dt = split(zxBCdt, len(taps), len(A_log))
         xBC = convolution.run_forward(xBC, taps, tap_bias, documents)
         A = -A_log.float().exp()  # [H]
         x, B, C = operands(xBC, len(A_log), groups, states)
-        save = any(ctx.needs_input_grad)
         y, before, _ = ssd.run_forward(x, dt, A, B, C, D, dt_bias, documents, None, save)
         y = y.flatten(0, 1).flatten(1)  # [B * S, H * P]
         out = norm.run_forward(y, z.flatten(0, 1), weight, groups, eps)
@@ -89,7 +89,7 @@ class Mixer(torch.autograd.Function):
             (dA * A).to(A_log.dtype),
             dD.to(D.dtype),
             dweight.to(weight.dtype),
-            *(None, None, None, None),
+            *(None, None, None, None, None),
         )
 
 
@@ -124,7 +124,7 @@ def mixer(
     taps [X, W], tap_bias [X]; dt_bias, A_log and D [H]; weight [H * P] of the gated norm over
     `groups` groups; `documents` [B, S] int32, which never decrease.
     """
-    options = groups, states, eps, documents
+    options = groups, states, eps, documents, torch.is_grad_enabled()
     return Mixer.apply(
         zxBCdt.contiguous(), taps.contiguous(), tap_bias, dt_bias, A_log, D, weight, *options
     )
@@ -153,8 +153,8 @@ class Scan(torch.autograd.Function):
         C: Tensor,
         state: Tensor | None,
         documents: Tensor | None,
+        save: bool,
     ) -> tuple[Tensor, Tensor]:
-        save = any(ctx.needs_input_grad)
         y, before, last = ssd.run_forward(x, dt, A, B, C, None, None, documents, state, save)
         ctx.save_for_backward(x, dt, A, B, C, documents, before)
         ctx.with_state = state is not None
@@ -170,7 +170,8 @@ class Scan(torch.autograd.Function):
             *(dy.contiguous(), dlast.contiguous(), dx),
         )
         dB, dC = dBC.unbind(2)
-        return dx, ddt.to(dt.dtype), dA, dB, dC, dstate if ctx.with_state else None, None
+        dstate = dstate if ctx.with_state else None
+        return dx, ddt.to(dt.dtype), dA, dB, dC, dstate, None, None
 
 
 def scan(
@@ -184,7 +185,8 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """Return y [B, S, H, P] and the last state [B, H, P, N] of the scan alone, as ssd.py has it."""
     x, B, C = laid_out(x), laid_out(B), laid_out(C)
-    y, last = Scan.apply(x, dt.contiguous(), A.contiguous(), B, C, state, documents)
+    save = torch.is_grad_enabled()
+    y, last = Scan.apply(x, dt.contiguous(), A.contiguous(), B, C, state, documents, save)
     return y, last
 
 
