@@ -7,10 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 TYPES = {
     "*bf16": "x y z B C dy dx dz dout out before after dBC h a da dh rows logits m v g",
     "*fp32": "A D dt_bias first last dlast dfirst ddt dD weight bias sums losses dweight factor",
@@ -32,8 +28,10 @@ def compile_kernel(kernel: Any, capability: int, constants: dict[str, Any], opti
         for index, name in enumerate(kernel.arg_names)
         if signature[name].startswith(("*", "i32"))
     }
-    source = ASTSource(kernel, signature, constants, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    triton, compiler = importlib.import_module("triton"), importlib.import_module("triton.compiler")
+    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", capability, 32)
+    source = compiler.ASTSource(kernel, signature, constants, aligned)
+    compiled = triton.compile(source, target=target, options=options)
     assert ".entry" in compiled.asm["ptx"]
     print(kernel.__name__)
 

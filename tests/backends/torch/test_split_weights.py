@@ -50,7 +50,8 @@ def test_halves_are_the_whole(train: Any) -> None:
 def test_is_adamw(train: Any) -> None:
     """Of float32 parameters; of bfloat16 ones the sum of the halves differs by the moments' rounding alone."""
     torch.manual_seed(0)
-    start, options = torch.randn(1000), {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
+    start = torch.randn(1000)
+    options: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
     exact = torch.nn.Parameter(start.clone())
     whole, half = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.bfloat16())
     theirs = torch.optim.AdamW([exact], weight_decay=0.1, **options)

@@ -156,12 +156,12 @@ def test_convolution(kernels: Any, width: int, taps: int, packed: bool, biased: 
     wide = torch.randn(2, 75, width + 7)
     x, weight, bias = wide[..., 3 : 3 + width], torch.randn(width, taps), torch.randn(width) if biased else None
     documents = documents_of(2, 75) if packed else None
-    exact = [None if t is None else t.double().requires_grad_() for t in (x, weight, bias)]
-    expected = convolution(*exact, documents)  # type: ignore[arg-type]
+    exact = [t.double().requires_grad_() for t in (x, weight, bias) if t is not None]
+    expected = convolution(exact[0], exact[1], exact[2] if biased else None, documents)
     y = kernels.convolution.run_forward(x, weight, bias, documents)
     same("y", y, expected)
     dy, target = torch.randn_like(y), torch.full_like(wide, torch.nan)
-    wanted = torch.autograd.grad(expected, [t for t in exact if t is not None], dy.double())
+    wanted = torch.autograd.grad(expected, exact, dy.double())
     dx = target[..., 3 : 3 + width]
     dweight, dbias = kernels.convolution.run_backward(x, weight, bias, documents, dy, dx)
     for name, pair in zip(("x", "weight", "bias"), zip((dx, dweight, dbias), wanted, strict=False), strict=False):
@@ -171,7 +171,8 @@ def test_convolution(kernels: Any, width: int, taps: int, packed: bool, biased: 
 
 def gated_norm(y: Tensor, z: Tensor | None, weight: Tensor, groups: int) -> Tensor:
     v = (y if z is None else y * F.silu(z)).unflatten(-1, (groups, -1))
-    return (v / (v.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(-2) * weight
+    root = (v.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    return (v / root).flatten(-2) * weight
 
 
 @pytest.mark.parametrize(("width", "groups", "gated"), [(24, 1, False), (96, 4, True)])
