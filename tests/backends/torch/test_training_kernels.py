@@ -172,7 +172,8 @@ def test_convolution(kernels: Any, width: int, taps: int, packed: bool, biased: 
 def gated_norm(y: Tensor, z: Tensor | None, weight: Tensor, groups: int) -> Tensor:
     v = (y if z is None else y * F.silu(z)).unflatten(-1, (groups, -1))
     root = (v.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    return (v / root).flatten(-2) * weight
+    n: Tensor = (v / root).flatten(-2)
+    return n * weight
 
 
 @pytest.mark.parametrize(("width", "groups", "gated"), [(24, 1, False), (96, 4, True)])
