@@ -125,7 +125,11 @@ def test_numbers_that_are_not_finite(
     trainer.train_step()
     norm = trainer.model.backbone.norm_f.weight
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    hook = norm.register_hook(lambda gradient: gradient * torch.nan)
+
+    def broken(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * torch.nan
+
+    hook = norm.register_hook(broken)
     trainer.train_step()
     hook.remove()
     trainer.train_step()
