@@ -20,8 +20,8 @@ TYPES = {
 
 def compile_kernel(kernel: Any, capability: int, constants: dict[str, Any], options: dict[str, int]) -> None:
     kinds = {name: kind for kind, names in TYPES.items() for name in names.split()} | {"dt": "*bf16"}
-    if kernel.__name__.startswith("grouped"):  # what PyTorch's grouped GEMM does not do
-        kinds |= dict.fromkeys(("x", "y", "dy"), "*fp32")
+    if constants.get("PRECISION") == "tf32x3":
+        kinds = {name: kind.replace("bf16", "fp32") for name, kind in kinds.items()}
     signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in kernel.arg_names}
     aligned = {
         (index,): [["tt.divisibility", 16]]
@@ -33,6 +33,7 @@ def compile_kernel(kernel: Any, capability: int, constants: dict[str, Any], opti
     source = compiler.ASTSource(kernel, signature, constants, aligned)
     compiled = triton.compile(source, target=target, options=options)
     assert ".entry" in compiled.asm["ptx"]
+    assert compiled.metadata.shared <= 99 << 10  # what a program may have on SM 120, the least
     print(kernel.__name__)
 
 
@@ -56,7 +57,7 @@ def compile_all(package: str, capability: int) -> None:
     build(experts.activation_forward, experts.tile_of(1856))
     build(experts.activation_backward, experts.tile_of(1856))
     build(experts.sum_rows, {"K": 6, "WIDTH": 2688, "BLOCK": 1024})
-    tile = {"ROWS": grouped.ROWS, "COLUMNS": grouped.COLUMNS, "DEPTH": grouped.DEPTH, "PRECISION": "ieee"}
+    tile = {"ROWS": grouped.ROWS, "COLUMNS": grouped.COLUMNS, "DEPTH": grouped.DEPTH, "PRECISION": "tf32x3"}
     build(grouped.grouped_rows, {**tile, "EXPERTS": 128, "BLOCK_E": 128})
     build(grouped.grouped_weights, tile)
     for width, gated in ((512, True), (2688, False)):
@@ -64,9 +65,9 @@ def compile_all(package: str, capability: int) -> None:
         warps = tile.pop("num_warps")
         build(norm.norm_forward, {**tile, "GATED": gated}, num_warps=warps)
         build(norm.norm_backward, {**tile, "GATED": gated}, num_warps=warps)
-    sizes = {"P": 64, "N": 128, "Q": ssd.CHUNK, "BLOCK_P": 64, "BLOCK_N": 128, "PRECISION": "ieee"}
-    for documents in (False, True):
-        common = {**sizes, "SOFTPLUS": True, "DOCUMENTS": documents} | ({} if documents else {"documents": None})
+    for documents, q, precision in ((False, 64, "ieee"), (True, 64, "ieee"), (False, 16, "tf32x3")):
+        common = {"P": 64, "N": 128, "Q": q, "BLOCK_P": 64, "BLOCK_N": 128, "PRECISION": precision, "SOFTPLUS": True}
+        common |= {"DOCUMENTS": documents} | ({} if documents else {"documents": None})
         absent = {"FIRST": False, "first": None}
         build(ssd.scan_forward, {**common, **absent, "SKIP": True, "SAVE": True}, **ssd.FORWARD)
         build(ssd.state_backward, {**common, "DLAST": False, "dlast": None}, **ssd.STATE_BACKWARD)

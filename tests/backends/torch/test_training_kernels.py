@@ -136,6 +136,14 @@ def test_scan(
     compare(scan, definition, inputs)
 
 
+def test_scan_by_larger_chunks(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of bfloat16."""
+    monkeypatch.setattr(kernels.ssd, "CHUNKS", {4: 64})
+    sizes = {"batch": 2, "length": 150, "heads": 4, "groups": 2, "channels": 16, "states": 16}
+    test_scan(kernels, **sizes, packed=True, continued=True)
+    test_scan(kernels, **sizes, packed=False, continued=False)
+
+
 def test_scan_in_parts(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are few heads, several programs share the channels of one."""
 
@@ -367,6 +375,5 @@ def test_compiles(package: Any, capability: int) -> None:
         *("convolution_backward", "row_losses", "activation_forward", "activation_backward", "sum_rows"),
         *("grouped_rows", "grouped_weights"),
         *("norm_forward", "norm_backward", "norm_forward", "norm_backward"),
-        *("scan_forward", "state_backward", "scan_backward"),
-        *("scan_forward", "state_backward", "scan_backward"),
+        *(3 * ("scan_forward", "state_backward", "scan_backward")),
     ]

@@ -29,16 +29,16 @@ from torch import Tensor
 
 from .precision import precision
 
-CHUNK = 64  # Q, tokens
+CHUNKS = {2: 64, 4: 16}  # bytes of a number -> Q, tokens, as registers and shared memory allow
 FORWARD = {"num_warps": 4, "num_stages": 2}
 STATE_BACKWARD = {"num_warps": 4, "num_stages": 2}
-BACKWARD = {"num_warps": 8, "num_stages": 1}
+BACKWARD = {"num_warps": 4, "num_stages": 1}
 
 
 @triton.jit
-def steps_of(dt, dt_bias, A, valid, SOFTPLUS: tl.constexpr):
+def steps_of(raw, dt_bias, A, valid, SOFTPLUS: tl.constexpr):
     """Return dt [Q] before and after softplus; the sums of dt A up to each token, and after it."""
-    raw = tl.load(dt, mask=valid, other=0.0).to(tl.float32)
+    raw = raw.to(tl.float32)
     step = raw
     if SOFTPLUS:
         raw += dt_bias
@@ -80,9 +80,12 @@ def scan_forward(
     carried = 0  # the document that h is of
     if DOCUMENTS:
         carried = tl.load(documents + row * S)
+    upcoming = tl.load(dt + t * dt_token, mask=t < S, other=0.0)  # dt, a chunk before it is used
     for start in range(0, S, Q):
         valid = start + t < S
-        _, step, total, left = steps_of(dt + t * dt_token, bias, A_head, valid, SOFTPLUS)
+        _, step, total, left = steps_of(upcoming, bias, A_head, valid, SOFTPLUS)
+        dt += Q * dt_token
+        upcoming = tl.load(dt + t * dt_token, mask=start + Q + t < S, other=0.0)
         end = tl.sum(step * A_head, 0)
         of_x = valid[:, None] & (p < P)[None, :]
         of_B = valid[:, None] & (n < N)[None, :]
@@ -113,7 +116,6 @@ def scan_forward(
         added = tl.trans((u * to_end[:, None]).to(xs.dtype))  # [P, Q]
         h = h * keep + tl.dot(added, Bs, input_precision=PRECISION)
         x += Q * x_token
-        dt += Q * dt_token
         B += Q * B_token
         C += Q * C_token
         y += Q * H * P
@@ -145,10 +147,13 @@ def state_backward(
     dh = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
     if DLAST:
         dh = tl.load(dlast + (row * H + head) * P * N + in_state, mask=of_state, other=0.0)
+    upcoming = tl.load(dt + t * dt_token, mask=final + t < S, other=0.0)
     for back in range(chunks):
         start = (chunks - 1 - back) * Q
         valid = start + t < S
-        _, step, total, _ = steps_of(dt + t * dt_token, bias, A_head, valid, SOFTPLUS)
+        _, step, total, _ = steps_of(upcoming, bias, A_head, valid, SOFTPLUS)
+        dt -= Q * dt_token
+        upcoming = tl.load(dt + t * dt_token, mask=start - Q + t >= 0, other=0.0)
         of_x = valid[:, None] & (p < P)[None, :]
         of_C = valid[:, None] & (n < N)[None, :]
         dys = tl.load(dy + t[:, None] * dy_token + p[None, :], mask=of_x, other=0.0)
@@ -164,7 +169,6 @@ def state_backward(
         decayed = tl.trans((dys.to(tl.float32) * from_start[:, None]).to(Cs.dtype))  # [P, Q]
         dh = dh * keep + tl.dot(decayed, Cs, input_precision=PRECISION)
         dy -= Q * dy_token
-        dt -= Q * dt_token
         C -= Q * C_token
         after -= H * P * N
     tl.store(dfirst + (row * H + head) * P * N + in_state, dh, mask=of_state)
@@ -199,7 +203,8 @@ def scan_backward(
     if SKIP:
         skip = tl.load(D + head).to(tl.float32)
     valid = start + t < S
-    raw, step, total, left = steps_of(dt + t * dt_token, bias, A_head, valid, SOFTPLUS)
+    raw = tl.load(dt + t * dt_token, mask=valid, other=0.0)
+    raw, step, total, left = steps_of(raw, bias, A_head, valid, SOFTPLUS)
     end = tl.sum(step * A_head, 0)
     of_x = valid[:, None] & (p < P)[None, :]
     of_B = valid[:, None] & (n < N)[None, :]
@@ -281,8 +286,8 @@ def scan_options(x: Tensor, B: Tensor, block: int) -> dict[str, Any]:
     """Return the sizes that kernels are compiled for."""
     channels, states = x.shape[-1], B.shape[-1]
     block_n = max(16, triton.next_power_of_2(states))
-    sizes = {"P": channels, "N": states, "Q": CHUNK, "BLOCK_P": block, "BLOCK_N": block_n}
-    return {**sizes, "PRECISION": precision(x)}
+    sizes = {"P": channels, "N": states, "BLOCK_P": block, "BLOCK_N": block_n}
+    return {**sizes, "Q": CHUNKS[x.element_size()], "PRECISION": precision(x)}
 
 
 def run_forward(
@@ -306,7 +311,7 @@ def run_forward(
     batch, length, heads, channels = x.shape
     states, (parts, block) = B.shape[-1], split_of(batch * heads, channels, x.device)
     y = x.new_empty(batch, length, heads, channels)
-    count = triton.cdiv(length, CHUNK) if save else 0
+    count = triton.cdiv(length, CHUNKS[x.element_size()]) if save else 0
     before = x.new_empty(batch, count, heads, channels, states)
     last = x.new_empty(batch, heads, channels, states, dtype=torch.float32)
     scan_forward[batch * heads, parts](
@@ -345,7 +350,7 @@ def run_backward(
     """
     batch, length, heads, channels = x.shape
     (groups, states), (parts, block) = B.shape[2:], split_of(batch * heads, channels, x.device)
-    chunks = triton.cdiv(length, CHUNK)
+    chunks = before.shape[1]
     after = torch.empty_like(before)
     dfirst = x.new_empty(batch, heads, channels, states, dtype=torch.float32)
     options = {"SOFTPLUS": dt_bias is not None, "DOCUMENTS": documents is not None}
