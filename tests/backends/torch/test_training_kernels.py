@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from n3c.backends.torch.loading import load_package
 
-from .generated import tiny_spec, write_generated
+from .generated import imported, tiny_spec, write_generated
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -312,6 +313,71 @@ def test_adamw(package: Any, kernels: Any, halves: bool) -> None:
     kernels.adamw.adamw(*pairs[0], gradient, *moments[0], torch.tensor(-1.0), **options)
     after = optimizer.joined(*pairs[0]) if halves else pairs[0][0]
     assert all(torch.equal(a, b) for a, b in zip(before, (after, *moments[0]), strict=True))
+
+
+@pytest.fixture
+def bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of bfloat16, which the interpreter would do with their bits as integers; it rounds towards zero."""
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
+    language: Any = importlib.import_module("triton.language")
+    product = interpreter.InterpreterBuilder.create_dot
+
+    def widened(operand: Any) -> Any:
+        if operand.dtype.scalar != language.bfloat16:
+            return operand
+        values = torch.from_numpy(operand.data.astype("int32")) << 16
+        return interpreter.TensorHandle(values.view(torch.float32).numpy(), language.float32)
+
+    def create_dot(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return product(builder, widened(a), widened(b), *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+@pytest.mark.usefixtures("bfloat16")
+@pytest.mark.parametrize("packed", [False, True])
+def test_scan_in_bfloat16(kernels: Any, packed: bool) -> None:
+    """At the sizes of a head of Nano, relative to the norm: a few units of 2^-8, in gradients, too."""
+    documents = documents_of(1, 150) if packed else None
+    x, B, C = torch.randn(1, 150, 4, 64), torch.randn(1, 150, 2, 128), torch.randn(1, 150, 2, 128)
+    dt, A = F.softplus(torch.randn(1, 150, 4) - 3), -torch.linspace(1, 16, 4)
+    inputs = [x.bfloat16(), dt, A, B.bfloat16(), C.bfloat16()]
+    ours = [t.clone().requires_grad_() for t in inputs]
+    exact = [t.double().requires_grad_() for t in inputs]
+    got, expected = kernels.mamba2.scan(*ours, None, documents), recurrence(*exact, None, documents)
+    seeds = [torch.randn_like(t) for t in got]
+    pairs = [*zip(got, expected, strict=True)]
+    by_ours = torch.autograd.grad(got, ours, seeds)
+    pairs += zip(by_ours, torch.autograd.grad(expected, exact, [t.double() for t in seeds]), strict=True)
+    for a, b in pairs:
+        assert (a - b).norm() <= 1.5e-2 * b.norm()
+
+
+@pytest.mark.usefixtures("bfloat16")
+@pytest.mark.parametrize("numerics", ["bf16", "bf16-split"])
+def test_steps_in_bfloat16(tmp_path: Path, numerics: str) -> None:
+    """Two steps of train.py, packed, with MTP, grouped GEMMs and all kernels, are nearly those without kernels."""
+    spec = tiny_spec("ME*-")
+    write_generated(replace(spec, model=replace(spec.model, vocab_size=256)), tmp_path)
+    (tmp_path / "text").write_bytes(b"a small text again " * 200)
+    given = ["--data", str(tmp_path / "text"), "--out", str(tmp_path / "out"), "--steps", "9", "--batch-size", "2"]
+    given += ["--seq-len", "40", "--numerics", numerics, "--document-separator", "32"]
+    with imported(tmp_path) as modules:
+        found: list[list[dict[str, Any]]] = []
+        for choice in (modules.dispatch.on_gpu, anywhere):
+            modules.dispatch.on_gpu = choice
+            settings = modules.settings.parse_settings("", given)
+            trainer = modules.trainer.Trainer(settings, modules.world.World(0, 1, torch.device("cpu")))
+            trainer.model.train()
+            lines: list[dict[str, Any]] = []
+            for _ in range(2):
+                trainer.train_step()
+                lines += trainer.read()
+            found.append(lines)
+        assert modules.dispatch.triton_kernels() is not None
+    for plain, fast in zip(*found, strict=True):
+        for name in ("loss", "mtp_loss", "grad_norm", "balance_loss"):
+            assert fast[name] == pytest.approx(plain[name], rel=2e-2), name
 
 
 @pytest.mark.parametrize("packed", [False, True])
