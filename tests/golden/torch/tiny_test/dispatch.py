@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+TYPES = (torch.bfloat16, torch.float16, torch.float32)
 PREFERENCE = os.environ.get("N3C_KERNELS", "triton,mamba_ssm").split(",")
 
 
@@ -29,9 +30,9 @@ def kernels(x: Tensor) -> Any | None:
 
     They need a GPU and Triton. Graphs for torch.compile and torch.export are of plain operators.
     """
-    if not allowed("triton") or not on_gpu(x) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not allowed("triton"):
         return None
-    return triton_kernels()
+    return triton_kernels() if x.dtype in TYPES and on_gpu(x) else None
 
 
 def allowed(name: str) -> bool:
@@ -46,8 +47,14 @@ def prefer_mamba_ssm() -> bool:
 
 
 def on_gpu(x: Tensor) -> bool:
-    """Return whether Triton can compile for the device of x."""
-    return x.is_cuda
+    """Return whether x is on the current GPU, and Triton can compile for it."""
+    return x.is_cuda and x.device.index == torch.cuda.current_device() and capable(x.device.index)
+
+
+@cache
+def capable(device: int) -> bool:
+    """Return whether a GPU has products of bfloat16."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @cache
