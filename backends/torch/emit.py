@@ -45,6 +45,7 @@ def package_files(view: SpecView) -> list[str]:
     names = [
         "__init__.py",
         "model.py",
+        "dispatch.py",
         "loss.py",
         "recompute.py",
         "norm.py",
@@ -53,11 +54,22 @@ def package_files(view: SpecView) -> list[str]:
         "huggingface.py",
     ]
     names += ["autocast.py"] if view.uses.mamba or view.uses.moe else []
+    names += ["attention.py"] if view.uses.attention else []
+    names += ["activation.py"] if view.uses.moe or view.uses.mlp else []
     names += ["ssd.py", "convolution.py"] if view.uses.mamba else []
     names += ["balance.py", "grouped.py"] if view.uses.moe else []
     names += ["modeling_n3c.py"] if view.wrapped else []
     names += ["numerics.py", "blackwell.py"] if view.formats else []
+    names += [f"kernels/{name}" for name in kernel_files(view)]
     return names + [f"training/{name}" for name in TRAINING]
+
+
+def kernel_files(view: SpecView) -> list[str]:
+    """Return the files of the package's folder `kernels`, in Triton."""
+    names = ["__init__.py", "activation.py", "adamw.py", "cross_entropy.py", "norm.py"]
+    names += ["precision.py"] if view.uses.mamba or view.uses.moe else []
+    names += ["convolution.py", "mamba2.py", "ssd.py"] if view.uses.mamba else []
+    return names + (["experts.py", "grouped.py"] if view.uses.moe else [])
 
 
 def _render(name: str, *views: SpecView | TitanView | MegatronView) -> str:

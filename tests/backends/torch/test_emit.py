@@ -143,7 +143,7 @@ def test_the_model_reads_from_top_to_bottom() -> None:
     classes = [node.name for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
     wanted = ["Config", "Mamba2", "Router", "Experts", "MoE", "Attention", "MLP", "Block", "Backbone", "MTP", "Model"]
     assert [name for name in classes if name in wanted] == wanted
-    assert len(emit(load_spec(SPECS / "super.toml")[0], SHA256)[f"{SUPER}/model.py"].splitlines()) <= 600
+    assert len(emit(load_spec(SPECS / "super.toml")[0], SHA256)[f"{SUPER}/model.py"].splitlines()) <= 610
 
 
 def test_every_letter_of_a_shape_is_in_the_table() -> None:
@@ -179,7 +179,12 @@ def test_header_and_imports() -> None:
         if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and not node.level)
         for alias in node.names
     }
-    assert imported - set(sys.stdlib_module_names) == {"rich", "torch", "safetensors"}  # rich where it is installed
+    assert imported - set(sys.stdlib_module_names) == {
+        "rich",
+        "torch",
+        "safetensors",
+        "triton",
+    }  # two where they are installed
 
 
 def test_runs_where_there_is_no_n3c(tmp_path: Path) -> None:

@@ -110,10 +110,13 @@ def test_the_spec_comes_back(saved: tuple[Any, Path]) -> None:
 def test_wrapper(saved: tuple[Any, Path]) -> None:
     model, folder = saved
     assert sorted(path.name for path in folder.iterdir()) == [
+        "activation.py",
+        "attention.py",
         "autocast.py",
         "balance.py",
         "config.json",
         "convolution.py",
+        "dispatch.py",
         "grouped.py",
         "loss.py",
         "model.py",

@@ -86,6 +86,17 @@ def test_less_is_kept() -> None:
     assert kept_bytes(model) == everything
 
 
+def test_kinds_of_blocks() -> None:
+    """Only blocks with the named mixers are computed again, in MTP, too."""
+    model = generate(tiny_spec("ME*-")).Model()
+    model.activation_checkpointing_enable(kinds="moe,attention")
+    chosen = {type(block.mixer).__name__: block.gradient_checkpointing for block in model.backbone.layers}
+    assert chosen == {"Mamba2": False, "MoE": True, "Attention": True, "MLP": False}
+    assert all(block.gradient_checkpointing for block in model.mtp.layers)
+    model.activation_checkpointing_enable(False)
+    assert not any(block.gradient_checkpointing for block in [*model.backbone.layers, *model.mtp.layers])
+
+
 def test_only_training_is_checkpointed() -> None:
     model = generate(tiny_spec("ME", mtp=None)).Model()
     model.activation_checkpointing_enable()

@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import os
+import re
 import resource
 import sys
 from collections.abc import Iterator
@@ -176,6 +177,7 @@ def test_empty_folder(train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--seq-len", "9999999"], "--seq-len 9999999 is not from 2 to"),
         (["--settings", "none.toml"], "none.toml cannot be read"),
         (["--export-dtype", "float16"], "--export-dtype float16 is none of float32, bfloat16"),
+        (["--activation-checkpointing", "moe,mtp"], "mtp is none of all, none, mamba2, moe, attention"),
         (["--numerics", "fp64"], "--numerics fp64 is none of float32, bf16"),
         (["--settings", "/dev/zero"], "larger than 65536 bytes"),
         (["--seed", "-1"], "--seed -1 is not from 0"),
@@ -229,6 +231,27 @@ def test_settings_file(train: Any, text: Path, tmp_path: Path, capsys: pytest.Ca
     path.write_text('step = 1\nlr = "fast"\nsteps = 3\ndata = "d"\nout = "o"\n')
     said = failure(train, capsys, 2, "--settings", str(path))
     assert said == "step is no setting; lr = 'fast' is no float"
+
+
+@pytest.mark.parametrize(
+    ("given", "kinds"),
+    [
+        ([], "none"),
+        (["--activation-checkpointing"], "all"),
+        (["--no-activation-checkpointing"], "none"),
+        (["--activation-checkpointing", "moe,mamba2"], "moe,mamba2"),
+        ([True], "all"),
+        ([False], "none"),
+    ],
+)
+def test_blocks_that_are_computed_twice(train: Any, text: Path, tmp_path: Path, given: list[Any], kinds: str) -> None:
+    """As options, and as booleans of a settings file."""
+    if given and isinstance(given[0], bool):
+        path = tmp_path / "settings.toml"
+        path.write_text(f"activation_checkpointing = {str(given[0]).lower()}\n", "utf-8")
+        given = ["--settings", str(path)]
+    settings = train.settings.parse_settings("", arguments(text, tmp_path / "out", *given))
+    assert settings.activation_checkpointing == kinds
 
 
 def test_an_earlier_run_is_not_mixed_in(
@@ -567,7 +590,10 @@ def test_needs_torch_and_safetensors_only() -> None:
     """What the files import at once; rich and TensorBoard only when they are used."""
     files = emit(replace(tiny_spec(), training=Training("nvfp4")), SHA256)
     roots = set[str]()
-    for name in ("train.py", *(name for name in files if name.startswith("tiny_test/") and "modeling" not in name)):
+    for name in (
+        "train.py",
+        *(name for name in files if name.startswith("tiny_test/") and not re.search("modeling|kernels", name)),
+    ):
         for node in ast.parse(files[name]).body:
             if isinstance(node, ast.Import):
                 roots |= {alias.name.partition(".")[0] for alias in node.names}

@@ -63,18 +63,25 @@ def steps(trainer: Trainer, metrics: Metrics, asked: list[int]) -> int:
     settings, world, store = trainer.settings, trainer.world, trainer.store
     trainer.model.train()
     while trainer.step < settings.steps:
-        began = time.perf_counter()
-        line = trainer.train_step()
-        line |= metrics.speed(time.perf_counter() - began)
+        if not trainer.unread:
+            began = time.perf_counter()
+        trainer.train_step()
         last = trainer.step == settings.steps
-        if settings.val_every and (trainer.step % settings.val_every == 0 or last):
-            line |= trainer.validate()
-        metrics.write(line)
+        validates = settings.val_every and (trainer.step % settings.val_every == 0 or last)
         # Signals and disks reach the processes at different times; they act after the same step.
         signals, written = world.count(bool(asked), store.ready())
+        saves = signals or last or trainer.step % settings.save_every == 0
+        if trainer.waits or validates or saves or trainer.step % settings.log_every == 0:
+            lines = trainer.read()
+            seconds = (time.perf_counter() - began) / len(lines)
+            lines = [line | metrics.speed(seconds) for line in lines]
+            if validates:
+                lines[-1] |= trainer.validate()
+            for line in lines:
+                metrics.write(line)
         if written == world.size:
             store.finish()
-        if signals or last or trainer.step % settings.save_every == 0:
+        if saves:
             trainer.save()
         if signals and not last:
             store.finish()

@@ -37,9 +37,12 @@ TENSORS_AT_ONCE = 64  # then a file is opened anew, which frees what was mapped 
 INDEX_FILE = "model.safetensors.index.json"
 # What transformers runs with trust_remote_code.
 CODE = (
+    "activation.py",
+    "attention.py",
     "autocast.py",
     "balance.py",
     "convolution.py",
+    "dispatch.py",
     "grouped.py",
     "loss.py",
     "model.py",

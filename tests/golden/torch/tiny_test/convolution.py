@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .autocast import float32_products
+from .dispatch import allowed
 
 
 def cuda_kernel() -> Callable[..., Any] | None:
@@ -65,7 +66,7 @@ def causal_conv1d(
     """
     channels, taps = weight.shape
     supported = channels % 8 == 0 and x.stride(1) % 8 == 0 and taps <= 4  # by the kernel
-    if conv_kernel is not None and x.is_cuda and supported:
+    if conv_kernel is not None and x.is_cuda and supported and allowed("mamba_ssm"):
         out: Tensor = conv_kernel(
             x.transpose(1, 2), weight, bias, seq_idx=documents, activation="silu"
         )

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import kernels
+
 
 def sort_by_expert(
     x: Tensor, experts: Tensor, count: int, multiple: int = 1
@@ -32,7 +34,12 @@ def sort_by_expert(
     before = padding.cumsum(0) - padding  # [count] rows of padding before each expert's
     position = torch.arange(len(order), device=x.device) + before[expert[order]]  # [M]
     rows_per_expert = tokens_per_expert + padding
-    padded = x.new_zeros(int(rows_per_expert.sum()), x.shape[-1])
+    if x.is_cuda:  # without asking it how many rows there are, the last expert has what may be left
+        total = -(-(len(expert) + count * (multiple - 1)) // multiple) * multiple
+        rows_per_expert[-1] += total - rows_per_expert.sum()
+    else:
+        total = int(rows_per_expert.sum())
+    padded = x.new_zeros(total, x.shape[-1])
     return padded.index_copy(0, position, rows), rows_per_expert, position[order.argsort()]
 
 
@@ -48,14 +55,18 @@ def weighted_sum(rows: Tensor, position: Tensor, weights: Tensor) -> Tensor:
 def grouped_linear(x: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
     """Apply weight[e] [out, in] to the next tokens_per_expert[e] rows of x [M, in].
 
-    Returns [M, out]: by a grouped GEMM where there is one, else by a loop over the experts that
-    have rows.
+    Returns [M, out]: by a grouped GEMM where there is one, on a GPU else by a kernel, on a CPU by a
+    loop over the experts that have rows.
     """
     if grouped_gemm_supports(x, weight):
         ends = tokens_per_expert.cumsum(0, dtype=torch.int32)
         if x.dtype == torch.bfloat16 or not torch.compiler.is_compiling():
             return F.grouped_mm(x, weight.mT, offs=ends)
         return grouped_mm(x, weight, ends)
+    if (fast := kernels(x)) is not None:
+        ends = tokens_per_expert.cumsum(0, dtype=torch.int32)
+        y: Tensor = fast.grouped.grouped_linear(x, weight, ends)
+        return y
     if torch.compiler.is_compiling():
         # A graph cannot loop over the experts that were chosen: each row gets its own matrix.
         rows = torch.arange(x.shape[0], device=x.device)
@@ -67,15 +78,21 @@ def grouped_linear(x: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tens
 
 
 def grouped_gemm_supports(x: Tensor, weight: Tensor) -> bool:
-    """Return whether a grouped GEMM can be used for x [M, in] and weight [E, out, in].
+    """Return whether a grouped GEMM can be used for x [..., in] and weight [E, out, in].
 
     It needs rows of a multiple of 16 bytes in bfloat16 or, on a CPU, in any type; `torch.export`
     must have nothing but plain operators, of which it is one in bfloat16 only.
     """
     align = 16 // x.element_size()
-    aligned = x.shape[1] % align == 0 and weight.shape[1] % align == 0
+    aligned = x.shape[-1] % align == 0 and weight.shape[1] % align == 0
     plain = x.dtype == torch.bfloat16
     return aligned and (plain or (x.device.type == "cpu" and not torch.compiler.is_exporting()))
+
+
+def grouped_kernels(x: Tensor, weight: Tensor) -> Any | None:
+    """Return the kernels that compute all of the experts for x [..., in], or None."""
+    whole = x.dtype == torch.bfloat16 and grouped_gemm_supports(x, weight)
+    return kernels(x) if whole else None
 
 
 # torch.compile knows the grouped GEMM in bfloat16 only; as a custom operator it has any type.

@@ -11,7 +11,7 @@ of tokens at a time needs as much as their hidden states (as in Liger Kernel: Hs
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,8 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .dispatch import kernels
+
 IGNORED = -100  # a target that does not count
 MIN_CHUNK = 256  # tokens
+GPU_LOGITS = 1 << 32  # bytes of a chunk's logits, where a kernel differentiates them in place
 
 
 def targets_of(labels: Tensor, ahead: int, documents: Tensor | None) -> Tensor:
@@ -88,29 +91,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
         rows, matrix = x.to(dtype), weight.to(dtype)
-        column = targets[:, None] - first  # [tokens, 1]
-        owned = (column >= 0) & (column < len(weight))  # [tokens, 1]
-        column = column.clamp(0, len(weight) - 1)
-        scored = (targets != IGNORED)[:, None].to(dtype)  # [tokens, 1]
-        total = x.new_zeros((), dtype=torch.float32)
-        if differentiate:
-            dx = torch.empty_like(rows)
-            dweight = torch.zeros_like(weight, dtype=torch.float32)
-        size = max(MIN_CHUNK, x.numel() // len(weight))
-        for chunk in (slice(start, start + size) for start in range(0, len(x), size)):
-            p = F.linear(rows[chunk], matrix).float()  # [size, V]
-            p = p.log_softmax(-1) if log_softmax is None else log_softmax(p)
-            total -= p.gather(1, column[chunk]).masked_fill(~owned[chunk], 0).sum()
-            if not differentiate:
-                continue
-            # The gradient of the logits, in the same memory.
-            p.exp_().scatter_add_(1, column[chunk], -owned[chunk].float())
-            dlogits = p.to(dtype)
-            dx[chunk] = (dlogits @ matrix) * scored[chunk]
-            if dtype == torch.float32:
-                dweight.addmm_(dlogits.mT, rows[chunk] * scored[chunk])
-            else:
-                dweight += dlogits.mT @ (rows[chunk] * scored[chunk])
+        if log_softmax is None and (fast := kernels(x)) is not None:  # all of the vocabulary
+            total, dx, dweight = by_kernel(fast, rows, matrix, targets, differentiate)
+        else:
+            total, dx, dweight = by_operators(
+                rows, matrix, targets, first, log_softmax, differentiate
+            )
         if differentiate:
             ctx.save_for_backward(dx.to(x.dtype), dweight.to(weight.dtype))
         return total
@@ -120,3 +106,62 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight = ctx.saved_tensors
         return dx * dtotal.to(dx.dtype), dweight * dtotal.to(dweight.dtype), None, None, None, None
+
+
+def by_operators(
+    rows: Tensor,
+    matrix: Tensor,
+    targets: Tensor,
+    first: int,
+    log_softmax: Callable[[Tensor], Tensor] | None,
+    differentiate: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss [] and, where asked for, its gradients by rows [tokens, D] and matrix."""
+    dtype, count = rows.dtype, len(matrix)
+    column = targets[:, None] - first  # [tokens, 1]
+    owned = (column >= 0) & (column < count)  # [tokens, 1]
+    column = column.clamp(0, count - 1)
+    scored = (targets != IGNORED)[:, None].to(dtype)  # [tokens, 1]
+    total = rows.new_zeros((), dtype=torch.float32)
+    dx = torch.empty_like(rows if differentiate else total)
+    dweight = torch.zeros_like(matrix if differentiate else total, dtype=torch.float32)
+    for chunk in chunks_of(rows, rows.numel() // count):
+        p = F.linear(rows[chunk], matrix).float()  # [size, V]
+        p = p.log_softmax(-1) if log_softmax is None else log_softmax(p)
+        total -= p.gather(1, column[chunk]).masked_fill(~owned[chunk], 0).sum()
+        if not differentiate:
+            continue
+        # The gradient of the logits, in the same memory.
+        p.exp_().scatter_add_(1, column[chunk], -owned[chunk].float())
+        dlogits = p.to(dtype)
+        dx[chunk] = (dlogits @ matrix) * scored[chunk]
+        if dtype == torch.float32:
+            dweight.addmm_(dlogits.mT, rows[chunk] * scored[chunk])
+        else:
+            dweight += dlogits.mT @ (rows[chunk] * scored[chunk])
+    return total, dx, dweight
+
+
+def by_kernel(
+    fast: Any, rows: Tensor, matrix: Tensor, targets: Tensor, differentiate: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `by_operators` does, by fewer and larger products."""
+    total = rows.new_zeros((), dtype=torch.float32)
+    dx = torch.empty_like(rows if differentiate else total)
+    dweight = total
+    size = GPU_LOGITS // (len(matrix) * matrix.element_size())
+    for number, chunk in enumerate(chunks_of(rows, size)):
+        dlogits = F.linear(rows[chunk], matrix)
+        losses = fast.cross_entropy.cross_entropy(dlogits, targets[chunk], IGNORED, differentiate)
+        total = total + losses.sum()
+        if differentiate:
+            torch.mm(dlogits, matrix, out=dx[chunk])
+            product = dlogits.mT @ rows[chunk]
+            dweight = product if number == 0 else dweight.float().add_(product)
+    return total, dx, dweight
+
+
+def chunks_of(x: Tensor, size: int) -> Iterator[slice]:
+    """Yield slices of at least MIN_CHUNK and else `size` rows of x."""
+    size = max(MIN_CHUNK, size)
+    return (slice(start, start + size) for start in range(0, len(x), size))

@@ -34,14 +34,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .activation import squared_relu
+from .attention import causal_attention
 from .autocast import float32_products
 from .balance import RouterStatistics, router_statistics, total_statistics
 from .convolution import CausalConv1d
-from .grouped import grouped_linear, sort_by_expert, weighted_sum
+from .grouped import grouped_kernels, grouped_linear, sort_by_expert, weighted_sum
 from .loss import IGNORED, combined_loss, cross_entropy, linear_cross_entropy, targets_of
 from .norm import GatedRMSNorm, RMSNorm
-from .recompute import Recomputable
-from .ssd import scan
+from .recompute import Recomputable, recompute
+from .ssd import mixer_kernels, scan
 from .state import State
 
 
@@ -149,7 +151,10 @@ class Mamba2(nn.Module):
         window = None if state is None else state.conv[self.index]
         h = None if state is None else state.ssm[self.index]
 
-        z, xBC, dt = torch.split(self.in_proj(x), [inner, config.mamba_conv_size, heads], dim=-1)
+        zxBCdt = self.in_proj(x)
+        if h is None and (fast := mixer_kernels(zxBCdt)) is not None:
+            return self.out_proj(fast.mamba2.between_projections(self, zxBCdt, documents))
+        z, xBC, dt = torch.split(zxBCdt, [inner, config.mamba_conv_size, heads], dim=-1)
         xBC = self.conv1d(xBC, window, documents)  # [B, S, X]
         u, B, C = torch.split(xBC, [inner, shared, shared], dim=-1)
         u = u.view(batch, length, heads, -1)  # [B, S, H, P]
@@ -241,8 +246,10 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """Return [B, S, L] for x [B, S, L], experts and weights [B, S, K]."""
+        if type(self) is Experts and (fast := grouped_kernels(x, self.up_proj)) is not None:
+            return fast.experts.experts(x, self.up_proj, self.down_proj, experts, weights)
         rows, counts, position = sort_by_expert(x, experts, len(self.up_proj), self.multiple)
-        inner = F.relu(self.up(rows, counts)).square()  # [rows, I]
+        inner = squared_relu(self.up(rows, counts))  # [rows, I]
         return weighted_sum(self.down(inner, counts), position, weights).to(x.dtype)
 
     def up(self, x: Tensor, counts: Tensor) -> Tensor:
@@ -310,15 +317,11 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(batch, length, self.num_kv_heads, self.head_dim)  # [B, S, Y, Z]
         v = self.v_proj(x).view(batch, length, self.num_kv_heads, self.head_dim)  # [B, S, Y, Z]
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, S, Z]
-        mask = None
-        if state is not None:
+        if state is None:
+            y = causal_attention(q, k, v, documents)
+        else:
             k, v, mask = state.append(self.index, k, v)
-        elif documents is not None:
-            same = documents[:, None, :, None] == documents[:, None, None, :]  # [B, 1, S, S]
-            mask = same.tril()
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-        )
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -331,7 +334,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner_size, size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.relu(self.up_proj(x)).square())
+        return self.down_proj(squared_relu(self.up_proj(x)))
 
 
 MIXERS: dict[str, Callable[[Config, int], nn.Module]] = {
@@ -504,11 +507,12 @@ class Model(nn.Module):
         """Return the routers, in the order of the blocks."""
         return [module for module in self.modules() if isinstance(module, Router)]
 
-    def activation_checkpointing_enable(self, enabled: bool = True) -> None:
-        """Keep only what lies between blocks; compute the rest again in the backward pass."""
-        for module in self.modules():
-            if isinstance(module, Recomputable):
-                module.gradient_checkpointing = enabled
+    def activation_checkpointing_enable(self, enabled: bool = True, kinds: str = "all") -> None:
+        """Keep only what lies between blocks; compute the rest again in the backward pass.
+
+        `kinds` names the mixers of these blocks, as in "mamba2,moe,attention,mlp".
+        """
+        recompute(self, kinds if enabled else "none")
 
     def forward(
         self,

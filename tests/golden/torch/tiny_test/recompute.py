@@ -28,3 +28,11 @@ class Recomputable(nn.Module):
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(self.compute, *inputs, use_reentrant=False)
         return self.compute(*inputs)
+
+
+def recompute(model: nn.Module, kinds: str) -> None:
+    """Have the blocks of some kinds of mixers computed again: "all", "none" or "mamba2,moe"."""
+    for module in model.modules():
+        if isinstance(module, Recomputable):
+            kind = type(module.mixer).__name__.lower()
+            module.gradient_checkpointing = kinds == "all" or kind in kinds.split(",")

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .autocast import float32_products
+from .dispatch import allowed, kernels, prefer_mamba_ssm
 
 CPU_CHUNK = 64  # tokens; larger chunks give the same y and are slower without the CUDA kernel
 LOG_RESET = -1e4  # log of a decay that leaves nothing
@@ -43,6 +44,11 @@ def cuda_kernel() -> Callable[..., Any] | None:
 scan_kernel = cuda_kernel()
 
 
+def mixer_kernels(x: Tensor) -> Any | None:
+    """Return the kernels of all that is between the projections, or None where others are used."""
+    return None if scan_kernel is not None and prefer_mamba_ssm() else kernels(x)
+
+
 def scan(
     x: Tensor,
     dt: Tensor,
@@ -58,9 +64,15 @@ def scan(
     x, B and C have any type; `state` is zeros where it is left out. One token updates `state` in
     place.
     """
-    if scan_kernel is not None and x.is_cuda and (state is None or x.shape[1] > 1):
+    whole = state is None or x.shape[1] > 1
+    fast = kernels(x) if whole else None
+    theirs = scan_kernel if whole and x.is_cuda and allowed("mamba_ssm") else None
+    if theirs is not None and (fast is None or prefer_mamba_ssm()):
         options = {"initial_states": state, "seq_idx": documents, "return_final_states": True}
-        y, h = scan_kernel(x, dt, A, B, C, chunk_size, **options)
+        y, h = theirs(x, dt, A, B, C, chunk_size, **options)
+        return y, h
+    if fast is not None:
+        y, h = fast.mamba2.scan(x, dt, A, B, C, state, documents)
         return y, h
     x, B, C = x.float(), B.float(), C.float()
     with float32_products(x):

@@ -159,7 +159,8 @@ class Checkpoints:
             raise TrainError(f"{path} cannot be read: {reason(error)}", FILES) from error
         groups = state["optimizer"]["param_groups"]
         for group, ours in zip(groups, optimizer.param_groups, strict=True):
-            group["fused"] = ours["fused"]  # which depends on how the processes share the model
+            if "fused" in ours:  # it depends on how the processes share the model
+                group["fused"] = ours["fused"]
         set_state_dict(
             model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )

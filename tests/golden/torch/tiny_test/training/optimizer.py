@@ -2,16 +2,23 @@
 # spec: tiny-test
 # sha256: 0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef
 # mypy: no-warn-return-any, allow-untyped-calls
-"""The optimizer, and the learning rate of each step."""
+"""The optimizer, and the learning rate of each step.
+
+With `--numerics bf16-split` a matrix is bfloat16. It is the upper half of float32 numbers, whose
+lower half `SplitAdamW` keeps: nothing of an update is lost, in 10 bytes a weight, its gradient and
+bfloat16 moments included, where float32 takes 16.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..dispatch import kernels
 from ..model import Model
 from .settings import Settings
 
@@ -29,7 +36,7 @@ def learning_rate(settings: Settings, step: int) -> float:
     return settings.lr - (settings.lr - low) * math.sqrt(min(max(progress, 0.0), 1.0))
 
 
-def build_optimizer(model: Model, settings: Settings) -> torch.optim.AdamW:
+def build_optimizer(model: Model, settings: Settings) -> torch.optim.Optimizer:
     """Return AdamW (Loshchilov and Hutter, arXiv 1711.05101); matrices decay, and taps."""
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
@@ -42,7 +49,103 @@ def build_optimizer(model: Model, settings: Settings) -> torch.optim.AdamW:
         {"params": others, "weight_decay": 0.0},
     ]
     betas, eps = (settings.beta1, settings.beta2), settings.eps
+    if settings.numerics == "bf16-split":
+        return SplitAdamW(groups, lr=settings.lr, betas=betas, eps=eps)
     # One kernel takes them all, but not those of several meshes, as experts and shares have them.
     meshes = {p.device_mesh if isinstance(p, DTensor) else None for p in [*decayed, *others]}
     fused = len(meshes) == 1
     return torch.optim.AdamW(groups, settings.lr, betas, eps, foreach=False, fused=fused)
+
+
+class SplitAdamW(torch.optim.Optimizer):
+    """AdamW of parameters that are float32, or bfloat16 and the upper half of float32 numbers.
+
+    The bits of such a number are those of the parameter, 16 places up, plus `rest`, int16 bits that
+    are kept as bfloat16. Moments have the parameter's type. The gradients are multiplied by
+    `factor` []; where that is negative, the step changes nothing.
+    """
+
+    factor: Tensor | None = None
+
+    def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
+        super().__init__(groups, {"weight_decay": 0.0, **options})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient; there is no closure."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.update(parameter, parameter.grad, group)
+
+    def update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        """Update a parameter by its gradient and the options of its group."""
+        state, split = self.state[parameter], parameter.dtype == torch.bfloat16
+        if not state:
+            state["step"] = torch.zeros(())
+            names = ["exp_avg", "exp_avg_sq", *(["rest"] if split else [])]
+            state |= {name: torch.zeros_like(parameter) for name in names}
+        state["step"] += 1
+        factor = self.factor
+        if factor is None:
+            factor = torch.ones((), device=parameter.device)
+        bits = parameter.view(torch.int16) if split else parameter
+        rest = state["rest"].view(torch.int16) if split else None
+        fast = kernels(parameter)
+        (adamw if fast is None else fast.adamw.adamw)(
+            bits,
+            rest,
+            gradient,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            factor,
+            rate=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            decay=group["weight_decay"],
+            step=int(state["step"]),
+        )
+
+
+def adamw(
+    p: Tensor,
+    rest: Tensor | None,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    factor: Tensor,
+    *,
+    rate: float,
+    betas: tuple[float, float],
+    eps: float,
+    decay: float,
+    step: int,
+) -> None:
+    """Update a float32 parameter p or, with `rest`, the int16 bits of a bfloat16 one, in place."""
+    good = factor >= 0
+    gradient = g.float() * factor
+    value = p if rest is None else joined(p, rest)
+    first = m.float().lerp(gradient, 1 - betas[0])
+    second = betas[1] * v.float() + (1 - betas[1]) * gradient.square()
+    root = (second / (1 - betas[1] ** step)).sqrt() + eps
+    value = value * (1 - rate * decay) - rate / (1 - betas[0] ** step) * first / root
+    m.copy_(torch.where(good, first.to(m.dtype), m))
+    v.copy_(torch.where(good, second.to(v.dtype), v))
+    if rest is None:
+        p.copy_(torch.where(good, value, p))
+        return
+    high, low = split(value)
+    p.copy_(torch.where(good, high, p))
+    rest.copy_(torch.where(good, low, rest))
+
+
+def joined(high: Tensor, low: Tensor) -> Tensor:
+    """Return the float32 numbers of which `split` returns the halves."""
+    return ((high.int() << 16) + low.int()).view(torch.float32)
+
+
+def split(value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the bits of float32 numbers in two int16: the nearest bfloat16's, and the rest."""
+    bits = value.view(torch.int32)
+    high = (bits + 0x8000) >> 16
+    return high.to(torch.int16), (bits - (high << 16)).to(torch.int16)

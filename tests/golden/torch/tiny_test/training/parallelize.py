@@ -386,8 +386,8 @@ TENSOR_PARALLEL = (
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
-    """Scale the gradients to a norm of at most `limit` over all processes; return their norm []."""
+def norm_of_gradients(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Return the norm [] of the gradients over all processes."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     world = dist.get_world_size() if dist.is_initialized() else 1
     squares = []
@@ -401,9 +401,17 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     total = torch.stack(squares).sum()
     if dist.is_initialized():
         dist.all_reduce(total)
-    norm = total.sqrt()
+    return total.sqrt()
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+    """Scale the gradients to a norm of at most `limit` over all processes; return their norm []."""
+    parameters = list(parameters)
+    norm = norm_of_gradients(parameters)
     if bool(norm.isfinite()):  # else they tell where it broke
         factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-        for gradient in gradients:
-            local_part(gradient).mul_(factor)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                local_part(parameter.grad).mul_(factor)
     return norm

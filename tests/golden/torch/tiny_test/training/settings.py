@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import signal
 import tomllib
 from collections.abc import Sequence
@@ -15,9 +16,12 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..model import Config
 
-NUMERICS = ("float32", "bf16", "nvfp4")
+NUMERICS = ("float32", "bf16", "bf16-split", "nvfp4")
+KINDS = ["mamba2", "moe", "attention", "mlp"]  # of mixers
 MOST_SETTINGS = 1 << 16  # bytes
 MOST_SEQUENCES = 1 << 20  # of a step
 USAGE, NOT_FINITE, FILES, STOPPED = 2, 5, 6, 128 + signal.SIGTERM
@@ -49,7 +53,7 @@ class Settings:
     document_separator: int = option(-1, "token that ends a document; nothing passes it (-1: none)")
     seed: int = option(0, "seed of the fresh weights and of the order of the data")
     weights: str = option("", "released checkpoint to start from, instead of fresh weights")
-    numerics: str = option("float32", "float32, bf16 (autocast), or nvfp4: see numerics.py")
+    numerics: str = option("", "float32, bf16 (autocast), bf16-split (see optimizer.py) or nvfp4")
 
     lr: float = option(1e-3, "learning rate after the warm-up")
     final_lr: float = option(0.01, "learning rate at the end, as a part of lr")
@@ -65,7 +69,7 @@ class Settings:
 
     expert_parallel: int = option(1, "processes that share out the experts: see parallelize.py")
     tensor_parallel: int = option(1, "processes that share out every block: see parallelize.py")
-    activation_checkpointing: bool = option(False, "keep less in memory and compute it again")
+    activation_checkpointing: str = option("none", "blocks to compute twice: all, or kinds, a,b")
     compile: bool = option(False, "torch.compile every block; the first step takes minutes")
 
     save_every: int = option(1000, "steps from checkpoint to checkpoint")
@@ -107,6 +111,11 @@ def parse_settings(text: str, arguments: Sequence[str] | None = None) -> Setting
     kinds = {"str": str, "int": int, "float": float}
     for item in fields(Settings):
         name, words = "--" + item.name.replace("_", "-"), item.metadata["help"]
+        if item.name == "activation_checkpointing":  # without kinds: of all
+            parser.add_argument(name, nargs="?", const="all", metavar="KINDS", help=words)
+            negative = "--no-activation-checkpointing"
+            parser.add_argument(negative, dest=item.name, action="store_const", const="none")
+            continue
         if item.type == "bool":
             action = argparse.BooleanOptionalAction
             parser.add_argument(name, action=action, default=None, help=words)
@@ -135,6 +144,8 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def checked(values: dict[str, Any]) -> Settings:
     """Return settings of `values`; TrainError for what is missing, unknown or impossible."""
+    if isinstance(twice := values.get("activation_checkpointing"), bool):
+        values["activation_checkpointing"] = "all" if twice else "none"
     known = {item.name: item for item in fields(Settings)}
     problems = [f"{name} is no setting" for name in values if name not in known]
     for name, item in known.items():
@@ -151,11 +162,21 @@ def checked(values: dict[str, Any]) -> Settings:
             problems.append(f"{name} = {value} is not a number of at least 0")
     if problems:
         raise TrainError("; ".join(problems), USAGE)
+    if not values.get("numerics"):
+        values["numerics"] = default_numerics(values.get("accumulation", 1))
     settings = Settings(**values)
     problems = impossible(settings)
     if problems:
         raise TrainError("; ".join(problems), USAGE)
     return settings
+
+
+def default_numerics(accumulation: int) -> str:
+    """Return the numerics of a run that names none: those that suit the device."""
+    if not torch.cuda.is_available():
+        return "float32"
+    # Gradients of several parts, or processes, are better summed in float32.
+    return "bf16-split" if accumulation == 1 and "RANK" not in os.environ else "bf16"
 
 
 def impossible(settings: Settings) -> list[str]:
@@ -177,10 +198,15 @@ def impossible(settings: Settings) -> list[str]:
         problems.append(f"{separator} is not from -1 to {config.vocab_size - 1}")
     if settings.numerics not in NUMERICS:
         problems.append(f"--numerics {settings.numerics} is none of {', '.join(NUMERICS)}")
+    if settings.numerics == "bf16-split" and "RANK" in os.environ:
+        problems.append("--numerics bf16-split is for one process without torchrun")
+    if twice := set(settings.activation_checkpointing.split(",")) - {"all", "none"} - set(KINDS):
+        names = f"{', '.join(sorted(twice))} is none of all, none, {', '.join(KINDS)}"
+        problems.append(f"--activation-checkpointing: {names}")
     if settings.export_dtype not in ("float32", "bfloat16"):
         problems.append(f"--export-dtype {settings.export_dtype} is none of float32, bfloat16")
     others = {
-        "--activation-checkpointing": settings.activation_checkpointing,
+        "--activation-checkpointing": settings.activation_checkpointing != "none",
         "--numerics nvfp4": settings.numerics == "nvfp4",
         "--expert-parallel": settings.expert_parallel > 1,
         "--tensor-parallel": settings.tensor_parallel > 1,

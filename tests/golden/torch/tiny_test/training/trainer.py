@@ -30,8 +30,8 @@ from ..recompute import Recomputable
 from .checkpointing import Checkpoints
 from .data import documents_of, open_data
 from .faults import finite, first_fault
-from .optimizer import build_optimizer, learning_rate
-from .parallelize import clip_gradients
+from .optimizer import SplitAdamW, build_optimizer, learning_rate
+from .parallelize import clip_gradients, norm_of_gradients
 from .settings import FILES, NOT_FINITE, USAGE, Settings, TrainError
 from .weights import build_model
 from .world import World
@@ -62,11 +62,14 @@ class Trainer:
             self.model = build_model(settings, world, numerics)
         except ValueError as error:
             raise TrainError(f"--numerics {settings.numerics}: {error}", USAGE) from error
-        self.model.activation_checkpointing_enable(settings.activation_checkpointing)
+        kinds = settings.activation_checkpointing
+        self.model.activation_checkpointing_enable(kinds != "none", kinds)
         if settings.compile:
             compile_blocks(self.model)
         self.optimizer = build_optimizer(self.model, settings)
         self.step = 0  # optimizer steps done
+        self.unread: list[tuple[int, float, Tensor]] = []  # steps: number, rate, measurements
+        self.good = torch.ones((), dtype=torch.bool, device=world.device)  # all steps were finite
         if settings.resume:
             self.step = self.store.load(self.model, self.optimizer, settings)
             if self.step > settings.steps:
@@ -85,7 +88,7 @@ class Trainer:
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context of a forward pass."""
-        if self.settings.numerics == "float32":
+        if self.settings.numerics in ("float32", "bf16-split"):
             return nullcontext()
         # A cast kept for the next use of a weight would sum the gradients of its uses in bfloat16
         # (the head has one for each step of prediction), and outlive the block that was gathered.
@@ -98,18 +101,50 @@ class Trainer:
         for part in range(settings.accumulation):
             start = first + part * world.data_size * self.share
             rows = [self.train_windows.shuffled(start + row) for row in range(self.share)]
-            yield torch.stack(rows).to(world.device)
+            ids = torch.stack(rows)
+            if world.device.type == "cuda":
+                ids = ids.pin_memory()  # else the copy would wait for all work before it
+            yield ids.to(world.device, non_blocking=True)
 
-    def train_step(self) -> dict[str, Any]:
-        """Do one optimizer step and return its metrics; TrainError where a number is not finite."""
+    def train_step(self) -> None:
+        """Do one optimizer step, whose numbers `read` returns.
+
+        With SplitAdamW nothing waits for the device: after a number that is not finite its steps
+        change nothing, until `read` finds it.
+        """
+        settings, model, optimizer = self.settings, self.model, self.optimizer
+        rate = learning_rate(settings, self.step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        sums, tokens_per_expert = self.gradients(self.step)
+        sums = self.world.sum(sums)
+        if isinstance(optimizer, SplitAdamW):
+            norm = norm_of_gradients(model.parameters())
+            self.good &= norm.isfinite() & sums.isfinite().all()
+            factor = (settings.clip / (norm + 1e-6)).clamp(max=1.0)
+            optimizer.factor = torch.where(self.good, factor, -1.0)
+        else:
+            norm = clip_gradients(model.parameters(), settings.clip)
+        numbers = torch.cat([sums, norm[None]])
+        if not isinstance(optimizer, SplitAdamW):
+            self.require_finite(self.step, numbers.tolist())
+        numbers = torch.cat([numbers, self.balance_experts(tokens_per_expert)])
+        optimizer.step()
+        optimizer.zero_grad()
+        self.step += 1
+        self.unread.append((self.step, rate, numbers))
+
+    def gradients(self, step: int) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of a step; return [3] float64, this process's part of its losses.
+
+        They are the loss, that of MTP, and the balance loss; 0 where there is none.
+        With them comes how often each expert was chosen, [routers, E] int64.
+        """
         settings, world, model = self.settings, self.world, self.model
         # Not in the checkpoint, as each step begins anew.
-        seed = (settings.seed * 1_000_003 + self.step) * 65_537 + world.data_rank
+        seed = (settings.seed * 1_000_003 + step) * 65_537 + world.data_rank
         torch.manual_seed(seed % 2**63)
-        rate = learning_rate(settings, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        batches = list(self.micro_batches(self.step))
+        batches = list(self.micro_batches(step))
         shares = self.shares_of_loss(batches)
         sums = torch.zeros(3, dtype=torch.float64, device=world.device)
         tokens_per_expert = torch.zeros((), dtype=torch.int64, device=world.device)
@@ -128,21 +163,44 @@ class Trainer:
                 sums[2] += balance_loss.detach()
                 loss = loss + settings.balance * balance_loss
             torch.autograd.backward(loss)
-        main_loss, mtp, balance = world.sum(sums).tolist()
-        norm = clip_gradients(model.parameters(), settings.clip).item()
-        if not all(map(math.isfinite, (main_loss, mtp, balance, norm))):
-            where = first_fault(model, self.run_again, world)
-            self.store.finish()
-            what = f"step {self.step + 1}: loss {main_loss}, norm of the gradient {norm}: {where}"
-            raise TrainError(f"{what}; {self.store.last_good()}", NOT_FINITE)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.step += 1
-        metrics: dict[str, Any] = {"step": self.step, "loss": main_loss}
-        metrics["mtp_loss"] = mtp
-        metrics["balance_loss"] = balance
-        metrics["expert_load"] = self.balance_experts(tokens_per_expert)
-        return metrics | {"lr": rate, "grad_norm": norm}
+        return sums, tokens_per_expert
+
+    @property
+    def waits(self) -> bool:
+        """Whether a step waits for the device: then `read` costs nothing more."""
+        return not isinstance(self.optimizer, SplitAdamW)
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the metrics of the steps since the last call, which the device has to finish.
+
+        TrainError where a number is not finite.
+        """
+        if not self.unread:
+            return []
+        table = torch.stack([numbers for _, _, numbers in self.unread]).tolist()
+        lines: list[dict[str, Any]] = []
+        for (step, rate, _), numbers in zip(self.unread, table, strict=True):
+            if isinstance(self.optimizer, SplitAdamW):
+                self.require_finite(step - 1, numbers[:4])
+            metrics: dict[str, Any] = {"step": step, "loss": numbers[0]}
+            metrics["mtp_loss"] = numbers[1]
+            metrics["balance_loss"] = numbers[2]
+            metrics["expert_load"] = [round(load, 3) for load in numbers[4:]]
+            lines.append(metrics | {"lr": rate, "grad_norm": numbers[3]})
+        self.unread.clear()
+        return lines
+
+    def require_finite(self, step: int, numbers: list[float]) -> None:
+        """Raise TrainError if a step's losses, or the norm of its gradient, are not finite."""
+        if all(map(math.isfinite, numbers)):
+            return
+        if step != self.step:  # the gradients are later ones, of the same weights
+            self.optimizer.zero_grad()
+            self.gradients(step)
+        where = first_fault(self.model, lambda: self.run_again(step), self.world)
+        self.store.finish()
+        what = f"step {step + 1}: loss {numbers[0]}, norm of the gradient {numbers[3]}: {where}"
+        raise TrainError(f"{what}; {self.store.last_good()}", NOT_FINITE)
 
     def shares_of_loss(self, batches: Sequence[Tensor]) -> Tensor:
         """Return the part of all tokens that each batch predicts, in a step of all processes.
@@ -161,21 +219,20 @@ class Trainer:
         targets = [targets_of(ids, ahead, documents) for ahead in range(1, 1 + farthest)]
         return torch.stack([(t != IGNORED).sum() for t in targets]).double()
 
-    def run_again(self) -> None:
-        """Run the forward passes of the step once more."""
-        for ids in self.micro_batches(self.step):
+    def run_again(self, step: int) -> None:
+        """Run the forward passes of a step once more."""
+        for ids in self.micro_batches(step):
             self.forward(ids)
 
-    def balance_experts(self, tokens_per_expert: Tensor) -> list[float]:
+    def balance_experts(self, tokens_per_expert: Tensor) -> Tensor:
         """Update the routers' biases by the loads [routers, E] of this process's tokens.
 
-        Returns each router's largest load over its mean load.
+        Returns each router's largest load over its mean load, [routers] float64.
         """
         load = self.world.sum(tokens_per_expert)
         for router, counts in zip(self.model.routers(), load, strict=True):
             router.update_bias(counts, self.settings.bias_rate)
-        worst = load.amax(1) / load.float().mean(1)
-        return [round(value, 3) for value in worst.tolist()]
+        return load.amax(1) / load.double().mean(1)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

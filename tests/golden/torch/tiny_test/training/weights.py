@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..checkpoint import copy_tensors, find_tensors, named_tensors, on_disk, save_checkpoint
-from ..model import Model
+from ..model import Experts, Model
 from .parallelize import parallelize, parts
 from .settings import Settings
 from .world import World
@@ -50,9 +50,18 @@ def build_model(
         return model
     for name, part in parts(model):
         prepare(name, part)
+        if settings.numerics == "bf16-split":
+            matrices_to_bfloat16(part)
     if numerics is not None:
         numerics(model, "")
     return model
+
+
+def matrices_to_bfloat16(part: nn.Module) -> None:
+    """Cast what products read; norms, A_log, D, dt_bias, convolutions and routers stay float32."""
+    for module in part.modules():
+        if isinstance(module, nn.Linear | nn.Embedding | Experts):
+            module.to(torch.bfloat16)
 
 
 def fresh(model: Model, seed: int) -> Callable[[str, nn.Module], None]:

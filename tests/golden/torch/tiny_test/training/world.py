@@ -74,9 +74,10 @@ class World:
 
     def count(self, *flags: bool) -> list[int]:
         """Return for how many processes each flag is set."""
+        if not self.many:
+            return [int(flag) for flag in flags]
         numbers = torch.tensor([int(flag) for flag in flags], device=self.device)
-        if self.many:
-            dist.all_reduce(numbers)
+        dist.all_reduce(numbers)
         return [int(number) for number in numbers.tolist()]
 
     def gather(self, value: Any) -> list[Any]:
