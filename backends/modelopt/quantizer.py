@@ -39,7 +39,7 @@ from n3c.ir.formats import NVFP4_BLOCK
 from n3c.ir.json_file import is_count, read_json
 from n3c.ir.program import Program
 
-from .layout import algorithm, config_json, hf_quant_config
+from .layout import algorithm, config_json, hf_quant_config, is_quantized
 
 LEDGER = "n3c_ledger.json"
 _MAX_LEDGER = 1 << 28
@@ -112,12 +112,13 @@ def quantize_checkpoint(job: Job, progress: Progress) -> Outcome:
                 return outcome
             progress.phase("check the result")
             outcome.ledger = _ledger(shards, done)
-            files = {
+            files: dict[str, Mapping[str, Any]] = {
                 "config.json": config_json(config, job.exported, weights, job.kv_cache),
-                "hf_quant_config.json": hf_quant_config(weights, job.kv_cache),
                 INDEX: index_json(shards),
                 LEDGER: {"schema": 1, "plan": mark, "search": job.search, "weights": outcome.ledger},
             }
+            if is_quantized(weights):
+                files["hf_quant_config.json"] = hf_quant_config(weights, job.kv_cache)
             _write_files(files, work.result, job.source)
             outcome.checked = check(checkpoint, Checkpoint(work.result), shards)
             work.finish()

@@ -2,7 +2,7 @@
 
 All of it is known before a weight is read, so shards can be made in any order, on several machines, and
 continued after a crash, and always come out the same. Names are ModelOpt's (`export_hf_checkpoint`),
-those of `n3c.ir.formats`. `input_scale` is there where activations were calibrated.
+those of `n3c.ir.formats`. `input_scale` is there where activations were calibrated, and of every FP8 linear.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Weight:
     """float32 tensors that are stored after it: input_scale, k_scale, v_scale."""
 
     @property
-    def calibrated(self) -> bool:
-        """Whether the scale of its linear's input is known."""
+    def scales_input(self) -> bool:
+        """Whether the scale of its linear's input is stored, so that readers quantize activations."""
         return any(name.endswith(INPUT_SCALE) for name, _ in self.scalars)
 
     @property
@@ -115,8 +115,9 @@ def _weight(
     role, rule, format_, rows = decided
     module = name.removesuffix(".weight")
     scalars: list[tuple[str, float]] = []
-    if format_ != KEEP and FORMATS[format_].input_divisor and module in input_scales:
-        scalars.append((module + INPUT_SCALE, input_scales[module]))
+    if format_ != KEEP and FORMATS[format_].input_divisor:
+        scale = input_scales.get(module, FORMATS[format_].uncalibrated_scale)
+        scalars += [] if scale is None else [(module + INPUT_SCALE, scale)]
     if name.endswith(".weight"):
         scalars += [(module + kv, kv_scales[module + kv]) for kv in CACHE_SCALES if module + kv in kv_scales]
     merged = role.removeprefix("mtp.") in _MERGED and format_ != KEEP
