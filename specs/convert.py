@@ -15,6 +15,8 @@ from .dump import dump_spec
 from .files import read_text
 from .huggingface import export_config, import_config
 from .json_places import JsonPlaces, parse_json
+from .modelopt import find_quantization, is_modelopt
+from .modelopt_entries import QuantizationError
 from .schema import Spec
 
 
@@ -53,15 +55,18 @@ def _quantization(config_file: Path) -> tuple[Mapping[str, object] | None, JsonP
     if config_file.name != "config.json" or not file.is_file():
         return None, None
     config, places = parse_json(read_text(file), str(file))
-    quantization = config.get("quantization")
-    if not isinstance(quantization, dict):
-        message = "`quantization` must be an object"
-        raise N3CError(Diagnostic("E0305", message, places.json_value("quantization")), ExitCode.SPEC)
-    return cast("dict[str, object]", quantization), places
+    try:
+        said = find_quantization(config)
+        if said is None:
+            raise QuantizationError("it has no `quantization` object", ())
+    except QuantizationError as error:
+        span = places.json_value(*error.path)
+        raise N3CError(Diagnostic("E0305", error.message, span, help=error.advice), ExitCode.SPEC) from None
+    return said.table, places
 
 
 def _is_foreign(quantization: object) -> bool:
-    return isinstance(quantization, dict) and cast("dict[str, object]", quantization).get("quant_method") != "modelopt"
+    return isinstance(quantization, dict) and not is_modelopt(cast("dict[str, object]", quantization))
 
 
 def _stem(file: Path) -> str:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Severity, Span
 from n3c.specs.files import read_text
 from n3c.specs.json_places import JsonPlaces, parse_json
-from n3c.specs.modelopt import QuantizationError, import_quantization
+from n3c.specs.modelopt import Said, find_quantization, formats_of_files
+from n3c.specs.modelopt_entries import QuantizationError
 from n3c.specs.modules import groups_of
 from n3c.specs.places import shown
 from n3c.specs.rules_table import spec_with_table
 from n3c.specs.schema import Spec
 
 FILES = ("hf_quant_config.json", "config.json")
-"""Where a checkpoint says its formats, the first that is there."""
+"""Where a checkpoint says its formats."""
 
 
 def spec_like(spec: Spec, path: Path, block: tuple[int, int] | None) -> tuple[Spec, list[Diagnostic]]:
@@ -27,14 +26,14 @@ def spec_like(spec: Spec, path: Path, block: tuple[int, int] | None) -> tuple[Sp
     NVFP4 weights; ModelOpt's own, [1, 16], without. Raises N3CError (exit code 3) for a config that
     cannot be read or is of another model, (exit code 6) for a missing file.
     """
-    file = _file(path)
-    config, places = parse_json(read_text(file), str(file))
-    root, quantization = _quantization(config, places)
+    said = _said(path)
+    if not said:
+        raise N3CError(Diagnostic("E0305", "it says no quantization", Span(str(_files(path)[0]))), ExitCode.SPEC)
+    places, root = said[0].places, said[0].found.path
     try:
-        imported = import_quantization(quantization, groups_of(spec), spec.model.pattern)
+        imported = formats_of_files([one.found.table for one in said], groups_of(spec), spec.model.pattern)
     except QuantizationError as error:
-        span = places.json_value(*root, *error.path)
-        raise N3CError(Diagnostic("E0305", error.message, span, help=error.advice), ExitCode.SPEC) from None
+        raise _fault(error, places, root) from None
     rules = imported.table["rules"]
     if imported.unknown and imported.table["format"] == "bf16" and not rules:
         message = (
@@ -56,25 +55,38 @@ def _first(names: tuple[str, ...]) -> str:
     return shown(names[0])
 
 
-def _file(path: Path) -> Path:
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What one file says of formats."""
+
+    found: Said
+    places: JsonPlaces
+
+
+def _said(path: Path) -> list[_Said]:
+    """Return what each file of a checkpoint, or the one file `path`, says of formats."""
+    found: list[_Said] = []
+    for file in _files(path):
+        config, places = parse_json(read_text(file), str(file))
+        try:
+            said = find_quantization(config)
+        except QuantizationError as error:
+            raise _fault(error, places, ()) from None
+        if said is not None:
+            found.append(_Said(said, places))
+    return found
+
+
+def _files(path: Path) -> list[Path]:
     if not path.is_dir():
-        return path
-    for name in FILES:
-        if (path / name).is_file():
-            return path / name
-    message = f"neither {' nor '.join(FILES)} in this directory"
-    raise N3CError(Diagnostic("E0601", message, Span(str(path))), ExitCode.FILE)
+        return [path]
+    found = [path / name for name in FILES if (path / name).is_file()]
+    if not found:
+        message = f"neither {' nor '.join(FILES)} in this directory"
+        raise N3CError(Diagnostic("E0601", message, Span(str(path))), ExitCode.FILE)
+    return found
 
 
-def _quantization(config: Mapping[str, object], places: JsonPlaces) -> tuple[tuple[str, ...], Mapping[str, object]]:
-    """Return the object that says the formats, and where it is."""
-    for key in ("quantization", "quantization_config"):
-        value = config.get(key)
-        if isinstance(value, dict):
-            table = cast("dict[str, object]", value)
-            if table.get("quant_method", "modelopt") != "modelopt":
-                message = "only ModelOpt's quantization configs are supported"
-                raise N3CError(Diagnostic("E0305", message, places.json_value(key, "quant_method")), ExitCode.SPEC)
-            if table.get("quant_algo") is not None:
-                return (key,), table
-    raise N3CError(Diagnostic("E0305", "it says no quantization", places.start), ExitCode.SPEC)
+def _fault(error: QuantizationError, places: JsonPlaces, root: tuple[str, ...]) -> N3CError:
+    span = places.json_value(*root, *error.path)
+    return N3CError(Diagnostic("E0305", error.message, span, help=error.advice), ExitCode.SPEC)

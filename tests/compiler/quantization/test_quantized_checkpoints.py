@@ -134,7 +134,7 @@ def test_weight_only_nvfp4_has_an_entry_for_each_linear(exported: tuple[Path, Pa
     assert said == {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": None}
     checkpoint = Checkpoint(tmp_path / "out")
     held = {name.removesuffix(".weight") for name in checkpoint if checkpoint.info(name)[0] == "U8"}
-    assert layers == dict.fromkeys(held, {"quant_algo": "W4A16_NVFP4", "group_size": 16})
+    assert layers == {name: {"quant_algo": "W4A16_NVFP4", "group_size": 16} for name in held}
     config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     weights = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
     (group,) = config["config_groups"].values()
