@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
+from n3c.ir.diagnostics import Diagnostic
 
 from .dump import dump_spec
 from .files import read_text
 from .huggingface import export_config, import_config
+from .huggingface_names import MTP
 from .json_places import JsonPlaces, parse_json
-from .modelopt import find_quantization, is_modelopt
-from .modelopt_entries import QuantizationError
+from .modelopt import is_modelopt
+from .modelopt_files import hf_quant_config
 from .schema import Spec
 
 
@@ -29,20 +30,51 @@ class Imported:
     warnings: tuple[Diagnostic, ...]
 
 
-def run_import(source: Path, *, formats_matter: bool = True) -> Imported:
+def run_import(source: Path, *, formats_matter: bool = True, with_mtp: bool = True) -> Imported:
     """Import a config.json, or a checkpoint folder with one and perhaps a hf_quant_config.json.
 
-    Without `formats_matter` a quantization config of another layout than ModelOpt's is passed over. Raises N3CError.
+    Without `formats_matter` a quantization config of another layout than ModelOpt's is passed over, without `with_mtp`
+    all that is said of multi-token prediction. Raises N3CError.
     """
     file = source / "config.json" if source.is_dir() else source
     config, places = parse_json(read_text(file), str(file))
     if not formats_matter and _is_foreign(config.get("quantization_config")):
         config = {key: value for key, value in config.items() if key != "quantization_config"}
+    if not with_mtp:
+        config = _without_mtp(config)
     quantization, quantization_places = _quantization(file)
     name = _name(source.resolve().name if source.is_dir() else _stem(source))
     spec, warnings = import_config(config, places, name, quantization, quantization_places)
     text = dump_spec(spec)
     return Imported(spec, text, tuple(warnings))
+
+
+def _without_mtp(config: Mapping[str, object]) -> Mapping[str, object]:
+    """Return a config of the trunk alone; rules of its n3c tables that name roles of MTP alone go, too."""
+    kept = {key: value for key, value in config.items() if key not in MTP}
+    own = kept.get("n3c")
+    if isinstance(own, dict):
+        tables = cast("dict[str, object]", own)
+        kept["n3c"] = tables | {
+            name: _without_mtp_rules(tables[name]) for name in ("quantization", "training") if name in tables
+        }
+    return kept
+
+
+def _without_mtp_rules(table: object) -> object:
+    rules = cast("dict[str, object]", table).get("rules") if isinstance(table, dict) else None
+    if not isinstance(rules, list):
+        return table
+    kept: list[object] = []
+    for rule in cast("list[object]", rules):
+        roles = cast("dict[str, object]", rule).get("roles") if isinstance(rule, dict) else None
+        if isinstance(roles, list) and roles:
+            left = [role for role in cast("list[object]", roles) if not str(role).startswith("mtp.")]
+            if left:
+                kept.append(cast("dict[str, object]", rule) | {"roles": left})
+        else:
+            kept.append(rule)
+    return cast("dict[str, object]", table) | {"rules": kept}
 
 
 def config_text(spec: Spec) -> str:
@@ -55,14 +87,7 @@ def _quantization(config_file: Path) -> tuple[Mapping[str, object] | None, JsonP
     if config_file.name != "config.json" or not file.is_file():
         return None, None
     config, places = parse_json(read_text(file), str(file))
-    try:
-        said = find_quantization(config)
-        if said is None:
-            raise QuantizationError("it has no `quantization` object", ())
-    except QuantizationError as error:
-        span = places.json_value(*error.path)
-        raise N3CError(Diagnostic("E0305", error.message, span, help=error.advice), ExitCode.SPEC) from None
-    return said.table, places
+    return hf_quant_config(config, places).table, places
 
 
 def _is_foreign(quantization: object) -> bool:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any, cast
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Severity, Span
 
-from .blocks import KINDS
 from .huggingface_names import (
     FIELDS,
     MTP,
@@ -23,10 +21,8 @@ from .huggingface_names import (
     UNSUPPORTED,
 )
 from .json_places import JsonPlaces
-from .keys import COUNT
-from .modelopt import find_quantization, formats_of_files
-from .modelopt_entries import QuantizationError
-from .modules import module_groups
+from .modelopt_files import HfQuantConfig, SaidFormats
+from .modules import module_groups, readable_sizes
 from .pattern import (
     MAX_BLOCKS,
     Pattern,
@@ -317,21 +313,15 @@ class _Importer:
         places: JsonPlaces,
     ) -> None:
         tied = self.raw["model"].get("tie_word_embeddings") is True
-        groups = module_groups(main, mtp, self.block_tables(), tied)
-        own_config = {"quantization_config": self.config.get("quantization_config")}
-        root: tuple[str, ...] = ("quantization",)
-        if quantization is None:
-            places, root = self.places, ("quantization_config",)
+        groups = module_groups(main, mtp, readable_sizes(self.raw), tied)
+        beside = None if quantization is None else HfQuantConfig(quantization, places)
         try:
-            said = find_quantization(own_config)
-            tables = [table for table in (quantization, None if said is None else said.table) if table is not None]
-            if not tables or "quantization" in own:
+            said = SaidFormats.of(self.config, self.places, beside)
+            if said is None or "quantization" in own:
                 return  # where there are two, `n3c` has the spec's own words, from which a quantizer made the other
-            imported = formats_of_files(tables, groups, main)
-        except QuantizationError as error:
-            inside = error.path[:1] == ("quantization_config",)
-            span = self.places.json_value(*error.path) if inside else places.json_value(*root, *error.path)
-            self.error("E0305", error.message, span, error.advice)
+            imported = said.read(groups, main)
+        except N3CError as error:
+            self.found += error.diagnostics
             return
         self.raw["quantization"] = imported.table
         if imported.kv_cache_dtype is not None and "serving" not in own:
@@ -339,19 +329,7 @@ class _Importer:
         if imported.unknown:
             first = shown(imported.unknown[0])
             message = f"{len(imported.unknown)} names of the quantization match no module, as `{first}`"
-            self.warn("W0303", message, places.json_value(*root))
-
-    def block_tables(self) -> dict[str, SimpleNamespace]:
-        """Return the sizes that module names depend on, bad values as 0; the reader reports them."""
-
-        def size(value: object) -> int:
-            return value if type(value) is int and 0 < value <= COUNT else 0
-
-        keys = {kind.table: [config.key for config in kind.config_keys] for kind in KINDS if kind.table in self.raw}
-        return {
-            table: SimpleNamespace(**{name: size(self.raw[table].get(name)) for name in names})
-            for table, names in keys.items()
-        }
+            self.warn("W0303", message, said.place)
 
 
 def _json(value: object) -> str:

@@ -13,16 +13,13 @@ from n3c.ir.diagnostics import did_you_mean
 from n3c.ir.formats import FORMATS, NVFP4_BLOCK
 
 from .places import shown
+from .spellings import released_name
 
 ALGORITHMS = {format_.modelopt: format_.name for format_ in FORMATS.values() if format_.modelopt}
 """ModelOpt's name of a format → ours."""
 MIXED = "MIXED_PRECISION"
 MAX_GLOBS = 256
 """Most wildcards of a config."""
-WRAPPERS = ("module.", "_orig_mod.")
-"""What DistributedDataParallel and torch.compile put before names."""
-LANGUAGE_MODEL = ("model.language_model.", "language_model.model.", "language_model.")
-"""What multimodal checkpoints put before the names of their language model."""
 WILD = frozenset("*?[")
 """The characters of wildcards."""
 
@@ -74,21 +71,11 @@ def require_block(entry: Mapping[str, object], chosen: str, path: tuple[str, ...
 
 
 def module_name(name: str) -> str:
-    """Return a module name as checkpoints spell it.
+    """Return a module name as released checkpoints spell it.
 
-    ModelOpt 0.47 with transformers 5 ends each name with a dot, a null and a mangled sentinel, multimodal checkpoints
-    put the language model under a prefix, wrappers theirs, and transformers 5.3 to 5.15 call the embedding otherwise.
+    ModelOpt 0.47 with transformers 5 ends each name with a dot, a null and a mangled sentinel.
     """
-    name = name.split(".\0", 1)[0]
-    while name.startswith(WRAPPERS):
-        name = name.partition(".")[2]
-    for prefix in LANGUAGE_MODEL:
-        inner = name.removeprefix(prefix)
-        if inner != name:
-            name = inner if inner.startswith(("backbone.", "model.", "mtp.", "lm_head")) else f"backbone.{inner}"
-            break
-    name = "backbone." + name.removeprefix("model.") if name.startswith("model.") else name
-    return "backbone.embeddings" if name == "backbone.embedding" else name
+    return released_name(name.split(".\0", 1)[0])
 
 
 def parents(module: str) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from n3c.backends.safetensors.layout import KEEP, Weight
 from n3c.ir.formats import FORMATS, FP8, NVFP4_BLOCK, W4A16_NVFP4
-from n3c.specs.huggingface_names import MTP_PATTERN_LISTS, PATTERN_LISTS
+from n3c.specs.huggingface_names import MTP, MTP_PATTERN_LISTS, PATTERN_LISTS
 from n3c.specs.roles import ROUTERS
 
 PRODUCER = "modelopt"
@@ -157,6 +157,8 @@ def config_json(
     for key in _SHAPE_KEYS:
         if config.get(key) is None and key in exported:
             config[key] = exported[key]
+    if not any(weight.name.startswith("mtp.") for weight in weights):
+        config = {key: value for key, value in config.items() if key not in MTP} | {"num_nextn_predict_layers": 0}
     if is_quantized(weights):
         config["quantization_config"] = quantization_config(weights, kv_cache)
     return config | {"n3c": exported["n3c"]}

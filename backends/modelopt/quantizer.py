@@ -19,7 +19,7 @@ from typing import Any, cast
 from n3c.backends.machine import usable_cores
 from n3c.backends.progress import Progress
 from n3c.backends.safetensors.checkpoint import INDEX, Checkpoint, file_error
-from n3c.backends.safetensors.header import SIZES
+from n3c.backends.safetensors.header import stored_bytes
 from n3c.backends.safetensors.layout import (
     KEEP,
     MAX_SHARD_BYTES,
@@ -30,6 +30,7 @@ from n3c.backends.safetensors.layout import (
     plan_shards,
     plan_weights,
 )
+from n3c.backends.safetensors.misfits import EMBEDDING, HEAD
 from n3c.backends.safetensors.packing import Search
 from n3c.backends.safetensors.resume import Done, WorkDirectory, require_new
 from n3c.backends.safetensors.selfcheck import Checked, check
@@ -93,6 +94,8 @@ class Outcome:
 def quantize_checkpoint(job: Job, progress: Progress) -> Outcome:
     """Make `job.out`; N3CError (exit code 6), without output, where source or output cannot be used."""
     checkpoint = Checkpoint(job.source)
+    if job.exported["tie_word_embeddings"] and HEAD not in checkpoint:
+        checkpoint.repeat(EMBEDDING, HEAD)  # transformers does not tie them
     config = _source_config(job.source)
     weights = plan_weights(job.program, checkpoint, job.input_scales, job.kv_scales)
     shards = plan_shards(weights, job.max_shard_bytes)
@@ -248,7 +251,7 @@ def _ledger(shards: Sequence[Shard], done: Mapping[str, Done]) -> list[dict[str,
                 "shape": list(weight.shape),
                 "rule": weight.rule,
                 "format": weight.dtype.lower() if weight.format == KEEP else weight.format,
-                "bytes": sum(SIZES[dtype] * math.prod(shape) for dtype, shape in weight.stored().values()),
+                "bytes": sum(stored_bytes(dtype, shape) for dtype, shape in weight.stored().values()),
             }
             if weight.format != KEEP:
                 signal, noise, other = figures[weight.name]

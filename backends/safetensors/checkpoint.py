@@ -14,6 +14,7 @@ from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 from n3c.ir.json_file import read_json
 
 from .header import HeaderError, TensorInfo, read_header
+from .tensor_names import AmbiguousError, released_tensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -29,7 +30,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
 }
-"""safetensors' names of the element types that are read."""
+"""safetensors' names of the element types whose values are read; tensors of all others are carried as bytes."""
 
 
 def file_error(code: str, message: str, path: Path, help: str | None = None) -> N3CError:
@@ -38,16 +39,20 @@ def file_error(code: str, message: str, path: Path, help: str | None = None) -> 
 
 
 class Checkpoint:
-    """The tensors of a directory, one file or shards with an index. N3CError (exit code 6) for what is wrong."""
+    """The tensors of a directory, one file or shards with an index, by the names that released checkpoints have.
+
+    N3CError (exit code 6) for what is wrong.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._files: dict[str, Path] = {}
         self._infos: dict[str, TensorInfo] = {}
         for path in self._paths():
-            for name, info in _header(path).items():
+            for name, info in _header(path):
                 if name in self._files:
-                    message = f"tensor `{name}` is in {self._files[name].name} too"
+                    other = self._files[name]
+                    message = f"tensor `{name}` is in {other.name} too" if other != path else f"`{name}` has two names"
                     raise file_error("E0609", message, path)
                 self._files[name], self._infos[name] = path, info
 
@@ -56,6 +61,10 @@ class Checkpoint:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
+
+    def repeat(self, name: str, other: str) -> None:
+        """Give the tensor `name` a second name."""
+        self._files[other], self._infos[other] = self.file(name), self._infos[name]
 
     def files(self) -> list[Path]:
         """Return the files that hold tensors, sorted."""
@@ -92,7 +101,7 @@ class Checkpoint:
     def read_rows(self, name: str, first: int, last: int) -> NDArray[np.generic]:
         """Return rows `first` to below `last` of a tensor [N, …]."""
         _, shape = self.info(name)
-        row = self.bytes(name) // shape[0]
+        row = self.bytes(name) // shape[0] if shape[0] else 0
         band = self.read_bytes(name, first * row, (last - first) * row)
         return band.view(self.dtype(name)).reshape(last - first, *shape[1:])
 
@@ -142,9 +151,12 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _header(path: Path) -> dict[str, TensorInfo]:
+def _header(path: Path) -> list[tuple[str, TensorInfo]]:
     try:
-        return read_header(path)
+        return list(released_tensors(read_header(path)))
+    except AmbiguousError as error:
+        help_ = "store each expert as a tensor, as released checkpoints do: `….experts.0.up_proj.weight`"
+        raise file_error("E0620", str(error), path, help_) from error
     except (OSError, HeaderError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise file_error("E0609", f"not a readable safetensors file: {reason}", path) from error

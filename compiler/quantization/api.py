@@ -55,7 +55,7 @@ def quantize(
     calibration_samples: Annotated[int, Option("Sequences to take of it.", least=1, needs=CALIBRATION)] = 128,
     calibration_length: Annotated[int, Option("Tokens of a sequence.", least=2, needs=CALIBRATION)] = 512,
     activation_scales: Annotated[
-        Path | str | None, Option("Reuse saved activation scales (.json or .safetensors).")
+        Path | str | None, Option("Reuse activation scales: a file (.json or .safetensors), or a quantized checkpoint.")
     ] = None,
     save_activation_scales: Annotated[
         Path | str | None, Option("Save the calibrated scales (.json or .safetensors).", needs=CALIBRATION)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Severity, Span
 from n3c.specs.files import read_text
-from n3c.specs.json_places import JsonPlaces, parse_json
-from n3c.specs.modelopt import Said, find_quantization, formats_of_files
-from n3c.specs.modelopt_entries import QuantizationError
+from n3c.specs.json_places import parse_json
+from n3c.specs.modelopt_files import SaidFormats, hf_quant_config
 from n3c.specs.modules import groups_of
 from n3c.specs.places import shown
 from n3c.specs.rules_table import spec_with_table
 from n3c.specs.schema import Spec
 
-FILES = ("hf_quant_config.json", "config.json")
+HF_QUANT_CONFIG, CONFIG = FILES = ("hf_quant_config.json", "config.json")
 """Where a checkpoint says its formats."""
 
 
@@ -27,27 +26,21 @@ def spec_like(spec: Spec, path: Path, block: tuple[int, int] | None) -> tuple[Sp
     cannot be read or is of another model, (exit code 6) for a missing file.
     """
     said = _said(path)
-    if not said:
-        raise N3CError(Diagnostic("E0305", "it says no quantization", Span(str(_files(path)[0]))), ExitCode.SPEC)
-    places, root = said[0].places, said[0].found.path
-    try:
-        imported = formats_of_files([one.found.table for one in said], groups_of(spec), spec.model.pattern)
-    except QuantizationError as error:
-        raise _fault(error, places, root) from None
+    imported = said.read(groups_of(spec), spec.model.pattern)
     rules = imported.table["rules"]
     if imported.unknown and imported.table["format"] == "bf16" and not rules:
         message = (
             f"of {len(imported.unknown)} modules that it names this model has none, as `{_first(imported.unknown)}`"
         )
         help_ = "take the formats from a checkpoint of the same model"
-        raise N3CError(Diagnostic("E0406", message, places.json_value(*root), help=help_), ExitCode.SPEC)
+        raise N3CError(Diagnostic("E0406", message, said.place, help=help_), ExitCode.SPEC)
     made = spec_with_table(spec, imported.table, block)
     if imported.kv_cache_dtype == "fp8":
         made = replace(made, serving=replace(made.serving, kv_cache_dtype="fp8"))
     warnings: list[Diagnostic] = []
     if imported.unknown:
         message = f"{len(imported.unknown)} names of the quantization match no module, as `{_first(imported.unknown)}`"
-        warnings.append(Diagnostic("W0303", message, places.json_value(*root), Severity.WARNING))
+        warnings.append(Diagnostic("W0303", message, said.place, Severity.WARNING))
     return made, warnings
 
 
@@ -55,38 +48,19 @@ def _first(names: tuple[str, ...]) -> str:
     return shown(names[0])
 
 
-@dataclass(frozen=True, slots=True)
-class _Said:
-    """What one file says of formats."""
-
-    found: Said
-    places: JsonPlaces
-
-
-def _said(path: Path) -> list[_Said]:
-    """Return what each file of a checkpoint, or the one file `path`, says of formats."""
-    found: list[_Said] = []
-    for file in _files(path):
-        config, places = parse_json(read_text(file), str(file))
-        try:
-            said = find_quantization(config)
-        except QuantizationError as error:
-            raise _fault(error, places, ()) from None
-        if said is not None:
-            found.append(_Said(said, places))
-    return found
-
-
-def _files(path: Path) -> list[Path]:
+def _said(path: Path) -> SaidFormats:
+    """Return what the files of a checkpoint, or the one file `path`, say of formats."""
     if not path.is_dir():
-        return [path]
-    found = [path / name for name in FILES if (path / name).is_file()]
-    if not found:
+        one = hf_quant_config(*parse_json(read_text(path), str(path)))
+        return SaidFormats((one.table,), one.places, one.path)
+    files = {name: path / name for name in FILES if (path / name).is_file()}
+    if not files:
         message = f"neither {' nor '.join(FILES)} in this directory"
         raise N3CError(Diagnostic("E0601", message, Span(str(path))), ExitCode.FILE)
-    return found
-
-
-def _fault(error: QuantizationError, places: JsonPlaces, root: tuple[str, ...]) -> N3CError:
-    span = places.json_value(*root, *error.path)
-    return N3CError(Diagnostic("E0305", error.message, span, help=error.advice), ExitCode.SPEC)
+    read = {name: parse_json(read_text(file), str(file)) for name, file in files.items()}
+    beside = hf_quant_config(*read[HF_QUANT_CONFIG]) if HF_QUANT_CONFIG in read else None
+    config, places = read.get(CONFIG, ({}, None))
+    said = SaidFormats.of(config, places or next(iter(read.values()))[1], beside)
+    if said is None:
+        raise N3CError(Diagnostic("E0305", "it says no quantization", Span(str(files[CONFIG]))), ExitCode.SPEC)
+    return said

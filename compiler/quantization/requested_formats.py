@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
+from n3c.backends.safetensors.imported_spec import import_checkpoint
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span, did_you_mean
 from n3c.ir.formats import FORMATS as WEIGHT_FORMATS
-from n3c.specs.convert import run_import
 from n3c.specs.load import loaded, parse_spec
 from n3c.specs.recipe import DEFAULT, NOTE, Recipe, is_published, published_recipe
 from n3c.specs.rules_table import spec_with_quantization
@@ -75,7 +75,7 @@ def _of_checkpoint(request: QuantizeRequest) -> _Source:
         message = "no directory with a checkpoint"
         raise N3CError(Diagnostic("E0601", message, Span(str(request.weights))), ExitCode.FILE)
     place = str(request.weights / "config.json")
-    imported = run_import(request.weights)
+    imported = import_checkpoint(request.weights)
     warnings = [found for found in imported.warnings if found.code != NOTE]  # told of the formats that are taken
     if not request.overrides:
         return _Source(imported.spec, place, warnings)

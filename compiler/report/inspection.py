@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from n3c.backends.safetensors.imported_spec import import_checkpoint
 from n3c.compiler.common_options import BATCH, CONTEXT, SET
 from n3c.ir.diagnostics import Diagnostic
 from n3c.runtime.manifest import MANIFEST, out_error, read_manifest
 from n3c.runtime.options import Argument, Needs, checked
-from n3c.specs.convert import run_import
 from n3c.specs.load import loaded
 from n3c.specs.schema import Spec
 
@@ -64,7 +64,7 @@ def inspect(
         return Inspected("build", manifest)
     if _is_spec(place):
         return _of_spec(place, set, context, batch)
-    imported = run_import(place, formats_matter=False)
+    imported = import_checkpoint(place, formats_matter=False)
     figures = inspect_spec(imported.spec, context=context, batch=batch)
     if place.is_dir() and any(place.glob("*.safetensors*")):
         from n3c.backends.safetensors.checkpoint import Checkpoint

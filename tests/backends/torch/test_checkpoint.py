@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +127,53 @@ def test_all_that_is_wrong_is_named_and_nothing_is_copied(module: Any, saved: Pa
     assert sorted(line.strip() for line in lines[1:]) == [
         "backbone.embeddings.weight: type I8, expected one of ['BF16', 'F16', 'F32', 'F8_E4M3', 'U8']",
         "backbone.layers.1.mixer.experts.5.up_proj.weight: missing",
-        "backbone.layers.9.norm.weight: unexpected, in model.safetensors",
+        "backbone.layers.9.norm.weight: unexpected",
         "backbone.norm_f.weight: shape [63], expected [64]",
         "lm_head.weight: missing",
         "mtp.layers.0.enorm.weight: missing",
     ]
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_thousands_of_equal_faults_are_one_line(module: Any, saved: Path) -> None:
+    rewrite(saved, lambda tensors: [tensors.update({f"text.{name}": tensors.pop(name)}) for name in list(tensors)])
+    with pytest.raises(module.CheckpointError) as caught:
+        module.load_checkpoint(module.Model(), saved)
+    first, *lines = str(caught.value).splitlines()
+    assert first.endswith("does not fit the model:")
+    assert [line.rpartition(" ")[2] for line in lines] == ["unexpected", "missing"]
+    others = len(load_file(saved / "model.safetensors")) - 3
+    assert all(f" and {others} more: " in line for line in lines)
+
+
+@pytest.mark.parametrize("prefix", ["model", "module.model", "_orig_mod.module.backbone", "language_model.backbone"])
+def test_names_of_other_programs_are_read(module: Any, saved: Path, tmp_path: Path, prefix: str) -> None:
+    expected = load_file(saved / "model.safetensors")
+
+    def renamed(name: str) -> str:
+        name = name.replace("backbone.embeddings.", "backbone.embedding.")
+        outer = prefix.rpartition(".")[0]
+        inside = name.startswith("backbone.")
+        return f"{prefix}.{name.partition('.')[2]}" if inside else f"{outer}.{name}" if outer else name
+
+    rewrite(saved, lambda tensors: [tensors.update({renamed(name): tensors.pop(name)}) for name in list(tensors)])
+    model = module.Model()
+    module.load_checkpoint(model, saved)
+    for name, tensor in module.named_tensors(model).items():
+        assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
+
+
+def test_a_tied_model_is_written_with_its_head(tmp_path: Path) -> None:
+    """transformers does not tie: it would make the head up."""
+    spec = tiny_spec()
+    tied = generate(replace(spec, model=replace(spec.model, tie_word_embeddings=True)))
+    model = tied.Model()
+    tied.save_checkpoint(model, tmp_path / "saved")
+    tensors = load_file(tmp_path / "saved/model.safetensors")
+    assert torch.equal(tensors["lm_head.weight"], tensors["backbone.embeddings.weight"])
+    again = tied.Model()
+    tied.load_checkpoint(again, tmp_path / "saved")
+    assert torch.equal(again.backbone.embeddings.weight, model.backbone.embeddings.weight)
 
 
 def test_mtp_tensors_are_left_unread_where_the_spec_has_no_mtp(module: Any, saved: Path) -> None:
