@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from n3c.backends.safetensors.imported_spec import import_checkpoint
 from n3c.compiler.common_options import FORCE, SET, SPEC
 from n3c.ir.diagnostics import Diagnostic
 from n3c.runtime.options import Argument, Option, checked
@@ -70,7 +69,10 @@ def import_config(
 
     N3CError: exit code 3 for the config, 6 for files; an `output` that is there is left without `force`.
     """
-    read, out = Path(source), None if output is None else Path(output)
+    from n3c.backends.safetensors.imported_spec import import_checkpoint
+    from n3c.backends.safetensors.locate import checkpoint_directory
+
+    read, out = checkpoint_directory(source), None if output is None else Path(output)
     if out is not None:
         require_new(out, read / "config.json" if read.is_dir() else read, force=force)
     imported = import_checkpoint(read)

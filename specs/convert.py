@@ -43,7 +43,7 @@ def run_import(source: Path, *, formats_matter: bool = True, with_mtp: bool = Tr
     if not with_mtp:
         config = _without_mtp(config)
     quantization, quantization_places = _quantization(file)
-    name = _name(source.resolve().name if source.is_dir() else _stem(source))
+    name = _name(_folder_name(source) if source.is_dir() else _stem(source))
     spec, warnings = import_config(config, places, name, quantization, quantization_places)
     text = dump_spec(spec)
     return Imported(spec, text, tuple(warnings))
@@ -96,7 +96,20 @@ def _is_foreign(quantization: object) -> bool:
 
 def _stem(file: Path) -> str:
     """Return what a config file is called, or its folder where it is just `config.json`."""
-    return file.resolve().parent.name if file.name == "config.json" else file.stem
+    return _folder_name(file.parent) if file.name == "config.json" else file.stem
+
+
+def _folder_name(folder: Path) -> str:
+    """Return what a checkpoint folder is called; of a snapshot in the Hugging Face cache, what its repository is."""
+    path = folder.absolute()
+    if path.name in ("", "..") or _is_snapshot(path):
+        path = path.resolve()
+    return path.parents[1].name.rpartition("--")[2] if _is_snapshot(path) else path.name
+
+
+def _is_snapshot(path: Path) -> bool:
+    """Whether a path is `models--org--name/snapshots/commit`."""
+    return path.parent.name == "snapshots" and path.parents[1].name.startswith("models--")
 
 
 def _name(text: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import cast
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
+from n3c.ir.json_file import LFS_POINTER, is_lfs_pointer
 
 from .places import Path, Text, shown
 
@@ -108,6 +109,8 @@ def parse_json(text: str, file: str) -> tuple[Mapping[str, object], JsonPlaces]:
     try:
         parsed: object = json.loads(text)
     except json.JSONDecodeError as error:
+        if is_lfs_pointer(text[:64].encode()):
+            raise N3CError(Diagnostic("E0301", LFS_POINTER, source.span(0, 0)), ExitCode.SPEC) from None
         message = f"not JSON: {shown(error.msg[:1].lower() + error.msg[1:])}"
         raise N3CError(Diagnostic("E0301", message, source.span(error.pos, 0)), ExitCode.SPEC) from None
     except (RecursionError, ValueError):  # ValueError: a number of thousands of digits

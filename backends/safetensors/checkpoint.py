@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -10,8 +11,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
-from n3c.ir.json_file import read_json
+from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span, counted
+from n3c.ir.json_file import JsonError, read_json
 
 from .header import HeaderError, TensorInfo, read_header
 from .tensor_names import AmbiguousError, released_tensors
@@ -129,19 +130,50 @@ class Checkpoint:
         index = self.directory / INDEX
         if not index.is_file():
             if not (self.directory / SINGLE).is_file():
-                raise file_error("E0601", f"neither {SINGLE} nor {INDEX} in this directory", self.directory)
+                raise _no_weights(self.directory)
             return [self.directory / SINGLE]
         try:
             shards = cast("Any", read_json(index))["weight_map"].values()
             names = sorted({str(shard) for shard in shards})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise file_error("E0604", "the index is not JSON with a `weight_map`", index) from error
+            reason = f": {error}" if isinstance(error, JsonError) else ""
+            raise file_error("E0604", f"the index is not JSON with a `weight_map`{reason}", index) from error
         for name in names:
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise file_error("E0604", f"the index names `{name}`, which is not a file of this directory", index)
-            if not _is_file(self.directory / name):
-                raise file_error("E0604", f"the index names `{name}`, which is missing", index)
+        missing = [f"`{name}`" for name in names if not _is_file(self.directory / name)]
+        if missing:
+            one, many = "the index names {}, which is missing", f"of {len(names)} files in the index {{}} are missing"
+            help_ = "download the checkpoint again: what is there is kept"
+            raise N3CError([*counted("E0604", one, many, missing, Span(str(index)), help_)], ExitCode.FILE)
         return [self.directory / name for name in names]
+
+
+_SHARD = re.compile(r".+-(\d{5})-of-(\d{5})\.safetensors")
+_OTHER_FORMATS = {
+    ".bin": "weights pickled by PyTorch, which may run any code and are not read",
+    ".pt": "weights pickled by PyTorch, which may run any code and are not read",
+    ".pth": "weights pickled by PyTorch, which may run any code and are not read",
+    ".distcp": "a distributed checkpoint of PyTorch, which is not read",
+    ".gguf": "weights of llama.cpp, which are not read",
+}
+
+
+def _no_weights(directory: Path) -> N3CError:
+    """Return the error about a directory without weights that can be read: what it has instead."""
+    names = sorted(path.name for path in directory.iterdir())
+    shards = [found for name in names if (found := _SHARD.fullmatch(name)) is not None]
+    if shards:
+        message = f"{len(shards)} of {int(shards[0][2])} shards, as `{shards[0][0]}`, and no {INDEX}"
+        return file_error("E0601", message, directory, "download the index: it says which tensor is in which shard")
+    other = next((name for name in names if Path(name).suffix in _OTHER_FORMATS), None)
+    if other is not None:
+        message = f"`{other}`: {_OTHER_FORMATS[Path(other).suffix]}"
+        help_ = "download the safetensors files, or write them: `save_pretrained` of transformers does"
+        return file_error("E0601", message, directory, help_)
+    loose = next((name for name in names if name.endswith(".safetensors")), None)
+    also = "" if loose is None else f"; `{loose}` has another name"
+    return file_error("E0601", f"neither {SINGLE} nor {INDEX} in this directory{also}", directory)
 
 
 def _is_file(path: Path) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeGuard, cast
 
 from n3c.ir.formats import FORMATS
-from n3c.ir.json_file import JsonError, is_count, parse_json
+from n3c.ir.json_file import LFS_POINTER, JsonError, is_count, is_lfs_pointer, parse_json
 from n3c.ir.types import DType, TensorType
 
 MAX_HEADER_BYTES = 100_000_000
@@ -81,9 +81,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """Return the tensors of a file in the order of their data; HeaderError, or OSError where it cannot be read."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(8)
+        start = file.read(64)
+        if is_lfs_pointer(start):
+            raise HeaderError(f"it is {LFS_POINTER}")
         if len(start) < 8:
             raise HeaderError("it ends within its first 8 bytes")
+        file.seek(8)
+        start = start[:8]
         length = int.from_bytes(start, "little")
         if length > min(size - 8, MAX_HEADER_BYTES):
             raise HeaderError(f"it promises a header of {length} bytes; the file has {size}")
