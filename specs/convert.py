@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from n3c.ir.diagnostics import Diagnostic
+from n3c.ir.diagnostics import Diagnostic, Severity
 
 from .dump import dump_spec
 from .files import read_text
@@ -18,6 +18,7 @@ from .huggingface_names import MTP
 from .json_places import JsonPlaces, parse_json
 from .modelopt import is_modelopt
 from .modelopt_files import hf_quant_config
+from .multimodal import other_models, text_config
 from .schema import Spec
 
 
@@ -43,10 +44,24 @@ def run_import(source: Path, *, formats_matter: bool = True, with_mtp: bool = Tr
     if not with_mtp:
         config = _without_mtp(config)
     quantization, quantization_places = _quantization(file)
+    told: list[Diagnostic] = []
+    nested = text_config(config)
+    if nested is not None:
+        if quantization is None and config.get("quantization_config") is not None:
+            beside = hf_quant_config(config, places)
+            quantization, quantization_places = beside.table, places.below("quantization_config")
+        told.append(_of_text_alone(nested[0], config, places))
+        config, places = nested[1], places.below(nested[0])
     name = _name(_folder_name(source) if source.is_dir() else _stem(source))
     spec, warnings = import_config(config, places, name, quantization, quantization_places)
     text = dump_spec(spec)
-    return Imported(spec, text, tuple(warnings))
+    return Imported(spec, text, (*told, *warnings))
+
+
+def _of_text_alone(name: str, config: Mapping[str, object], places: JsonPlaces) -> Diagnostic:
+    others = ", ".join(f"`{other}`" for other in other_models(config)) or "no other model"
+    message = f"the spec is that of the text model, `{name}`; left out: {others}"
+    return Diagnostic("W0305", message, places.json_key(name), Severity.WARNING)
 
 
 def _without_mtp(config: Mapping[str, object]) -> Mapping[str, object]:

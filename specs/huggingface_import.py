@@ -23,6 +23,7 @@ from .huggingface_names import (
 from .json_places import JsonPlaces
 from .modelopt_files import HfQuantConfig, SaidFormats
 from .modules import module_groups, readable_sizes
+from .multimodal import TEXT_MODELS
 from .pattern import (
     MAX_BLOCKS,
     Pattern,
@@ -109,7 +110,7 @@ class _Importer:
 
     def model_type(self) -> None:
         kind = self.config.get("model_type")
-        if kind not in ("nemotron_h", "nemotron_h_dense", "nemotron_h_sparse"):
+        if kind not in TEXT_MODELS:
             message = "missing `model_type`" if kind is None else f"`model_type` is `{shown(str(kind))}`"
             self.error("E0302", f"{message}: not a nemotron_h config", self.places.json_value("model_type"))
 
@@ -264,7 +265,10 @@ class _Importer:
     def unsupported(self) -> None:
         for name, unused in UNSUPPORTED.items():
             value = self.config.get(name, unused[0])
-            if value not in unused:
+            if name.endswith("block_configs") and value is not None:
+                message = f"`{name}`: layers that differ in width or top-k are not supported"
+                self.error("E0304", message, self.places.json_key(name))
+            elif value not in unused:
                 message = f"`{name}` is {_json(value)}: not supported"
                 self.error("E0304", message, self.places.json_value(name), f"supported: {_json(unused[0])}")
         if "moe" not in self.raw:

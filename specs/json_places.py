@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from copy import copy
 from typing import cast
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
@@ -25,7 +26,15 @@ class JsonPlaces:
         """Spec path → JSON path. A spec path below one of these is at the same place below its JSON path."""
         self.duplicate: tuple[str, Span] | None = None
         self._entries: dict[Path, tuple[tuple[int, int], tuple[int, int]]] = {}
+        self._root: Path = ()
         self._scan()
+
+    def below(self, key: str) -> JsonPlaces:
+        """Return the places of the object at `key`, whose JSON paths begin there."""
+        inner = copy(self)
+        inner.names, inner._root = {}, (*self._root, key)
+        inner.start = inner._at((), 0)
+        return inner
 
     def json_key(self, *path: str | int) -> Span:
         """Return the place of the key at a JSON path, or of its nearest parent."""
@@ -46,9 +55,9 @@ class JsonPlaces:
 
     def json_inside(self, path: Path, offset: int, length: int) -> Span:
         """Return the place of characters of a string, or of an entry of an array."""
-        if (*path, offset) in self._entries:
+        if (*self._root, *path, offset) in self._entries:
             return self._at((*path, offset), 1)
-        start, end = self._entries.get(path, ((0, 0), (0, 0)))[1]
+        start, end = self._entries.get((*self._root, *path), ((0, 0), (0, 0)))[1]
         raw = self.text.text[start:end]
         if not raw.startswith('"') or "\\" in raw:
             return self._at(path, 1)
@@ -61,6 +70,7 @@ class JsonPlaces:
         return ()
 
     def _at(self, path: Path, which: int) -> Span:
+        path = (*self._root, *path)
         while path and path not in self._entries:
             path = path[:-1]
         return self.text.span(*self._entries[path][which]) if path else self.start

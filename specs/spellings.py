@@ -18,9 +18,7 @@ _OF_TRUNK = ("layers", "embedding", "norm_f", "*")
 
 def released_name(name: str) -> str:
     """Return the name that a released checkpoint has for a tensor or a module; unknown names are left as they are."""
-    while name.startswith(WRAPPERS):
-        name = name.partition(".")[2]
-    name = name.replace("._orig_mod.", ".")
+    name = _unwrapped(name).replace("._orig_mod.", ".")
     for prefix in LANGUAGE_MODEL:
         inner = name.removeprefix(prefix)
         if inner != name:
@@ -32,4 +30,20 @@ def released_name(name: str) -> str:
     root, _, rest = name.partition(".")
     if root == "backbone" and (rest == "embedding" or rest.startswith("embedding.")):
         name = f"backbone.embeddings{rest.removeprefix('embedding')}"
+    return name
+
+
+def is_nested(name: str) -> bool:
+    """Whether a tensor is that of a text model beside others."""
+    return _unwrapped(name).startswith(LANGUAGE_MODEL)
+
+
+def is_text(name: str) -> bool:
+    """Whether a tensor of a multimodal checkpoint is that of its text model."""
+    return _unwrapped(name).startswith((*LANGUAGE_MODEL, "backbone.", "mtp.", "lm_head."))
+
+
+def _unwrapped(name: str) -> str:
+    while name.startswith(WRAPPERS):
+        name = name.partition(".")[2]
     return name

@@ -39,6 +39,7 @@ from n3c.ir.diagnostics import N3CError
 from n3c.ir.formats import NVFP4_BLOCK
 from n3c.ir.json_file import is_count, read_json
 from n3c.ir.program import Program
+from n3c.specs.multimodal import text_config
 
 from .layout import algorithm, config_json, hf_quant_config, is_quantized
 
@@ -190,7 +191,9 @@ def _source_config(source: Path) -> dict[str, Any]:
         raise file_error("E0601", f"config.json cannot be read: {error}", path) from error
     if not isinstance(config, dict):
         raise file_error("E0601", "config.json is not a JSON object", path)
-    return cast("dict[str, Any]", config)
+    read = cast("dict[str, Any]", config)
+    nested = text_config(read)
+    return read if nested is None else dict(nested[1])
 
 
 def _finished(job: Job, mark: str) -> list[dict[str, Any]] | None:

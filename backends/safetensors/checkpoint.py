@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span, counted
 from n3c.ir.json_file import JsonError, read_json
+from n3c.specs.spellings import is_nested, is_text
 
 from .header import HeaderError, TensorInfo, read_header
 from .tensor_names import AmbiguousError, released_tensors
@@ -42,6 +43,7 @@ def file_error(code: str, message: str, path: Path, help: str | None = None) -> 
 class Checkpoint:
     """The tensors of a directory, one file or shards with an index, by the names that released checkpoints have.
 
+    Of a multimodal checkpoint they are those of the text model.
     N3CError (exit code 6) for what is wrong.
     """
 
@@ -49,8 +51,10 @@ class Checkpoint:
         self.directory = directory
         self._files: dict[str, Path] = {}
         self._infos: dict[str, TensorInfo] = {}
-        for path in self._paths():
-            for name, info in _header(path):
+        headers = {path: _header(path) for path in self._paths()}
+        multimodal = any(is_nested(name) for header in headers.values() for name in header)
+        for path, header in headers.items():
+            for name, info in _released(path, header, multimodal):
                 if name in self._files:
                     other = self._files[name]
                     message = f"tensor `{name}` is in {other.name} too" if other != path else f"`{name}` has two names"
@@ -183,12 +187,19 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _header(path: Path) -> list[tuple[str, TensorInfo]]:
+def _released(path: Path, header: dict[str, TensorInfo], multimodal: bool) -> list[tuple[str, TensorInfo]]:
+    """Return the tensors of a file by their released names, of a multimodal checkpoint those of the text model."""
+    text = {name: info for name, info in header.items() if is_text(name)} if multimodal else header
     try:
-        return list(released_tensors(read_header(path)))
+        return list(released_tensors(text))
     except AmbiguousError as error:
         help_ = "store each expert as a tensor, as released checkpoints do: `….experts.0.up_proj.weight`"
         raise file_error("E0620", str(error), path, help_) from error
+
+
+def _header(path: Path) -> dict[str, TensorInfo]:
+    try:
+        return read_header(path)
     except (OSError, HeaderError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise file_error("E0609", f"not a readable safetensors file: {reason}", path) from error

@@ -220,3 +220,66 @@ def test_a_tied_model_gets_its_head(tmp_path: Path) -> None:
         "E0608",
         "`lm_head.weight` is not `backbone.embeddings.weight`, though the spec ties them",
     )
+
+
+@pytest.mark.parametrize("nested", ["text_config", "llm_config"])
+def test_the_text_model_of_a_multimodal_checkpoint(folder: Path, tmp_path: Path, nested: str) -> None:
+    """Omni and VL: its config is nested, its tensors are under `language_model.`, the other models' are left out."""
+    expected = n3c("import", folder, "--json").data
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    save_file({f"language_model.{name}": t for name, t in tensors.items()}, folder / "model-00001-of-00002.safetensors")
+    others = {"vision_model.blocks.0.weight": torch.ones(3, 3), "model.mlp1.0.weight": torch.ones(2)}
+    save_file(others, folder / "model-00002-of-00002.safetensors")
+    weight_map = {f"language_model.{name}": "model-00001-of-00002.safetensors" for name in tensors}
+    weight_map |= dict.fromkeys(others, "model-00002-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    text = json.loads((folder / "config.json").read_text())
+    ignored = [f"language_model.backbone.layers.{i}.mixer.experts" for i in (1, 4)]
+    outer = {
+        "model_type": "NemotronH_Nano_Omni_Reasoning_V3",
+        "architectures": ["NemotronH_Nano_Omni_Reasoning_V3"],
+        nested: text,
+        "vision_config": {"hidden_size": 3},
+        "sound_config": {},
+    }
+    (folder / "config.json").write_text(json.dumps(outer))
+
+    imported = n3c("import", folder, "--json")
+    assert imported.code == 0, imported.err
+    assert imported.data["spec"] == expected["spec"]
+    first = imported.data["diagnostics"][0]
+    assert first["code"] == "W0305"
+    assert (
+        first["message"] == f"the spec is that of the text model, `{nested}`; left out: `vision_config`, `sound_config`"
+    )
+    result = n3c("quantize", "--weights", folder, "-o", tmp_path / "out")
+    assert result.code == 0, result.err
+    made = Checkpoint(tmp_path / "out")
+    assert {name for name in made if not name.endswith(("_scale", "_scale_2"))} == set(tensors)
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert (written["model_type"], written["architectures"]) == ("nemotron_h", ["NemotronHForCausalLM"])
+
+    quantization = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ignored}
+    (folder / "config.json").write_text(json.dumps(outer | {"quantization_config": quantization}))
+    spec = import_checkpoint(folder).spec
+    assert spec.quantization is not None
+    assert spec.quantization.format == "fp8"
+    del text["hidden_size"]
+    outer[nested] = text | {"vocab_size": "many"}
+    (folder / "config.json").write_text(json.dumps(outer, indent=1))
+    wrong = n3c("import", folder, "--json")
+    (error,) = (found for found in wrong.data["diagnostics"] if found["severity"] == "error")
+    assert json.dumps(outer, indent=1).split("\n")[error["line"] - 1].strip() == '"vocab_size": "many",'
+
+
+def test_layers_of_different_sizes_are_refused_by_name(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "nemotron_h_puzzle", "block_configs": [{"top_k": 4}]}
+    (folder / "config.json").write_text(json.dumps(config))
+    result = n3c("import", folder, "--json")
+    (error,) = (found for found in result.data["diagnostics"] if found["severity"] == "error")
+    assert (error["code"], error["message"]) == (
+        "E0304",
+        "`block_configs`: layers that differ in width or top-k are not supported",
+    )
