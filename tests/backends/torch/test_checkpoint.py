@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -167,6 +168,18 @@ def test_names_of_other_programs_are_read(module: Any, saved: Path, tmp_path: Pa
     module.load_checkpoint(model, saved)
     for name, tensor in module.named_tensors(model).items():
         assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_permissions_are_those_of_the_umask(module: Any, tmp_path: Path, mask: int) -> None:
+    old = os.umask(mask)
+    try:
+        module.save_checkpoint(module.Model(), tmp_path / "saved")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "saved").stat().st_mode & 0o777 == 0o777 & ~mask
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "saved").iterdir()} == {0o666 & ~mask}
+    assert list(tmp_path.iterdir()) == [tmp_path / "saved"]
 
 
 def test_a_tied_model_is_written_with_its_head(tmp_path: Path) -> None:

@@ -231,8 +231,10 @@ def save_checkpoint(
     directory = Path(directory).resolve()
     require_replaceable(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    outer = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    folder = outer / "saved"
     try:
+        folder.mkdir()  # with the permissions that the umask gives, which mkdtemp does not
         tensors = named_tensors(model)
         stream = iter(tensors.items()) if stream is None else stream
         write_shards(folder, tensors, stream)
@@ -243,11 +245,9 @@ def save_checkpoint(
             for path in code:
                 shutil.copyfile(path, folder / path.name)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        folder.chmod(0o755)
         replace_folder(directory, folder)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(outer, ignore_errors=True)
 
 
 def require_replaceable(directory: Path) -> None:
@@ -280,7 +280,10 @@ def write_shards(
         on_cpu: dict[str, Tensor] = {}
         for name, tensor in islice(stream, len(shard)):
             on_cpu[name] = tensor.to("cpu", shard[name].dtype).contiguous()
+        (folder / file).touch()
+        mode = (folder / file).stat().st_mode  # what the umask gives; safetensors makes its own
         save_file(on_cpu, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(mode)
         weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
