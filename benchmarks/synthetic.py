@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import torch
 
-from n3c.backends.safetensors.header import SIZES, header_bytes
+from n3c.backends.safetensors.header import header_bytes, stored_bytes
 from n3c.ir.source import Stack, tensor_names
 from n3c.passes.lower.model import lower
 from n3c.specs.huggingface import export_config
@@ -39,7 +38,7 @@ def write_checkpoint(folder: Path, pattern: str, experts: int = 128) -> int:
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     room = SHARD_BYTES
     for name, shape in shapes.items():
-        size = SIZES["BF16"] * math.prod(shape)
+        size = stored_bytes("BF16", shape)
         if size > room and shards[-1]:
             shards.append({})
             room = SHARD_BYTES
@@ -52,7 +51,7 @@ def write_checkpoint(folder: Path, pattern: str, experts: int = 128) -> int:
         with (folder / file).open("wb") as stream:
             stream.write(header_bytes({name: ("BF16", shape) for name, shape in shard.items()}))
             for name, shape in shard.items():
-                left = SIZES["BF16"] * math.prod(shape)
+                left = stored_bytes("BF16", shape)
                 total += left
                 while left:
                     piece = random[at : at + left]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from n3c.compiler.common_options import FORCE, SET, SPEC
 from n3c.ir.diagnostics import Diagnostic
 from n3c.runtime.options import Argument, Option, checked
-from n3c.specs.convert import config_text, run_import
+from n3c.specs.convert import config_text
 from n3c.specs.files import require_new, write_text
 from n3c.specs.huggingface import export_config as exported
 from n3c.specs.load import loaded
@@ -69,10 +69,13 @@ def import_config(
 
     N3CError: exit code 3 for the config, 6 for files; an `output` that is there is left without `force`.
     """
-    read, out = Path(source), None if output is None else Path(output)
+    from n3c.backends.safetensors.imported_spec import import_checkpoint
+    from n3c.backends.safetensors.locate import checkpoint_directory
+
+    read, out = checkpoint_directory(source), None if output is None else Path(output)
     if out is not None:
         require_new(out, read / "config.json" if read.is_dir() else read, force=force)
-    imported = run_import(read)
+    imported = import_checkpoint(read)
     if out is not None:
         write_text(out, imported.text)
     return ImportedConfig(imported.spec, imported.text, out, imported.warnings)

@@ -6,7 +6,7 @@ formats and exits (the practice of xDSL and openapi-python-client).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 
@@ -106,6 +106,25 @@ class N3CError(Exception):
         self.diagnostics = (diagnostics,) if isinstance(diagnostics, Diagnostic) else tuple(diagnostics)
         self.exit_code = exit_code
         super().__init__("\n".join(d.render() for d in self.diagnostics))
+
+
+MOST_ALIKE = 3
+"""Equal faults that are told one by one, and examples of more."""
+
+
+def counted(
+    code: str, one: str, many: str, things: Sequence[str], place: Span, help: str | None = None
+) -> Iterator[Diagnostic]:
+    """Yield an error for each of a few `things`, or one for all of many, with their number and three examples.
+
+    `one` has a `{}` for a thing, `many` for the number. Thousands of equal lines say no more than that.
+    """
+    if len(things) <= MOST_ALIKE:
+        for thing in things:
+            yield Diagnostic(code, one.format(thing), place, help=help)
+        return
+    first, rest = ", ".join(things[:MOST_ALIKE]), len(things) - MOST_ALIKE
+    yield Diagnostic(code, f"{many.format(f'{len(things):,}')}: {first} and {rest:,} more", place, help=help)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:

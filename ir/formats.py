@@ -68,6 +68,8 @@ class WeightFormat:
     """The format that it is where activations have no scale; empty: itself."""
     modelopt: str | None = None
     """ModelOpt's name of it (`quant_algo`); None: not quantized."""
+    uncalibrated_scale: float | None = None
+    """The `input_scale` that is stored where none was measured, as no reader has a weight-only form; None: none is."""
 
     @property
     def codes(self) -> Part:
@@ -117,7 +119,7 @@ _FP8_PARTS = (Part("codes", "", DType.F8E4M3, Covers.WEIGHT), Part("scale", "_sc
 
 NVFP4 = WeightFormat("nvfp4", _FP4_PARTS, E2M1_MAX * E4M3_MAX, "w4a16_nvfp4", "NVFP4")
 W4A16_NVFP4 = WeightFormat("w4a16_nvfp4", _FP4_PARTS, modelopt="W4A16_NVFP4")
-FP8 = WeightFormat("fp8", _FP8_PARTS, E4M3_MAX, modelopt="FP8")
+FP8 = WeightFormat("fp8", _FP8_PARTS, E4M3_MAX, modelopt="FP8", uncalibrated_scale=1.0)
 BF16 = WeightFormat("bf16", (Part("codes", "", DType.BF16, Covers.WEIGHT),))
 
 FORMATS = {format_.name: format_ for format_ in (NVFP4, W4A16_NVFP4, FP8, BF16)}

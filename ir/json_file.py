@@ -32,6 +32,14 @@ def read_bounded(path: Path, most: int) -> bytes:
     return data
 
 
+LFS_POINTER = "a Git LFS pointer, not the file itself, which `git lfs pull` or `hf download` fetches"
+
+
+def is_lfs_pointer(text: bytes) -> bool:
+    """Whether a file that begins so stands for one that was not downloaded."""
+    return text.startswith(b"version https://git-lfs")
+
+
 def parse_json(text: bytes) -> object:
     """Return what UTF-8 text says; JsonError where it is no JSON, nests too deeply or has a key twice."""
     try:
@@ -41,6 +49,8 @@ def parse_json(text: bytes) -> object:
     except RecursionError:
         raise JsonError("it nests too deeply") from None
     except ValueError as error:  # no UTF-8, and numbers of thousands of digits, too
+        if is_lfs_pointer(text):
+            raise JsonError(f"it is {LFS_POINTER}") from error
         raise JsonError("it is not JSON") from error
     return data
 

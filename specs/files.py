@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
@@ -67,7 +66,6 @@ def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all; raises N3CError (FILE) where it cannot be written."""
     import tempfile  # slow to import, and reading does not need it
 
-    temporary: str | None = None
     try:
         if path.is_dir():
             raise IsADirectoryError(None, "Is a directory")
@@ -75,14 +73,9 @@ def write_text(path: Path, text: str) -> None:
             path.write_text(text, encoding="utf-8")
             return
         target = path.resolve()  # a link stays a link
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=target.parent, delete=False) as file:
-            temporary = file.name
-            file.write(text)
-        os.chmod(temporary, 0o644)  # noqa: PTH101
-        os.replace(temporary, target)  # noqa: PTH105
-        temporary = None
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            file = Path(folder) / "text"  # made as any new file, with the permissions of the umask
+            file.write_text(text, encoding="utf-8")
+            file.replace(target)
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links
         raise _not_written(path, _reason(error)) from None
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)

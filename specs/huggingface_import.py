@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any, cast
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Severity, Span
 
-from .blocks import KINDS
 from .huggingface_names import (
     FIELDS,
     MTP,
@@ -23,9 +21,9 @@ from .huggingface_names import (
     UNSUPPORTED,
 )
 from .json_places import JsonPlaces
-from .keys import COUNT
-from .modelopt import QuantizationError, import_quantization
-from .modules import module_groups
+from .modelopt_files import HfQuantConfig, SaidFormats
+from .modules import module_groups, readable_sizes
+from .multimodal import TEXT_MODELS
 from .pattern import (
     MAX_BLOCKS,
     Pattern,
@@ -38,7 +36,7 @@ from .places import Path, shown
 from .reader import in_order, read_spec
 from .recipe import published_recipe
 from .rules_table import spec_with_quantization
-from .schema import Spec
+from .schema import Mtp, Spec
 
 MAY_BE_NULL = ("pad_token_id", "bos_token_id", "moe_latent_size")
 """Fields of the config that are null where the spec leaves its key out."""
@@ -66,6 +64,8 @@ class _Importer:
         self.places = places
         self.found: list[Diagnostic] = []
         self.raw: dict[str, Any] = {"schema": 1, "model": {}}
+        self.assumed: list[str] = []
+        """Fields that the config lacks, with the values that are taken."""
 
     def error(self, code: str, message: str, span: Span, advice: str | None = None) -> None:
         self.found.append(Diagnostic(code, message, span, help=advice))
@@ -83,6 +83,7 @@ class _Importer:
             self.cuts(main, own)
             self.fields(main, mtp, own)
         self.unsupported()
+        self.tell_assumed()
         self.dead()
         if main is None:
             raise self.failure()
@@ -97,7 +98,9 @@ class _Importer:
         if spec is None or any(item.severity is Severity.ERROR for item in self.found):
             raise self.failure()
         if "quantization" not in self.raw and "n3c" not in self.config:
-            spec = spec_with_quantization(spec, published_recipe(spec).table)
+            recipe = published_recipe(spec)
+            spec = spec_with_quantization(spec, recipe.table)
+            self.found.append(recipe.note(self.places.start))
         return spec, self.found
 
     def failure(self) -> N3CError:
@@ -107,7 +110,7 @@ class _Importer:
 
     def model_type(self) -> None:
         kind = self.config.get("model_type")
-        if kind not in ("nemotron_h", "nemotron_h_dense", "nemotron_h_sparse"):
+        if kind not in TEXT_MODELS:
             message = "missing `model_type`" if kind is None else f"`model_type` is `{shown(str(kind))}`"
             self.error("E0302", f"{message}: not a nemotron_h config", self.places.json_value("model_type"))
 
@@ -194,7 +197,9 @@ class _Importer:
         pattern = self.agreed(MTP_PATTERN_LISTS, "mtp_hybrid_override_pattern")
         if pattern is None and len(self.found) > before:
             return None
-        pattern = pattern or Pattern.parse("*E")
+        if pattern is None:
+            pattern = Pattern.parse("*E")
+            self.assume("mtp_hybrid_override_pattern", pattern.symbols)
         self.places.names.setdefault(("mtp",), ("num_nextn_predict_layers",))
         table: dict[str, object] = {"pattern": pattern.symbols}
         self.raw["mtp"] = table
@@ -202,28 +207,35 @@ class _Importer:
             if self.config.get(name) is not None:
                 table[key] = self.config[name]
                 self.places.names["mtp", key] = (name,)
+            else:
+                self.assume(name, getattr(Mtp, key))
         return pattern
+
+    def assume(self, name: str, value: object) -> None:
+        self.assumed.append(f"{name} {_json(value)}")
+
+    def tell_assumed(self) -> None:
+        if self.assumed:
+            self.warn("W0302", f"not given, so taken by default: {', '.join(self.assumed)}", self.places.start)
 
     # Sizes
 
     def fields(self, main: Pattern, mtp: Pattern | None, own: Mapping[str, Any]) -> None:
         tables = {"model"} | {kind.table for kind in (*main, *(mtp or ()))}
-        assumed: list[str] = []
         for path, (name, default, aliases) in FIELDS.items():
             table, key = str(path[0]), str(path[1])
             if table not in tables:
                 continue
             spelling = self.spelling(name, aliases)
             if spelling is None:
-                assumed.append(name)
+                self.assume(name, default)
             else:
                 self.places.names[path] = (spelling,)
             value = self.value(path, default if spelling is None else self.config[spelling], own)
             if value is not None or name not in MAY_BE_NULL:
                 self.raw.setdefault(table, {})[key] = value
-        if assumed:
-            message = f"not given, so as in transformers' NemotronHConfig: {', '.join(assumed)}"
-            self.warn("W0302", message, self.places.start)
+        if "mamba" in tables and self.config.get("mamba_ssm_cache_dtype") is None and "n3c" not in self.config:
+            self.assume("mamba_ssm_cache_dtype", "float32")
 
     def spelling(self, name: str, aliases: Iterable[str]) -> str | None:
         """Return the first name of a field that the config has, or None; E0303 where another one has another value."""
@@ -253,7 +265,10 @@ class _Importer:
     def unsupported(self) -> None:
         for name, unused in UNSUPPORTED.items():
             value = self.config.get(name, unused[0])
-            if value not in unused:
+            if name.endswith("block_configs") and value is not None:
+                message = f"`{name}`: layers that differ in width or top-k are not supported"
+                self.error("E0304", message, self.places.json_key(name))
+            elif value not in unused:
                 message = f"`{name}` is {_json(value)}: not supported"
                 self.error("E0304", message, self.places.json_value(name), f"supported: {_json(unused[0])}")
         if "moe" not in self.raw:
@@ -301,23 +316,16 @@ class _Importer:
         quantization: Mapping[str, object] | None,
         places: JsonPlaces,
     ) -> None:
-        root: tuple[str, ...] = ("quantization",)
-        if quantization is None:
-            raw = self.config.get("quantization_config")
-            places, root = self.places, ("quantization_config",)
-            quantization = cast("dict[str, object]", raw) if isinstance(raw, dict) else None
-            if raw is not None and (quantization is None or quantization.get("quant_method") != "modelopt"):
-                message = "only ModelOpt's quantization configs are supported"
-                self.error("E0305", message, places.json_value("quantization_config", "quant_method"))
-                return
-        if quantization is None or "quantization" in own:
-            return  # where there are two, `n3c` has the spec's own words, from which a quantizer made the other
         tied = self.raw["model"].get("tie_word_embeddings") is True
-        groups = module_groups(main, mtp, self.block_tables(), tied)
+        groups = module_groups(main, mtp, readable_sizes(self.raw), tied)
+        beside = None if quantization is None else HfQuantConfig(quantization, places)
         try:
-            imported = import_quantization(quantization, groups, main)
-        except QuantizationError as error:
-            self.error("E0305", error.message, places.json_value(*root, *error.path), error.advice)
+            said = SaidFormats.of(self.config, self.places, beside)
+            if said is None or "quantization" in own:
+                return  # where there are two, `n3c` has the spec's own words, from which a quantizer made the other
+            imported = said.read(groups, main)
+        except N3CError as error:
+            self.found += error.diagnostics
             return
         self.raw["quantization"] = imported.table
         if imported.kv_cache_dtype is not None and "serving" not in own:
@@ -325,19 +333,7 @@ class _Importer:
         if imported.unknown:
             first = shown(imported.unknown[0])
             message = f"{len(imported.unknown)} names of the quantization match no module, as `{first}`"
-            self.warn("W0303", message, places.json_value(*root))
-
-    def block_tables(self) -> dict[str, SimpleNamespace]:
-        """Return the sizes that module names depend on, bad values as 0; the reader reports them."""
-
-        def size(value: object) -> int:
-            return value if type(value) is int and 0 < value <= COUNT else 0
-
-        keys = {kind.table: [config.key for config in kind.config_keys] for kind in KINDS if kind.table in self.raw}
-        return {
-            table: SimpleNamespace(**{name: size(self.raw[table].get(name)) for name in names})
-            for table, names in keys.items()
-        }
+            self.warn("W0303", message, said.place)
 
 
 def _json(value: object) -> str:

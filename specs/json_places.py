@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from copy import copy
 from typing import cast
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
+from n3c.ir.json_file import LFS_POINTER, is_lfs_pointer
 
 from .places import Path, Text, shown
 
@@ -24,7 +26,15 @@ class JsonPlaces:
         """Spec path → JSON path. A spec path below one of these is at the same place below its JSON path."""
         self.duplicate: tuple[str, Span] | None = None
         self._entries: dict[Path, tuple[tuple[int, int], tuple[int, int]]] = {}
+        self._root: Path = ()
         self._scan()
+
+    def below(self, key: str) -> JsonPlaces:
+        """Return the places of the object at `key`, whose JSON paths begin there."""
+        inner = copy(self)
+        inner.names, inner._root = {}, (*self._root, key)
+        inner.start = inner._at((), 0)
+        return inner
 
     def json_key(self, *path: str | int) -> Span:
         """Return the place of the key at a JSON path, or of its nearest parent."""
@@ -45,9 +55,9 @@ class JsonPlaces:
 
     def json_inside(self, path: Path, offset: int, length: int) -> Span:
         """Return the place of characters of a string, or of an entry of an array."""
-        if (*path, offset) in self._entries:
+        if (*self._root, *path, offset) in self._entries:
             return self._at((*path, offset), 1)
-        start, end = self._entries.get(path, ((0, 0), (0, 0)))[1]
+        start, end = self._entries.get((*self._root, *path), ((0, 0), (0, 0)))[1]
         raw = self.text.text[start:end]
         if not raw.startswith('"') or "\\" in raw:
             return self._at(path, 1)
@@ -60,6 +70,7 @@ class JsonPlaces:
         return ()
 
     def _at(self, path: Path, which: int) -> Span:
+        path = (*self._root, *path)
         while path and path not in self._entries:
             path = path[:-1]
         return self.text.span(*self._entries[path][which]) if path else self.start
@@ -108,6 +119,8 @@ def parse_json(text: str, file: str) -> tuple[Mapping[str, object], JsonPlaces]:
     try:
         parsed: object = json.loads(text)
     except json.JSONDecodeError as error:
+        if is_lfs_pointer(text[:64].encode()):
+            raise N3CError(Diagnostic("E0301", LFS_POINTER, source.span(0, 0)), ExitCode.SPEC) from None
         message = f"not JSON: {shown(error.msg[:1].lower() + error.msg[1:])}"
         raise N3CError(Diagnostic("E0301", message, source.span(error.pos, 0)), ExitCode.SPEC) from None
     except (RecursionError, ValueError):  # ValueError: a number of thousands of digits

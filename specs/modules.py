@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 from .block_kind import BlockKind
 from .blocks import KINDS
+from .keys import COUNT
 from .pattern import Pattern
 from .schema import Spec
 
@@ -34,6 +36,18 @@ def groups_of(spec: Spec) -> list[Group]:
     tables = {kind.table: getattr(spec, kind.table) for kind in KINDS}
     mtp = spec.mtp.pattern if spec.mtp else None
     return module_groups(spec.model.pattern, mtp, tables, spec.model.tie_word_embeddings)
+
+
+def readable_sizes(raw: Mapping[str, Mapping[str, object]]) -> dict[str, SimpleNamespace]:
+    """Return the sizes that module names depend on, of tables that are not read yet; bad values are 0."""
+
+    def size(value: object) -> int:
+        return value if type(value) is int and 0 < value <= COUNT else 0
+
+    keys = {kind.table: [config.key for config in kind.config_keys] for kind in KINDS if kind.table in raw}
+    return {
+        table: SimpleNamespace(**{name: size(raw[table].get(name)) for name in names}) for table, names in keys.items()
+    }
 
 
 def module_groups(main: Pattern, mtp: Pattern | None, tables: Mapping[str, object], tied: bool) -> list[Group]:

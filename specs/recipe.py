@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from n3c.ir.diagnostics import Diagnostic, Severity, Span
 from n3c.ir.formats import FORMATS
 
 from .modules import groups_of
@@ -27,6 +28,8 @@ SENSITIVE = ("attention.*", "moe.latent_*", "mtp.*", "lm_head")
 EIGHT_BITS = ("mamba.in_proj", "mamba.out_proj", "moe.shared.*")
 """FP8 where the default is a 4-bit format and activations are calibrated."""
 
+NOTE = "W0622"
+"""The code of the note about the recipe."""
 DEFAULT_EXCLUSIONS = "default exclusions"
 DEFAULT_FP8 = "default FP8"
 NO_WHOLE_BLOCKS = "default: no whole blocks"
@@ -44,6 +47,16 @@ class Recipe:
     def names_by_path(self) -> dict[str, str]:
         """Path of a rule → its name."""
         return {f"quantization.rules.{index}": name for index, name in enumerate(self.names)}
+
+    def note(self, place: Span) -> Diagnostic:
+        """Return the note that tells the formats of a spec for which nobody chose any."""
+        said = "; ".join(
+            f"{', '.join(rule.roles)}: {rule.format} ({name})"
+            for rule, name in zip(self.table.rules, self.names, strict=True)
+        )
+        message = f"the formats are those of the published recipe: {self.table.format}, but {said}"
+        help_ = "a [quantization] table of your own replaces them"
+        return Diagnostic(NOTE, message, place, Severity.NOTE, help_)
 
 
 def published_recipe(

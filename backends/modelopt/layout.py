@@ -2,10 +2,12 @@
 
 `hf_quant_config.json` and `quantization_config` of config.json say the same. One algorithm for all is
 written with the modules that it leaves out; several with one key for each quantized module, routed experts
-one by one, since not every reader understands a key for all experts of a layer. Names are full names of
-linears, as vLLM also takes an excluded name as a part of another one; where all routed experts of a layer are
-left out, so is `….mixer.experts`, the only name that SGLang asks for. No name carries the suffix that
-ModelOpt 0.47 appends by mistake under transformers 5.
+one by one, since not every reader understands a key for all experts of a layer. W4A16_NVFP4 always has such keys:
+as the one algorithm for all, TensorRT Edge-LLM takes it for NVFP4 and quantizes activations with a scale of 1.
+Names are full names of linears, as vLLM also takes an excluded name as a part of another one; where all routed
+experts of a layer are left out, so is `….mixer.experts`, the only name that SGLang asks for. No name carries the
+suffix that ModelOpt 0.47 appends by mistake under transformers 5. Of a checkpoint in which nothing is quantized
+neither file says anything, since vLLM refuses a config without an algorithm.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 
 from n3c.backends.safetensors.layout import KEEP, Weight
 from n3c.ir.formats import FORMATS, FP8, NVFP4_BLOCK, W4A16_NVFP4
-from n3c.specs.huggingface_names import MTP_PATTERN_LISTS, PATTERN_LISTS
+from n3c.specs.huggingface_names import MTP, MTP_PATTERN_LISTS, PATTERN_LISTS
 from n3c.specs.roles import ROUTERS
 
 PRODUCER = "modelopt"
@@ -42,23 +44,31 @@ def algorithm(weight: Weight) -> str | None:
     if weight.format == KEEP:
         return None
     format_ = FORMATS[weight.format]
-    return format_.modelopt if weight.calibrated or not format_.weight_only else FORMATS[format_.weight_only].modelopt
+    return format_.modelopt if weight.scales_input or not format_.weight_only else FORMATS[format_.weight_only].modelopt
+
+
+def is_quantized(weights: Sequence[Weight]) -> bool:
+    """Whether any of `weights` is: only then have the two configs something to say."""
+    return any(weight.format != KEEP for weight in weights)
 
 
 def quantization(weights: Sequence[Weight], kv_cache: str | None) -> dict[str, Any]:
-    """Return the `quantization` object of hf_quant_config.json; `kv_cache` is "FP8" or None."""
+    """Return the `quantization` object of hf_quant_config.json, of weights that `is_quantized`.
+
+    `kv_cache` is "FP8" or None.
+    """
     layers = {weight.module: chosen for weight in weights if (chosen := algorithm(weight)) is not None}
     algorithms = sorted(set(layers.values()))
-    if len(algorithms) > 1:
+    if len(algorithms) > 1 or W4A16_NVFP4.modelopt in algorithms:
         quantized = {module: _layer(chosen) for module, chosen in sorted(layers.items(), key=_by_layer)}
         return {
             "quant_algo": "MIXED_PRECISION",
             "kv_cache_quant_algo": kv_cache,
             "quantized_layers": quantized,
         }
-    only = algorithms[0] if algorithms else None
+    (only,) = algorithms
     found: dict[str, Any] = {"quant_algo": only, "kv_cache_quant_algo": kv_cache}
-    if only is not None and only != FP8.modelopt:
+    if only != FP8.modelopt:
         found["group_size"] = NVFP4_BLOCK
     return found | {"exclude_modules": left_out(weights)}
 
@@ -139,7 +149,7 @@ def _group(chosen: str) -> dict[str, Any]:
 def config_json(
     source: Mapping[str, Any], exported: Mapping[str, Any], weights: Sequence[Weight], kv_cache: str | None
 ) -> dict[str, Any]:
-    """Return config.json: that of the source, with what it lacks of `exported` (the spec's config), and quantized.
+    """Return config.json: that of the source, with what it lacks of `exported` (the spec's config), and its formats.
 
     Lists of block types are left out: the patterns and the number of layers say the same.
     """
@@ -147,4 +157,8 @@ def config_json(
     for key in _SHAPE_KEYS:
         if config.get(key) is None and key in exported:
             config[key] = exported[key]
-    return config | {"quantization_config": quantization_config(weights, kv_cache), "n3c": exported["n3c"]}
+    if not any(weight.name.startswith("mtp.") for weight in weights):
+        config = {key: value for key, value in config.items() if key not in MTP} | {"num_nextn_predict_layers": 0}
+    if is_quantized(weights):
+        config["quantization_config"] = quantization_config(weights, kv_cache)
+    return config | {"n3c": exported["n3c"]}

@@ -19,7 +19,7 @@ from typing import Any, cast
 from n3c.backends.machine import usable_cores
 from n3c.backends.progress import Progress
 from n3c.backends.safetensors.checkpoint import INDEX, Checkpoint, file_error
-from n3c.backends.safetensors.header import SIZES
+from n3c.backends.safetensors.header import stored_bytes
 from n3c.backends.safetensors.layout import (
     KEEP,
     MAX_SHARD_BYTES,
@@ -30,6 +30,7 @@ from n3c.backends.safetensors.layout import (
     plan_shards,
     plan_weights,
 )
+from n3c.backends.safetensors.misfits import EMBEDDING, HEAD
 from n3c.backends.safetensors.packing import Search
 from n3c.backends.safetensors.resume import Done, WorkDirectory, require_new
 from n3c.backends.safetensors.selfcheck import Checked, check
@@ -38,8 +39,9 @@ from n3c.ir.diagnostics import N3CError
 from n3c.ir.formats import NVFP4_BLOCK
 from n3c.ir.json_file import is_count, read_json
 from n3c.ir.program import Program
+from n3c.specs.multimodal import text_config
 
-from .layout import algorithm, config_json, hf_quant_config
+from .layout import algorithm, config_json, hf_quant_config, is_quantized
 
 LEDGER = "n3c_ledger.json"
 _MAX_LEDGER = 1 << 28
@@ -93,6 +95,8 @@ class Outcome:
 def quantize_checkpoint(job: Job, progress: Progress) -> Outcome:
     """Make `job.out`; N3CError (exit code 6), without output, where source or output cannot be used."""
     checkpoint = Checkpoint(job.source)
+    if job.exported["tie_word_embeddings"] and HEAD not in checkpoint:
+        checkpoint.repeat(EMBEDDING, HEAD)  # transformers does not tie them
     config = _source_config(job.source)
     weights = plan_weights(job.program, checkpoint, job.input_scales, job.kv_scales)
     shards = plan_shards(weights, job.max_shard_bytes)
@@ -112,12 +116,13 @@ def quantize_checkpoint(job: Job, progress: Progress) -> Outcome:
                 return outcome
             progress.phase("check the result")
             outcome.ledger = _ledger(shards, done)
-            files = {
+            files: dict[str, Mapping[str, Any]] = {
                 "config.json": config_json(config, job.exported, weights, job.kv_cache),
-                "hf_quant_config.json": hf_quant_config(weights, job.kv_cache),
                 INDEX: index_json(shards),
                 LEDGER: {"schema": 1, "plan": mark, "search": job.search, "weights": outcome.ledger},
             }
+            if is_quantized(weights):
+                files["hf_quant_config.json"] = hf_quant_config(weights, job.kv_cache)
             _write_files(files, work.result, job.source)
             outcome.checked = check(checkpoint, Checkpoint(work.result), shards)
             work.finish()
@@ -186,7 +191,9 @@ def _source_config(source: Path) -> dict[str, Any]:
         raise file_error("E0601", f"config.json cannot be read: {error}", path) from error
     if not isinstance(config, dict):
         raise file_error("E0601", "config.json is not a JSON object", path)
-    return cast("dict[str, Any]", config)
+    read = cast("dict[str, Any]", config)
+    nested = text_config(read)
+    return read if nested is None else dict(nested[1])
 
 
 def _finished(job: Job, mark: str) -> list[dict[str, Any]] | None:
@@ -247,7 +254,7 @@ def _ledger(shards: Sequence[Shard], done: Mapping[str, Done]) -> list[dict[str,
                 "shape": list(weight.shape),
                 "rule": weight.rule,
                 "format": weight.dtype.lower() if weight.format == KEEP else weight.format,
-                "bytes": sum(SIZES[dtype] * math.prod(shape) for dtype, shape in weight.stored().values()),
+                "bytes": sum(stored_bytes(dtype, shape) for dtype, shape in weight.stored().values()),
             }
             if weight.format != KEEP:
                 signal, noise, other = figures[weight.name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -10,10 +11,12 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
-from n3c.ir.json_file import read_json
+from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span, counted
+from n3c.ir.json_file import JsonError, read_json
+from n3c.specs.spellings import is_nested, is_text
 
 from .header import HeaderError, TensorInfo, read_header
+from .tensor_names import AmbiguousError, released_tensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -29,7 +32,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
 }
-"""safetensors' names of the element types that are read."""
+"""safetensors' names of the element types whose values are read; tensors of all others are carried as bytes."""
 
 
 def file_error(code: str, message: str, path: Path, help: str | None = None) -> N3CError:
@@ -38,16 +41,23 @@ def file_error(code: str, message: str, path: Path, help: str | None = None) -> 
 
 
 class Checkpoint:
-    """The tensors of a directory, one file or shards with an index. N3CError (exit code 6) for what is wrong."""
+    """The tensors of a directory, one file or shards with an index, by the names that released checkpoints have.
+
+    Of a multimodal checkpoint they are those of the text model.
+    N3CError (exit code 6) for what is wrong.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._files: dict[str, Path] = {}
         self._infos: dict[str, TensorInfo] = {}
-        for path in self._paths():
-            for name, info in _header(path).items():
+        headers = {path: _header(path) for path in self._paths()}
+        multimodal = any(is_nested(name) for header in headers.values() for name in header)
+        for path, header in headers.items():
+            for name, info in _released(path, header, multimodal):
                 if name in self._files:
-                    message = f"tensor `{name}` is in {self._files[name].name} too"
+                    other = self._files[name]
+                    message = f"tensor `{name}` is in {other.name} too" if other != path else f"`{name}` has two names"
                     raise file_error("E0609", message, path)
                 self._files[name], self._infos[name] = path, info
 
@@ -56,6 +66,10 @@ class Checkpoint:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
+
+    def repeat(self, name: str, other: str) -> None:
+        """Give the tensor `name` a second name."""
+        self._files[other], self._infos[other] = self.file(name), self._infos[name]
 
     def files(self) -> list[Path]:
         """Return the files that hold tensors, sorted."""
@@ -92,7 +106,7 @@ class Checkpoint:
     def read_rows(self, name: str, first: int, last: int) -> NDArray[np.generic]:
         """Return rows `first` to below `last` of a tensor [N, …]."""
         _, shape = self.info(name)
-        row = self.bytes(name) // shape[0]
+        row = self.bytes(name) // shape[0] if shape[0] else 0
         band = self.read_bytes(name, first * row, (last - first) * row)
         return band.view(self.dtype(name)).reshape(last - first, *shape[1:])
 
@@ -120,19 +134,50 @@ class Checkpoint:
         index = self.directory / INDEX
         if not index.is_file():
             if not (self.directory / SINGLE).is_file():
-                raise file_error("E0601", f"neither {SINGLE} nor {INDEX} in this directory", self.directory)
+                raise _no_weights(self.directory)
             return [self.directory / SINGLE]
         try:
             shards = cast("Any", read_json(index))["weight_map"].values()
             names = sorted({str(shard) for shard in shards})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise file_error("E0604", "the index is not JSON with a `weight_map`", index) from error
+            reason = f": {error}" if isinstance(error, JsonError) else ""
+            raise file_error("E0604", f"the index is not JSON with a `weight_map`{reason}", index) from error
         for name in names:
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise file_error("E0604", f"the index names `{name}`, which is not a file of this directory", index)
-            if not _is_file(self.directory / name):
-                raise file_error("E0604", f"the index names `{name}`, which is missing", index)
+        missing = [f"`{name}`" for name in names if not _is_file(self.directory / name)]
+        if missing:
+            one, many = "the index names {}, which is missing", f"of {len(names)} files in the index {{}} are missing"
+            help_ = "download the checkpoint again: what is there is kept"
+            raise N3CError([*counted("E0604", one, many, missing, Span(str(index)), help_)], ExitCode.FILE)
         return [self.directory / name for name in names]
+
+
+_SHARD = re.compile(r".+-(\d{5})-of-(\d{5})\.safetensors")
+_OTHER_FORMATS = {
+    ".bin": "weights pickled by PyTorch, which may run any code and are not read",
+    ".pt": "weights pickled by PyTorch, which may run any code and are not read",
+    ".pth": "weights pickled by PyTorch, which may run any code and are not read",
+    ".distcp": "a distributed checkpoint of PyTorch, which is not read",
+    ".gguf": "weights of llama.cpp, which are not read",
+}
+
+
+def _no_weights(directory: Path) -> N3CError:
+    """Return the error about a directory without weights that can be read: what it has instead."""
+    names = sorted(path.name for path in directory.iterdir())
+    shards = [found for name in names if (found := _SHARD.fullmatch(name)) is not None]
+    if shards:
+        message = f"{len(shards)} of {int(shards[0][2])} shards, as `{shards[0][0]}`, and no {INDEX}"
+        return file_error("E0601", message, directory, "download the index: it says which tensor is in which shard")
+    other = next((name for name in names if Path(name).suffix in _OTHER_FORMATS), None)
+    if other is not None:
+        message = f"`{other}`: {_OTHER_FORMATS[Path(other).suffix]}"
+        help_ = "download the safetensors files, or write them: `save_pretrained` of transformers does"
+        return file_error("E0601", message, directory, help_)
+    loose = next((name for name in names if name.endswith(".safetensors")), None)
+    also = "" if loose is None else f"; `{loose}` has another name"
+    return file_error("E0601", f"neither {SINGLE} nor {INDEX} in this directory{also}", directory)
 
 
 def _is_file(path: Path) -> bool:
@@ -140,6 +185,16 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):  # a name that is too long, or with a null byte
         return False
+
+
+def _released(path: Path, header: dict[str, TensorInfo], multimodal: bool) -> list[tuple[str, TensorInfo]]:
+    """Return the tensors of a file by their released names, of a multimodal checkpoint those of the text model."""
+    text = {name: info for name, info in header.items() if is_text(name)} if multimodal else header
+    try:
+        return list(released_tensors(text))
+    except AmbiguousError as error:
+        help_ = "store each expert as a tensor, as released checkpoints do: `….experts.0.up_proj.weight`"
+        raise file_error("E0620", str(error), path, help_) from error
 
 
 def _header(path: Path) -> dict[str, TensorInfo]:

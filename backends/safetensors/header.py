@@ -12,23 +12,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
 from n3c.ir.formats import FORMATS
-from n3c.ir.json_file import JsonError, is_count, parse_json
+from n3c.ir.json_file import LFS_POINTER, JsonError, is_count, is_lfs_pointer, parse_json
 from n3c.ir.types import DType, TensorType
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the format's own library."""
 
-SIZES = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-    "F8_E4M3": 1, "F8_E5M2": 1, "U8": 1, "I8": 1, "BOOL": 1,
+BITS = {
+    "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16,
+    "U16": 16, "F8_E4M3": 8, "F8_E4M3FNUZ": 8, "F8_E5M2": 8, "F8_E5M2FNUZ": 8, "F8_E8M0": 8, "U8": 8, "I8": 8,
+    "BOOL": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
-"""Bytes of an element."""
+"""Bits of an element: every type of safetensors 0.8."""
 
 ELEMENT_NAMES = {
     DType.F32: "F32", DType.F16: "F16", DType.BF16: "BF16", DType.F8E4M3: "F8_E4M3", DType.F4E2M1: "U8",
@@ -40,6 +41,14 @@ CODES = {format_.name: ELEMENT_NAMES[format_.codes.dtype] for format_ in FORMATS
 """Format of a weight → name of the element type of its codes."""
 
 MAX_DIM = 1 << 40
+
+
+def stored_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Return the bytes of a tensor in a file; HeaderError where its elements end within one."""
+    bits = math.prod(shape) * BITS[dtype]
+    if bits % 8:
+        raise HeaderError(f"{list(shape)} elements of {dtype} end within a byte")
+    return bits // 8
 
 
 def stored_as(type_: TensorType) -> tuple[str, tuple[int, ...]]:
@@ -65,16 +74,20 @@ class TensorInfo:
     @property
     def bytes(self) -> int:
         """Return its size in the file."""
-        return math.prod(self.shape) * SIZES[self.dtype]
+        return stored_bytes(self.dtype, self.shape)
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Return the tensors of a file in the order of their data; HeaderError, or OSError where it cannot be read."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(8)
+        start = file.read(64)
+        if is_lfs_pointer(start):
+            raise HeaderError(f"it is {LFS_POINTER}")
         if len(start) < 8:
             raise HeaderError("it ends within its first 8 bytes")
+        file.seek(8)
+        start = start[:8]
         length = int.from_bytes(start, "little")
         if length > min(size - 8, MAX_HEADER_BYTES):
             raise HeaderError(f"it promises a header of {length} bytes; the file has {size}")
@@ -123,7 +136,7 @@ def _is_entry(entry: object) -> TypeGuard[dict[str, Any]]:
     dtype, offsets = table.get("dtype"), table.get("data_offsets")
     return (
         isinstance(dtype, str)
-        and dtype in SIZES
+        and dtype in BITS
         and _is_sizes(table.get("shape"))
         and _is_sizes(offsets)
         and len(cast("list[int]", offsets)) == 2
@@ -142,7 +155,7 @@ def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, (dtype, shape) in tensors.items():
-        end = at + math.prod(shape) * SIZES[dtype]
+        end = at + stored_bytes(dtype, shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()

@@ -2,14 +2,13 @@
 
 All of it is known before a weight is read, so shards can be made in any order, on several machines, and
 continued after a crash, and always come out the same. Names are ModelOpt's (`export_hf_checkpoint`),
-those of `n3c.ir.formats`. `input_scale` is there where activations were calibrated.
+those of `n3c.ir.formats`. `input_scale` is there where activations were calibrated, and of every FP8 linear.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from n3c.ir.source import Fp8, Nvfp4, tensor_names
 from n3c.ir.types import DType, TensorType
 
 from .checkpoint import Checkpoint
-from .header import SIZES, header_bytes, stored_as
+from .header import BITS, header_bytes, stored_as, stored_bytes
 from .packing import Search
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -50,8 +49,8 @@ class Weight:
     """float32 tensors that are stored after it: input_scale, k_scale, v_scale."""
 
     @property
-    def calibrated(self) -> bool:
-        """Whether the scale of its linear's input is known."""
+    def scales_input(self) -> bool:
+        """Whether the scale of its linear's input is stored, so that readers quantize activations."""
         return any(name.endswith(INPUT_SCALE) for name, _ in self.scalars)
 
     @property
@@ -115,8 +114,9 @@ def _weight(
     role, rule, format_, rows = decided
     module = name.removesuffix(".weight")
     scalars: list[tuple[str, float]] = []
-    if format_ != KEEP and FORMATS[format_].input_divisor and module in input_scales:
-        scalars.append((module + INPUT_SCALE, input_scales[module]))
+    if format_ != KEEP and FORMATS[format_].input_divisor:
+        scale = input_scales.get(module, FORMATS[format_].uncalibrated_scale)
+        scalars += [] if scale is None else [(module + INPUT_SCALE, scale)]
     if name.endswith(".weight"):
         scalars += [(module + kv, kv_scales[module + kv]) for kv in CACHE_SCALES if module + kv in kv_scales]
     merged = role.removeprefix("mtp.") in _MERGED and format_ != KEEP
@@ -143,7 +143,7 @@ def plan_shards(weights: Sequence[Weight], max_bytes: int = MAX_SHARD_BYTES) -> 
     room = max_bytes - 8
     for weight in weights:
         stored = weight.stored()
-        data = sum(math.prod(shape) * SIZES[dtype] for dtype, shape in stored.values())
+        data = sum(stored_bytes(dtype, shape) for dtype, shape in stored.values())
         entry = sum(len(json.dumps(name)) + 120 for name in stored)  # its lines in the header, at most
         if groups[-1] and data + entry > room:
             groups.append([])
@@ -156,13 +156,13 @@ def plan_shards(weights: Sequence[Weight], max_bytes: int = MAX_SHARD_BYTES) -> 
 def _shard(number: int, total: int, weights: Sequence[Weight]) -> Shard:
     tensors = {name: stored for weight in weights for name, stored in weight.stored().items()}
     # float32 scalars after uint8 codes would be misaligned: the widest elements first, as the format's library does
-    ordered = dict(sorted(tensors.items(), key=lambda item: -SIZES[item[1][0]]))
+    ordered = dict(sorted(tensors.items(), key=lambda item: -BITS[item[1][0]]))
     header = header_bytes(ordered)
     offsets: dict[str, int] = {}
     at = len(header)
     for name, (dtype, shape) in ordered.items():
         offsets[name] = at
-        at += math.prod(shape) * SIZES[dtype]
+        at += stored_bytes(dtype, shape)
     file = "model.safetensors" if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
     return Shard(file, tuple(weights), header, offsets, at)
 

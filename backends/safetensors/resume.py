@@ -173,9 +173,13 @@ class WorkDirectory:
         _sync(self.result)
         with self._alone():
             require_new(self.out, f"run again with --resume; what is done is kept in {self.folder}")
-            if self.out.is_dir():
-                self.out.rmdir()
-            self.result.rename(self.out)
+            if _is_working_directory(self.out):  # who stands in it stays in it; what names the shards comes last
+                for path in sorted(self.result.iterdir(), key=lambda path: path.suffix == ".json"):
+                    path.rename(self.out / path.name)
+            else:
+                if self.out.is_dir():
+                    self.out.rmdir()
+                self.result.rename(self.out)
             _sync(self.out.parent)
             self._remove()
 
@@ -194,6 +198,13 @@ class WorkDirectory:
     def _remove(self) -> None:
         self._part.close()  # its file is in there, and Windows removes no open files
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _is_working_directory(path: Path) -> bool:
+    try:
+        return path.samefile(Path.cwd())
+    except OSError:  # it is not there
+        return False
 
 
 def require_new(out: Path, help: str = "choose another -o") -> None:

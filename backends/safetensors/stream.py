@@ -79,7 +79,7 @@ class Quantizer:
         """Return the rows of each band; multiples of 16, so that no block is cut."""
         rows = weight.shape[0] if weight.shape else 1
         size = self._checkpoint.bytes(weight.name)
-        if size <= self._band_bytes or len(weight.shape) < 2:
+        if size <= self._band_bytes or len(weight.shape) < 2 or size % rows:
             return [(0, rows)]
         step = max(NVFP4_BLOCK, self._band_bytes * rows // size // NVFP4_BLOCK * NVFP4_BLOCK)
         return [(first, min(first + step, rows)) for first in range(0, rows, step)]
@@ -90,13 +90,11 @@ class Quantizer:
 
     def pack(self, weight: Weight, first: int, last: int, amax: np.float32 | None) -> Band:
         """Read and pack rows `first` to `last`; without `amax` they are the whole weight."""
-        rows = self._read(weight, first, last)
         if weight.format == KEEP:
-            self._largest(weight, rows, first)
-            row = rows.nbytes // (last - first) if last > first else 0
-            pieces = [Piece(weight.name, first * row, _raw(rows))]
+            pieces = [self._carried(weight, first, last)]
             figures = (0.0, 0.0, 0.0)
         else:
+            rows = self._read(weight, first, last)
             packed, of_matrix = self._packed(weight, rows, first, amax)
             pieces = [Piece(weight.name, first * packed.codes.shape[1], _raw(packed.codes))]
             names = FORMATS[weight.format].part_names(weight.name)
@@ -108,6 +106,16 @@ class Quantizer:
         if first == 0:
             pieces += [Piece(name, 0, np.float32(value).tobytes()) for name, value in weight.scalars]
         return Band(tuple(pieces), figures)
+
+    def _carried(self, weight: Weight, first: int, last: int) -> Piece:
+        """Return rows as they are stored, of whatever type; N3CError where a weight of the spec is not finite."""
+        size, rows = self._checkpoint.bytes(weight.name), max(1, weight.shape[0] if weight.shape else 1)
+        start = size * first // rows
+        data = self._checkpoint.read_bytes(weight.name, start, size * last // rows - start)
+        if weight.role and weight.dtype in _FLOATS:
+            shape = (last - first, *weight.shape[1:]) if weight.shape else ()
+            self._largest(weight, data.view(self._checkpoint.dtype(weight.name)).reshape(shape), first)
+        return Piece(weight.name, start, data.data)
 
     def _packed(self, weight: Weight, rows: Array, first: int, amax: np.float32 | None) -> tuple[Packed, np.float32]:
         """Return the packed rows and the scale of the matrix."""

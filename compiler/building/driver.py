@@ -68,7 +68,7 @@ def build(
     *,
     target: Annotated[Target, Option("What to build.")],
     output: Annotated[Path | str | None, Option("Output directory (default: build/<name>).", short="-o")] = None,
-    weights: Annotated[Path | str | None, Option("Checkpoint directory; its tensors must fit the spec.")] = None,
+    weights: Annotated[Path | str | None, Option("Checkpoint directory or hub id; must fit the spec.")] = None,
     trt: Annotated[Flavour, TRT] = "rtx",
     sm: Annotated[int | str | Sequence[int], SM] = 120,
     weights_mode: Annotated[
@@ -100,7 +100,11 @@ def build(
     out = Path(output) if output is not None else Path("build") / read.name
     outdir.require_writable(out)
     sms = sm_versions(sm) if target == "trt" else ()
-    checkpoint = Path(weights) if weights is not None else None
+    checkpoint = None
+    if weights is not None:
+        from n3c.backends.safetensors.locate import checkpoint_directory
+
+        checkpoint = checkpoint_directory(weights)
     request = Request(target, checkpoint, trt, sms, stages, entry, weights_mode)
 
     progress.phase("passes")

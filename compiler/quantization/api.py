@@ -26,7 +26,7 @@ AUTO, CALIBRATION = Needs("auto"), Needs("calibration")
 def quantize(
     spec: Annotated[Path | str | Spec | None, Argument("[SPEC]")] = None,
     *,
-    weights: Annotated[Path | str, Option("Checkpoint directory to quantize.")],
+    weights: Annotated[Path | str, Option("Checkpoint directory or hub id to quantize.")],
     output: Annotated[Path | str, Option("Output directory; must be new.", short="-o")],
     fmt: Annotated[
         str | None, Option("Format of every linear that no rule names: nvfp4, w4a16_nvfp4, fp8 or bf16.")
@@ -55,7 +55,7 @@ def quantize(
     calibration_samples: Annotated[int, Option("Sequences to take of it.", least=1, needs=CALIBRATION)] = 128,
     calibration_length: Annotated[int, Option("Tokens of a sequence.", least=2, needs=CALIBRATION)] = 512,
     activation_scales: Annotated[
-        Path | str | None, Option("Reuse saved activation scales (.json or .safetensors).")
+        Path | str | None, Option("Reuse activation scales: a file (.json or .safetensors), or a quantized checkpoint.")
     ] = None,
     save_activation_scales: Annotated[
         Path | str | None, Option("Save the calibrated scales (.json or .safetensors).", needs=CALIBRATION)
@@ -82,28 +82,30 @@ def quantize(
     for file in (write_spec, save_activation_scales):
         if file is not None:
             require_new(Path(file), spec if isinstance(spec, Path) else None, force=force)
+    from n3c.backends.safetensors.locate import checkpoint_directory  # loads numpy, which the help does not need
+
     request = QuantizeRequest(
-        weights=Path(weights),
+        weights=checkpoint_directory(weights),
         out=Path(output),
         spec=spec,
         overrides=tuple(set),
         fmt=fmt,
         block=block,
-        like=_path(like),
+        like=None if like is None else checkpoint_directory(like),
         effective_bits=effective_bits if auto else None,
         mtp=auto_mtp,
         write_spec=_path(write_spec),
         calibration=_path(calibration),
         samples=calibration_samples,
         length=calibration_length,
-        activation_scales=_path(activation_scales),
+        activation_scales=None if activation_scales is None else checkpoint_directory(activation_scales),
         save_activation_scales=_path(save_activation_scales),
         search=search,
         resume=resume,
         part=part_of(part),
         max_shard_bytes=size_of(max_shard_size),
     )
-    from .driver import run  # loads numpy, which the help does not need
+    from .driver import run
 
     return run(request, progress)
 

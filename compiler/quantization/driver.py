@@ -104,7 +104,8 @@ def run(request: QuantizeRequest, progress: Progress) -> Quantized:
         max_shard_bytes=request.max_shard_bytes or MAX_SHARD_BYTES,
     )
     outcome = quantize_checkpoint(job, progress)
-    warnings = [*asked.warnings, *notes, *prepared.warnings, *reader_warnings(outcome.weights, outcome.out)]
+    told = reader_warnings(outcome.weights, scales.inputs, outcome.out)
+    warnings = [*asked.warnings, *notes, *prepared.warnings, *told]
     return Quantized(outcome, prepared, warnings, time.perf_counter() - start, peak_rss_bytes())
 
 

@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from n3c.backends.modelopt.layout import is_quantized
 from n3c.backends.safetensors.layout import KEEP, Weight
 from n3c.ir.diagnostics import Diagnostic, Severity, Span
-from n3c.ir.formats import FORMATS
+from n3c.ir.formats import E4M3_MAX, FORMATS, FP8
 
 
-def reader_warnings(weights: Sequence[Weight], out: Path) -> list[Diagnostic]:
-    """Return the warnings about `weights`, which were written to `out`."""
+def reader_warnings(weights: Sequence[Weight], inputs: Mapping[str, float], out: Path) -> list[Diagnostic]:
+    """Return the warnings about `weights`, which were written to `out`.
+
+    `inputs` are the measured scales of activations, by module.
+    """
     place = Span(str(out))
-    return [*_uncalibrated(weights, place), *_disagreeing(weights, place)]
+    if not is_quantized(weights):
+        message = "nothing is quantized: config.json has no quantization_config, and there is no hf_quant_config.json"
+        help_ = "--fmt, or the spec's [quantization], gives linears another format than bf16"
+        return [Diagnostic("W0624", message, place, Severity.NOTE, help_)]
+    return [*_uncalibrated(weights, inputs, place), *_disagreeing(weights, place)]
 
 
-def _uncalibrated(weights: Sequence[Weight], place: Span) -> list[Diagnostic]:
-    """Return warnings about what lacks a scale of its activations."""
+def _uncalibrated(weights: Sequence[Weight], inputs: Mapping[str, float], place: Span) -> list[Diagnostic]:
+    """Return warnings about what lacks a measured scale of its activations."""
     lacking = Counter(
-        FORMATS[weight.format].blocked for weight in weights if weight.format != KEEP and not weight.calibrated
+        FORMATS[weight.format].blocked for weight in weights if weight.format != KEEP and weight.module not in inputs
     )
     found: list[Diagnostic] = []
-    if lacking[True]:
+    if lacking[True] and not inputs:  # with scales, a linear without one was to be weight-only
         message = f"{lacking[True]} NVFP4 linears have no input_scale: the checkpoint says W4A16_NVFP4 of them"
         help_ = "--calibration or --activation-scales gives them"
         found.append(Diagnostic("W0621", message, place, Severity.WARNING, help_))
     if lacking[False]:
         message = (
-            f"{lacking[False]} FP8 linears have no input_scale: vLLM and SGLang load them without a word and compute"
-            " nonsense, as they only know FP8 with a static scale of the input"
+            f"{lacking[False]} FP8 linears have no measured input_scale, which readers cannot do without: they get"
+            f" {FP8.uncalibrated_scale:g}, by which inputs are rounded to E4M3 as they are, at most {E4M3_MAX:g}"
         )
         help_ = "give --calibration or --activation-scales, or their rules another format (bf16, w4a16_nvfp4)"
         found.append(Diagnostic("W0621", message, place, Severity.WARNING, help_))

@@ -6,15 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
-from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Severity, Span, did_you_mean
+from n3c.backends.safetensors.imported_spec import import_checkpoint
+from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span, did_you_mean
 from n3c.ir.formats import FORMATS as WEIGHT_FORMATS
-from n3c.specs.convert import run_import
 from n3c.specs.load import loaded, parse_spec
-from n3c.specs.recipe import DEFAULT, Recipe, is_published, published_recipe
+from n3c.specs.recipe import DEFAULT, NOTE, Recipe, is_published, published_recipe
 from n3c.specs.rules_table import spec_with_quantization
 from n3c.specs.schema import Format, Quantization, Spec
 
 from .request import BLOCK_NAMES, FORMATS, QuantizeRequest
+
+_HELP = "--write-spec FILE writes these rules; a [quantization] table of your own replaces them"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class RequestedFormats:
         """Return the rules' names and a note about them where `spec` still has the formats of the recipe."""
         if self.recipe is None or spec.quantization != self.recipe.table:
             return {}, []
-        return self.recipe.names_by_path, [_note(self.recipe, self.place)]
+        return self.recipe.names_by_path, [replace(self.recipe.note(Span(self.place)), help=_HELP)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +75,11 @@ def _of_checkpoint(request: QuantizeRequest) -> _Source:
         message = "no directory with a checkpoint"
         raise N3CError(Diagnostic("E0601", message, Span(str(request.weights))), ExitCode.FILE)
     place = str(request.weights / "config.json")
-    imported = run_import(request.weights)
+    imported = import_checkpoint(request.weights)
+    warnings = [found for found in imported.warnings if found.code != NOTE]  # told of the formats that are taken
     if not request.overrides:
-        return _Source(imported.spec, place, imported.warnings)
-    return _Source(parse_spec(imported.text, place, request.overrides)[0], place, imported.warnings)
+        return _Source(imported.spec, place, warnings)
+    return _Source(parse_spec(imported.text, place, request.overrides)[0], place, warnings)
 
 
 def _wrong(option: str, value: str, known: Iterable[str]) -> N3CError:
@@ -105,14 +108,3 @@ def weight_only(spec: Spec) -> Spec:
 
     rules = tuple(replace(rule, format=renamed(rule.format)) for rule in table.rules)
     return replace(spec, quantization=replace(table, format=cast("Format", renamed(table.format)), rules=rules))
-
-
-def _note(recipe: Recipe, place: str) -> Diagnostic:
-    """Return the note that tells the formats of a spec for which nobody chose any."""
-    said = "; ".join(
-        f"{', '.join(rule.roles)}: {rule.format} ({name})"
-        for rule, name in zip(recipe.table.rules, recipe.names, strict=True)
-    )
-    message = f"the formats are those of the published recipe: {recipe.table.format}, but {said}"
-    help_ = "--write-spec FILE writes these rules; a [quantization] table of your own replaces them"
-    return Diagnostic("W0622", message, Span(place), Severity.NOTE, help_)

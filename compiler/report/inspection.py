@@ -9,7 +9,6 @@ from n3c.compiler.common_options import BATCH, CONTEXT, SET
 from n3c.ir.diagnostics import Diagnostic
 from n3c.runtime.manifest import MANIFEST, out_error, read_manifest
 from n3c.runtime.options import Argument, Needs, checked
-from n3c.specs.convert import run_import
 from n3c.specs.load import loaded
 from n3c.specs.schema import Spec
 
@@ -57,6 +56,10 @@ def inspect(
     if isinstance(path, Spec):
         return _of_spec(path, set, context, batch)
     place = Path(path)
+    if not place.is_file() and place.suffix not in (".toml", ".json"):
+        from n3c.backends.safetensors.locate import checkpoint_directory
+
+        place = checkpoint_directory(path)
     if _is_build(place):
         manifest = read_manifest(place)
         if manifest is None:
@@ -64,7 +67,9 @@ def inspect(
         return Inspected("build", manifest)
     if _is_spec(place):
         return _of_spec(place, set, context, batch)
-    imported = run_import(place, formats_matter=False)
+    from n3c.backends.safetensors.imported_spec import import_checkpoint
+
+    imported = import_checkpoint(place, formats_matter=False)
     figures = inspect_spec(imported.spec, context=context, batch=batch)
     if place.is_dir() and any(place.glob("*.safetensors*")):
         from n3c.backends.safetensors.checkpoint import Checkpoint

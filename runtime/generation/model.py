@@ -206,7 +206,7 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 @checked
 def load(
     build: Annotated[Path | str, Argument("BUILD")],
-    weights: Annotated[Path | str | None, Option("Checkpoint directory; must fit the build.")],
+    weights: Annotated[Path | str | None, Option("Checkpoint directory or hub id; must fit the build.")],
     *,
     no_mtp: Annotated[bool, Option("Decode token by token, without drafts.")] = False,
     device: Annotated[Device, Option("Where to run.")] = "cpu",
@@ -218,11 +218,13 @@ def load(
     N3CError: exit code 2 without weights or for an engine that does not run on the device, 6 where the build is
     damaged or the tokenizer is none of this model.
     """
+    from n3c.backends.safetensors.locate import checkpoint_directory
+
     from .runner import require_weights
 
     if engine is not None:
         require_device(engine, device)
     progress.phase("open")
     opened = open_build(Path(build))
-    checkpoint = require_weights(None if weights is None else Path(weights))
-    return Model(opened, checkpoint, device, engine, not no_mtp, progress)
+    folder = require_weights(None if weights is None else checkpoint_directory(weights))
+    return Model(opened, folder, device, engine, not no_mtp, progress)

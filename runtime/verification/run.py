@@ -46,7 +46,7 @@ class Verified:
 @checked
 def verify(
     build: Annotated[Path | str, Argument("BUILD")],
-    weights: Annotated[Path | str | None, Option("Checkpoint directory (default: random weights).")] = None,
+    weights: Annotated[Path | str | None, Option("Checkpoint directory or hub id (default: random weights).")] = None,
     *,
     seed: Annotated[int, Option("Of tokens and random weights.", least=0)] = 0,
     progress: Progress = SILENT,
@@ -59,6 +59,8 @@ def verify(
     """
     progress.phase("open")
     opened = open_build(Path(build))
+    from n3c.backends.safetensors.locate import checkpoint_directory
+
     from .comparison import compare, diagnostics
     from .implementations import implementations
     from .model_size import require_small
@@ -67,7 +69,7 @@ def verify(
     from .weights import checkpoint_for
 
     require_small(opened)
-    checkpoint = checkpoint_for(opened, None if weights is None else Path(weights), seed)
+    checkpoint = checkpoint_for(opened, None if weights is None else checkpoint_directory(weights), seed)
     program, batch = opened.served.program, min(opened.spec.serving.batch_sizes)
     progress.phase("load")
     expected = references(opened, checkpoint, batch)

@@ -114,7 +114,7 @@ def test_configs_saved_by_transformers(layers: list[str], hidden: int, latent: i
         text = made.to_json_string(use_diff=use_diff)
         config, places = parse_json(text, "config.json")
         spec, warnings = import_config(config, places, "random")
-        assert [item.code for item in warnings][-1:] == ["W0301"]
+        assert [item.code for item in warnings][-2:] == ["W0301", "W0622"]
         assert spec.model.pattern.symbols == made.hybrid_override_pattern
         assert spec.model.hidden_size == hidden
         assert spec.model.eos_token_ids == (3, 4)
@@ -136,7 +136,7 @@ def test_saved_checkpoint_folder(tmp_path: Path) -> None:
     assert imported.spec.name == "my-model-v2"
     assert parse_spec(imported.text, "x")[0] == imported.spec
     assert run_import(folder / "config.json").spec == imported.spec
-    message = imported.warnings[-1].message
+    message = imported.warnings[-2].message
     assert message.startswith("dropped, as the model does not use them: ")
     assert set(message.partition(": ")[2].split(", ")) == DEAD
 
@@ -191,7 +191,7 @@ OLD: dict[str, Any] = {
 
 def test_old_names() -> None:
     spec, codes = read(json.dumps(OLD))
-    assert codes == ["W0301"]
+    assert codes == ["W0302", "W0301", "W0622"]
     assert spec.mamba is not None
     m = spec.mamba
     assert (m.state_size, m.n_groups, m.conv_kernel, m.chunk_size, m.conv_bias) == (32, 2, 3, 16, False)
@@ -248,10 +248,22 @@ def test_policy_leaves_odd_widths() -> None:
 def test_missing_fields_are_those_of_transformers() -> None:
     text = json.dumps({"model_type": "nemotron_h", "hybrid_override_pattern": "ME*-"})
     spec, codes = read(text)
-    assert codes == ["W0302"]
+    assert codes == ["W0302", "W0622"]
     made = nemotron_h_config()(hybrid_override_pattern="ME*-")
     again, _ = read(made.to_json_string(use_diff=False))
     assert spec == again
+
+
+def test_what_is_put_in_is_told() -> None:
+    """Every default, with its value: of the trunk, of MTP, whose depth and loss scale configs often lack, of states."""
+    text = json.dumps({"model_type": "nemotron_h", "hybrid_override_pattern": "M*", "num_nextn_predict_layers": 1})
+    config, places = parse_json(text, "config.json")
+    _, (told, note) = import_config(config, places, "x")
+    said = told.message.removeprefix("not given, so taken by default: ").split(", ")
+    wanted = ("hidden_size 4096", 'mtp_hybrid_override_pattern "*E"', "mtp_num_layers 1", "n_routed_experts 8")
+    assert {*wanted, "mtp_loss_scaling_factor 0.1", 'mamba_ssm_cache_dtype "float32"'} <= set(said)
+    assert not any(name.startswith("intermediate_size") for name in said)  # of a block that the model lacks
+    assert note.message.startswith("the formats are those of the published recipe: nvfp4, but mamba.")
 
 
 def test_no_shared_expert() -> None:

@@ -12,7 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from n3c.ir.diagnostics import N3CError
+from n3c.compiler.quantization.checkpoint_formats import spec_like
+from n3c.compiler.quantization.request import QuantizeRequest
+from n3c.compiler.quantization.requested_formats import requested_formats
+from n3c.ir.diagnostics import N3CError, Severity
 from n3c.specs.convert import run_import
 from n3c.specs.huggingface import export_config, import_config
 from n3c.specs.json_places import parse_json
@@ -197,22 +200,221 @@ def test_any_mixture_is_kept(data: st.DataObject) -> None:
         assert name == chosen.get(module, "BF16").lower()
 
 
-@pytest.mark.parametrize(
-    ("quantization", "message"),
-    [
-        ({"quant_algo": "INT4_AWQ"}, "INT4_AWQ"),
-        ({"quant_algo": 4}, "algorithm `4`"),
-        ({"quant_algo": "MIXED_PRECISION"}, "must be an object"),
-        ({"quant_algo": "MIXED_PRECISION", "quantized_layers": {"lm_head": None}}, "algorithm `None`"),
-        ({"quant_algo": "FP8", "exclude_modules": "lm_head"}, "must be a list"),
-        ({"quant_algo": "FP8", "exclude_modules": [1]}, "must be a list"),
-        ({"quant_algo": "FP8", "kv_cache_quant_algo": "NVFP4"}, "only an FP8 cache"),
-    ],
+FLOAT_4 = {"num_bits": 4, "type": "float", "group_size": 16, "dynamic": False}
+FLOAT_8 = {"num_bits": 8, "type": "float", "dynamic": False}
+IN_PROJ, EXPERT, HEAD = (
+    "backbone.layers.0.mixer.in_proj",
+    "backbone.layers.1.mixer.experts.3.up_proj",
+    "lm_head",
 )
-def test_errors(quantization: dict[str, Any], message: str) -> None:
-    with pytest.raises(N3CError, match=message) as caught:
-        read(config_of("tiny"), quantization)
-    assert [item.code for item in caught.value.diagnostics] == ["E0305"]
+
+
+def grouped(weights: dict[str, Any], inputs: dict[str, Any] | None, *targets: str, **more: Any) -> dict[str, Any]:
+    group = {"weights": weights, "targets": list(targets or ("Linear",))}
+    return {"config_groups": {"group_0": group if inputs is None else group | {"input_activations": inputs}}} | more
+
+
+def named(**formats: str) -> dict[str, Any]:
+    return {name.replace("__", "."): {"quant_algo": algorithm} for name, algorithm in formats.items()}
+
+
+READ: dict[str, tuple[dict[str, Any], tuple[str, str, str]]] = {
+    "small letters": ({"quant_algo": "nvfp4", "exclude_modules": ["lm_head"]}, ("nvfp4", "nvfp4", "bf16")),
+    "one level deeper": (
+        {"quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}, "producer": {"name": "modelopt"}},
+        ("fp8", "fp8", "bf16"),
+    ),
+    "bits alone": (grouped(FLOAT_4, FLOAT_4, ignore=["lm_head"]), ("nvfp4", "nvfp4", "bf16")),
+    "bits alone, null beside": (grouped(FLOAT_8, FLOAT_8, quant_algo=None), ("fp8", "fp8", "fp8")),
+    "absent activations": (grouped(FLOAT_4, None, ignore=["lm_head"]), ("w4a16_nvfp4", "w4a16_nvfp4", "bf16")),
+    "absent activations under an algorithm": (
+        grouped(FLOAT_4, None, quant_algo="NVFP4"),
+        ("w4a16_nvfp4", "w4a16_nvfp4", "w4a16_nvfp4"),
+    ),
+    "absent activations of one layer": (
+        grouped(FLOAT_4, None, IN_PROJ)
+        | {"quant_algo": "MIXED_PRECISION", "quantized_layers": {n: {"quant_algo": "NVFP4"} for n in (IN_PROJ, HEAD)}},
+        ("w4a16_nvfp4", "bf16", "nvfp4"),
+    ),
+    "groups of modules": (
+        {
+            "config_groups": {
+                "a": {"weights": FLOAT_8, "input_activations": FLOAT_8, "targets": [IN_PROJ]},
+                "b": {"weights": FLOAT_4, "input_activations": FLOAT_4, "targets": ["*.experts.*"]},
+            }
+        },
+        ("fp8", "nvfp4", "bf16"),
+    ),
+    "wildcards in what is left out": (
+        {"quant_algo": "FP8", "exclude_modules": ["*mixer.in_proj*", "lm_hea?", "model.layers.[17].*"]},
+        ("bf16", "bf16", "bf16"),
+    ),
+    "wildcards in what is quantized": (
+        {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"model.layers.*.mixer.experts*": {"quant_algo": "FP8"}}},
+        ("bf16", "fp8", "bf16"),
+    ),
+    "prefixes": (
+        {
+            "quant_algo": "MIXED_PRECISION",
+            "quantized_layers": {
+                f"language_model.{IN_PROJ}": {"quant_algo": "FP8"},
+                "module._orig_mod." + EXPERT: {"quant_algo": "NVFP4", "group_size": 16},
+                "language_model.lm_head": {"quant_algo": "W4A16_NVFP4"},
+            },
+        },
+        ("fp8", "nvfp4", "w4a16_nvfp4"),
+    ),
+    "a part of names that are never quantized": (
+        {"quant_algo": "FP8", "exclude_modules": ["conv1d", "mixer.gate"]},
+        ("fp8", "fp8", "fp8"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_every_form_is_read_alike(name: str, tmp_path: Path) -> None:
+    """`import`, `quantize` without a spec, and `--like` agree, whichever file says it."""
+    said, expected = READ[name]
+    spec, _ = load_spec(SPECS / "tiny.toml")
+    for file in ("config.json", "hf_quant_config.json"):
+        folder = tmp_path / file
+        folder.mkdir()
+        config = config_of("tiny")
+        if file == "config.json":
+            config["quantization_config"] = {"quant_method": "ModelOpt"} | said
+        else:
+            hf = said if "quantization" in said else {"quantization": said}
+            (folder / file).write_text(json.dumps(hf), encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        imported = run_import(folder).spec
+        like, _ = spec_like(spec, folder, None)
+        requested = requested_formats(QuantizeRequest(folder, folder / "out")).spec
+        assert imported.quantization == like.quantization == requested.quantization
+        found = formats(imported)
+        assert (found[IN_PROJ], found[EXPERT], found[HEAD]) == expected
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "unknown": ({"quant_algo": "INT3"}, "algorithm `INT3`", "quantize the unquantized checkpoint"),
+    "no text": ({"quant_algo": 4}, "algorithm `4`", ""),
+    "AWQ": ({"quant_algo": "NVFP4_AWQ"}, "algorithm `NVFP4_AWQ`", "pre_quant_scale"),
+    "AWQ by its scales": ({"quant_algo": "NVFP4", "pre_quant_scale": True}, "`pre_quant_scale`", "without"),
+    "AWQ of a layer": (
+        {"quant_algo": "MIXED_PRECISION", "quantized_layers": named(lm_head="W4A16_AWQ")},
+        "`W4A16_AWQ`",
+        "pre_quant_scale",
+    ),
+    "no algorithm": ({"exclude_modules": []}, "neither `quant_algo` nor `config_groups`", "null where nothing"),
+    "no layers": ({"quant_algo": "MIXED_PRECISION"}, "must be an object", ""),
+    "no entry": ({"quant_algo": "MIXED_PRECISION", "quantized_layers": {"lm_head": None}}, "algorithm `None`", ""),
+    "exclusions are no list": ({"quant_algo": "FP8", "exclude_modules": "lm_head"}, "must be a list", ""),
+    "exclusions are no names": ({"quant_algo": "FP8", "exclude_modules": [1]}, "must be a list", ""),
+    "blocks of 32": ({"quant_algo": "NVFP4", "group_size": 32}, "`group_size` is 32", "unquantized checkpoint"),
+    "blocks of 32 in a layer": (
+        {
+            "quant_algo": "MIXED_PRECISION",
+            "quantized_layers": {"lm_head": {"quant_algo": "W4A16_NVFP4", "group_size": 32}},
+        },
+        "`group_size` is 32",
+        "",
+    ),
+    "blocks of 32 in a group": (grouped(FLOAT_4 | {"group_size": 32}, FLOAT_4), "`group_size` is 32", ""),
+    "integers": (grouped({"num_bits": 4, "type": "int", "group_size": 128}, None), "4-bit int weights", ""),
+    "FP8 weights alone": (grouped(FLOAT_8, None), "8-bit float weights with no activations", ""),
+    "4 and 8 bits": (grouped(FLOAT_4, FLOAT_8), "4-bit float weights with 8-bit float activations", ""),
+    "FP8 by rows": (grouped(FLOAT_8 | {"strategy": "channel"}, FLOAT_8), "activations by rows", ""),
+    "FP8, dynamic": (grouped(FLOAT_8, FLOAT_8 | {"dynamic": True}), "with dynamic scales", ""),
+    "algorithm and bits differ": (grouped(FLOAT_8, FLOAT_8, quant_algo="NVFP4"), "has the bits of fp8", "correct one"),
+    "layer and bits differ": (
+        grouped(FLOAT_8, FLOAT_8, "lm_head")
+        | {"quant_algo": "MIXED_PRECISION", "quantized_layers": named(lm_head="NVFP4")},
+        "`lm_head` is nvfp4, but `group_0` has the bits of fp8",
+        "",
+    ),
+    "given twice": (
+        {"quant_algo": "NVFP4", "quantization": {"quant_algo": "FP8"}},
+        "`quant_algo` is given twice",
+        "correct one",
+    ),
+    "an embedding": (
+        {"quant_algo": "MIXED_PRECISION", "quantized_layers": named(backbone__embeddings="W4A16_NVFP4")},
+        "`backbone.embeddings` is quantized",
+        "in BF16",
+    ),
+    "embeddings by wildcard": (
+        {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"*embed*": {"quant_algo": "NVFP4"}}},
+        "`backbone.embeddings` is quantized",
+        "in BF16",
+    ),
+    "embeddings by class": (grouped(FLOAT_4, None, "Linear", "Embedding"), "embeddings are quantized", "in BF16"),
+    "a regular expression": (
+        {"quant_algo": "FP8", "ignore": ["re:.*lm_head"]},
+        "`re:.*lm_head` is a regular expression",
+        "wildcards",
+    ),
+    "a regular expression, quantized": (grouped(FLOAT_4, None, "re:.*mlp.*"), "is a regular expression", ""),
+    "a long wildcard": ({"quant_algo": "FP8", "ignore": ["*" + "a" * 200]}, "more than 200 characters", ""),
+    "many wildcards": ({"quant_algo": "FP8", "ignore": [f"*{n}" for n in range(300)]}, "more than 256", "name the"),
+    "a part of names": (
+        {"quant_algo": "FP8", "exclude_modules": ["in_proj"]},
+        f"`in_proj` is a part of names, as of `{IN_PROJ}`",
+        "write `*in_proj*`",
+    ),
+    "capital letters": ({"quant_algo": "FP8", "exclude_modules": ["LM_head"]}, "`LM_head` matches no", "`lm_head`?"),
+    "both": (
+        {"quant_algo": "MIXED_PRECISION", "quantized_layers": named(lm_head="FP8"), "ignore": ["lm_*"]},
+        "`lm_head` is both quantized and left out",
+        "remove one",
+    ),
+    "an NVFP4 cache": (
+        {"quant_algo": "FP8", "kv_cache_quant_algo": "NVFP4"},
+        "only an FP8 cache",
+        "write FP8, or null",
+    ),
+    "an INT8 cache": (
+        {"quant_algo": "FP8", "kv_cache_scheme": {"num_bits": 8, "type": "int"}},
+        "only an FP8 cache is supported, not `8 bits, int`",
+        "write FP8",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_nothing_is_guessed(name: str, tmp_path: Path) -> None:
+    """What is not read is refused by name, by `import` and `--like` in the same words."""
+    said, message, advice = REFUSED[name]
+    config = config_of("tiny") | {"quantization_config": {"quant_method": "modelopt"} | said}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    told: list[tuple[str, str, str | None]] = []
+    for importing in (True, False):
+        with pytest.raises(N3CError) as caught:
+            if importing:
+                run_import(tmp_path)
+            else:
+                spec_like(load_spec(SPECS / "tiny.toml")[0], tmp_path, None)
+        (diagnostic,) = (item for item in caught.value.diagnostics if item.severity is Severity.ERROR)
+        told.append((diagnostic.code, diagnostic.message, diagnostic.help))
+    assert told[0] == told[1]
+    code, text, help_ = told[0]
+    assert code == "E0305"
+    assert message in text
+    assert advice in (help_ or "")
+
+
+def test_two_files_that_differ_are_refused(tmp_path: Path) -> None:
+    """Some readers take hf_quant_config.json, others config.json."""
+    config = config_of("tiny") | {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for algorithm, refused in (("FP8", False), ("NVFP4", True), (None, True)):
+        hf = {"quantization": {"quant_algo": algorithm, "kv_cache_quant_algo": "FP8"}}
+        (tmp_path / "hf_quant_config.json").write_text(json.dumps(hf), encoding="utf-8")
+        if not refused:
+            assert run_import(tmp_path).spec.serving.kv_cache_dtype == "fp8"
+            continue
+        with pytest.raises(N3CError, match=r"hf_quant_config\.json and config\.json give different formats"):
+            run_import(tmp_path)
+        with pytest.raises(N3CError, match=r"hf_quant_config\.json and config\.json give different formats"):
+            spec_like(load_spec(SPECS / "tiny.toml")[0], tmp_path, None)
 
 
 def test_unquantized() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
+from n3c.ir.source import tensor_names
+from n3c.passes.lower.model import lower
 from n3c.specs.block_kind import BlockKind
 from n3c.specs.blocks import ATTENTION, KINDS, MAMBA, MLP
 from n3c.specs.dump import dump_spec
@@ -70,6 +73,10 @@ def parameters(spec: Spec) -> tuple[int, int]:
         ("nano-4b", 3_973_556_832, 0),
         ("nemotron-nano-9b-v2", 8_888_227_328, 0),
         ("nemotron-h-8b", 8_100_852_736, 0),
+        ("lightning", 31_577_937_344, 1_335_325_824),
+        ("nemotron-nano-12b-v2", 12_310_001_152, 0),
+        ("nemotron-h-47b", 46_791_554_816, 0),
+        ("nemotron-h-56b", 56_324_350_464, 0),
         ("tiny", 2_025_536, 428_672),
         ("tiny-moe", 2_449_600, 0),
     ],
@@ -80,10 +87,28 @@ def test_totals(name: str, trunk: int, mtp: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "reported"),
-    [("ultra", 549.3e9), ("nano-4b", 3.974e9), ("nemotron-nano-9b-v2", 8.888e9), ("nemotron-h-8b", 8.101e9)],
+    [
+        ("ultra", 549.3e9),
+        ("nano-4b", 3.974e9),
+        ("nemotron-nano-9b-v2", 8.888e9),
+        ("nemotron-nano-12b-v2", 12.31e9),
+        ("nemotron-h-8b", 8.101e9),
+        ("nemotron-h-47b", 46.8e9),
+        ("nemotron-h-56b", 56.3e9),
+    ],
 )
 def test_totals_are_those_reported(name: str, reported: float) -> None:
     assert abs(parameters(load(name))[0] / reported - 1) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "elements", "tensors"), [("super", 123_611_033_088, 42_683), ("lightning", 32_913_266_240, 6_513)]
+)
+def test_checkpoints_are_counted_as_published(name: str, elements: int, tensors: int) -> None:
+    """With MTP and the routers' bias buffers: NVIDIA's verification cards of the released checkpoints."""
+    parameters_ = lower(load(name)).parameters.values()
+    assert sum(math.prod(parameter.type.static_dims) for parameter in parameters_) == elements
+    assert sum(1 for parameter in parameters_ for _ in tensor_names(parameter.source)) == tensors
 
 
 @pytest.mark.parametrize(
@@ -99,6 +124,17 @@ def test_totals_are_those_reported(name: str, reported: float) -> None:
         ("nano-4b", "M-M-M-MM-M-M*-M-M*-M-M-M*-M-M-MM*-MMM-M-M-"),
         ("nemotron-nano-9b-v2", "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"),
         ("nemotron-h-8b", "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"),
+        ("lightning", "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"),
+        ("nemotron-nano-12b-v2", "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-"),
+        (
+            "nemotron-h-47b",
+            "M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-M-M---MM---M-M*-M-M-M-M-M-",
+        ),
+        (
+            "nemotron-h-56b",
+            "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-"
+            "M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
+        ),
     ],
 )
 def test_patterns_are_the_published_ones(name: str, pattern: str) -> None:

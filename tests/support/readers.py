@@ -108,9 +108,9 @@ class Vllm:
 
 
 class Sglang(Vllm):
-    """Differs in what it takes for excluded, and in what it knows: no weight-only NVFP4 of ModelOpt."""
+    """Differs in what it takes for excluded, and in what it knows: weight-only NVFP4 of single layers alone."""
 
-    algorithms: tuple[str, ...] = ("FP8", "NVFP4", "MIXED_PRECISION")
+    algorithms: tuple[str, ...] = ("FP8", "NVFP4", "MIXED_PRECISION")  # W4A16_NVFP4 as an entry of the last
 
     def format(self, layer: Layer) -> str | None:
         """Return the algorithm that a layer is loaded with; None: not quantized."""
@@ -121,9 +121,7 @@ class Sglang(Vllm):
             return None
         if not layer.experts and self.skips(prefix, last):
             return None
-        found = self.algorithm if self.algorithm != "MIXED_PRECISION" else self.resolved(prefix, last)
-        assert found in (None, "FP8", "NVFP4"), f"{prefix}: {found}"
-        return found
+        return self.algorithm if self.algorithm != "MIXED_PRECISION" else self.resolved(prefix, last)
 
 
 class EdgeLlm:
@@ -139,9 +137,13 @@ class EdgeLlm:
         self.excluded = (set(said.get("exclude_modules", [])) - scaled) | (weights - scaled)
 
     def format(self, module: str) -> str | None:
-        """Return `fp8` or `nvfp4`; None: not quantized."""
+        """Return `fp8`, `nvfp4` or, of single layers alone, `w4a16_nvfp4`; None: not quantized."""
         if module in self.excluded:
             return None
-        mixed = self.algorithm == "MIXED_PRECISION"
-        algorithm = str(self.layers.get(module, "")) if mixed else self.algorithm
+        if self.algorithm == "MIXED_PRECISION":
+            algorithm = str(self.layers.get(module, ""))
+            if algorithm == "W4A16_NVFP4":
+                return "w4a16_nvfp4"
+        else:
+            algorithm = self.algorithm
         return "fp8" if "FP8" in algorithm else "nvfp4" if "FP4" in algorithm else None

@@ -7,25 +7,27 @@ A file holds one number for each name, as JSON or safetensors:
     <module>.input_scale      amax / 2688 (NVFP4) or amax / 448 (FP8), as ModelOpt's checkpoints have it
     <k_proj>.k_scale, <v_proj>.v_scale      amax / 448
 
-The first two hold for any choice of formats and are what n3c writes.
+The first two hold for any choice of formats and are what n3c writes. Of a quantized checkpoint's directory its own
+scales are taken; where a linear gets another format than it has there, by the magnitude that they mean.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 
-from n3c.backends.safetensors.checkpoint import DTYPES
-from n3c.backends.safetensors.header import HeaderError, read_header
+from n3c.backends.safetensors.checkpoint import DTYPES, Checkpoint
+from n3c.backends.safetensors.header import CODES, HeaderError, read_header
 from n3c.compiler.quantization.units import find_linears
-from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
-from n3c.ir.formats import CACHE_SCALES, E4M3_MAX, FORMATS, INPUT_SCALE
+from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span, counted
+from n3c.ir.formats import CACHE_SCALES, E4M3_MAX, FORMATS, FP8, INPUT_SCALE, NVFP4, WeightFormat
 from n3c.ir.json_file import JsonError, parse_json
 from n3c.ir.program import LedgerEntry
 from n3c.passes.lower.model import lower
@@ -37,7 +39,7 @@ from n3c.specs.schema import Spec
 from .calibrate import Amax
 
 _KINDS = ("input_amax", "output_amax", *(suffix.removeprefix(".") for suffix in (INPUT_SCALE, *CACHE_SCALES)))
-_MOST_FAULTS = 20
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -71,18 +73,35 @@ def save_scales(path: Path, entries: Mapping[str, float]) -> None:
 
 
 def load_scales(path: Path, spec: Spec) -> dict[str, float]:
-    """Read a file of scales; N3CError (exit code 6) for names that the model lacks and values that are no scales."""
-    raw = _read_safetensors(path) if path.suffix == ".safetensors" else _read_json(path)
+    """Read a file of scales, or those of a checkpoint directory.
+
+    N3CError (exit code 6) for names that the model lacks and values that are no scales.
+    """
+    if path.is_dir():
+        raw = _read_checkpoint(path, spec)
+    else:
+        raw = _read_safetensors(path) if path.suffix == ".safetensors" else _read_json(path)
     known = {module for linear in find_linears(spec) for module in (linear.module, *_experts(linear.module, spec))}
-    faults: list[Diagnostic] = []
-    for name, value in raw.items():
-        module, _, kind = name.rpartition(".")
-        if kind not in _KINDS or module not in known:
-            faults.append(Diagnostic("E0632", f"`{shown(name)}` is no scale of this model", Span(str(path))))
-        elif not _is_scale(value):
-            faults.append(Diagnostic("E0633", f"`{shown(name)}` is {shown(str(value))}", Span(str(path))))
-    _raise(faults, path)
+    strange = [name for name in raw if not _is_named(name, known)]
+    bad = [name for name, value in raw.items() if _is_named(name, known) and not _is_scale(value)]
+    values = [f"`{shown(name)}` is {shown(str(raw[name]))}" for name in bad]
+    place = Span(str(path))
+    faults = [
+        *counted("E0632", "{} is no scale of this model", "{} names are no scales of it", _quoted(strange), place),
+        *counted("E0633", "{}", "{} values are no scales", values, place),
+    ]
+    if faults:
+        raise N3CError(faults, ExitCode.FILE)
     return {name: float(cast("float", value)) for name, value in raw.items()}
+
+
+def _quoted(names: Sequence[str]) -> list[str]:
+    return [f"`{shown(name)}`" for name in names]
+
+
+def _is_named(name: str, known: Container[str]) -> bool:
+    module, _, kind = name.rpartition(".")
+    return kind in _KINDS and module in known
 
 
 def resolve(spec: Spec, entries: Mapping[str, float], path: Path | None = None) -> Scales:
@@ -115,7 +134,8 @@ def resolve(spec: Spec, entries: Mapping[str, float], path: Path | None = None) 
                 cache[name] = entries[name] if amax is None else _scale(amax, E4M3_MAX)
     if missing:
         place = path or Path("calibration")
-        _raise([Diagnostic("E0634", f"no scale `{name}`", Span(str(place))) for name in missing], place)
+        one, many = "no scale {}", "{} scales are missing"
+        raise N3CError([*counted("E0634", one, many, _quoted(missing), Span(str(place)))], ExitCode.FILE)
     return Scales(inputs, cache)
 
 
@@ -178,11 +198,33 @@ def _read_safetensors(path: Path) -> dict[str, object]:
     return found
 
 
-def _raise(faults: list[Diagnostic], path: Path) -> None:
-    if faults:
-        more = len(faults) - _MOST_FAULTS
-        tail = [Diagnostic(faults[0].code, f"and {more} more", Span(str(path)))] if more > 0 else []
-        raise N3CError(faults[:_MOST_FAULTS] + tail, ExitCode.FILE)
+def _read_checkpoint(path: Path, spec: Spec) -> dict[str, object]:
+    """Return the scales of a quantized checkpoint under the names of a file; N3CError where it has none."""
+    checkpoint = Checkpoint(path)
+    wanted = {entry.name.removesuffix(".weight"): entry.format for entry in ledger(spec)}
+    found: dict[str, object] = {}
+    for name in checkpoint:
+        if name.endswith((INPUT_SCALE, *CACHE_SCALES)) and (spec.mtp is not None or not name.startswith("mtp.")):
+            scale = checkpoint.read(name)
+            found[name] = float(scale.reshape(-1)[0]) if scale.size == 1 else f"{list(scale.shape)}"
+    for name in [name for name in found if name.endswith(INPUT_SCALE)]:
+        module = name.removesuffix(INPUT_SCALE)
+        held = _stored_format(f"{module}.weight", checkpoint)
+        asked = FORMATS.get(wanted.get(_EXPERT.sub(".experts.*.", module), ""))
+        value = found[name]
+        if held is None or asked is None or asked.input_divisor == held.input_divisor or not isinstance(value, float):
+            continue
+        del found[name]
+        found[f"{module}.input_amax"] = value * (held.input_divisor or 1.0)
+    if not found:
+        raise _fault("E0632", "the checkpoint holds no input_scale, k_scale or v_scale", path)
+    return found
+
+
+def _stored_format(weight: str, checkpoint: Checkpoint) -> WeightFormat | None:
+    """Return the format of a weight by the type of its codes; None for one that is not quantized."""
+    held = checkpoint.info(weight)[0] if weight in checkpoint else ""
+    return next((format_ for format_ in (NVFP4, FP8) if CODES[format_.name] == held), None)
 
 
 def _fault(code: str, message: str, path: Path) -> N3CError:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from n3c.backends.modelopt.quantizer import Job, quantize_checkpoint
 from n3c.backends.progress import SILENT
 from n3c.backends.safetensors.checkpoint import Checkpoint
+from n3c.backends.safetensors.header import BITS, header_bytes, stored_bytes
 from n3c.backends.safetensors.layout import plan_shards, plan_weights
 from n3c.backends.safetensors.resume import WorkDirectory
 from n3c.backends.safetensors.stream import Quantizer
@@ -47,6 +50,38 @@ def test_the_size_of_a_band_changes_no_byte(job: Job, tmp_path: Path, band_bytes
     quantize_checkpoint(searched, SILENT)
     quantize_checkpoint(replace(searched, out=tmp_path / "out", band_bytes=band_bytes), SILENT)
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_tensors_of_every_type_are_carried(tmp_path: Path) -> None:
+    """What the spec has no place for keeps its bytes: types that numpy lacks, NaN, empty and scalar tensors."""
+    spec = replace(policy_spec(), mtp=None)
+    write_checkpoint(tmp_path / "source", replace(spec, quantization=None), shards=1)
+    source = tmp_path / "source/model.safetensors"
+    shapes = ((16, 6), (0,), (0, 4), (3, 0), (), (1, 2, 8))
+    tensors = {
+        f"mtp.{dtype}.{i}": (dtype, shape)
+        for dtype in BITS
+        for i, shape in enumerate(shapes)
+        if math.prod(shape) * BITS[dtype] % 8 == 0
+    }
+    held = Checkpoint(tmp_path / "source")
+    plan = {name: held.info(name) for name in held} | tensors
+    header = header_bytes(plan)
+    carried = {name: b"\xff" * stored_bytes(*stored) for name, stored in tensors.items()}  # NaN of every float
+    data = b"".join(bytes(held.read_bytes(name, 0, held.bytes(name))) for name in held)
+    source.write_bytes(header + data + b"".join(carried.values()))
+    program = lower(spec)
+    quantize_pass(replace(spec, quantization=None)).run(program)
+    for band_bytes in (1, 1 << 20):
+        out = tmp_path / str(band_bytes)
+        job = Job(tmp_path / "source", out, program, export_config(spec), threads=2, band_bytes=band_bytes)
+        assert quantize_checkpoint(job, SILENT).finished
+        result = Checkpoint(out)
+        for name, expected in carried.items():
+            assert result.info(name) == tensors[name]
+            assert bytes(result.read_bytes(name, 0, result.bytes(name))) == expected, name
+    with safe_open(tmp_path / "1/model.safetensors", framework="numpy") as file:  # the library knows them all
+        assert set(tensors) <= set(file.keys())
 
 
 def test_small_bands_cut_weights(job: Job) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,12 @@ def rewrite(folder: Path, change: Any) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
+
+
+def rename(folder: Path, change: Callable[[str], str]) -> None:
+    """Give the tensors of model.safetensors other names."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file({change(name): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
 
 
 def split(folder: Path, count: int = 3) -> dict[str, str]:
@@ -126,12 +134,65 @@ def test_all_that_is_wrong_is_named_and_nothing_is_copied(module: Any, saved: Pa
     assert sorted(line.strip() for line in lines[1:]) == [
         "backbone.embeddings.weight: type I8, expected one of ['BF16', 'F16', 'F32', 'F8_E4M3', 'U8']",
         "backbone.layers.1.mixer.experts.5.up_proj.weight: missing",
-        "backbone.layers.9.norm.weight: unexpected, in model.safetensors",
+        "backbone.layers.9.norm.weight: unexpected",
         "backbone.norm_f.weight: shape [63], expected [64]",
         "lm_head.weight: missing",
         "mtp.layers.0.enorm.weight: missing",
     ]
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_thousands_of_equal_faults_are_one_line(module: Any, saved: Path) -> None:
+    rename(saved, lambda name: f"text.{name}")
+    with pytest.raises(module.CheckpointError) as caught:
+        module.load_checkpoint(module.Model(), saved)
+    first, *lines = str(caught.value).splitlines()
+    assert first.endswith("does not fit the model:")
+    assert [line.rpartition(" ")[2] for line in lines] == ["unexpected", "missing"]
+    others = len(load_file(saved / "model.safetensors")) - 3
+    assert all(f" and {others} more: " in line for line in lines)
+
+
+@pytest.mark.parametrize("prefix", ["model", "module.model", "_orig_mod.module.backbone", "language_model.backbone"])
+def test_names_of_other_programs_are_read(module: Any, saved: Path, tmp_path: Path, prefix: str) -> None:
+    expected = load_file(saved / "model.safetensors")
+
+    def renamed(name: str) -> str:
+        name = name.replace("backbone.embeddings.", "backbone.embedding.")
+        outer = prefix.rpartition(".")[0]
+        inside = name.startswith("backbone.")
+        return f"{prefix}.{name.partition('.')[2]}" if inside else f"{outer}.{name}" if outer else name
+
+    rename(saved, renamed)
+    model = module.Model()
+    module.load_checkpoint(model, saved)
+    for name, tensor in module.named_tensors(model).items():
+        assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_permissions_are_those_of_the_umask(module: Any, tmp_path: Path, mask: int) -> None:
+    old = os.umask(mask)
+    try:
+        module.save_checkpoint(module.Model(), tmp_path / "saved")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "saved").stat().st_mode & 0o777 == 0o777 & ~mask
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "saved").iterdir()} == {0o666 & ~mask}
+    assert list(tmp_path.iterdir()) == [tmp_path / "saved"]
+
+
+def test_a_tied_model_is_written_with_its_head(tmp_path: Path) -> None:
+    """transformers does not tie: it would make the head up."""
+    spec = tiny_spec()
+    tied = generate(replace(spec, model=replace(spec.model, tie_word_embeddings=True)))
+    model = tied.Model()
+    tied.save_checkpoint(model, tmp_path / "saved")
+    tensors = load_file(tmp_path / "saved/model.safetensors")
+    assert torch.equal(tensors["lm_head.weight"], tensors["backbone.embeddings.weight"])
+    again = tied.Model()
+    tied.load_checkpoint(again, tmp_path / "saved")
+    assert torch.equal(again.backbone.embeddings.weight, model.backbone.embeddings.weight)
 
 
 def test_mtp_tensors_are_left_unread_where_the_spec_has_no_mtp(module: Any, saved: Path) -> None:

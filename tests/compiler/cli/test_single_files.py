@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,17 @@ from support.command import n3c, tree, write_small
 @pytest.fixture
 def spec(tmp_path: Path) -> Path:
     return write_small(tmp_path)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_permissions_are_those_of_the_umask(spec: Path, tmp_path: Path, mask: int) -> None:
+    old = os.umask(mask)
+    try:
+        assert n3c("export-config", spec, "-o", tmp_path / "config.json").code == 0
+    finally:
+        os.umask(old)
+    assert (tmp_path / "config.json").stat().st_mode & 0o777 == 0o666 & ~mask
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", spec.name]
 
 
 def test_a_file_that_is_there_is_left_without_force(spec: Path, tmp_path: Path) -> None:

@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.compiler.quantization.calibration.activation_scales import entries_of, load_scales, resolve, save_scales
 from n3c.compiler.quantization.calibration.calibrate import Amax
 from n3c.compiler.quantization.units import find_linears
 from n3c.ir.diagnostics import ExitCode, N3CError
-from n3c.specs.schema import Spec
+from n3c.specs.dump import dump_spec
+from n3c.specs.schema import Quantization, Spec
+from support.checkpoints import write_checkpoint
+from support.command import n3c
 from support.specs import QUANTIZED, small_spec
 
 
@@ -132,5 +136,34 @@ def test_hundreds_of_unknown_names_are_counted(spec: Spec, tmp_path: Path) -> No
     (tmp_path / "s.json").write_text(json.dumps({f"x{i}.input_amax": 1 for i in range(300)}), encoding="utf-8")
     with pytest.raises(N3CError) as caught:
         load_scales(tmp_path / "s.json", spec)
-    assert len(caught.value.diagnostics) == 21
-    assert caught.value.diagnostics[-1].message == "and 280 more"
+    (fault,) = caught.value.diagnostics
+    words = "300 names are no scales of it: `x0.input_amax`, `x1.input_amax`, `x2.input_amax` and 297 more"
+    assert fault.message == words
+
+
+def test_a_quantized_checkpoint_gives_its_scales(spec: Spec, amax: Amax, tmp_path: Path) -> None:
+    """Of every expert, of the cache, and for another format than the checkpoint has."""
+    write_checkpoint(tmp_path / "source", replace(spec, quantization=None), shards=2)
+    (tmp_path / "spec.toml").write_text(dump_spec(spec), encoding="utf-8")
+    save_scales(tmp_path / "scales.json", entries_of(amax))
+    start = ("quantize", tmp_path / "spec.toml", "--weights", tmp_path / "source")
+    made = n3c(*start, "-o", tmp_path / "made", "--activation-scales", tmp_path / "scales.json")
+    assert made.code == 0, made.err
+    again = n3c(*start, "-o", tmp_path / "again", "--activation-scales", tmp_path / "made")
+    assert again.code == 0, again.err
+    assert "backbone.layers.3.mixer.k_proj.k_scale" in Checkpoint(tmp_path / "made")
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("made", "again"))
+    assert one == other
+
+    fp8 = replace(spec, quantization=Quantization("fp8", (1, 16), spec.quantization.rules if spec.quantization else ()))
+    entries = load_scales(tmp_path / "made", fp8)
+    expert = "backbone.layers.1.mixer.experts.3.up_proj"
+    assert entries[f"{expert}.input_amax"] == pytest.approx(amax.inputs[expert.replace(".3.", ".*.")])
+    assert resolve(fp8, entries).inputs[expert] == pytest.approx(amax.inputs[expert.replace(".3.", ".*.")] / 448)
+
+
+def test_an_unquantized_checkpoint_gives_none(spec: Spec, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "source", spec)
+    with pytest.raises(N3CError, match="holds no input_scale") as caught:
+        load_scales(tmp_path / "source", spec)
+    assert (caught.value.diagnostics[0].code, caught.value.exit_code) == ("E0632", ExitCode.FILE)

@@ -79,7 +79,9 @@ def test_every_byte_is_that_of_modelopts_export(exported: tuple[Path, Path], tmp
     (tmp_path / "spec.toml").write_text(text)
     assert n3c("quantize", tmp_path / "spec.toml", "--weights", source, "-o", tmp_path / "out").code == 0
     ours, expected = load_file(tmp_path / "out/model.safetensors"), load_file(theirs / "model.safetensors")
-    assert set(ours) == {name for name in expected if not name.endswith(".input_scale")}
+    uncalibrated = {"backbone.layers.0.mixer.out_proj.input_scale"}
+    assert ours.keys() - uncalibrated == {name for name in expected if not name.endswith(".input_scale")}
+    assert ours.pop(*uncalibrated) == 1
     assert sum(tensor.dtype is torch.uint8 for tensor in ours.values()) == 19
     for name, tensor in ours.items():
         assert tensor.dtype is expected[name].dtype, name
@@ -92,7 +94,7 @@ def test_both_configs_say_what_the_tensors_are(exported: tuple[Path, Path], tmp_
     chosen = ("--set", "quantization.format=nvfp4")  # FP8 by choice: the recipe alone needs activation scales for it
     result = n3c("quantize", tmp_path / "spec.toml", "--weights", exported[0], "-o", tmp_path / "out", *chosen)
     assert result.code == 0
-    assert "4 FP8 linears have no input_scale: vLLM and SGLang load them without a word" in result.err
+    assert "4 FP8 linears have no measured input_scale, which readers cannot do without: they get 1," in result.err
     config = json.loads((tmp_path / "out/config.json").read_text())
     hf = json.loads((tmp_path / "out/hf_quant_config.json").read_text())["quantization"]
     assert config["hybrid_override_pattern"] == "ME*-"
@@ -118,7 +120,8 @@ def test_both_configs_say_what_the_tensors_are(exported: tuple[Path, Path], tmp_
     assert again.quantization.format == "w4a16_nvfp4"
 
 
-def test_one_format_is_written_with_what_it_leaves_out(exported: tuple[Path, Path], tmp_path: Path) -> None:
+def test_weight_only_nvfp4_has_an_entry_for_each_linear(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    """As the one algorithm for all, Edge-LLM would quantize activations, with a scale of 1."""
     spec = tmp_path / "spec.toml"
     text = run_import(exported[0]).text
     rules = SAME_LAYERS.replace(
@@ -126,22 +129,38 @@ def test_one_format_is_written_with_what_it_leaves_out(exported: tuple[Path, Pat
     )
     spec.write_text(text[: text.index("[quantization]")] + rules)
     assert n3c("quantize", spec, "--weights", exported[0], "-o", tmp_path / "out").code == 0
-    said = json.loads((tmp_path / "out/hf_quant_config.json").read_text())
-    assert said["quantization"] == {
-        "quant_algo": "W4A16_NVFP4",
-        "kv_cache_quant_algo": None,
-        "group_size": 16,
-        "exclude_modules": [
-            "backbone.layers.0.mixer.conv1d",
-            *(f"backbone.layers.2.mixer.{name}_proj" for name in "koqv"),
-            "lm_head",
-        ],
-    }
+    said = json.loads((tmp_path / "out/hf_quant_config.json").read_text())["quantization"]
+    layers = said.pop("quantized_layers")
+    assert said == {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": None}
+    checkpoint = Checkpoint(tmp_path / "out")
+    held = {name.removesuffix(".weight") for name in checkpoint if checkpoint.info(name)[0] == "U8"}
+    assert layers == {name: {"quant_algo": "W4A16_NVFP4", "group_size": 16} for name in held}
     config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     weights = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
-    assert config["config_groups"] == {"group_0": {"weights": weights, "targets": ["Linear"]}}
-    del config["producer"]
-    (tmp_path / "out/config.json").write_text(json.dumps({"quantization_config": config}))
+    (group,) = config["config_groups"].values()
+    assert (set(group.pop("targets")), group) == (held, {"weights": weights})
+    assert config["ignore"] == [
+        "backbone.layers.0.mixer.conv1d",
+        *(f"backbone.layers.2.mixer.{name}_proj" for name in "koqv"),
+        "lm_head",
+    ]
+
+
+def test_what_is_not_quantized_has_no_quantization_config(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    """vLLM refuses one without an algorithm. A source's own is not carried over either."""
+    bf16 = ("--fmt", "bf16", "--set", "quantization.format=bf16", "--json")
+    (tmp_path / "source").mkdir()
+    for path in exported[0].iterdir():
+        (tmp_path / "source" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "source/hf_quant_config.json").write_text('{"quantization": {"quant_algo": null}}')
+    result = n3c("quantize", "--weights", tmp_path / "source", "-o", tmp_path / "out", *bf16)
+    assert result.code == 0, result.err
+    assert "note[W0624]: nothing is quantized: config.json has no quantization_config" in result.err
+    assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
+    assert not (tmp_path / "out/hf_quant_config.json").exists()
+    again = run_import(tmp_path / "out").spec
+    assert again.quantization is not None
+    assert (again.quantization.format, again.quantization.rules) == ("bf16", ())
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +298,8 @@ def test_another_format_than_that_of_the_checkpoint_is_refused(few_layers: Path,
     result = n3c("build", few_layers / "spec.toml", *arguments, *changed)
     assert (result.code, result.codes[0]) == (6, "E0619")
     first = result.data["diagnostics"][0]
-    assert re.fullmatch(r"tensor `backbone\.layers\S+` is stored as NVFP4, the spec asks for fp8", first["message"])
+    words = r"\d+ tensors are stored as NVFP4, the spec asks for fp8: (`backbone\.layers\S+`,? ){3}and \d+ more"
+    assert re.fullmatch(words, first["message"])
     assert first["file"] == str(few_layers / "out/model.safetensors")
     assert not (tmp_path / "b").exists()
 

@@ -98,15 +98,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
         "mixed": make(folder / "mixed", MIXED, calibrated=True),
         "two formats": make(folder / "two", WITHOUT_WEIGHT_ONLY, calibrated=True),
         "by default": make(folder / "default", "", calibrated=False),
+        "FP8 uncalibrated": make(folder / "fp8", MIXED, calibrated=False),
     }
 
 
-ALL = ("uniform", "mixed", "two formats", "by default")
+ALL = ("uniform", "mixed", "two formats", "by default", "FP8 uncalibrated")
 ALGORITHM = {
     "uniform": "NVFP4",
     "mixed": "MIXED_PRECISION",
     "two formats": "MIXED_PRECISION",
-    "by default": "W4A16_NVFP4",
+    "by default": "MIXED_PRECISION",
+    "FP8 uncalibrated": "MIXED_PRECISION",
 }
 
 
@@ -123,7 +125,7 @@ def test_vllm_loads_every_layer_as_it_is_stored(made: dict[str, Made], name: str
             assert reader.format(layer) == checkpoint.held_of(layer), layer.name
 
 
-@pytest.mark.parametrize("name", ["uniform", "two formats"])
+@pytest.mark.parametrize("name", ALL)
 def test_sglang_loads_every_layer_as_it_is_stored(made: dict[str, Made], name: str) -> None:
     checkpoint = made[name]
     for reader in (Sglang(checkpoint.config["quantization_config"]), Sglang(checkpoint.hf)):
@@ -135,9 +137,22 @@ def test_sglang_loads_every_layer_as_it_is_stored(made: dict[str, Made], name: s
 def test_edge_llm_loads_every_linear_as_it_is_stored(made: dict[str, Made], name: str) -> None:
     checkpoint = made[name]
     reader = EdgeLlm(checkpoint.hf, checkpoint.checkpoint)
-    kinds = {"NVFP4": "nvfp4", "W4A16_NVFP4": "nvfp4", "FP8": "fp8", None: None}
+    kinds = {"NVFP4": "nvfp4", "W4A16_NVFP4": "w4a16_nvfp4", "FP8": "fp8", None: None}
     for module in checkpoint.modules:
         assert reader.format(module) == kinds[checkpoint.held(module)], module
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_reader_has_to_make_up_a_scale(made: dict[str, Made], name: str) -> None:
+    """vLLM takes the lowest float32 for an input_scale that is missing, Edge-LLM 1."""
+    checkpoint = made[name].checkpoint
+    algorithms = made[name].hf["quantization"].get("quantized_layers", {})
+    for module in made[name].modules:
+        declared = algorithms.get(module, {}).get("quant_algo")
+        if made[name].held(module) in ("FP8", "NVFP4"):
+            assert f"{module}.input_scale" in checkpoint, module
+        elif made[name].held(module) is not None:
+            assert declared == "W4A16_NVFP4", module
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -87,10 +87,23 @@ def load_checkpoint(model: Model, directory: str | Path) -> None:
     copy_tensors(named_tensors(model), stored)
 
 
+def released_name(name: str) -> str:
+    """Return a tensor's name in released checkpoints: other programs put prefixes before it.
+
+    `model.` is transformers' in memory, `embedding` that of its releases 5.3 to 5.15.
+    """
+    while name.startswith(("module.", "_orig_mod.", "language_model.")):
+        name = name.partition(".")[2]
+    if name.startswith("model."):
+        name = "backbone." + name.removeprefix("model.")
+    return name.replace("backbone.embedding.", "backbone.embeddings.")
+
+
 class Stored(NamedTuple):
-    """Where the tensors of a checkpoint lie."""
+    """Where the tensors of a checkpoint lie, by their released names."""
 
     files: dict[str, Path]
+    names: dict[str, str]  # in the file
     scales: dict[str, list[str]]  # names, of each quantized weight
 
 
@@ -99,27 +112,38 @@ def find_tensors(model: Model, directory: str | Path) -> Stored:
     directory = Path(directory)
     tensors = named_tensors(model)
     found: dict[str, Path] = {}
+    names: dict[str, str] = {}
     scales: dict[str, list[str]] = {}
     problems: list[str] = []
+    unexpected: list[str] = []
     for path in checkpoint_files(directory):
-        for name, (shape, kind) in tensor_headers(path).items():
+        for in_file, (shape, kind) in tensor_headers(path).items():
+            name = released_name(in_file)
             if name in found:
                 problems.append(f"{name}: stands in both {found[name].name} and {path.name}")
             elif name not in tensors:
                 if not name.endswith(SCALES):
-                    problems.append(f"{name}: unexpected, in {path.name}")
+                    unexpected.append(in_file)
             elif kind not in READABLE_TYPES:
                 problems.append(f"{name}: type {kind}, expected one of {sorted(READABLE_TYPES)}")
             elif shape != (expected := stored_shape(tensors[name], kind)):
                 problems.append(f"{name}: shape {shape}, expected {expected}")
             elif kind in SCALES_OF:
                 scales[name] = [name + suffix for suffix in SCALES_OF[kind]]
-            found[name] = path
+            found[name], names[name] = path, in_file
     needed = [*tensors, *(scale for names in scales.values() for scale in names)]
-    problems += [f"{name}: missing" for name in needed if name not in found]
+    problems += told_together("unexpected", unexpected)
+    problems += told_together("missing", [name for name in needed if name not in found])
     if problems:
         raise CheckpointError(f"{directory} does not fit the model:\n  " + "\n  ".join(problems))
-    return Stored(found, scales)
+    return Stored(found, names, scales)
+
+
+def told_together(problem: str, names: list[str]) -> list[str]:
+    """Return a line for each of a few names, one for all of many."""
+    if len(names) <= 3:
+        return [f"{name}: {problem}" for name in names]
+    return [f"{', '.join(names[:3])} and {len(names) - 3:,} more: {problem}"]
 
 
 def copy_tensors(tensors: dict[str, Tensor], stored: Stored) -> None:
@@ -131,10 +155,10 @@ def copy_tensors(tensors: dict[str, Tensor], stored: Stored) -> None:
         for start in range(0, len(names), TENSORS_AT_ONCE):
             with safe_open(path, framework="pt") as file:
                 for name in names[start : start + TENSORS_AT_ONCE]:
-                    weight = file.get_tensor(name)
+                    weight = file.get_tensor(stored.names[name])
                     if name in stored.scales:
                         scales = stored.scales[name]
-                        beside = [read_tensor(stored.files[scale], scale) for scale in scales]
+                        beside = [read_tensor(stored, scale) for scale in scales]
                         weight = dequantize(weight, *beside)
                     tensors[name].copy_(weight)
 
@@ -145,10 +169,10 @@ def stored_shape(tensor: Tensor, kind: str) -> list[int]:
     return [*rows, columns // 2] if kind == "U8" else list(tensor.shape)
 
 
-def read_tensor(path: Path, name: str) -> Tensor:
-    """Return one tensor of a safetensors file."""
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
+def read_tensor(stored: Stored, name: str) -> Tensor:
+    """Return one tensor of a checkpoint."""
+    with safe_open(stored.files[name], framework="pt") as file:
+        return file.get_tensor(stored.names[name])
 
 
 def dequantize(codes: Tensor, scale: Tensor, scale_2: Tensor | None = None) -> Tensor:
@@ -210,10 +234,13 @@ def save_checkpoint(
     directory = Path(directory).resolve()
     require_replaceable(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    outer = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    folder = outer / "saved"
     try:
+        folder.mkdir()  # with the permissions that the umask gives, which mkdtemp does not
         tensors = named_tensors(model)
-        write_shards(folder, tensors, iter(tensors.items()) if stream is None else stream)
+        stream = iter(tensors.items()) if stream is None else stream
+        write_shards(folder, tensors, stream)
         config = huggingface_config(model)
         code = [path for name in CODE if (path := Path(__file__).with_name(name)).is_file()]
         if len(code) == len(CODE):
@@ -221,11 +248,9 @@ def save_checkpoint(
             for path in code:
                 shutil.copyfile(path, folder / path.name)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        folder.chmod(0o755)
         replace_folder(directory, folder)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(outer, ignore_errors=True)
 
 
 def require_replaceable(directory: Path) -> None:
@@ -258,7 +283,10 @@ def write_shards(
         on_cpu: dict[str, Tensor] = {}
         for name, tensor in islice(stream, len(shard)):
             on_cpu[name] = tensor.to("cpu", shard[name].dtype).contiguous()
+        (folder / file).touch()
+        mode = (folder / file).stat().st_mode  # what the umask gives; safetensors makes its own
         save_file(on_cpu, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(mode)
         weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
