@@ -66,6 +66,7 @@ LINES: dict[str, list[str]] = {
         " --save-activation-scales scales.json --write-spec chosen.toml --effective-bits 9",
     ],
     "verify": ["out --weights weights"],
+    "repro": ["out"],
     "run": ["out --weights weights --prompt ab --max-new-tokens 2"],
     "import": ["weights -o imported.toml"],
     "export-config": ["spec.toml -o config.json"],
