@@ -35,7 +35,7 @@ class Recorded:
     @property
     def weights_mode(self) -> WeightsMode:
         """Whether weights are inputs of what was built, or inside."""
-        return self.options.get("weights_mode", "bound")
+        return "embedded" if self.options.get("weights_mode") == "embedded" else "bound"
 
     def arguments(self, weights: Path | str | None) -> dict[str, Any]:
         """Return the arguments of `build` for it; the checkpoint is asked for where weights are inside."""
