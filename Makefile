@@ -4,13 +4,17 @@ SPEC ?= specs/super.toml
 TARGET ?= trt
 ENTRY ?= decode
 JOBS ?= 2
+READER ?= spec
+SECONDS ?= 60
+SEED ?= 1
+COUNT ?= 300
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made
 ORACLES := .venv-oracles
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test test-slow test-oracles check lint types golden bench ablations demo clean
+.PHONY: help venv build test test-slow test-oracles fuzz mutants check lint types golden bench ablations demo clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -50,6 +54,14 @@ $(ORACLES)/.made: pyproject.toml constraints-oracles.txt
 	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(ORACLES)/bin/pip install --quiet --disable-pip-version-check \
 		--constraint constraints-oracles.txt --no-deps --no-build-isolation --no-binary mamba-ssm mamba-ssm
 	@touch $@
+
+fuzz: venv ## Fuzz READER (spec; all of tests/support/file_readers.py in turn: all) for SECONDS (60) with SEED (1).
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[fuzz]'
+	cd tests && for reader in $(if $(filter all,$(READER)),$(notdir $(wildcard tests/corpus/*)),$(READER)); do \
+		../$(BIN)/python -m fuzz $$reader $(SECONDS) $(SEED) || exit; done
+
+mutants: venv ## Change COUNT (300) random points of the code, one at a time, and count which the tests notice (SEED).
+	$(BIN)/python -m benchmarks.mutants --count $(COUNT) --seed $(SEED)
 
 lint: venv
 	$(BIN)/ruff check .

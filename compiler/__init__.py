@@ -13,6 +13,7 @@ from n3c.runtime import imported
 if TYPE_CHECKING:
     from .building.checks import check as check
     from .building.driver import build as build
+    from .building.reproduction import repro as repro
     from .configs import export_config as export_config
     from .configs import import_config as import_config
     from .quantization.api import quantize as quantize
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = ["__version__", "build", "check", "export_config", "import_config", "inspect", "quantize"]
+__all__ = ["__version__", "build", "check", "export_config", "import_config", "inspect", "quantize", "repro"]
 
 _MODULES = {
     "build": "building.driver",
@@ -29,6 +30,7 @@ _MODULES = {
     "import_config": "configs",
     "inspect": "report.inspection",
     "quantize": "quantization.api",
+    "repro": "building.reproduction",
 }
 """Function → its module."""
 

@@ -14,6 +14,10 @@ MAX_BYTES = 64 << 20
 """Largest file of most kinds; the index of a 550B checkpoint is below it."""
 
 
+MAX_VALUES = 1 << 22
+"""Most values of a text: those in the header of a 550B checkpoint in one file are half of it. They take 300 MB."""
+
+
 class JsonError(ValueError):
     """A text that is not what it should be; the message goes on from "it" or "not readable:"."""
 
@@ -41,7 +45,9 @@ def is_lfs_pointer(text: bytes) -> bool:
 
 
 def parse_json(text: bytes) -> object:
-    """Return what UTF-8 text says; JsonError where it is no JSON, nests too deeply or has a key twice."""
+    """Return what UTF-8 text says; JsonError where it is no JSON, nests too deeply, has a key twice or too much."""
+    if sum(text.count(mark) for mark in (b"[", b"{", b",")) > MAX_VALUES:  # a few bytes can be an object of a hundred
+        raise JsonError(f"it has more than {MAX_VALUES:,} values")
     try:
         data: object = json.loads(text.decode("utf-8"), object_pairs_hook=_once)
     except JsonError:

@@ -31,6 +31,7 @@ def _is_manifest(data: object) -> TypeGuard[dict[str, Any]]:
     """Whether `data` has what n3c reads back of a manifest."""
     return (
         _has(data, {"spec": dict, "files": list, "ledger": list, "parameters": dict})
+        and isinstance(data.get("builds", {}), dict)
         and _has(data["spec"], {"name": str, "sha256": str})
         and all(is_count(data["parameters"].get(key)) for key in ("total", "mtp"))
         and all(_is_file(file) for file in data["files"])

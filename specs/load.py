@@ -17,10 +17,10 @@ from .reader import MAX_RULES, read_spec
 from .schema import Spec
 from .toml_places import MAX_KEY_PARTS, TomlPlaces
 
-MAX_SPEC_BYTES = 8 << 20
-"""Largest spec; rules that name every expert of a 550B model take less."""
+MAX_SPEC_BYTES = 4 << 20
+"""Largest spec; rules that name every expert of a 550B model take 2.7 MB."""
 _DEEP_KEY = re.compile(
-    r"""(?<![\w-])(?:(?:[A-Za-z0-9_-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+)""" f"{{{MAX_KEY_PARTS}}}"
+    r"""(?<![\w.-])(?:(?:[A-Za-z0-9_-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+)""" f"{{{MAX_KEY_PARTS}}}"
 )
 """A dotted key for which tomllib would need memory and time by the square of its length."""
 

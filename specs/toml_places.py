@@ -17,6 +17,10 @@ MAX_KEY_PARTS = 100
 """Most parts of a dotted key; those of specs have three."""
 
 
+MAX_PLACES = 1 << 18
+"""Places that are looked for, in the order of the text: rules that name every expert of a 550B model have 60,000."""
+
+
 @dataclass(slots=True)
 class _Entry:
     key: tuple[int, int]
@@ -56,7 +60,7 @@ class TomlPlaces:
     def _scan(self) -> None:
         try:
             self._document()
-        except (ValueError, IndexError, RecursionError):  # the text ends early, or nests deeper than tomllib reads
+        except (ValueError, IndexError, RecursionError):  # it ends early, nests deeper than tomllib reads, or has more
             return
 
     def _document(self) -> None:
@@ -105,7 +109,7 @@ class TomlPlaces:
             self._repeated(path, place, self._entries[path].key)
         start = _blank(text, text.index("=", end) + 1)
         end = self._value(start, path)
-        self._entries[path] = _Entry(place, (start, end))
+        self._enter(path, _Entry(place, (start, end)))
         return end
 
     def _value(self, position: int, path: Path) -> int:
@@ -117,7 +121,7 @@ class TomlPlaces:
             position = _skip(text, position + 1)
             while text[position] != "]":
                 end = self._value(position, (*path, index))
-                self._entries[(*path, index)] = _Entry((position, end), (position, end))
+                self._enter((*path, index), _Entry((position, end), (position, end)))
                 index += 1
                 position = _skip(text, end)
                 if text[position] == ",":
@@ -132,6 +136,11 @@ class TomlPlaces:
             return position + 1
         found = _SCALAR.match(text, position)
         return position + len(found.group().rstrip()) if found else position + 1
+
+    def _enter(self, path: Path, entry: _Entry) -> None:
+        if len(self._entries) > MAX_PLACES:
+            raise ValueError("too many places")
+        self._entries[path] = entry
 
     def _repeated(self, path: Path, place: tuple[int, int], before: tuple[int, int]) -> None:
         if self.duplicate is None:

@@ -58,3 +58,17 @@ def test_nothing_names_a_machine() -> None:
         if path.suffix in {".py", ".md", ".toml", ".txt", ".jinja", ""} and path != Path(__file__):
             found = places.search(path.read_text(encoding="utf-8", errors="replace"))
             assert found is None, f"{path}: {found.group() if found else ''}"
+
+
+def test_every_dependency_is_explained() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared: dict[str, set[str]] = {}
+    for extra, requirements in {"": project["dependencies"], **project["optional-dependencies"]}.items():
+        for requirement in requirements:
+            name = re.match(r"[\w.-]+", requirement)
+            assert name is not None
+            declared.setdefault(name.group(), set()).add(extra)
+    page = (ROOT / "docs/dependencies.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\w.-]+) \| ([\w, ]*?) ?\| ([^|]+) \| ([^|]+) \|$", page, flags=re.MULTILINE)
+    explained = {name: set(extras.split(", ")) for name, extras, _, _ in rows if name not in ("package", "---")}
+    assert explained == declared

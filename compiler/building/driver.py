@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,8 +30,11 @@ from n3c.specs.schema import Spec
 
 from . import outdir
 from .checks import require_target
+from .recorded import BUILDS, record
 from .request import Entry, Job, Request, WeightsMode, require_request
 
+REPRODUCIBLE = "SOURCE_DATE_EPOCH"
+"""Set by whoever wants the same bytes from the same input (reproducible-builds.org): no time is written then."""
 FOR_GRAPHS = Needs("target", ("onnx", "trt"))
 
 
@@ -126,7 +130,8 @@ def build(
     mismatches: list[Diagnostic] = []
     traffic: dict[str, Any] = {}
     with outdir.replacing(out, progress.phase) as folder:
-        outdir.keep_other_targets(out, folder, spec_sha256, replaced=("trt", "onnx") if target == "trt" else (target,))
+        replaced = ("trt", "onnx") if target == "trt" else (target,)
+        builds = outdir.keep_other_targets(out, folder, spec_sha256, replaced) | {target: record(request)}
         (folder / "spec.toml").write_text(resolved, encoding="utf-8", newline="\n")
         job = Job(request, read, spec_sha256, served, folder, progress)
         if target == "torch":
@@ -136,7 +141,7 @@ def build(
 
             mismatches, traffic = emit_engines(job)
         progress.phase("manifest")
-        manifest = _manifest(job, counts)
+        manifest = _manifest(job, counts, builds)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8", newline="\n")
     seconds = time.perf_counter() - start
     return Built(out, manifest["files"], warnings, mismatches, traffic, seconds, peak_rss_bytes())
@@ -156,13 +161,17 @@ def _emit_torch(job: Job, flops: int, flops_of_context: int) -> list[Diagnostic]
     return [Diagnostic("W0519", text, severity=Severity.WARNING) for text in why]
 
 
-def _manifest(job: Job, counts: Parameters) -> dict[str, Any]:
-    served = job.served
+def _manifest(job: Job, counts: Parameters, builds: dict[str, Any]) -> dict[str, Any]:
+    served, reproducible = job.served, REPRODUCIBLE in os.environ
     return {
         "schema": 1,
         "spec": {"name": job.spec.name, "sha256": job.spec_sha256},
         "tools": tool_versions(),
-        "passes": [{"name": r.name, "seconds": round(r.seconds, 6), "changed": r.changed} for r in served.reports],
+        BUILDS: builds,
+        "passes": [
+            {"name": r.name, "seconds": None if reproducible else round(r.seconds, 6), "changed": r.changed}
+            for r in served.reports
+        ],
         "parameters": counts.as_json(),
         "ledger": [
             {

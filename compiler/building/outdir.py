@@ -162,15 +162,19 @@ def _remove_empty(folder: Path, kept: Path) -> None:
             folder = folder.parent
 
 
-def keep_other_targets(out: Path, temporary: Path, spec_sha256: str, replaced: Sequence[str]) -> None:
-    """Link what an earlier build of the same spec made for other targets into the new output."""
+def keep_other_targets(out: Path, temporary: Path, spec_sha256: str, replaced: Sequence[str]) -> dict[str, Any]:
+    """Link what an earlier build of the same spec made for other targets into the new output.
+
+    Returns by which options they were built.
+    """
     manifest = read_manifest(out)
     if manifest is None or manifest["spec"].get("sha256") != spec_sha256:
-        return
+        return {}
     for folder in sorted(p for p in out.iterdir() if p.is_dir() and p.name not in replaced):
         shutil.copytree(
             folder, temporary / folder.name, copy_function=_link, ignore=shutil.ignore_patterns("__pycache__")
         )
+    return {target: options for target, options in manifest.get("builds", {}).items() if target not in replaced}
 
 
 def _link(source: str, target: str) -> None:

@@ -22,6 +22,7 @@ COMMANDS = {
     "build": "Compile a spec to PyTorch, ONNX or TensorRT.",
     "quantize": "Quantize a checkpoint to NVFP4 or FP8, in ModelOpt's layout.",
     "verify": "Compare all implementations of a model, layer by layer.",
+    "repro": "Build again what a build was made of, and compare every file.",
     "run": "Generate text with a build and the weights of a checkpoint.",
     "bench": "Measure how fast an engine runs a build.",
     "import": "Turn a Hugging Face config into a spec.",

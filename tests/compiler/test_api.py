@@ -15,7 +15,7 @@ import click
 import pytest
 
 import n3c.compiler
-from n3c.compiler import build, check, export_config, import_config, inspect, quantize
+from n3c.compiler import build, check, export_config, import_config, inspect, quantize, repro
 from n3c.compiler.cli.main import command_module
 from n3c.ir.diagnostics import ExitCode, N3CError
 from n3c.runtime import load, verify
@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[Callable[..., object], ...]] = {
     "build": (build,),
     "quantize": (quantize,),
     "verify": (verify,),
+    "repro": (repro,),
     "run": (load, Model.generate),
     "import": (import_config,),
     "export-config": (export_config,),
@@ -120,6 +121,7 @@ def test_every_result_is_the_json_of_its_command(folder: Path, tmp_path: Path) -
     overrides = [text for change in changes for text in ("--set", change)]
     again = run("build", spec, "--target", "onnx", "-o", made, "--entry", "decode", *overrides, "--json")
     assert plain(built.as_json()) == plain(again.data)
+    assert plain(repro(made).as_json()) == plain(run("repro", made, "--json").data)
     assert plain(export_config(spec).as_json()) == plain(run("export-config", spec, "--json").data)
     config = tmp_path / "config.json"
     export_config(spec, output=config)

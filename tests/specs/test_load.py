@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from n3c.ir.diagnostics import N3CError
+from n3c.specs import toml_places
 from n3c.specs.dump import dump_spec, toml_value
-from n3c.specs.load import load_spec, parse_spec
+from n3c.specs.load import MAX_SPEC_BYTES, load_spec, parse_spec
 from n3c.specs.pattern import Pattern
 from n3c.specs.places import Text
 from n3c.specs.roles import ROLES, match_roles, select_layers
@@ -230,6 +232,23 @@ def test_unused_table_is_left_out(tmp_path: object) -> None:
     spec, warnings = parse_spec(MINIMAL + "[moe]\nnum_experts=4\ntop_k=1\nintermediate_size=8\n", "x.toml")
     assert spec.moe is None
     assert [(item.code, str(item.span)) for item in warnings] == [("W0201", "x.toml:5:1")]
+
+
+def test_places_end_where_a_spec_has_more_than_any_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toml_places, "MAX_PLACES", 3)
+    places = TomlPlaces(Text("a = 1\nb = [1, 2, 3, 4]\nc = 1\n", "f"))
+    assert str(places.key(("a",))) == "f:1:1"
+    assert places.key(("c",)) is None
+
+
+def test_a_spec_that_is_too_large(tmp_path: Path) -> None:
+    path = tmp_path / "large.toml"
+    path.write_text("#" * (MAX_SPEC_BYTES + 1))
+    with pytest.raises(N3CError, match=r"E0100.*larger than 4 MiB") as caught:
+        load_spec(path)
+    assert caught.value.exit_code == 3
+    path.write_text(MINIMAL + "#" * (MAX_SPEC_BYTES - len(MINIMAL)))
+    assert load_spec(path)[0].name
 
 
 def test_load_reads_files() -> None:

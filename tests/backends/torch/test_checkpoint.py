@@ -219,12 +219,31 @@ def test_an_index_cannot_name_files_elsewhere(module: Any, saved: Path, file: st
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": null}}', "\x00"],
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"weight_map": 3}',
+        '{"weight_map": {"a": 3}}',
+        '{"weight_map": {"a": null}}',
+        "\x00",
+        "[" * 100_000,
+    ],
+    ids=lambda text: repr(text[:30]),
 )
 def test_an_index_that_is_none(module: Any, saved: Path, text: str) -> None:
     (saved / "model.safetensors").unlink()
     (saved / "model.safetensors.index.json").write_text(text)
     with pytest.raises(module.CheckpointError, match="is not an index"):
+        module.load_checkpoint(module.Model(), saved)
+
+
+def test_an_index_that_never_ends(module: Any, saved: Path) -> None:
+    (saved / "model.safetensors").unlink()
+    with (saved / "model.safetensors.index.json").open("wb") as file:
+        file.truncate(1 << 40)  # sparse
+    with pytest.raises(module.CheckpointError, match=r"is not an index.*larger than 67,108,864 bytes"):
         module.load_checkpoint(module.Model(), saved)
 
 

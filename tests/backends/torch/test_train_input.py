@@ -270,6 +270,28 @@ def test_an_earlier_run_is_not_mixed_in(
     assert "cannot be read" in failure(train, capsys, 6, *given, "--resume")
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("{", "[" * 100_000, "nests too deeply"),
+        ('"config": {', '"config": [], "left": {', "train.json is not what train.py writes"),
+        ('"step": 2', '"step": "2"', "train.json has no step"),
+        ('"step": 2', '"step": -2', "train.json has no step"),
+        ('"step": 2', '"stop": 2', "train.json has no step"),
+        ('"step": 2', '"step": ', "Expecting value"),
+    ],
+)
+def test_a_checkpoint_that_is_damaged(
+    train: Any, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, message: str
+) -> None:
+    given = arguments(text, tmp_path / "out")
+    assert train.train.main(given) == 0
+    about = tmp_path / "out" / "checkpoints" / "step-000000002" / "train.json"
+    about.write_text(about.read_text().replace(old, new, 1))
+    shown = failure(train, capsys, 6, *given, "--resume")
+    assert "cannot be read" in shown and message in shown
+
+
 def test_resume_keeps_the_data(train: Any, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Settings of validation may change, but not what they leave to train on; a seed may be large."""
     given = arguments(text, tmp_path / "out", "--val-every", "1", "--seed", str(2**32 - 1))

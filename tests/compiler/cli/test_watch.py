@@ -66,6 +66,7 @@ LINES: dict[str, list[str]] = {
         " --save-activation-scales scales.json --write-spec chosen.toml --effective-bits 9",
     ],
     "verify": ["out --weights weights"],
+    "repro": ["out"],
     "run": [
         "out --weights weights --prompt ab --max-new-tokens 2",
         "out --weights weights --prompt ab --max-new-tokens 2 --engine torch",
@@ -151,7 +152,7 @@ def report(place: Path, alone: bool) -> Callable[[str, str], None]:
         assert [found for found in heard if found[0] != "write"] == []
         assert sent == 0
         strange = {path for kind, path in heard if kind == "write" and not _allowed(place, Path(path))}
-        assert strange == set()
+        assert strange == set(), f"{command} {line}"
         assert [path.name for name in ("home", "temporary") for path in (place / name).rglob("*")] == []
 
     return run

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,6 +34,7 @@ SCALES = ("_scale", "_scale_2", ".input_scale", ".k_scale", ".v_scale")
 READABLE_TYPES = {"F32", "F16", "BF16", *SCALES_OF}
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the values of FP4 codes; bit 3 is the sign
 TENSORS_AT_ONCE = 64  # then a file is opened anew, which frees what was mapped of it
+MAX_JSON_BYTES = 1 << 26  # the index of a 550B checkpoint has 2e7
 INDEX_FILE = "model.safetensors.index.json"
 # What transformers runs with trust_remote_code.
 CODE = (
@@ -198,7 +199,7 @@ def checkpoint_files(directory: Path) -> list[Path]:
     if not index.is_file():
         raise CheckpointError(f"{directory} has neither {single.name} nor {index.name}")
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(read_json(index)["weight_map"].values())
         # A name with a folder in it could lead out of the directory.
         strange = [n for n in names if not n.endswith(".safetensors") or "/" in n or "\\" in n]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -206,6 +207,18 @@ def checkpoint_files(directory: Path) -> list[Path]:
     if strange:
         raise CheckpointError(f"{index} names what is no file of its folder: {sorted(strange)}")
     return [directory / name for name in sorted(names)]
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file says; ValueError where it is none, or nests or weighs too much."""
+    with path.open("rb") as file:
+        text = file.read(MAX_JSON_BYTES + 1)
+    if len(text) > MAX_JSON_BYTES:
+        raise ValueError(f"larger than {MAX_JSON_BYTES:,} bytes")
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nests too deeply") from None
 
 
 def tensor_headers(path: Path) -> dict[str, tuple[list[int], str]]:

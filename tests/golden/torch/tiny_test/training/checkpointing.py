@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
+from ..checkpoint import read_json
 from ..model import Config, Model
 from .settings import FILES, FREE_TO_CHANGE, Settings, TrainError
 from .world import World
@@ -150,7 +151,7 @@ class Checkpoints:
             return 0
         path = self.all()[-1]
         try:
-            about = json.loads((path / "train.json").read_text("utf-8"))
+            about = read_about(path / "train.json")
             require_same(path, about, settings, self.data, self.rules)
             weights, moments = get_state_dict(model, optimizer)
             state: dict[str, Any] = {"model": weights, "optimizer": moments}
@@ -170,6 +171,17 @@ class Checkpoints:
     def path(self, step: int, hidden: bool = False) -> Path:
         """Return the folder of a step's checkpoint, or the one in which it is written."""
         return self.folder / f"{'.' if hidden else ''}step-{step:09d}"
+
+
+def read_about(path: Path) -> Any:
+    """Return what `finish` has written of a checkpoint; ValueError where it is something else."""
+    about = read_json(path)
+    tables = ("config", "settings", "data", "rules")
+    if not isinstance(about, dict) or not all(isinstance(about.get(key), dict) for key in tables):
+        raise ValueError(f"{path.name} is not what train.py writes")
+    if type(about.get("step")) is not int or about["step"] < 0:
+        raise ValueError(f"{path.name} has no step")
+    return about
 
 
 def require_same(
