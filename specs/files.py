@@ -73,7 +73,7 @@ def write_text(path: Path, text: str) -> None:
             path.write_text(text, encoding="utf-8")
             return
         target = path.resolve()  # a link stays a link
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.n3c-") as folder:
             file = Path(folder) / "text"  # made as any new file, with the permissions of the umask
             file.write_text(text, encoding="utf-8")
             file.replace(target)

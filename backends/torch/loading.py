@@ -25,7 +25,15 @@ def load_package(source: Path | Mapping[str, str]) -> Any:
         return _imported(_package_folder(source))
     with tempfile.TemporaryDirectory(prefix="n3c-") as folder:
         write_files(source, Path(folder))
-        return _imported(_package_folder(Path(folder)))
+        module = _imported(_package_folder(Path(folder)))
+        _import_kernels(module)
+        return module
+
+
+def _import_kernels(module: ModuleType) -> None:
+    """Import the kernels of a package, which it does itself when it first meets a GPU, while its files are there."""
+    if importlib.util.find_spec("triton") is not None and (Path(str(module.__file__)).parent / "kernels").is_dir():
+        importlib.import_module(f"{module.__name__}.kernels")
 
 
 def write_files(files: Mapping[str, str], folder: Path) -> None:

@@ -51,6 +51,7 @@ def bench(
     progress.phase("open")
     opened = open_build(Path(build))
     chosen = choose_engine(engine, device, opened)
+    from n3c.backends.safetensors.locate import checkpoint_directory
     from n3c.runtime.generation.capacity import Capacity
     from n3c.runtime.generation.drafter import MtpDrafter
 
@@ -68,7 +69,14 @@ def bench(
     for size in batch or spec.serving.batch_sizes:
         progress.phase("load")
         running = _opened(
-            opened, chosen, names, size, None if weights is None else Path(weights), device, seed, progress
+            opened,
+            chosen,
+            names,
+            size,
+            None if weights is None else checkpoint_directory(weights),
+            device,
+            seed,
+            progress,
         )
         progress.phase("measure")
         for length in contexts:

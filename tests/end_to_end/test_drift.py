@@ -43,8 +43,8 @@ def test_of_random_specs(spec: Spec) -> None:
 @pytest.mark.parametrize(
     ("line", "changed", "seen"),
     [
-        ("self.up_proj(x)).square()", "self.up_proj(x))", "logits"),
-        ("enable_gqa=True", "enable_gqa=True, scale=1.0", "logits"),
+        ("return F.relu(x).square()", "return F.relu(x)", "logits"),
+        ("is_causal=True, enable_gqa=True", "is_causal=True, enable_gqa=True, scale=1.0", "logits"),
         ("weights * config.moe_routed_scaling_factor", "weights", "logits"),
         ("self.D.float()[:, None], u", "self.D.float()[:, None], 2 * u", "logits"),
         ("[self.enorm(embedding), self.hnorm(x)]", "[self.hnorm(x), self.enorm(embedding)]", "mtp0.logits"),

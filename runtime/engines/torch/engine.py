@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -88,6 +88,13 @@ class TorchEngine:
     def unrecorded(self) -> Mapping[str, str]:
         """Entry points that run without a graph although there is a recorder, and why."""
         return self._graphs.refused
+
+    def replay(self, entry: str) -> Callable[[], None] | None:
+        """Return what launches the recorded graph of an entry point on the inputs that lie there; None without one.
+
+        It moves the states on as `run` does, and copies nothing to or from the host: to measure the device alone.
+        """
+        return self._graphs.replay(entry)
 
     def run(self, entry: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run an entry point: by a graph from its second call on, where there is a recorder."""

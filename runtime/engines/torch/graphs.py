@@ -66,6 +66,11 @@ class Graphs:
         """Whether work of this key is recorded, now or later: it must read nothing on the host."""
         return self._recorder is not None and key not in self.refused
 
+    def replay(self, key: str) -> Callable[[], None] | None:
+        """Return what launches the recorded work of a key once more; None where none is recorded."""
+        recorded = self._replays.get(key)
+        return None if recorded is None else recorded[0]
+
     def current(self) -> AbstractContextManager[Any]:
         """Return a context in which inputs are written and work runs."""
         return nullcontext() if self._recorder is None else self._recorder.current()

@@ -69,6 +69,8 @@ class RandomWeights:
             into.fill_(self._deviation(parameter))
         elif isinstance(source, CacheScale):
             into.fill_(1)
+        elif parameter.buffer:  # a bias of the choice of experts: with one, all tokens would choose the same
+            into.zero_()
         elif parameter.role.endswith("norm") or parameter.name.endswith(".D"):
             into.uniform_(0.5, 1.5, generator=generator)
         elif isinstance(source, NegExp):  # the logarithm of a decay rate

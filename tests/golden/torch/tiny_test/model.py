@@ -152,7 +152,8 @@ class Mamba2(nn.Module):
         h = None if state is None else state.ssm[self.index]
 
         zxBCdt = self.in_proj(x)
-        if h is None and (fast := mixer_kernels(zxBCdt)) is not None:
+        sizes = config.mamba_head_dim, config.mamba_state_size
+        if h is None and (fast := mixer_kernels(zxBCdt, *sizes)) is not None:
             return self.out_proj(fast.mamba2.between_projections(self, zxBCdt, documents))
         z, xBC, dt = torch.split(zxBCdt, [inner, config.mamba_conv_size, heads], dim=-1)
         xBC = self.conv1d(xBC, window, documents)  # [B, S, X]

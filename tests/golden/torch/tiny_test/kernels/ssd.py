@@ -30,6 +30,7 @@ from torch import Tensor
 from .precision import precision
 
 CHUNKS = {2: 64, 4: 16}  # bytes of a number -> Q, tokens, as registers and shared memory allow
+LEAST_BLOCK = 64  # channels of a head that a program has; fewer give a wrong y on SM 90 in bfloat16
 FORWARD = {"num_warps": 4, "num_stages": 2}
 STATE_BACKWARD = {"num_warps": 4, "num_stages": 2}
 BACKWARD = {"num_warps": 4, "num_stages": 1}
@@ -277,7 +278,7 @@ def split_of(heads: int, channels: int, device: torch.device) -> tuple[int, int]
     block = max(16, triton.next_power_of_2(channels))
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-        while block > 32 and heads * triton.cdiv(channels, block) <= processors // 2:
+        while block > LEAST_BLOCK and heads * triton.cdiv(channels, block) <= processors // 2:
             block //= 2
     return triton.cdiv(channels, block), block
 
