@@ -4,6 +4,7 @@ SPEC ?= specs/super.toml
 TARGET ?= trt
 ENTRY ?= decode
 JOBS ?= 2
+BUDGET ?= 900
 READER ?= spec
 SECONDS ?= 60
 SEED ?= 1
@@ -14,7 +15,7 @@ STAMP := $(VENV)/.made
 ORACLES := .venv-oracles
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test test-slow test-oracles fuzz mutants check lint types golden bench ablations demo clean
+.PHONY: help venv build test test-slow test-oracles fuzz mutants gpu check lint types golden bench ablations demo clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -59,6 +60,9 @@ fuzz: venv ## Fuzz READER (spec; all of tests/support/file_readers.py in turn: a
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[fuzz]'
 	cd tests && for reader in $(if $(filter all,$(READER)),$(notdir $(wildcard tests/corpus/*)),$(READER)); do \
 		../$(BIN)/python -m fuzz $$reader $(SECONDS) $(SEED) || exit; done
+
+gpu: ## Collect what a GPU shows into build/gpu, in BUDGET (900) seconds; needs torch, Triton, transformers in PYTHON.
+	PYTHONPATH=typings $(PYTHON) -m benchmarks gpu --budget $(BUDGET)
 
 mutants: venv ## Change COUNT (300) random points of the code, one at a time, and count which the tests notice (SEED).
 	$(BIN)/python -m benchmarks.mutants --count $(COUNT) --seed $(SEED)

@@ -1,9 +1,13 @@
-"""`python -m benchmarks [NAME …] [--quick]`: print machine and versions, and then the tables, as Markdown."""
+"""`python -m benchmarks [NAME …] [--quick]`: print machine and versions, and then the tables, as Markdown.
+
+`python -m benchmarks gpu` is a program of its own: `benchmarks/gpu/run.py`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 
 from .machine import describe, load_note
 from .registry import BENCHMARKS
@@ -11,6 +15,11 @@ from .registry import BENCHMARKS
 
 def main() -> None:
     """Run the named benchmarks, or all."""
+    if sys.argv[1:2] == ["gpu"]:
+        from .gpu.run import main as gpu
+
+        gpu(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure n3c.")
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help=f"which to run: {', '.join(BENCHMARKS)} (default: all)"
