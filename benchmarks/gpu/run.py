@@ -60,6 +60,8 @@ def main(arguments: Sequence[str]) -> None:
     unknown = [name for name in given.names if name not in PARTS]
     if unknown:
         parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    if lacking := _lacking(given.device):
+        parser.exit(4, f"{parser.prog}: {lacking}\n")
     given.out.mkdir(parents=True, exist_ok=True)
     setting, end = Setting(given.device, given.tiny), time.monotonic() + given.budget
     report: dict[str, Any] = {"about": about(given.device), "setting": asdict(setting), "parts": {}}
@@ -74,6 +76,17 @@ def main(arguments: Sequence[str]) -> None:
         (given.out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         (given.out / "gpu.md").write_text(page(report), encoding="utf-8")
         print("\n".join(page({**report, "parts": {name: report["parts"][name]}}).splitlines()[-60:]), flush=True)
+
+
+def _lacking(device: str) -> str:
+    """Return what this machine has not, of what every part needs; nothing where it has all."""
+    try:
+        import torch
+    except ImportError:
+        return "PyTorch is not installed"
+    if device == "cuda" and not torch.cuda.is_available():
+        return "PyTorch finds no GPU; `--device cpu --tiny` tries the parts out"
+    return ""
 
 
 def run_part(part: Part, setting: Setting, seconds: float) -> dict[str, Any]:

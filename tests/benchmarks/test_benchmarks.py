@@ -97,6 +97,14 @@ def test_what_the_budget_does_not_allow_is_told(tmp_path: Path) -> None:
     assert all("the budget of 0.1 s is spent" in part["skipped"] for part in parts.values())
 
 
+def test_without_a_gpu_that_is_said(tmp_path: Path) -> None:
+    done = benchmarks("gpu", "ceilings", "--out", str(tmp_path / "out"))
+    if done.returncode:  # a machine with a GPU runs it
+        assert (done.returncode, done.stdout) == (4, "")
+        assert "PyTorch finds no GPU" in done.stderr
+        assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_part_for_a_gpu_runs_on_a_cpu(tmp_path: Path) -> None:
