@@ -1,8 +1,8 @@
 """Decoding of whole models with random weights made on the device, by the torch engine, beside transformers.
 
 `engine` is a call as generation makes it, with its copies from and to the host; `device` is the time between its first
-and last kernel. The roofline is the least bytes of a step (`compiler/report/cost.py`) over 3.35 TB/s, an H100's; on
-another card over what `ceilings` measured.
+and last kernel. The roofline is the least bytes of a step (`compiler/report/cost.py`) over 3.35 TB/s, that of an H100
+by its data sheet, on every card: `ceilings` says what this one gives.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _engine_rows(title: str, spec: Spec, setting: Setting, batch: int, contexts:
             "engine ms": round(1e3 * seconds, 3),
             "device ms": round(1e3 * device, 3),
             "tokens/s": round(batch / seconds, 1),
-            "of the roofline": f"{least / seconds:.0%} (device {least / device:.0%})",
+            "of an H100's roofline": f"{least / seconds:.0%} (device {least / device:.0%})",
         }
         if context == contexts[0] and batch <= 8:
             yield {

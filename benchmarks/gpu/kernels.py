@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from .part import Row, Setting, report, seconds_of
+from .part import Row, Setting, relative_error, report, seconds_of
 
 TITLE = "Kernels of decoding"
 NANO = {"D": 2688, "E": 128, "K": 6, "I": 1856, "L": 2688}
@@ -43,7 +43,7 @@ def _linears(setting: Setting) -> Iterator[Row]:
                 x = _normal(setting, rows, k)
                 kernel = few_rows_linear if rows <= 16 else many_rows_linear
                 want = x.float() @ copies[0].dequantized(torch.float32).T
-                error = _error(kernel(x, copies[0]), want)
+                error = relative_error(kernel(x, copies[0]), want)
                 seconds = _each(setting, [partial(kernel, x, w) for w in copies])
                 yield _row(f"linear {n} x {k}", stored, rows, error, seconds, copies[0].bytes)
 
@@ -74,7 +74,7 @@ def _experts(setting: Setting) -> Iterator[Row]:
                 met = len(chosen.unique())
                 seconds = _each(setting, [partial(routed_experts, x, chosen, weights, up, down)], most=8)
                 size = (up.bytes + down.bytes) * met // s["E"]
-                row = _row(f"experts {name}, {met} met", stored, rows, _error(got[:some], want), seconds, size)
+                row = _row(f"experts {name}, {met} met", stored, rows, relative_error(got[:some], want), seconds, size)
                 flops = 4 * rows * s["K"] * s["I"] * s["L"]
                 yield {**row, "TFLOP/s": round(flops / seconds / 1e12, 1)}
 
@@ -119,7 +119,7 @@ def _attention(setting: Setting) -> Iterator[Row]:
         )
         seconds = _each(setting, [partial(cached_attention, q, keys, values, lengths)], most=8)
         size = 2 * batch * 2 * length * 128 * 2
-        yield _row(f"attention over {length}", "bf16", batch, _error(got, want), seconds, size)
+        yield _row(f"attention over {length}", "bf16", batch, relative_error(got, want), seconds, size)
 
 
 def _row(kernel: str, stored: str, rows: int, error: float | None, seconds: float, size: float) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def _row(kernel: str, stored: str, rows: int, error: float | None, seconds: floa
         "kernel": kernel,
         "format": stored,
         "rows": rows,
-        "error": "see parity" if error is None else f"{error:.1e}",
+        "error": "see engine_parity" if error is None else f"{error:.1e}",
         "us": round(1e6 * seconds, 1),
         "MB": round(size / 1e6, 2),
         "TB/s": round(size / seconds / 1e12, 2),
@@ -194,10 +194,6 @@ def _normal(setting: Setting, *shape: int) -> Any:
     import torch
 
     return torch.randn(shape, device=setting.device).to(torch.bfloat16 if setting.device == "cuda" else torch.float32)
-
-
-def _error(a: Any, b: Any) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 if __name__ == "__main__":

@@ -123,6 +123,14 @@ def peak_memory(setting: Setting) -> float:
     return torch.cuda.max_memory_allocated() / 1e9 if setting.device == "cuda" else 0.0
 
 
+def relative_error(got: Any, want: Any) -> float:
+    """Return ‖got - want‖ / ‖want‖ in float64, with three digits; both are tensors or arrays of one shape."""
+    import torch
+
+    a, b = (torch.as_tensor(t).double().cpu() for t in (got, want))
+    return float(f"{float((a - b).norm() / b.norm()):.2e}")
+
+
 def kernel_table(setting: Setting, work: Callable[[], object], most: int = 25) -> list[dict[str, Any]]:
     """Return the kernels of one call of `work` by name: calls and milliseconds on the device, most first."""
     from torch.profiler import ProfilerActivity, profile

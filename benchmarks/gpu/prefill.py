@@ -39,7 +39,7 @@ def run(setting: Setting) -> Iterator[Row]:
                 "chunk": chunk,
                 "tokens/s": round(length / seconds),
                 "TFLOP/s": round(flops / seconds / 1e12, 1),
-                "of the peak": f"{flops / seconds / PEAK:.0%}",
+                "of an H100's peak": f"{flops / seconds / PEAK:.0%}",
             }
         yield {"kernels": f"a chunk, {title}", "table": kernel_table(setting, call_of(engine, "prefill", 0))}
         engine = None  # the memory of its weights

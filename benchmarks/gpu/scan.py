@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from .part import Row, Setting, generated, report, seconds_of, spec_of
+from .part import Row, Setting, generated, relative_error, report, seconds_of, spec_of
 
 TITLE = "Scan"
 
@@ -38,7 +38,7 @@ def run(setting: Setting) -> Iterator[Row]:
             y, gradients = both()
             got = [y, *gradients]
             want = want or got
-            errors = [_error(one, other) for one, other in zip(got, want, strict=True)]
+            errors = [relative_error(one.detach(), other.detach()) for one, other in zip(got, want, strict=True)]
             yield {
                 "scan": name,
                 "forward ms": round(1e3 * seconds_of(setting, forward), 3),
@@ -80,11 +80,6 @@ def _implementation(name: str, package: Any, chunk: int) -> Callable[..., Any]:
         return y.to(torch.bfloat16)
 
     return scan
-
-
-def _error(a: Any, b: Any) -> float:
-    a, b = a.detach().double(), b.detach().double()
-    return float((a - b).norm() / b.norm())
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Generated code and torch engine on the device against themselves on a CPU in float32; errors are ‖a - b‖ / ‖b‖.
+"""The torch engine on the device against itself on a CPU in float32; errors are ‖a - b‖ / ‖b‖.
 
 specs/tiny.toml has every kind of block, latent experts and multi-token prediction; weights are random.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,18 +21,13 @@ from n3c.runtime.generation.loop import Generation
 from n3c.runtime.generation.sequence import Options
 from n3c.specs.schema import Spec
 
-from .part import Row, Setting, generated, report, spec_of
-from .train import transformers_model
+from .part import Row, Setting, relative_error, report, spec_of
 
-TITLE = "Parity"
+TITLE = "Parity of the engine"
 
 
 def run(setting: Setting) -> Iterator[Row]:
-    """Yield the errors of training by type, then of the engine by format."""
-    try:
-        yield from _training(setting)
-    except Exception as error:
-        yield {"training": "failed", "error": f"{type(error).__name__}: {error}"[:500]}
+    """Yield the errors by format."""
     for stored in ("nvfp4", "fp8", "bf16"):
         own: dict[str, object] = {"quantization.format": stored, "quantization.rules": []}
         spec = spec_of("tiny", Setting(setting.device, tiny=True), own)
@@ -70,7 +64,7 @@ def _engine(spec: Spec, setting: Setting, stored: str) -> Iterator[Row]:
         )
         exact.reset()
         errors = {
-            entry: _error(_outputs(engine, entry, step)["logits"], _outputs(exact, entry, step)["logits"])
+            entry: relative_error(_outputs(engine, entry, step)["logits"], _outputs(exact, entry, step)["logits"])
             for step, entry in enumerate(
                 ("prefill", "decode", "decode", "decode", "verify", "verify", "verify", "draft")
             )
@@ -108,60 +102,6 @@ def _generated(spec: Spec, engine: Any, drafter: Any) -> list[int]:
     made = Generation(engine, prompt, Options(max_new_tokens=64), Capacity.of(spec), drafter=drafter)
     made.run()
     return list(made.result().completions[0].token_ids)
-
-
-def _training(setting: Setting) -> Iterator[Row]:
-    import torch
-
-    torch.manual_seed(0)
-    spec = spec_of("tiny", Setting(setting.device, tiny=True))
-    exact = generated(spec).Model()
-    ids = torch.randint(spec.model.vocab_size, (2, 200))
-    documents = torch.arange(200).expand(2, -1) // 64
-    for packed in (False, True):
-        given = {"document_ids": documents} if packed else {}
-        want = _results(copy.deepcopy(exact), ids, given)
-        for dtype in (torch.float32, torch.bfloat16):
-            model = copy.deepcopy(exact).to(setting.device, dtype)
-            got = _results(model, ids.to(setting.device), {k: v.to(setting.device) for k, v in given.items()})
-            yield {
-                "training": "tiny, packed documents" if packed else "tiny",
-                "type": str(dtype).removeprefix("torch."),
-                **{key: _error(got[key], want[key]) for key in want},
-            }
-    model = copy.deepcopy(exact).to(setting.device).eval()
-    with torch.no_grad():
-        whole = model(ids.to(setting.device)).logits
-        state = model.allocate_state(2, 256)
-        parts = [model.step(part, state) for part in ids.to(setting.device).split([100, *[1] * 20, 80], 1)]
-    yield {"model": "step against forward", "logits": _error(torch.cat(parts, 1), whole)}
-    theirs = transformers_model(spec).to(setting.device).eval()
-    missing = theirs.load_state_dict(
-        {name.replace("backbone.", "model.", 1): tensor for name, tensor in model.state_dict().items()}, strict=False
-    )
-    with torch.no_grad():
-        logits = theirs(ids.to(setting.device)).logits
-    yield {
-        "model": f"forward against transformers, {len(missing.missing_keys)} tensors missing",
-        "logits": _error(whole, logits),
-    }
-
-
-def _results(model: Any, ids: Any, given: dict[str, Any]) -> dict[str, Any]:
-    import torch
-
-    model.train()
-    out = model(ids, labels=ids, **given)
-    out.loss.backward()
-    gradients = torch.cat([p.grad.flatten().double().cpu() for p in model.parameters() if p.grad is not None])
-    return {"logits": out.logits.detach(), "loss": out.loss.detach(), "gradients": gradients}
-
-
-def _error(a: Any, b: Any) -> float:
-    import torch
-
-    a, b = (torch.as_tensor(t).double().cpu() for t in (a, b))
-    return float(f"{float((a - b).norm() / b.norm()):.2e}")
 
 
 if __name__ == "__main__":
