@@ -15,6 +15,7 @@ from n3c.specs.convert import config_text, run_import
 from n3c.specs.dump import dump_spec
 from n3c.specs.huggingface import export_config, import_config
 from n3c.specs.huggingface_names import MTP_PATTERN_LISTS, PATTERN_LISTS
+from n3c.specs import json_places
 from n3c.specs.json_places import parse_json
 from n3c.specs.load import load_spec, parse_spec
 from n3c.specs.schema import Rule, Spec
@@ -335,9 +336,23 @@ def test_bad_files(tmp_path: Path) -> None:
             run_import(file)
         assert caught.value.exit_code is ExitCode.SPEC
         assert caught.value.diagnostics[0].code == code
+        assert caught.value.diagnostics[0].span is not None
     with pytest.raises(N3CError) as caught:
         run_import(tmp_path / "none")
     assert caught.value.exit_code is ExitCode.FILE
+
+
+def test_the_number_of_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The places of values take more memory than the values: a config has a limit of its own."""
+    file = tmp_path / "config.json"
+    file.write_text('{"a": [1, 2, 3, 4]}', encoding="utf-8")  # 2 brackets and 3 commas
+    monkeypatch.setattr(json_places, "MAX_VALUES", 5)
+    parse_json(file.read_text(encoding="utf-8"), str(file))
+    monkeypatch.setattr(json_places, "MAX_VALUES", 4)
+    with pytest.raises(N3CError) as caught:
+        run_import(file)
+    (found,) = caught.value.diagnostics
+    assert (found.code, found.message) == ("E0301", "not readable: it has more than 4 values")
 
 
 @settings(max_examples=50, deadline=None)
