@@ -248,7 +248,9 @@ def test_a_missing_package_is_the_machines_fault(tmp_path: Path, monkeypatch: py
 
 @contextlib.contextmanager
 def unprivileged(folder: Path) -> Generator[None]:
-    """Act as a user who may not write to `folder`, as tests may run as root, who may do anything."""
+    """Act as a user who may read `folder` but not write to it, as tests may run as root, who may do anything."""
+    for path in folder.rglob("*"):  # whatever the umask says
+        path.chmod(0o755 if path.is_dir() else 0o644)
     folder.chmod(0o555)
     root = os.geteuid() == 0
     if root:
