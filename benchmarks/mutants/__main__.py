@@ -70,6 +70,14 @@ def points() -> list[Mutant]:
     return found
 
 
+def files_of(tests: Sequence[str]) -> list[str]:
+    """Return the files of tests in folders, and those that are named."""
+    files: list[Path] = []
+    for place in (ROOT / test for test in tests):
+        files += sorted(place.rglob("test_*.py")) if place.is_dir() else [place]
+    return [str(file.relative_to(ROOT)) for file in files]
+
+
 def main() -> None:
     """Take a sample, and print the survivors and the score by folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -84,9 +92,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="n3c-mutants-") as folder:
         tree = Tree(Path(folder))
         if not options.coverage.is_file():
-            files = [path for given in options.tests for path in
-                     (sorted((ROOT / given).rglob("test_*.py")) if (ROOT / given).is_dir() else [ROOT / given])]  # fmt: skip
-            record(tree, [str(file.relative_to(ROOT)) for file in files], limit=1800).write(options.coverage)
+            record(tree, files_of(options.tests), limit=1800).write(options.coverage)
         coverage = Coverage.read(options.coverage)
         sample = random.Random(options.seed).sample(points(), options.count)
         end = time.monotonic() + options.seconds
@@ -97,7 +103,7 @@ def main() -> None:
             verdicts[mutant] = verdict = survives(mutant, tree, coverage, options.budget)
             if verdict is not False:
                 described = mutant.described((ROOT / mutant.path).read_text(encoding="utf-8"))
-                print(f"{'survives' if verdict else 'undecided'}: {described}", flush=True)
+                print(f"{'survives' if verdict else 'undecided'} (of {len(verdicts)}): {described}", flush=True)
     print(json.dumps({"seed": options.seed} | scores(verdicts), indent=1))
 
 

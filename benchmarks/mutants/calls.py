@@ -43,7 +43,7 @@ class Calls:
             path = code.co_filename
             if path.startswith(f"{root}/"):
                 found.add(f"{path[len(str(root)) + 1 :]}:{code.co_firstlineno}")
-            elif not path.startswith((sys.prefix, sys.base_prefix, "<")):
+            elif "site-packages" not in path and not path.startswith((sys.base_prefix, "<")):
                 found.add(f"{path.rpartition('/')[2]}::{code.co_name}")
         return found
 

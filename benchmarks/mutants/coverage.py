@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from .tree import ROOT, Tree
 _TEMPLATES = "backends/torch/templates/"
 _EMIT = "backends/torch/emit.py"
 _GOLDEN = "tests/support/golden.py"
+_IMPORTED = ":1"
+"""How the name of a file's own code ends, which runs when the file is imported."""
 
 
 @dataclass
@@ -45,41 +47,46 @@ class Coverage:
         of a file computes is one that others look at. A change of a template is to be noticed in what the code does:
         tests that call `assert_golden` are left out.
         """
-        callers = set(self._callers(mutant))
+        callers = self._callers(mutant)
         files = {_file(test) for test in callers}
         beside = {test for test in self.seconds if _file(test) in files} - callers
         if mutant.path.startswith(_TEMPLATES):
-            golden = {test for name, tests in self.tests.items() if name.startswith(f"{_GOLDEN}:") for test in tests
-                      if not name.endswith(":1")}  # fmt: skip
+            golden = self._of(lambda name: name.startswith(f"{_GOLDEN}:"))
             callers, beside = callers - golden, beside - golden
+        ordered = [*self._ordered(callers, mutant.path), *self._ordered(beside, mutant.path)]
         chosen: list[str] = []
-        left = budget
-        for test in [*self._ordered(callers, mutant.path), *self._ordered(beside, mutant.path)]:
-            left -= self.seconds[test]
-            if chosen and left < 0:
-                break
-            chosen.append(test)
-        return chosen
+        for test in ordered:
+            if self.seconds[test] <= budget:
+                chosen.append(test)
+                budget -= self.seconds[test]
+        return chosen or ordered[:1]
 
-    def _callers(self, mutant: Mutant) -> Iterable[str]:
-        if not mutant.path.startswith(_TEMPLATES):
-            return self.tests.get(f"{mutant.path}:{mutant.change.function}", ())
+    def _callers(self, mutant: Mutant) -> set[str]:
+        """Return the tests of the function around; of the whole file where there is none, or of the file's folder."""
+        if mutant.path.startswith(_TEMPLATES):
+            return self._callers_of_template(mutant)
+        name = f"{mutant.path}:{mutant.change.function}"
+        own = self._of(lambda other: other == name) or self._of(lambda other: other.startswith(f"{mutant.path}:"))
+        return own or {test for test in self.seconds if Path(_file(test)).parent == _mirror(mutant.path)}
+
+    def _callers_of_template(self, mutant: Mutant) -> set[str]:
+        if mutant.function_name is None:
+            return self._of(lambda name: name.startswith(f"{_EMIT}:"))
         generated = Path(mutant.path.removesuffix(".jinja")).name
-        if mutant.function_name is not None:
-            ends = f"::{mutant.function_name}"
-            names = [name for name in self.tests if name.endswith(ends)]
-            own = [name for name in names if name == generated + ends]
-            return {test for name in own or names for test in self.tests[name]}
-        return {test for name, tests in self.tests.items() if name.startswith(f"{_EMIT}:") for test in tests
-                if not name.endswith(":1")}  # fmt: skip
+        return set(self.tests.get(f"{generated}::{mutant.function_name}", ())) or self._of(
+            lambda name: name.endswith(f"::{mutant.function_name}")
+        )
+
+    def _of(self, named: Callable[[str], bool]) -> set[str]:
+        return {test for name, tests in self.tests.items() if named(name) for test in tests
+                if not name.endswith(_IMPORTED)}  # fmt: skip
 
     def _ordered(self, tests: Iterable[str], path: str) -> list[str]:
         stem = f"test_{Path(path).name.partition('.')[0]}.py"
-        folder = next(parent for parent in Path(path).parents if (ROOT / "tests" / parent).is_dir())
 
         def rank(test: str) -> tuple[int, float]:
             file = Path(_file(test))
-            near = 0 if file.name == stem else 1 if file.is_relative_to("tests" / folder) else 2
+            near = 0 if file.name == stem else 1 if file.is_relative_to(_mirror(path)) else 2
             return near, self.seconds[test]
 
         return sorted(tests, key=rank)
@@ -119,6 +126,7 @@ class Recorder:
         self._fixtures: dict[object, set[str]] = {}
         os.environ.pop(FILE_OF_CALLS, None)
 
+    @pytest.hookimpl(tryfirst=True)
     def pytest_collection(self) -> None:
         """Note what importing the files calls."""
         self._calls.start()
@@ -136,7 +144,7 @@ class Recorder:
         result = yield
         self._calls.stop()
         names = self._taken() | self._imported
-        info: Mapping[str, Sequence[object]] = getattr(item, "_fixtureinfo").name2fixturedefs
+        info: Mapping[str, Sequence[object]] = item._fixtureinfo.name2fixturedefs
         for definitions in info.values():
             for definition in definitions:
                 names |= self._fixtures.get(definition, set())
@@ -177,6 +185,11 @@ class Recorder:
             names |= set(started.read_text(encoding="utf-8").split("\n")) - {""}
             started.unlink()
         return names
+
+
+def _mirror(path: str) -> Path:
+    """Return the folder of tests that mirrors a file's own, or the nearest of those around it."""
+    return next(Path("tests") / parent for parent in Path(path).parents if (ROOT / "tests" / parent).is_dir())
 
 
 def _file(test: str) -> str:

@@ -20,6 +20,9 @@ OPERATORS: dict[type[ast.AST], tuple[str, str]] = {
 }  # fmt: skip
 """Operator → how it is written, and what a mutant has instead."""
 
+GUARDS = ("frozen", "slots", "strict")
+"""Keywords that guard against a slip in the code, and change nothing that it does."""
+
 
 @dataclass(frozen=True)
 class Change:
@@ -88,7 +91,7 @@ class _Walk:
 
     def below(self, node: ast.AST, function: int) -> Iterator[Change]:
         """Yield the changes of a node and of those below it."""
-        if isinstance(node, ast.JoinedStr):
+        if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.keyword) and node.arg in GUARDS):
             return
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             function = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])

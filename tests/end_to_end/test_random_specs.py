@@ -1,4 +1,4 @@
-"""Random specs through every command: what `check` accepts is built, quantized, run, verified, exported and imported."""
+"""Random specs through every command: what `check` accepts is built, quantized, run, verified and imported."""
 
 from __future__ import annotations
 
@@ -42,13 +42,10 @@ def through_every_command(spec: Spec, folder: Path) -> None:
     """What `check` refuses every command refuses with the same diagnostics; all else works to the end."""
     path, weights, out, quantized = (folder / name for name in ("spec.toml", "weights", "out", "quantized"))
     path.write_text(dump_spec(spec), encoding="utf-8")
-    checked = n3c("check", path, "--json")
-    if checked.code:
-        assert checked.code in (ExitCode.SPEC, ExitCode.TARGET) and checked.codes, checked.out
-        for command in (("inspect", path), ("build", path, "--target", "torch"), ("build", path, "--target", "onnx")):
-            refused = n3c(*command, "--json", *(("-o", out) if command[0] == "build" else ()))
-            assert (refused.code, refused.codes) == (checked.code, checked.codes), refused.out
-        assert not out.exists()
+    refusals = [refused_alike(path, target, out) for target in ("torch", "onnx")]
+    if ExitCode.SPEC in refusals:
+        assert n3c("inspect", path).code == ExitCode.SPEC
+    if any(refusals):
         serving = replace(spec.serving, kv_cache_dtype="bf16")  # two codes of FP8 are written at a time
         spec = replace(spec, quantization=None, training=None, serving=serving)
         path.write_text(dump_spec(spec), encoding="utf-8")
@@ -66,6 +63,17 @@ def through_every_command(spec: Spec, folder: Path) -> None:
     works("import", quantized, "-o", folder / "quantized.toml")
     works("build", folder / "quantized.toml", "--target", "torch", "-o", folder / "of quantized")
     generated(folder / "of quantized", quantized, spec)
+
+
+def refused_alike(path: Path, target: str, out: Path) -> int:
+    """Return the exit code of `check`; what that refuses `build` refuses alike, and writes nothing."""
+    checked = n3c("check", path, "--target", target, "--json")
+    if checked.code:
+        assert checked.code in (ExitCode.SPEC, ExitCode.TARGET) and checked.codes, checked.out
+        built = n3c("build", path, "--target", target, "-o", out, "--json")
+        assert (built.code, built.codes) == (checked.code, checked.codes), built.out
+        assert not out.exists()
+    return checked.code
 
 
 def works(*arguments: object) -> dict[str, Any]:
@@ -99,8 +107,7 @@ def test_random_specs(spec: Spec) -> None:
 
 @pytest.mark.slow
 @settings(FEW, max_examples=100)
-@given(specs().map(served_small))
+@given(specs(narrowest=8).map(served_small))
 def test_many_random_specs(spec: Spec) -> None:
-    """With widths of one channel, too."""
     with tempfile.TemporaryDirectory() as folder:
         through_every_command(spec, Path(folder))

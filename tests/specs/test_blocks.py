@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,11 @@ def test_modules_that_a_block_has() -> None:
     table = Moe(num_experts=4, top_k=2, intermediate_size=16)
     assert [module.role for module, _ in MOE.present(table)] == ["moe.router", "moe.experts.up", "moe.experts.down"]
     assert [count for _, count in MOE.present(table)] == [0, 4, 4]
+
+
+@each_kind
+def test_defaults_are_those_of_transformers(kind: BlockKind) -> None:
+    """A config that leaves out a key means what transformers means without it."""
+    theirs = importlib.import_module("transformers").NemotronHConfig()
+    given = {config.name: config.default for config in kind.config_keys if hasattr(theirs, config.name)}
+    assert given == {name: getattr(theirs, name) for name in given}

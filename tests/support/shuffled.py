@@ -1,6 +1,5 @@
 """A plugin of pytest: files in random order, and tests in random order inside each; `N3C_TEST_SEED` is the seed.
-
-    N3C_TEST_SEED=1 PYTHONPATH=tests pytest -p support.shuffled tests/specs
+`N3C_TEST_SEED=1 PYTHONPATH=tests pytest -p support.shuffled tests/specs`
 """
 
 from __future__ import annotations
