@@ -70,12 +70,12 @@ class Coverage:
         return own or {test for test in self.seconds if Path(_file(test)).parent == _mirror(mutant.path)}
 
     def _callers_of_template(self, mutant: Mutant) -> set[str]:
+        """Return the tests of the function in the file that the template makes, or of one of that name in any."""
+        ends = f"::{mutant.function_name or ''}"
+        name = f"{Path(mutant.path.removesuffix('.jinja')).name}{ends}"
         if mutant.function_name is None:
-            return self._of(lambda name: name.startswith(f"{_EMIT}:"))
-        generated = Path(mutant.path.removesuffix(".jinja")).name
-        return set(self.tests.get(f"{generated}::{mutant.function_name}", ())) or self._of(
-            lambda name: name.endswith(f"::{mutant.function_name}")
-        )
+            return self._of(lambda other: other.startswith(name)) or self._of(lambda other: other.startswith(_EMIT))
+        return self._of(lambda other: other == name) or self._of(lambda other: other.endswith(ends))
 
     def _of(self, named: Callable[[str], bool]) -> set[str]:
         return {test for name, tests in self.tests.items() if named(name) for test in tests
