@@ -15,6 +15,8 @@ from types import CodeType, FrameType
 
 FILE_OF_CALLS = "N3C_MUTANTS_CALLS"
 """The variable that names the file to which a process appends what it called."""
+IMPORTED_FROM = "import/n3c/"
+"""Where in a tree under test n3c is imported from: a folder of links to its folders."""
 
 
 class Calls:
@@ -42,7 +44,8 @@ class Calls:
         for code in self.seen.values():
             path = code.co_filename
             if path.startswith(f"{root}/"):
-                found.add(f"{path[len(str(root)) + 1 :]}:{code.co_firstlineno}")
+                inside = path[len(str(root)) + 1 :].removeprefix(IMPORTED_FROM)
+                found.add(f"{inside}:{code.co_firstlineno}")
             elif "site-packages" not in path and not path.startswith((sys.base_prefix, "<")):
                 found.add(f"{path.rpartition('/')[2]}::{code.co_name}")
         return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import CodeType
 
 import pytest
 
@@ -11,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 try:
     from benchmarks.mutants.__main__ import scores
+    from benchmarks.mutants.calls import Calls
     from benchmarks.mutants.coverage import Coverage
     from benchmarks.mutants.points import Change, Mutant, changes_of, mutants_of
     from benchmarks.mutants.templates import mutants_of_template
@@ -97,6 +99,17 @@ def test_text_of_a_template_is_not_what_notices() -> None:
     coverage = Coverage({golden: 1.0, other: 1.0}, tests)
     mutant = Mutant("backends/torch/templates/package/model.py.jinja", 9, Change(0, 1, "", 1), "forward")
     assert coverage.of_mutant(mutant, 100) == [other]
+
+
+def test_the_names_of_functions() -> None:
+    """n3c is imported by links; a generated package lies anywhere; what others wrote has no name."""
+    calls = Calls()
+    files = ("/t/import/n3c/ir/ops.py", "/t/tests/support/a.py", "/tmp/x/model.py", "/v/site-packages/b.py", "<string>")
+    for file in files:
+        module = compile("\n\ndef f(): ...", file, "exec")
+        (code,) = (constant for constant in module.co_consts if isinstance(constant, CodeType))
+        calls.seen[id(code)] = code
+    assert calls.names(Path("/t")) == {"ir/ops.py:3", "tests/support/a.py:3", "model.py::f"}
 
 
 def test_scores() -> None:
