@@ -22,7 +22,7 @@ class JsonError(ValueError):
     """A text that is not what it should be; the message goes on from "it" or "not readable:"."""
 
 
-class NotJson(JsonError):
+class JsonSyntaxError(JsonError):
     """A text that stops being JSON at character `position`, for `reason`."""
 
     def __init__(self, reason: str, position: int) -> None:
@@ -31,7 +31,7 @@ class NotJson(JsonError):
         self.position = position
 
 
-class DuplicateKey(JsonError):
+class DuplicateKeyError(JsonError):
     """A text of JSON that gives a key twice."""
 
 
@@ -61,7 +61,7 @@ def is_lfs_pointer(text: bytes | str) -> bool:
 def parse_json(text: bytes | str, most: int = MAX_VALUES) -> object:
     """Return what a text, of UTF-8 as bytes, says.
 
-    JsonError where it is no JSON, nests too deeply, has more than `most` values, or a key twice (`DuplicateKey`).
+    JsonError where it is no JSON, nests too deeply, has more than `most` values, or a key twice (`DuplicateKeyError`).
     """
     try:
         decoded = text.decode("utf-8") if isinstance(text, bytes) else text
@@ -76,7 +76,7 @@ def parse_json(text: bytes | str, most: int = MAX_VALUES) -> object:
         if is_lfs_pointer(text):
             raise JsonError(f"it is {LFS_POINTER}") from error
         if isinstance(error, json.JSONDecodeError):
-            raise NotJson(error.msg[:1].lower() + error.msg[1:], error.pos) from error
+            raise JsonSyntaxError(error.msg[:1].lower() + error.msg[1:], error.pos) from error
         raise JsonError("it is not JSON") from error
     return data
 
@@ -86,7 +86,7 @@ def _once(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
     if len(found) < len(pairs):
         counts = Counter(name for name, _ in pairs)
         twice = next(name for name, count in counts.items() if count > 1)
-        raise DuplicateKey(f"it has `{twice[:200]}` twice")
+        raise DuplicateKeyError(f"it has `{twice[:200]}` twice")
     return found
 
 

@@ -10,7 +10,7 @@ from typing import cast
 
 from n3c.ir import json_file
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
-from n3c.ir.json_file import DuplicateKey, JsonError, NotJson
+from n3c.ir.json_file import DuplicateKeyError, JsonError, JsonSyntaxError
 
 from .places import Path, Text, shown
 
@@ -122,10 +122,10 @@ def parse_json(text: str, file: str) -> tuple[Mapping[str, object], JsonPlaces]:
     source = Text(text, file)
     try:
         parsed = json_file.parse_json(text, MAX_VALUES)
-    except NotJson as error:
+    except JsonSyntaxError as error:
         span = source.span(error.position, 0)
         raise N3CError(Diagnostic("E0301", f"not JSON: {shown(error.reason)}", span), ExitCode.SPEC) from None
-    except DuplicateKey:
+    except DuplicateKeyError:
         name, span = JsonPlaces(source).duplicate or ("", source.span(0, 0))
         raise N3CError(Diagnostic("E0303", f"`{shown(name)}` is given twice", span), ExitCode.SPEC) from None
     except JsonError as error:

@@ -33,7 +33,7 @@ class Calls:
     def stop(self) -> None:
         """Note no more."""
         sys.setprofile(None)
-        threading.setprofile(None)  # type: ignore[arg-type]  # as documented
+        threading.setprofile(None)
 
     def names(self, root: Path) -> set[str]:
         """Return `path:line` of each function below `root`, and `path::name` of those of generated packages.

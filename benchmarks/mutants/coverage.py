@@ -19,6 +19,8 @@ from .tree import ROOT, Tree
 _TEMPLATES = "backends/torch/templates/"
 _EMIT = "backends/torch/emit.py"
 _GOLDEN = "tests/support/golden.py"
+FIXTURES = "_fixtureinfo"
+"""The attribute of a test that has its fixtures: pytest tells them no other way."""
 _IMPORTED = ":1"
 """How the name of a file's own code ends, which runs when the file is imported."""
 
@@ -144,7 +146,7 @@ class Recorder:
         result = yield
         self._calls.stop()
         names = self._taken() | self._imported
-        info: Mapping[str, Sequence[object]] = item._fixtureinfo.name2fixturedefs
+        info: Mapping[str, Sequence[object]] = getattr(item, FIXTURES).name2fixturedefs
         for definitions in info.values():
             for definition in definitions:
                 names |= self._fixtures.get(definition, set())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from n3c.ir.json_file import JsonError, NotJson, is_count, parse_json, read_json
+from n3c.ir.json_file import JsonError, JsonSyntaxError, is_count, parse_json, read_json
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_the_number_of_values() -> None:
 
 
 def test_where_it_stops_being_json() -> None:
-    with pytest.raises(NotJson) as caught:
+    with pytest.raises(JsonSyntaxError) as caught:
         parse_json('{"ä": 1,, "b": 2}')
     assert (caught.value.position, str(caught.value)) == (8, "it is not JSON")
     assert caught.value.reason.startswith("expecting property name")

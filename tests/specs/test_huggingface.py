@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from n3c.ir.diagnostics import ExitCode, N3CError
+from n3c.specs import json_places
 from n3c.specs.convert import config_text, run_import
 from n3c.specs.dump import dump_spec
 from n3c.specs.huggingface import export_config, import_config
 from n3c.specs.huggingface_names import MTP_PATTERN_LISTS, PATTERN_LISTS
-from n3c.specs import json_places
 from n3c.specs.json_places import parse_json
 from n3c.specs.load import load_spec, parse_spec
 from n3c.specs.schema import Rule, Spec

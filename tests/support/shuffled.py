@@ -17,6 +17,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         files.setdefault(item.path, []).append(item)
     groups = list(files.values())
-    for group in (groups, *groups):
+    rng.shuffle(groups)
+    for group in groups:
         rng.shuffle(group)
     items[:] = [item for group in groups for item in group]

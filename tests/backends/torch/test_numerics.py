@@ -76,6 +76,8 @@ def test_values_by_loops(numerics: Any, rows: int, size: float) -> None:
     x = torch.randn(64, 96, generator=generator) * size * torch.logspace(-3, 1, 64)[:, None]
     x[16:32, 16:32] = 0
     assert torch.equal(numerics.nvfp4(x, rows), by_loops(x, rows))
+    of_one = x / x.abs().max()
+    assert torch.equal(numerics.nvfp4(of_one, rows), by_loops(of_one, rows))
     assert not numerics.nvfp4(torch.zeros(16, 16), rows).any()
 
 

@@ -108,8 +108,8 @@ def watched(place: Path, program: list[str], *, alone: bool) -> tuple[int, list[
     environment = {
         key: value for key, value in os.environ.items() if not key.startswith(("XDG_", "ORT_", "HF_", "TORCH"))
     }
-    path = os.pathsep.join([str(place / "hook"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment |= {"HOME": str(place / "home"), "TMPDIR": str(place / "temporary"), "PYTHONPATH": path}
+    imported = os.pathsep.join([str(place / "hook"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment |= {"HOME": str(place / "home"), "TMPDIR": str(place / "temporary"), "PYTHONPATH": imported}
     environment |= {"N3C_WATCH_LOG": str(log), "N3C_COUNTERS": str(counters)}
     command = [*(OWN_NETWORK if alone else ()), *program]
     done = subprocess.run(
