@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import pytest
@@ -54,7 +54,7 @@ class Tree:
         self._stamp = int(time.time())
 
     @contextlib.contextmanager
-    def changed(self, path: str, text: str) -> Iterator[None]:
+    def changed(self, path: str, text: str) -> Generator[None]:
         """Have another text in a file, with a time of its own: nobody takes compiled code for another text's."""
         place = self.root / path
         before, times = place.read_bytes(), place.stat()
