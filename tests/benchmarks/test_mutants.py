@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from types import CodeType
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-try:
-    from benchmarks.mutants.__main__ import scores
-    from benchmarks.mutants.calls import Calls
-    from benchmarks.mutants.coverage import Coverage
-    from benchmarks.mutants.points import Change, Mutant, changes_of, mutants_of
-    from benchmarks.mutants.templates import mutants_of_template
-finally:
-    sys.path.remove(str(ROOT))
+
+
+def part(name: str) -> Any:
+    """Import a module of the driver, which is beside the packages that are installed."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        return importlib.import_module(f"benchmarks.mutants.{name}")
+    finally:
+        sys.path.remove(str(ROOT))
+
+
+Calls, Coverage = part("calls").Calls, part("coverage").Coverage
+Change, Mutant, changes_of, mutants_of = (
+    getattr(part("points"), name) for name in ("Change", "Mutant", "changes_of", "mutants_of")
+)
+mutants_of_template, scores = part("templates").mutants_of_template, part("__main__").scores
 
 
 @pytest.mark.parametrize(
