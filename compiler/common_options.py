@@ -18,4 +18,5 @@ SM = Option("GPU architectures to build for: one plan for all of them.", metavar
 TRT = Option("Which TensorRT.", needs=FOR_PLANS)
 CONTEXT = Option("Tokens in the cache of each sequence (default: serving.max_seq_len).", least=1)
 BATCH = Option("Sequences.", least=1)
+MEMORY = Option("Say what fits a GPU with so much memory instead of the known ones.", metavar="SIZE")
 FORCE = Option("Overwrite a file that is there.", needs=Needs("output"))

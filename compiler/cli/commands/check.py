@@ -33,7 +33,7 @@ def command(spec: Path, as_json: bool, **_: Any) -> None:
     say_line(f"{spec}: ok ({checked.spec.name}){counted}")
     if checked.target == "trt":
         say(_forms(checked.forms()))
-    if {"context", "batch"} & set(given):
+    if {"context", "batch", "memory"} & set(given):
         say(format_fits([fit.as_json() for fit in checked.fits]))
 
 
