@@ -30,6 +30,11 @@ def format_bytes(size: float) -> str:
     return f"{size:.2f} TB"
 
 
+def format_time(microseconds: float) -> str:
+    """Return a time in the unit in which it reads best: `15.20 ms`."""
+    return f"{microseconds:.1f} us" if microseconds < 1000 else f"{microseconds / 1000:.2f} ms"
+
+
 def format_peak(size: int | None) -> str:
     """Return how the last line of a command goes on about peak memory; empty where the system does not tell it."""
     return "" if size is None else f", peak memory {size / 2**30:.2f} GiB"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from n3c.backends.gpus import GPUS, Gpu
-from n3c.ir import ops
+from n3c.ir.costs import distinct_experts, node_flops
 from n3c.ir.program import Call, Program
 from n3c.passes.lower.model import lower
 from n3c.passes.serving import Served, serve
@@ -53,12 +53,12 @@ def flops_per_token(program: Program, context: int, *, mtp: bool = False) -> int
     """FLOPs of one token's forward pass, attending to `context` tokens; a multiply-add is two.
 
     `mtp` adds the blocks of every prediction depth.
-    Counted are linears, convolutions, the SSD recurrence and attention (4 · context · Hq · P a layer).
     """
     return sum(
-        _call_flops(program, call, context)
+        node_flops(node, context)
         for call in program.entry_points["forward"].calls
         if mtp or not _is_mtp(call)
+        for node in program.functions[call.function].nodes
     )
 
 
@@ -66,22 +66,10 @@ def _is_mtp(call: Call) -> bool:
     return any(name.startswith("mtp") for name in call.outputs)
 
 
-def _call_flops(program: Program, call: Call, context: int) -> int:
-    total = 0
-    for node in program.functions[call.function].nodes:
-        if node.op.flops is not None:
-            operands = {name: v.type if v else None for name, v in node.named_operands.items()}
-            total += node.op.flops(operands, tuple(r.type for r in node.results), node.attributes)
-        elif node.op is ops.attention:
-            width = node["q"].type.dims[-1]
-            total += 4 * context * width if isinstance(width, int) else 0
-    return total
-
-
 def decode_bytes(served: Served, spec: Spec, batch: int, context: int) -> dict[str, int]:
     """Bytes that one decode step must move: weights it reads, states it reads and writes, cache it reads.
 
-    Routed experts count as top_k a sequence, but never more than all of them.
+    Routed experts count as the different ones that the sequences choose, by expectation.
     """
     weights = embedding = 0
     program = served.program
@@ -89,7 +77,8 @@ def decode_bytes(served: Served, spec: Spec, batch: int, context: int) -> dict[s
         parameter = program.parameters[name]
         size = parameter.type.bytes
         if parameter.role.startswith("moe.experts.") and spec.moe is not None:
-            size = size * min(spec.moe.num_experts, batch * spec.moe.top_k) // spec.moe.num_experts
+            met = distinct_experts(spec.moe.num_experts, spec.moe.top_k, batch)
+            size = round(size * met / spec.moe.num_experts)
         if parameter.role == "embedding" and not spec.model.tie_word_embeddings:
             embedding += batch * spec.model.hidden_size * size // parameter.type.elements
             continue

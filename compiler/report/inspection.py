@@ -1,7 +1,7 @@
 """`inspect`: what a spec, a checkpoint or a build holds and costs."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +11,7 @@ from n3c.compiler.common_options import BATCH, CONTEXT, MEMORY, SET, SM, TRT
 from n3c.ir.diagnostics import Diagnostic
 from n3c.runtime.manifest import MANIFEST, out_error, read_manifest
 from n3c.runtime.options import Argument, Needs, checked, usage_error
+from n3c.runtime.predicted import PredictedTime, predicted_times
 from n3c.specs.load import loaded
 from n3c.specs.schema import Spec
 
@@ -26,10 +27,13 @@ class Inspected:
     figures: dict[str, Any]
     """Of a build its manifest."""
     warnings: tuple[Diagnostic, ...] = ()
+    times: Mapping[str, Mapping[str, PredictedTime]] = field(default_factory=dict[str, Mapping[str, PredictedTime]])
+    """Of a build with plans: entry point and batch size → GPU → predicted time."""
 
     def as_json(self) -> dict[str, Any]:
         """Return the form of `n3c inspect --json`."""
-        return self.figures
+        times = {entry: {gpu: time.as_json() for gpu, time in by_gpu.items()} for entry, by_gpu in self.times.items()}
+        return self.figures | ({"time": times} if times else {})
 
 
 def _is_spec(path: Path | str | Spec) -> bool:
@@ -77,7 +81,7 @@ def inspect(
         manifest = read_manifest(place)
         if manifest is None:
             raise out_error("E0614", f"{MANIFEST} is not one of n3c", place / MANIFEST)
-        return Inspected("build", manifest)
+        return Inspected("build", manifest, times=predicted_times(place))
     if _is_spec(place):
         return _of_spec(place, set, figures_of)
     from n3c.backends.safetensors.imported_spec import import_checkpoint

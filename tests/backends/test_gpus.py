@@ -16,7 +16,7 @@ each = pytest.mark.parametrize("gpu", GPUS.values(), ids=str)
 
 @each
 def test_peaks_are_what_the_multiprocessors_can_do(gpu: Gpu) -> None:
-    """A multiprocessor does a power of two of operations a clock, twice as many in half the width, at most four in FP4."""
+    """A multiprocessor does 2^n operations a clock, twice as many in half the width, at most four times in FP4."""
     a_clock = [peak / gpu.multiprocessors / gpu.clock for peak in (gpu.bf16, gpu.fp8, gpu.fp4) if peak]
     powers = [round(log2(rate)) for rate in a_clock]
     assert a_clock == pytest.approx([2.0**power for power in powers], rel=0.015)
