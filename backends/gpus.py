@@ -8,6 +8,7 @@ which is neither the name's number nor 2^30 times it. The clock is the one at wh
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from n3c.ir.types import DType
@@ -95,3 +96,22 @@ GPUS: dict[str, Gpu] = {
     )
 }  # fmt: skip
 """Name → GPU, the smallest memory first."""
+
+_DEVICES = {
+    "RTX 3060 12 GB": "RTX 3060",
+    "RTX 5060 Ti 16 GB": "RTX 5060 Ti",
+    "RTX 4060 Ti 16 GB": "RTX 4060 Ti",
+    "H100 SXM": "H100 80GB HBM3",
+    "A100 80 GB SXM": "A100-SXM4-80GB",
+    "DGX Spark": "GB10",
+    "H200 SXM": "H200",
+}
+"""GPU → what its driver calls it, where that does not contain the name."""
+
+
+def gpu_named(device: str) -> Gpu | None:
+    """Return the known GPU that a driver calls `device`, as `NVIDIA GeForce RTX 5090`; None for any other."""
+    for gpu in GPUS.values():
+        if re.search(rf"\b{re.escape(_DEVICES.get(gpu.name, gpu.name))}(?! *(Ti|SUPER|Laptop|NVL|D\b))\b", device):
+            return gpu
+    return None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from n3c.backends.gpus import GPUS, Gpu
-from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
+from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Severity, Span
 from n3c.ir.types import DType
 
 Flavour = Literal["rtx", "full"]
@@ -54,7 +54,10 @@ TARGETS: dict[int, Target] = {
 """SM version → target."""
 
 PORTABLE = (80, 86, 89, 120, 121)
-"""The versions of `--sm portable`: every GPU of TensorRT-RTX that n3c's plans can run on."""
+"""The versions of `--sm portable`: all that TensorRT-RTX builds for and n3c's plans have the types for.
+
+NVIDIA's support matrix lists them but for 80. A GPU of another version, as an H100 (90), refuses such a plan.
+"""
 
 
 def sm_versions(given: int | str | Sequence[int]) -> tuple[int, ...]:
@@ -100,6 +103,20 @@ def require(sms: Sequence[int], flavour: Flavour = "rtx", span: Span | None = No
             able = ", ".join(str(t.sm) for t in TARGETS.values() if t.bf16 and flavour in t.flavours)
             faults.append(Diagnostic("E0503", message, span, help=f"build for SM {able}"))
     return faults
+
+
+def unpublished(sms: Sequence[int], flavour: Flavour = "rtx") -> list[Diagnostic]:
+    """Return a note (W0520) for each of `sms` that the builder takes and NVIDIA's support matrix does not list."""
+    return [
+        Diagnostic(
+            "W0520",
+            f"SM {sm} ({TARGETS[sm].title}) is outside NVIDIA's support matrix of TensorRT-RTX: "
+            "the builder takes it, and nothing says that a plan runs there",
+            severity=Severity.NOTE,
+        )
+        for sm in dict.fromkeys(sms)
+        if flavour == "rtx" and sm in TARGETS and not TARGETS[sm].published
+    ]
 
 
 def serving(gpu: Gpu) -> tuple[Flavour, ...]:

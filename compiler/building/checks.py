@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from n3c.backends.trt.targets import Flavour, lacking, require, served_gpus, sm_versions
+from n3c.backends.trt.targets import Flavour, lacking, require, served_gpus, sm_versions, unpublished
 from n3c.compiler.common_options import BATCH, CONTEXT, MEMORY, SET, SM, SPEC, TRT, Target
 from n3c.compiler.report.memory_fit import MemoryFit, memory_fits, memory_of
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
@@ -72,9 +72,10 @@ def check(
     served = serve(read)
     if target != "torch":
         require_target(read, () if target == "onnx" else sms, trt)
-    gpus = served_gpus(sms, trt) if target in (None, "trt") else served_gpus()
+    for_plans = target in (None, "trt")
+    gpus, notes = (served_gpus(sms, trt), unpublished(sms, trt)) if for_plans else (served_gpus(), [])
     fits = memory_fits(read, served, context or read.serving.max_seq_len, batch, gpus, size)
-    return Checked(read, served, sms, target, fits, (*warnings, *served.warnings))
+    return Checked(read, served, sms, target, fits, (*warnings, *served.warnings, *notes))
 
 
 def require_target(spec: Spec, sms: Sequence[int], flavour: Flavour) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from n3c.backends.machine import peak_rss_bytes
 from n3c.backends.progress import SILENT, Progress
-from n3c.backends.trt.targets import Flavour, lacking, sm_versions
+from n3c.backends.trt.targets import Flavour, lacking, sm_versions, unpublished
 from n3c.compiler.common_options import SET, SM, SPEC, TRT, Target
 from n3c.compiler.report.cost import Parameters, count_parameters, flops_per_token
 from n3c.compiler.report.tool_versions import tool_versions
@@ -130,7 +130,7 @@ def build(
 
     resolved = dump_spec(read)
     spec_sha256 = hashlib.sha256(resolved.encode()).hexdigest()
-    warnings = [*warnings, *served.warnings]
+    warnings = [*warnings, *served.warnings, *unpublished(sms, trt)]
     judged = Judged()
     with outdir.replacing(out, progress.phase) as folder:
         replaced = ("trt", "onnx") if target == "trt" else (target,)

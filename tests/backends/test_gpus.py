@@ -7,7 +7,7 @@ from math import log2
 
 import pytest
 
-from n3c.backends.gpus import GPUS, Gpu
+from n3c.backends.gpus import GPUS, Gpu, gpu_named
 from n3c.backends.trt.targets import TARGETS, served_gpus, serving
 from n3c.ir.types import DType
 
@@ -39,6 +39,28 @@ def test_what_it_does_with_a_byte_is_plausible(gpu: Gpu) -> None:
     assert 50 < gpu.bf16 / gpu.bandwidth < 500
     assert gpu.l2 < gpu.memory / 100
     assert gpu.source
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA GeForce RTX 5090", "RTX 5090"),
+        ("NVIDIA GeForce RTX 4060 Ti", "RTX 4060 Ti 16 GB"),
+        ("NVIDIA GeForce RTX 4060", "RTX 4060"),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "RTX PRO 6000"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
+        ("NVIDIA H100 80GB HBM3", "H100 SXM"),
+        ("NVIDIA GB10", "DGX Spark"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA GeForce RTX 5070 Ti", None),
+        ("NVIDIA GeForce RTX 5090 Laptop GPU", None),
+        ("NVIDIA L40", None),
+        ("x86_64", None),
+    ],
+)
+def test_gpus_are_known_by_what_their_driver_calls_them(device: str, name: str | None) -> None:
+    found = gpu_named(device)
+    assert (found and found.name) == name
 
 
 def test_which_tensorrt_serves_which() -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from n3c.backends.trt.module import load_trt, version
-from n3c.backends.trt.targets import PORTABLE, TARGETS, Flavour, lacking, require
-from n3c.ir.diagnostics import ExitCode, N3CError, Span
+from n3c.backends.trt.targets import PORTABLE, TARGETS, Flavour, lacking, require, unpublished
+from n3c.ir.diagnostics import ExitCode, N3CError, Severity, Span
 from n3c.ir.types import DType
 
 SPAN = Span("m.toml", 7, 1)
@@ -51,6 +51,13 @@ def test_what_cannot_be_built_for(sms: tuple[int, ...], flavour: Flavour, codes:
     diagnostics = require(sms, flavour, SPAN)
     assert [d.code for d in diagnostics] == codes
     assert all(d.span == SPAN for d in diagnostics)
+
+
+def test_what_nvidia_does_not_list_is_noted() -> None:
+    (note,) = unpublished(PORTABLE)
+    assert (note.code, note.severity) == ("W0520", Severity.NOTE)
+    assert note.message.startswith("SM 80 (Ampere, A100) is outside NVIDIA's support matrix")
+    assert unpublished((80,), "full") == unpublished((86, 89, 120, 121)) == unpublished((7,)) == []
 
 
 def test_messages_tell_what_would_work() -> None:

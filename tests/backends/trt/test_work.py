@@ -148,12 +148,13 @@ def test_a_kernel_takes_the_longest_of_its_times() -> None:
 
 
 def test_the_roofline_is_of_the_least_bytes_or_operations(served: Served) -> None:
-    nothing = predicted(served, 1, gpu=replace(GPU, fp8=None, fp4=None)).total
+    card = GPUS["RTX 3090"]
+    nothing = predicted(served, 1, gpu=card).total
     assert nothing.predicted == 0
     assert nothing.roofline == nothing.memory > nothing.products > 0
-    weak = predicted(served, 1, gpu=replace(GPU, bf16=1e6, fp8=None, fp4=None)).total
-    assert weak.roofline == weak.products == pytest.approx(1e6 * nothing.products)
-    assert predicted(served, 1).total.products < nothing.products
+    weak = predicted(served, 1, gpu=replace(card, bf16=card.bf16 / 1000)).total
+    assert weak.roofline == weak.products == pytest.approx(1000 * nothing.products)
+    assert predicted(served, 1, gpu=replace(card, fp8=2 * card.bf16)).total.products < nothing.products
 
 
 def test_ops_of_all_layers_are_named_together(served: Served) -> None:
