@@ -13,7 +13,7 @@ from typing import Any
 
 from n3c.backends.gpus import GPUS, Gpu, gpu_named
 from n3c.backends.trt.needs import Choice
-from n3c.backends.trt.timing import LAUNCH, parts_of
+from n3c.backends.trt.timing import duration, parts_of
 from n3c.backends.trt.work import Cost, Repeated, Work
 from n3c.ir.types import DType
 
@@ -56,16 +56,14 @@ def run(setting: Setting) -> Iterator[Row]:
 def _measured(case: Case, setting: Setting, gpu: Gpu) -> Row:
     error = relative_error(case.calls[0](), case.want())
     measured = _seconds(setting, case.calls)
-    times = parts_of(case.work, gpu)
-    longest = max((bound for bound in times if bound != "launch"), key=lambda bound: times[bound])
-    predicted = times[longest] + LAUNCH
+    predicted, bound = duration(parts_of(case.work, gpu))
     return {
         "kernel": case.kernel,
         "error": f"{error:.1e}",
         "us": round(1e6 * measured, 1),
         "predicted us": round(1e6 * predicted, 1),
         "off": f"{predicted / measured - 1:+.0%}" if setting.device == "cuda" else "not a GPU",
-        "bound by": longest,
+        "bound by": bound,
     }
 
 

@@ -13,7 +13,17 @@ from n3c.backends.trt.build import build_plan
 from n3c.backends.trt.layers import Kernel, TensorInfo
 from n3c.backends.trt.module import load_trt
 from n3c.backends.trt.needs import Choice
-from n3c.backends.trt.timing import LAUNCH, MEMORY_SHARE, PRODUCT_SHARE, Prediction, parts_of, predict, times_json
+from n3c.backends.trt.timing import (
+    LAUNCH,
+    MEMORY_SHARE,
+    PRODUCT_SHARE,
+    Bound,
+    Prediction,
+    duration,
+    parts_of,
+    predict,
+    times_json,
+)
 from n3c.backends.trt.traffic import traffic
 from n3c.backends.trt.work import Repeated, Work
 from n3c.ir.types import DType
@@ -133,7 +143,20 @@ def test_attention_of_many_tokens_is_a_product(served: Served) -> None:
     assert work(served, 1, fused).flops == {DType.BF16: 4 * CONTEXT * 4 * 8 * 16}
 
 
-def test_a_kernel_takes_the_longest_of_its_times() -> None:
+def test_a_kernel_takes_the_longest_of_its_times_and_part_of_the_next() -> None:
+    times: dict[Bound, float] = {
+        "memory": 4e-6,
+        "L2": 1e-6,
+        "instructions": 7e-6,
+        "L1": 0,
+        "products": 0,
+        "launch": 3e-6,
+    }
+    assert duration(times) == (pytest.approx(12e-6), "instructions")
+    assert duration(times | {"launch": 8e-6})[1] == "launch"
+
+
+def test_the_times_of_a_kernel() -> None:
     done = Work("sum", 9000, (400, 600), (Repeated(5000, 3),), 100, 1.28e6, 3.2e4, {DType.F8E4M3: 1e6, DType.F32: 1e6})
     assert parts_of(done, GPU) == pytest.approx(
         {
