@@ -1,6 +1,7 @@
 """Time: what each kernel of a plan would take on a GPU, what bounds it, and the roofline of the step.
 
-A kernel takes the longest of its five times, half of the next, as they overlap in part, and its start and end:
+Bytes take the longer of the first two of these times, arithmetic the longest of the next three; of the two the shorter
+one hides behind the longer one by half. What it takes to start and to end a kernel comes on top.
 
 memory        bytes that reach DRAM over the bandwidth that a copy reaches: stored values once; what a sum reads again
               for further rows as far as L2 is smaller than it; what kernels leave to each other where it is large
@@ -37,7 +38,7 @@ MEMORY_SHARE = 0.9
 PRODUCT_SHARE = 0.8
 """Of the tensor cores' peak, that large products reach: 785 of 989 TFLOP/s there."""
 HIDDEN = 0.5
-"""Part of a kernel's second longest time that its longest hides: of linears on an H100, in BF16, FP8 and NVFP4."""
+"""Part of the shorter of bytes and arithmetic that the longer hides: of linears on an H100, in BF16, FP8 and NVFP4."""
 _L2_BYTES = {80: 24, 90: 24, 100: 24}
 """SM → bytes of L2 a clock and multiprocessor; 16 on the chips of graphics cards."""
 _NAMED = 5
@@ -45,6 +46,7 @@ _NAMED = 5
 
 Bound = Literal["memory", "L2", "instructions", "L1", "products", "launch"]
 """What takes most of a kernel's time."""
+_ARITHMETIC: tuple[Bound, ...] = ("instructions", "L1", "products")
 
 
 def parts_of(work: Work, gpu: Gpu) -> dict[Bound, float]:
@@ -205,9 +207,9 @@ def _kernel(row: KernelTraffic, work: Work, gpu: Gpu) -> KernelTime:
 
 def duration(parts: Mapping[Bound, float]) -> tuple[float, Bound]:
     """Return how long a kernel takes whose times are `parts`, and which of them is the longest."""
-    longest, second, *_ = sorted((seconds for bound, seconds in parts.items() if bound != "launch"), reverse=True)
-    bound = max(parts, key=lambda bound: parts[bound])
-    return parts["launch"] + longest + (1 - HIDDEN) * second, bound
+    bytes_, arithmetic = max(parts["memory"], parts["L2"]), max(parts[bound] for bound in _ARITHMETIC)
+    shorter, longer = sorted((bytes_, arithmetic))
+    return parts["launch"] + longer + (1 - HIDDEN) * shorter, max(parts, key=lambda bound: parts[bound])
 
 
 def _least_flops(
