@@ -143,17 +143,11 @@ def test_attention_of_many_tokens_is_a_product(served: Served) -> None:
     assert work(served, 1, fused).flops == {DType.BF16: 4 * CONTEXT * 4 * 8 * 16}
 
 
-def test_a_kernel_takes_the_longest_of_its_times_and_part_of_the_next() -> None:
-    times: dict[Bound, float] = {
-        "memory": 4e-6,
-        "L2": 1e-6,
-        "instructions": 7e-6,
-        "L1": 0,
-        "products": 0,
-        "launch": 3e-6,
-    }
-    assert duration(times) == (pytest.approx(12e-6), "instructions")
-    assert duration(times | {"launch": 8e-6})[1] == "launch"
+def test_bytes_and_arithmetic_hide_behind_each_other_by_half() -> None:
+    parts: dict[Bound, float] = {"memory": 4, "L2": 3, "instructions": 7, "L1": 6, "products": 0, "launch": 3}
+    assert duration(parts) == (3 + 7 + 4 / 2, "instructions")
+    assert duration(parts | {"L2": 9}) == (3 + 9 + 7 / 2, "L2")
+    assert duration(parts | {"launch": 8})[1] == "launch"
 
 
 def test_the_times_of_a_kernel() -> None:
