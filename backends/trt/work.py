@@ -53,9 +53,10 @@ _STORED = {
 """Type of a weight → reading, decoding and adding one."""
 _SINGLE = Cost(14.0, 2.0)
 """Wider types with one element a load: after a gather, or a number that is only known when it runs."""
-_FP4_BY_TABLE = Cost(34.5, 22.0)
-"""A byte a step through two tables; the lanes read x 64 bytes apart."""
-_FP8_BY_TABLE = Cost(16.0, 10.0)
+_FP4_BY_TABLE = Cost(15.5, 4.3)
+"""A block of 16 a step through tables, with x as planes: neighbouring lanes read it side by side."""
+_FP8_BY_TABLE = Cost(8.0, 9.0)
+"""Not counted: estimated from NVFP4's."""
 _NORM, _NORM_SINGLE = 3.4, 5.0
 """Instructions of an RMSNorm in front of the sum, computed anew for each output: eight elements a load, or one."""
 _GROUPED_NORM, _GROUPED_NORM_SINGLE = 5.0, 41.0
@@ -158,11 +159,10 @@ def _sum(
 def _cost(kernel: Kernel, tensor: TensorInfo, linear: Linear) -> Cost:
     """Return the cost of a weight and row, by what the kernel does around it."""
     operators = kernel.operators
+    single = tensor.dtype == "FP4E2M1" or "Gather" in operators or "Relu" in operators
     if _by_table(kernel):
         cost = _FP8_BY_TABLE if linear.requested == "fp8" else _FP4_BY_TABLE
-        single = True
     else:
-        single = tensor.dtype == "FP4E2M1" or "Gather" in operators or "Relu" in operators
         cost = _SINGLE if single and tensor.dtype != "FP4E2M1" else _STORED.get(tensor.dtype, _SINGLE)
     around = 0.0
     if "RMSNormalization" in operators:

@@ -40,7 +40,8 @@ def linear_sum(emitter: Emitter, node: Node) -> None:
     column = g.node("Unsqueeze", emitter.operand(node, "x"), g.i64(-2))
     if isinstance(weight, Nvfp4Weight) and weight.packed:
         dims = (*emitter.sizes(node.results[0]), emitter.sizes(node["x"])[-1])
-        y = tables.e2m1_product(emitter, column, weight.codes, block_scales(emitter, weight), dims)
+        codes = tables.in_blocks(emitter, weight.codes, dims[-2:])
+        y = tables.e2m1_product(emitter, column, codes, block_scales(emitter, weight), dims)
     else:
         y = g.node("ReduceSum", g.node("Mul", column, unscaled(emitter, weight)), g.i64(-1), keepdims=0)
     scale = tensor_scale(weight)
@@ -66,10 +67,10 @@ def block_scales(emitter: Emitter, weight: Nvfp4Weight, indices: onnx.Value | No
     """Return the E4M3 block scales in float32, or those of the experts `indices`."""
     g = emitter.graph
     if weight.packed_scale:
-        chosen = weight.scale if indices is None else g.node("Gather", weight.scale, indices, axis=0)
+        chosen = weight.scale if indices is None else tables.rows(emitter, weight.scale, indices)
         return tables.e4m3(emitter, chosen)
     scales = g.node("DequantizeLinear", weight.scale, g.f32(1.0))
-    return scales if indices is None else g.node("Gather", scales, indices, axis=0)
+    return scales if indices is None else tables.rows(emitter, scales, indices)
 
 
 def tensor_scale(weight: Weight) -> onnx.Value | None:
