@@ -102,7 +102,7 @@ class Work:
     """Sizes of what one kernel leaves to another, and of constants."""
     repeated: tuple[Repeated, ...] = ()
     sectors: int = 0
-    """Bytes that L2 gives beyond those that were asked for."""
+    """Bytes that L2 gives beyond those from memory: of whole sectors, and to neighbours that read the same."""
     instructions: float = 0.0
     wavefronts: float = 0.0
     flops: Mapping[DType, float] = field(default_factory=dict[DType, float])
@@ -138,6 +138,7 @@ def _sum(
     kernel: Kernel, needs: Needs, weights: list[tuple[TensorInfo, Linear]], stored: int, handed: tuple[int, ...]
 ) -> Work:
     repeated: list[Repeated] = []
+    shared = 0
     instructions = wavefronts = 0.0
     for tensor, linear in weights:
         need = needs.reads.get(tensor.name)
@@ -151,9 +152,11 @@ def _sum(
             elements = float(linear.rows * _codes(tensor, linear) * tensor.elements)
             if _rows_are_slowest(kernel, linear):
                 repeated.append(Repeated(tensor.bytes, linear.rows))
+            else:
+                shared += tensor.bytes * (linear.rows - 1)
         instructions += elements * cost.instructions
         wavefronts += elements * cost.wavefronts
-    return Work("sum", stored, handed, tuple(repeated), 0, instructions, wavefronts)
+    return Work("sum", stored, handed, tuple(repeated), shared, instructions, wavefronts)
 
 
 def _cost(kernel: Kernel, tensor: TensorInfo, linear: Linear) -> Cost:
@@ -186,7 +189,7 @@ def _codes(tensor: TensorInfo, linear: Linear) -> int:
 def _rows_are_slowest(kernel: Kernel, linear: Linear) -> bool:
     """Whether neighbouring outputs are of one row: then the whole weight passes before it is read again."""
     if linear.rows == 1:
-        return False
+        return True
     for output in kernel.outputs:
         dims = [dim for dim in output.dims if dim != 1]
         if dims and dims[-1] == linear.rows and prod(dims) % linear.rows == 0 and linear.rows not in linear.shape:
