@@ -1,9 +1,9 @@
 """Linears of the chosen experts: gather first, so that only their weights are read.
 
 ONNX (and TensorRT) cannot gather FP4 values, and a gather of dequantized ones becomes a kernel of its
-own that writes them out. So NVFP4 codes come as bytes: a byte is the index into two tables of 256
-entries, of the value of its low and of its high nibble, and everything from the gather to the sum is
-one kernel.
+own that writes them out. So NVFP4 codes come as bytes: a byte is the index into a table of 256
+entries, of the value of its low nibble, and its upper half into one of 16; everything from the gather
+to the sum is one kernel.
 """
 
 from __future__ import annotations
