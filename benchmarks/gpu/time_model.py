@@ -91,6 +91,17 @@ def _copies(make: Callable[[], Any], size: float, setting: Setting) -> list[Any]
     return [make() for _ in range(1 if setting.tiny else max(1, min(8, round(ROTATED / size))))]
 
 
+def _weight(n: int, k: int, device: str) -> Any:
+    import torch
+
+    return torch.randn(n, k, device=device).bfloat16()
+
+
+def _product(x: Any, w: Any) -> Any:
+    """Return x wᵀ in float32, of one pair or of each of a stack."""
+    return x.float() @ w.float().transpose(-1, -2)
+
+
 def _sums(setting: Setting) -> Iterator[Case]:
     """Yield sums of Super's in_proj and of a matrix that L2 holds, rows in either order."""
     import torch
@@ -99,7 +110,7 @@ def _sums(setting: Setting) -> Iterator[Case]:
 
     device = setting.device
     for n, k in [(24, 48)] if setting.tiny else [(18_560, 4096), (4096, 4096)]:
-        weights = _copies(lambda n=n, k=k: torch.randn(n, k, device=device).bfloat16(), 2 * n * k, setting)
+        weights = _copies(partial(_weight, n, k, device), 2 * n * k, setting)
         for rows in (1, 2) if setting.tiny else (1, 4, 8):
             x = torch.randn(rows, k, device=device)
             y = torch.empty(rows, n, device=device)
@@ -114,14 +125,20 @@ def _sums(setting: Setting) -> Iterator[Case]:
                 size, elements = 2 * n * k, float(rows * n * k)
                 again = () if fastest else (Repeated(size, rows),)
                 done = Work(
-                    "sum", size, (x.nbytes, y.nbytes), again, 0, elements * SUM.instructions, elements * SUM.wavefronts
+                    "sum",
+                    size,
+                    (x.nbytes, y.nbytes),
+                    again,
+                    size * (rows - 1) if fastest else 0,
+                    elements * SUM.instructions,
+                    elements * SUM.wavefronts,
                 )
                 order = "fastest" if fastest else "slowest"
                 yield Case(
                     f"sum {n} x {k}, {rows} rows, {order}",
                     done,
                     [partial(call, w) for w in weights],
-                    lambda x=x, w=weights[0]: x @ w.float().T,
+                    partial(_product, x, weights[0]),
                 )
 
 
@@ -227,7 +244,7 @@ def _grouped(setting: Setting) -> Iterator[Case]:
             f"grouped {experts} x {rows} x {n} x {k}",
             done,
             [call],
-            lambda x=x, w=w: x.float() @ w.float().transpose(1, 2),
+            partial(_product, x, w),
         )
 
 
