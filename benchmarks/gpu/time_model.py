@@ -6,6 +6,7 @@ instructions of these kernels were counted as those of the builder's were, in wh
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -87,6 +88,11 @@ def _seconds(setting: Setting, calls: Sequence[Callable[[], Any]]) -> float:
     return seconds_of(setting, graph.replay, runs=5, warm=2) / len(turns)
 
 
+def _kernels() -> Any:
+    """Return the module of the kernels, untyped as Triton's language is; loaded where Triton is needed only."""
+    return importlib.import_module("benchmarks.gpu.forms")
+
+
 def _copies(make: Callable[[], Any], size: float, setting: Setting) -> list[Any]:
     return [make() for _ in range(1 if setting.tiny else max(1, min(8, round(ROTATED / size))))]
 
@@ -106,8 +112,6 @@ def _sums(setting: Setting) -> Iterator[Case]:
     """Yield sums of Super's in_proj and of a matrix that L2 holds, rows in either order."""
     import torch
 
-    from .forms import sum_kernel
-
     device = setting.device
     for n, k in [(24, 48)] if setting.tiny else [(18_560, 4096), (4096, 4096)]:
         weights = _copies(partial(_weight, n, k, device), 2 * n * k, setting)
@@ -119,7 +123,9 @@ def _sums(setting: Setting) -> Iterator[Case]:
                 def call(w: Any, x: Any = x, y: Any = y, fastest: bool = fastest) -> Any:
                     rows, k = x.shape
                     n = w.shape[0]
-                    sum_kernel[(rows * n,)](x, w, y, n, rows, K=k, ROWS_FASTEST=fastest, BLOCK=64 if k < 64 else 1024)
+                    _kernels().sum_kernel[(rows * n,)](
+                        x, w, y, n, rows, K=k, ROWS_FASTEST=fastest, BLOCK=64 if k < 64 else 1024
+                    )
                     return y
 
                 size, elements = 2 * n * k, float(rows * n * k)
@@ -148,8 +154,6 @@ def _chosen(setting: Setting) -> Iterator[Case]:
 
     from n3c.backends.onnx.spellings.tables import E2M1
 
-    from .forms import chosen_kernel
-
     device = setting.device
     experts, top_k, n, k = (4, 2, 8, 32) if setting.tiny else (512, 22, 2688, 1024)
     codes = torch.randint(256, (experts, n, k // 2), dtype=torch.uint8, device=device)
@@ -164,7 +168,7 @@ def _chosen(setting: Setting) -> Iterator[Case]:
 
         def call(chosen: Any = chosen, y: Any = y) -> Any:
             block = 16 if setting.tiny else 128
-            chosen_kernel[(y.numel(),)](x, codes, scales, low, high, chosen, y, n, K=k, BLOCK=block)
+            _kernels().chosen_kernel[(y.numel(),)](x, codes, scales, low, high, chosen, y, n, K=k, BLOCK=block)
             return y
 
         def want(chosen: Any = chosen) -> Any:
@@ -189,8 +193,6 @@ def _values(setting: Setting) -> Iterator[Case]:
     """Yield attention's sum over 4,096 values, 32 query heads over 2."""
     import torch
 
-    from .forms import values_kernel
-
     device = setting.device
     heads, shared, length, d = (4, 2, 40, 16) if setting.tiny else (32, 2, 4096, 128)
     p = torch.rand(heads, length, device=device)
@@ -198,7 +200,7 @@ def _values(setting: Setting) -> Iterator[Case]:
     y = torch.empty(heads, d, device=device)
 
     def call() -> Any:
-        values_kernel[(heads * d,)](p, v, y, length, heads // shared, D=d, BLOCK=16 if setting.tiny else 128)
+        _kernels().values_kernel[(heads * d,)](p, v, y, length, heads // shared, D=d, BLOCK=16 if setting.tiny else 128)
         return y
 
     elements = float(heads * length * d)
@@ -223,8 +225,6 @@ def _grouped(setting: Setting) -> Iterator[Case]:
     """Yield products of all experts with a bucket of rows each."""
     import torch
 
-    from .forms import grouped_kernel
-
     device, dtype = setting.device, torch.bfloat16 if setting.device == "cuda" else torch.float32
     experts, n, k = (3, 32, 32) if setting.tiny else (128, 2688, 1024)
     for rows in (16,) if setting.tiny else (16, 128):
@@ -235,7 +235,7 @@ def _grouped(setting: Setting) -> Iterator[Case]:
         def call(x: Any = x, w: Any = w, y: Any = y, rows: int = rows) -> Any:
             tile = 32 if setting.tiny else 128
             grid = (-(-n // tile), experts)
-            grouped_kernel[grid](x, w, y, n, K=k, C=rows, BN=tile, BK=32 if setting.tiny else 64)
+            _kernels().grouped_kernel[grid](x, w, y, n, K=k, C=rows, BN=tile, BK=32 if setting.tiny else 64)
             return y
 
         flops = 2.0 * experts * rows * n * k
