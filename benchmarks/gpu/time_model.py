@@ -113,7 +113,7 @@ def _sums(setting: Setting) -> Iterator[Case]:
     import torch
 
     device = setting.device
-    for n, k in [(24, 48)] if setting.tiny else [(18_560, 4096), (4096, 4096)]:
+    for n, k in [(6, 48)] if setting.tiny else [(18_560, 4096), (4096, 4096)]:
         weights = _copies(partial(_weight, n, k, device), 2 * n * k, setting)
         for rows in (1, 2) if setting.tiny else (1, 4, 8):
             x = torch.randn(rows, k, device=device)
@@ -155,7 +155,7 @@ def _chosen(setting: Setting) -> Iterator[Case]:
     from n3c.backends.onnx.spellings.tables import E2M1
 
     device = setting.device
-    experts, top_k, n, k = (4, 2, 8, 32) if setting.tiny else (512, 22, 2688, 1024)
+    experts, top_k, n, k = (4, 2, 3, 32) if setting.tiny else (512, 22, 2688, 1024)
     codes = torch.randint(256, (experts, n, k // 2), dtype=torch.uint8, device=device)
     scales = torch.rand(experts, n, k // 16, device=device)
     values = torch.from_numpy(E2M1).to(device)
@@ -194,7 +194,7 @@ def _values(setting: Setting) -> Iterator[Case]:
     import torch
 
     device = setting.device
-    heads, shared, length, d = (4, 2, 40, 16) if setting.tiny else (32, 2, 4096, 128)
+    heads, shared, length, d = (2, 1, 20, 4) if setting.tiny else (32, 2, 4096, 128)
     p = torch.rand(heads, length, device=device)
     v = torch.randn(shared, length, d, device=device).bfloat16()
     y = torch.empty(heads, d, device=device)
