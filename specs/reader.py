@@ -208,6 +208,7 @@ class _Reader:
         name = str(path[-1]) if isinstance(path[-1], str) else str(path[-2])
         if name == "layers":
             kind, advice = "E0110", 'write "all", "3", "3..9", "first N", "last N" or "before attention"'
+            advice += ', or "mtp"' if path[0] == "moe" else ""
         elif name == "name":
             advice = "small letters, digits, `.`, `_` and `-`, at most 80, beginning with a letter or digit"
         elif name == "modules":
@@ -233,7 +234,8 @@ class _Reader:
             self.wrong_type(raw, path, "an array")
             return _BAD
         entries = cast("list[object]", raw)
-        most = MAX_RULES if args[0] is Rule else MAX_ENTRIES
+        tables = entry_class(tuple[args]) is not None
+        most = MAX_RULES if tables else MAX_ENTRIES
         if len(entries) > most and path[-1] != "modules":
             message = f"{_named(path)} has {len(entries)} entries, more than {most}"
             self.say("E0106", message, self.places.value(path))
@@ -242,7 +244,7 @@ class _Reader:
         for index, entry in enumerate(entries):
             if len(self.found) >= MAX_ERRORS:
                 return _BAD
-            if args[0] is Rule:
+            if tables:
                 self.given.append((*path, index))
             values.append(self.value(args[0], entry, (*path, index), metadata))
         if any(value is _BAD for value in values):
@@ -341,6 +343,12 @@ def plain(hint: Any) -> Any:
 
 def _wants_text(hint: Any) -> bool:
     return hint in (str, Pattern) or (get_origin(hint) is Literal and isinstance(get_args(hint)[0], str))
+
+
+def entry_class(hint: Any) -> type | None:
+    """Return the class of the entries of an array of tables; None for the type of any other value."""
+    entries = get_args(hint)[:1] if get_origin(hint) is tuple else ()
+    return next((cast("type", entry) for entry in entries if dataclasses.is_dataclass(entry)), None)
 
 
 @cache

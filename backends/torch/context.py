@@ -11,13 +11,15 @@ import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import cast
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 from n3c.specs.block_kind import BlockKind
 from n3c.specs.blocks import ATTENTION, BY_SYMBOL, GENERAL_LETTERS, KINDS, MAMBA, MLP, MOE, Moe
+from n3c.specs.layer_tables import PER_LAYER, moe_of_block
 from n3c.specs.pattern import Pattern
+from n3c.specs.reader import entry_class, fields_of
 from n3c.specs.schema import Spec
 
 from .numerics import training_formats
@@ -55,6 +57,16 @@ class MoeParts:
     shared: bool
     grouped: bool
     normalised: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MoeLayer:
+    """The sizes of an MoE block that differs from the others."""
+
+    block: int
+    """Blocks of MTP count on from the trunk's."""
+    sizes: Literals
+    """Of each key that any block changes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +113,13 @@ class SpecView:
     rescale: bool
     conv_bias: bool
     wrapped: bool
-    """Whether transformers' own nemotron_h lacks something, so that modeling_n3c.py is written."""
+    """Whether modeling_n3c.py is written: transformers' nemotron_h has the model, but lacks something of it."""
     remote_code: tuple[str, ...]
     model: Literals
     tables: Mapping[str, Literals]
     """Of each block kind that the spec uses, by the name of its table."""
     moe_parts: MoeParts | None
+    moe_layers: tuple[MoeLayer, ...]
     mtp: Literals
     pattern_lines: tuple[PatternLine, ...]
     mtp_pattern_lines: tuple[PatternLine, ...]
@@ -135,6 +148,7 @@ def spec_view(spec: Spec, spec_sha256: str, flops_per_token: tuple[int, int]) ->
     tables = {kind.table: _table(getattr(spec, kind.table), kind.table) for kind in blocks}
     moe = _moe_parts(spec.moe) if uses.moe and spec.moe is not None else None
     shared = moe is not None and moe.shared
+    layers = _moe_layers(spec)
     mixers = tuple(kind.template for kind in KINDS if kind in blocks or (shared and kind is MLP))
     return SpecView(
         name=_matching(NAME, spec.name, "name"),
@@ -151,11 +165,12 @@ def spec_view(spec: Spec, spec_sha256: str, flops_per_token: tuple[int, int]) ->
         tied=spec.model.tie_word_embeddings,
         rescale=spec.model.rescale_prenorm_residual,
         conv_bias=uses.mamba and tables["mamba"]["conv_bias"] == "True",
-        wrapped=(uses.mtp or (uses.moe and not shared)) and all(kind.in_transformers for kind in blocks),
+        wrapped=(uses.mtp or (uses.moe and not shared)) and not layers and all(b.in_transformers for b in blocks),
         remote_code=_remote_code(uses),
         model={**_literals(spec.model, "model"), "eos_token_id": _token_ids(spec.model.eos_token_ids)},
         tables=tables,
         moe_parts=moe,
+        moe_layers=layers,
         mtp=_literals(spec.mtp, "mtp") if spec.mtp else {},
         pattern_lines=_pattern_lines(spec.model.pattern),
         mtp_pattern_lines=_pattern_lines(spec.mtp.pattern) if spec.mtp else (),
@@ -235,6 +250,20 @@ def _moe_parts(moe: Moe) -> MoeParts:
     )
 
 
+def _moe_layers(spec: Spec) -> tuple[MoeLayer, ...]:
+    """Return the MoE blocks whose sizes are not those of [moe]."""
+    if spec.moe is None:
+        return ()
+    changed = [key for key in PER_LAYER if any(getattr(entry, key) is not None for entry in spec.moe.layers)]
+    usual = _literals(spec.moe, "moe")
+    found: list[MoeLayer] = []
+    for block, kind in enumerate(spec.blocks):
+        sizes = _literals(moe_of_block(spec, block), f"moe of block {block}") if kind is MOE else usual
+        if sizes != usual:
+            found.append(MoeLayer(block, {key: sizes[key] for key in changed}))
+    return tuple(found)
+
+
 def _table(table: object | None, path: str) -> Literals:
     """Return the literals of a table that the spec uses; a table that it lacks is an error."""
     if table is None:
@@ -243,8 +272,8 @@ def _table(table: object | None, path: str) -> Literals:
 
 
 def _literals(table: object, path: str) -> Literals:
-    """Return each field of a spec table as the text of a Python literal."""
-    names = [item.name for item in fields(table)]  # type: ignore[arg-type]
+    """Return each field of a spec table as the text of a Python literal, without arrays of tables."""
+    names = [name for name, (hint, _, _) in fields_of(type(table)).items() if entry_class(hint) is None]
     return {name: _literal(getattr(table, name), f"{path}.{name}") for name in names}
 
 

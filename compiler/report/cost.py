@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from n3c.ir import ops
-from n3c.ir.program import Call, Program
+from n3c.ir.program import Call, Parameter, Program
 from n3c.passes.lower.model import lower
 from n3c.passes.serving import Served, serve
+from n3c.specs.layer_tables import moe_of_block
 from n3c.specs.schema import Spec
 
 from .memory_fit import memory_fits
@@ -42,9 +43,14 @@ def count_parameters(program: Program, spec: Spec) -> Parameters:
             mtp += size
             continue
         total += size
-        routed = parameter.role.startswith("moe.experts.") and spec.moe is not None
-        active += size * spec.moe.top_k // spec.moe.num_experts if routed and spec.moe else size
+        active += _read_by(1, parameter, spec, size)
     return Parameters(total, active, mtp, dict(sorted(by_role.items())))
+
+
+def _read_by(tokens: int, parameter: Parameter, spec: Spec, size: int) -> int:
+    """Return how much of `size` tokens read: of routed experts top_k each, but never more than all of them."""
+    moe = moe_of_block(spec, parameter.layer) if parameter.role.startswith("moe.experts.") else None
+    return size if moe is None else size * min(moe.num_experts, tokens * moe.top_k) // moe.num_experts
 
 
 def flops_per_token(program: Program, context: int, *, mtp: bool = False) -> int:
@@ -85,9 +91,7 @@ def decode_bytes(served: Served, spec: Spec, batch: int, context: int) -> dict[s
     program = served.program
     for name in {name: None for call in program.entry_points["decode"].calls for name in call.parameters}:
         parameter = program.parameters[name]
-        size = parameter.type.bytes
-        if parameter.role.startswith("moe.experts.") and spec.moe is not None:
-            size = size * min(spec.moe.num_experts, batch * spec.moe.top_k) // spec.moe.num_experts
+        size = _read_by(batch, parameter, spec, parameter.type.bytes)
         if parameter.role == "embedding" and not spec.model.tie_word_embeddings:
             embedding += batch * spec.model.hidden_size * size // parameter.type.elements
             continue

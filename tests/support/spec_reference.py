@@ -8,9 +8,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from n3c.specs.blocks import KINDS
 from n3c.specs.pattern import Pattern
-from n3c.specs.reader import fields_of, plain
+from n3c.specs.reader import entry_class, fields_of, plain
 from n3c.specs.roles import ROLES
-from n3c.specs.schema import Rule, Spec
+from n3c.specs.schema import Spec
 
 
 def _tables() -> Iterator[tuple[str, type]]:
@@ -18,8 +18,10 @@ def _tables() -> Iterator[tuple[str, type]]:
     for name, (hint, _, _) in fields_of(Spec).items():
         if dataclasses.is_dataclass(plain(hint)):
             yield f"[{name}]", plain(hint)
-        if name == "quantization":
-            yield "[[quantization.rules]]", Rule
+        for key, (entries, _, _) in fields_of(plain(hint)).items() if dataclasses.is_dataclass(plain(hint)) else ():
+            entry = entry_class(entries)
+            if entry is not None and name != "training":  # its rules are those of [quantization]
+                yield f"[[{name}.{key}]]", entry
 
 
 TABLES = tuple(_tables())
