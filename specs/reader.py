@@ -207,8 +207,8 @@ class _Reader:
         kind, advice = "E0111", None
         name = str(path[-1]) if isinstance(path[-1], str) else str(path[-2])
         if name == "layers":
-            kind, advice = "E0110", 'write "all", "3", "3..9", "first N", "last N" or "before attention"'
-            advice += ', or "mtp"' if path[0] == "moe" else ""
+            words = ('"all", ', '"before attention"') if path[0] != "moe" else ("", '"mtp"')
+            kind, advice = "E0110", f'write {words[0]}"3", "3..9", "first N", "last N" or {words[1]}'
         elif name == "name":
             advice = "small letters, digits, `.`, `_` and `-`, at most 80, beginning with a letter or digit"
         elif name == "modules":

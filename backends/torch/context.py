@@ -252,7 +252,7 @@ def _moe_parts(moe: Moe) -> MoeParts:
 
 def _moe_layers(spec: Spec) -> tuple[MoeLayer, ...]:
     """Return the MoE blocks whose sizes are not those of [moe]."""
-    if spec.moe is None:
+    if spec.moe is None or not spec.moe.layers:
         return ()
     changed = [key for key in PER_LAYER if any(getattr(entry, key) is not None for entry in spec.moe.layers)]
     usual = _literals(spec.moe, "moe")

@@ -38,6 +38,19 @@ is required where a pattern uses it. `n3c schema` prints the same as JSON Schema
 One symbol a residual block: {SYMBOLS}. `(ME)4` repeats a group and `M3` a symbol;
 groups nest; white space and `#` comments are free; `|` is a pipeline cut, kept for Megatron.
 
+## Layers that differ
+
+`[[moe.layers]]` gives MoE blocks of a compressed model (Puzzle, Bolt) sizes of their own: `layers` selects blocks of the
+pattern, or with `"mtp"` those of multi-token prediction. Entries are read top-down, and of several that select a block
+and give a key the last one decides. What no entry gives is that of `[moe]`.
+
+```toml
+[[moe.layers]]
+layers = "1..5"
+top_k = 4
+intermediate_size = 1280
+```
+
 ## Rules
 
 Rules are read top-down and the last one that matches a weight decides. `roles` are globs over

@@ -20,7 +20,7 @@ from n3c.backends.torch.emit import emit
 from n3c.backends.torch.loading import write_files
 from n3c.ir.diagnostics import ExitCode, N3CError
 from n3c.ir.ops import OPS
-from n3c.specs.blocks import GENERAL_LETTERS, KINDS, Mamba
+from n3c.specs.blocks import GENERAL_LETTERS, KINDS, Mamba, MoeLayers
 from n3c.specs.load import load_spec
 from n3c.specs.pattern import Pattern
 from n3c.specs.schema import Model, Spec, Training
@@ -40,6 +40,7 @@ def variants() -> dict[str, Spec]:
     found = {
         "tiny": tiny,
         "standard": tiny_spec(latent_size=None, n_group=2, norm_topk_prob=False),
+        "layers": tiny_spec(layers=(MoeLayers("1", top_k=1), MoeLayers("mtp", intermediate_size=16))),
         "unshared": tiny_spec("ME*", "E", shared_intermediate_size=0),
         "tied": replace(tiny, model=replace(tiny.model, tie_word_embeddings=True, rescale_prenorm_residual=False)),
         "long": replace(
