@@ -60,7 +60,7 @@ def run_import(source: Path, *, formats_matter: bool = True, with_mtp: bool = Tr
 
 def _of_text_alone(name: str, config: Mapping[str, object], places: JsonPlaces) -> Diagnostic:
     others = ", ".join(f"`{other}`" for other in other_models(config)) or "no other model"
-    message = f"the spec is that of the text model, `{name}`; left out: {others}"
+    message = f"the spec is that of the text model, `{name}`; not in it: {others}"
     return Diagnostic("W0305", message, places.json_key(name), Severity.WARNING)
 
 

@@ -41,7 +41,7 @@ from n3c.ir.json_file import is_count, read_json
 from n3c.ir.program import Program
 from n3c.specs.multimodal import text_config
 
-from .layout import algorithm, config_json, hf_quant_config, is_quantized
+from .layout import algorithm, config_json, hf_quant_config, is_quantized, multimodal_config
 
 LEDGER = "n3c_ledger.json"
 _MAX_LEDGER = 1 << 28
@@ -71,6 +71,8 @@ class Job:
     part: tuple[int, int] = (1, 1)
     """I of N: every N-th shard, beginning with the I-th. Only (1, 1) ends with the output in place."""
     max_shard_bytes: int = MAX_SHARD_BYTES
+    with_others: bool = False
+    """Whether the other models of a multimodal checkpoint are carried."""
     threads: int | None = None
     band_bytes: int = BAND_BYTES
     """Source bytes of a weight that are packed at once; the result does not depend on it."""
@@ -97,8 +99,9 @@ def quantize_checkpoint(job: Job, progress: Progress) -> Outcome:
     checkpoint = Checkpoint(job.source)
     if job.exported["tie_word_embeddings"] and HEAD not in checkpoint:
         checkpoint.repeat(EMBEDDING, HEAD)  # transformers does not tie them
+    spellings = checkpoint.add_others() if job.with_others else {}
     config = _source_config(job.source)
-    weights = plan_weights(job.program, checkpoint, job.input_scales, job.kv_scales)
+    weights = plan_weights(job.program, checkpoint, job.input_scales, job.kv_scales, spellings)
     shards = plan_shards(weights, job.max_shard_bytes)
     mark = fingerprint(shards, job.search)
     outcome = Outcome(job.out, False, weights, shards=len(shards), bytes=sum(shard.size for shard in shards))
@@ -117,14 +120,14 @@ def quantize_checkpoint(job: Job, progress: Progress) -> Outcome:
             progress.phase("check the result")
             outcome.ledger = _ledger(shards, done)
             files: dict[str, Mapping[str, Any]] = {
-                "config.json": config_json(config, job.exported, weights, job.kv_cache),
+                "config.json": _config(config, job, weights),
                 INDEX: index_json(shards),
                 LEDGER: {"schema": 1, "plan": mark, "search": job.search, "weights": outcome.ledger},
             }
             if is_quantized(weights):
                 files["hf_quant_config.json"] = hf_quant_config(weights, job.kv_cache)
             _write_files(files, work.result, job.source)
-            outcome.checked = check(checkpoint, Checkpoint(work.result), shards)
+            outcome.checked = check(checkpoint, _read_back(work.result, job), shards)
             work.finish()
         except N3CError as error:
             if whole and any(d.code in ("E0607", "E0609", "E0618") for d in error.diagnostics):
@@ -191,9 +194,21 @@ def _source_config(source: Path) -> dict[str, Any]:
         raise file_error("E0601", f"config.json cannot be read: {error}", path) from error
     if not isinstance(config, dict):
         raise file_error("E0601", "config.json is not a JSON object", path)
-    read = cast("dict[str, Any]", config)
-    nested = text_config(read)
-    return read if nested is None else dict(nested[1])
+    return cast("dict[str, Any]", config)
+
+
+def _config(source: dict[str, Any], job: Job, weights: Sequence[Weight]) -> dict[str, Any]:
+    """Return config.json: that of the text model, or of all models where they are carried."""
+    name, text = text_config(source) or ("", source)
+    config = config_json(text, job.exported, weights, job.kv_cache)
+    return multimodal_config(source, name, config) if job.with_others else config
+
+
+def _read_back(folder: Path, job: Job) -> Checkpoint:
+    result = Checkpoint(folder)
+    if job.with_others:
+        result.add_others()
+    return result
 
 
 def _finished(job: Job, mark: str) -> list[dict[str, Any]] | None:

@@ -36,6 +36,12 @@ def quantize(
         Literal["none", "mse"],
         Option("Block scales: nearest (none), or the neighbour with the least squared error (mse)."),
     ] = "none",
+    multimodal: Annotated[
+        Literal["text", "whole"],
+        Option(
+            "Of a multimodal checkpoint: the text model alone (text), or vision and audio as they are, too (whole)."
+        ),
+    ] = "text",
     resume: Annotated[bool, Option("Continue an interrupted run, or join finished parts.")] = False,
     part: Annotated[
         str | tuple[int, int],
@@ -101,6 +107,7 @@ def quantize(
         activation_scales=None if activation_scales is None else checkpoint_directory(activation_scales),
         save_activation_scales=_path(save_activation_scales),
         search=search,
+        multimodal=multimodal,
         resume=resume,
         part=part_of(part),
         max_shard_bytes=size_of(max_shard_size),

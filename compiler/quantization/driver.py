@@ -27,7 +27,7 @@ from n3c.specs.rules import format_rules
 from n3c.specs.schema import Spec
 
 from .formats_and_scales import FormatsAndScales, formats_and_scales
-from .reader_warnings import reader_warnings
+from .reader_warnings import other_models_note, reader_warnings
 from .request import QuantizeRequest
 from .requested_formats import requested_formats, weight_only
 
@@ -83,7 +83,10 @@ def run(request: QuantizeRequest, progress: Progress) -> Quantized:
     progress.phase("read the headers")
     asked = requested_formats(request)
     _require_blocks(asked.spec, request)
-    fitting_checkpoint(asked.spec, request.weights, unquantized=True)
+    others = fitting_checkpoint(asked.spec, request.weights, unquantized=True).others
+    whole = request.multimodal == "whole"
+    if whole and not others:
+        raise usage_error("--multimodal whole has no effect: the checkpoint holds one model")
     prepared = formats_and_scales(asked.spec, request, progress)
     names, notes = asked.notes_for(prepared.spec)
     scales = prepared.scales
@@ -102,9 +105,11 @@ def run(request: QuantizeRequest, progress: Progress) -> Quantized:
         resume=request.resume,
         part=request.part,
         max_shard_bytes=request.max_shard_bytes or MAX_SHARD_BYTES,
+        with_others=whole,
     )
     outcome = quantize_checkpoint(job, progress)
     told = reader_warnings(outcome.weights, scales.inputs, outcome.out)
+    told += other_models_note(others.values(), whole=whole, out=outcome.out)
     warnings = [*asked.warnings, *notes, *prepared.warnings, *told]
     return Quantized(outcome, prepared, warnings, time.perf_counter() - start, peak_rss_bytes())
 

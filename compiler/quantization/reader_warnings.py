@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from n3c.backends.modelopt.layout import is_quantized
+from n3c.backends.safetensors.header import TensorInfo
 from n3c.backends.safetensors.layout import KEEP, Weight
 from n3c.ir.diagnostics import Diagnostic, Severity, Span
 from n3c.ir.formats import E4M3_MAX, FORMATS, FP8
@@ -23,6 +24,17 @@ def reader_warnings(weights: Sequence[Weight], inputs: Mapping[str, float], out:
         help_ = "--fmt, or the spec's [quantization], gives linears another format than bf16"
         return [Diagnostic("W0624", message, place, Severity.NOTE, help_)]
     return [*_uncalibrated(weights, inputs, place), *_disagreeing(weights, place)]
+
+
+def other_models_note(others: Collection[TensorInfo], *, whole: bool, out: Path) -> list[Diagnostic]:
+    """Return the note about the tensors of a multimodal checkpoint that are not those of its text model."""
+    if not others:
+        return []
+    what = f"{len(others):,} tensors of other models ({sum(info.bytes for info in others):,} bytes)"
+    if whole:
+        return [Diagnostic("W0625", f"{what} are carried byte for byte", Span(str(out)), Severity.NOTE)]
+    help_ = "--multimodal whole carries them"
+    return [Diagnostic("W0625", f"{what} are left out", Span(str(out)), Severity.NOTE, help_)]
 
 
 def _uncalibrated(weights: Sequence[Weight], inputs: Mapping[str, float], place: Span) -> list[Diagnostic]:

@@ -95,7 +95,10 @@ def test_stretches_of_equal_blocks_are_one_entry(tmp_path: Path) -> None:
 
 
 def test_a_config_whose_blocks_are_all_alike_has_no_entries(tmp_path: Path) -> None:
-    config = {**PUZZLE, "block_configs": [{"block_type": "mamba", "ssm_state_size": 64}, MOE | {"n_routed_experts": 32}]}
+    config = {
+        **PUZZLE,
+        "block_configs": [{"block_type": "mamba", "ssm_state_size": 64}, MOE | {"n_routed_experts": 32}],
+    }
     spec = imported(tmp_path, {**config, "num_hidden_layers": 2, "mtp_block_configs": [MOE]})
     assert spec.moe is not None and (spec.moe.layers, spec.moe.top_k) == ((), 4)
     assert export_config(spec)["model_type"] == "nemotron_h"

@@ -299,8 +299,10 @@ def share_of(name: str, module: nn.Module, config: Config, meshes: Meshes) -> Sh
     """Return the forward pass of a module that several processes share; None for all others."""
     if isinstance(module, Experts) and meshes.expert is not None:
         tensor, expert = meshes.expert["tensor"].size(), meshes.expert["expert"].size()
-        inner, count = config.moe_intermediate_size // tensor, config.moe_num_experts // expert
-        smaller = replace(config, moe_intermediate_size=inner, moe_num_experts=count)
+        count, inner, _ = module.up_proj.shape
+        smaller = replace(
+            config, moe_intermediate_size=inner // tensor, moe_num_experts=count // expert
+        )
         with torch.device("meta"):
             return ExpertShare(module, Experts(smaller), meshes.expert)
     if meshes.tensor is None:
@@ -349,7 +351,7 @@ def share_of(name: str, module: nn.Module, config: Config, meshes: Meshes) -> Sh
             cuts = {"up_proj.weight": rows, "down_proj.weight": columns}
             return Share(module, MLP(width, inner // count), mesh, cuts)
         if isinstance(module, Experts):
-            smaller = replace(config, moe_intermediate_size=config.moe_intermediate_size // count)
+            smaller = replace(config, moe_intermediate_size=module.up_proj.shape[1] // count)
             cuts = {"up_proj": (Shard(1),), "down_proj": (Shard(2),)}
             return Share(module, Experts(smaller), mesh, cuts)
     return None
