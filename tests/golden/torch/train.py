@@ -18,7 +18,7 @@ PATH is one of
                   the order of their paths; hidden files are left out
 
 DIR gets metrics.jsonl (a line a step), checkpoints/step-<n>/ and, at the end, export/: weights in
-the released layout. The same settings give the same run, whatever the number of processes, but
+the released layout, with the tokenizer of --weights, a card and a record. The same settings give the same run, whatever the number of processes, but
 for the order of float sums. A run that was interrupted goes on with --resume: on CPUs to the same
 bits.
 Exit codes: 0 done, 2 wrong usage, 5 a loss that is not finite, 6 files, 143 stopped by a signal
@@ -32,9 +32,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from tiny_test import CheckpointError
@@ -88,9 +86,7 @@ def steps(trainer: Trainer, metrics: Metrics, asked: list[int]) -> int:
             world.say(f"stopped by a signal after step {trainer.step}; --resume goes on")
             return STOPPED
     store.finish()
-    path = Path(settings.out) / "export"
-    export(trainer.model, world, path, getattr(torch, settings.export_dtype))
-    world.say(f"done: {path}")
+    world.say(f"done: {export(trainer.model, world, settings)}")
     return 0
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +36,13 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the values of FP4 codes; bit 
 TENSORS_AT_ONCE = 64  # then a file is opened anew, which frees what was mapped of it
 MAX_JSON_BYTES = 1 << 26  # the index of a 550B checkpoint has 2e7
 INDEX_FILE = "model.safetensors.index.json"
+CARD, RECORD = "README.md", "n3c_record.json"
+# What belongs to a model, whatever its weights are trained to.
+SMALL_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
+    *("chat_template.json", "generation_config.json"),
+)
 # What transformers runs with trust_remote_code.
 CODE = (
     "activation.py",
@@ -53,6 +60,7 @@ CODE = (
     "ssd.py",
     "state.py",
 )
+WRITTEN = ("config.json", CARD, RECORD, *SMALL_FILES, *CODE)
 
 
 def on_disk(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -232,12 +240,16 @@ def tensor_headers(path: Path) -> dict[str, tuple[list[int], str]]:
 
 
 def save_checkpoint(
-    model: Model, directory: str | Path, stream: Iterator[tuple[str, Tensor]] | None = None
+    model: Model,
+    directory: str | Path,
+    stream: Iterator[tuple[str, Tensor]] | None = None,
+    describe: Callable[[Path], None] | None = None,
 ) -> None:
     """Write config.json and safetensors in the released layout, in shards of at most 5 GB.
 
     The tensors are those of `stream`, if it is given, in the order of `named_tensors(model)` and
     cast to its types; the model may then be on the meta device. No more than a shard is held.
+    `describe` is called with the folder, to put SMALL_FILES, CARD and RECORD into it.
 
     They are written to a temporary folder, which then replaces `directory`: that must not exist, or
     be empty, or hold an earlier checkpoint and nothing else.
@@ -261,6 +273,8 @@ def save_checkpoint(
             for path in code:
                 shutil.copyfile(path, folder / path.name)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if describe is not None:
+            describe(folder)
         replace_folder(directory, folder)
     finally:
         shutil.rmtree(outer, ignore_errors=True)
@@ -273,7 +287,7 @@ def require_replaceable(directory: Path) -> None:
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a folder")
     for path in directory.iterdir():
-        if path.name not in ("config.json", *CODE) and not path.match("model*.safetensors*"):
+        if path.name not in WRITTEN and not path.match("model*.safetensors*"):
             raise CheckpointError(f"{directory} holds {path.name}, which would be lost")
 
 

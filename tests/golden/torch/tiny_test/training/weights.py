@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from ..checkpoint import copy_tensors, find_tensors, named_tensors, on_disk, save_checkpoint
 from ..model import Experts, Model
+from .card import copy_small_files, write_card
 from .parallelize import parallelize, parts
 from .settings import Settings
 from .world import World
@@ -85,16 +86,27 @@ def from_checkpoint(model: Model, directory: str) -> Callable[[str, nn.Module], 
     return fill
 
 
-def export(model: Model, world: World, path: Path, dtype: torch.dtype) -> None:
-    """Write the weights in the released layout; all of `dtype`, but for the routers' biases."""
+def export(model: Model, world: World, settings: Settings) -> Path:
+    """Write the weights in the released layout, with a card; return the folder.
+
+    They are of the type that the settings say, but for the routers' biases.
+    """
+    path = Path(settings.out) / "export"
     if world.rank == 0:
         with torch.device("meta"):
-            released = Model().to(dtype)
-        save_checkpoint(released, path, gathered(model))
+            released = Model().to(getattr(torch, settings.export_dtype))
+
+        def describe(folder: Path) -> None:
+            for name in copy_small_files(settings.weights, folder) if settings.weights else ():
+                world.say(f"not exported: {name} of --weights is a Git LFS pointer, not the file")
+            write_card(folder, settings)
+
+        save_checkpoint(released, path, gathered(model), describe)
     else:
         for _ in gathered(model):
             pass
     world.wait()
+    return path
 
 
 def gathered(model: Model) -> Iterator[tuple[str, Tensor]]:
