@@ -44,6 +44,12 @@ def is_lfs_pointer(text: bytes) -> bool:
     return text.startswith(b"version https://git-lfs")
 
 
+def is_lfs_file(path: Path) -> bool:
+    """Whether the file at `path` is such a pointer; OSError as `open`."""
+    with path.open("rb") as file:
+        return is_lfs_pointer(file.read(64))
+
+
 def parse_json(text: bytes) -> object:
     """Return what UTF-8 text says; JsonError where it is no JSON, nests too deeply, has a key twice or too much."""
     if sum(text.count(mark) for mark in (b"[", b"{", b",")) > MAX_VALUES:  # a few bytes can be an object of a hundred

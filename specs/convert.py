@@ -122,6 +122,14 @@ def _folder_name(folder: Path) -> str:
     return path.parents[1].name.rpartition("--")[2] if _is_snapshot(path) else path.name
 
 
+def checkpoint_name(folder: Path) -> str:
+    """Return what a checkpoint is called: `org/name` for a snapshot in the Hugging Face cache, else its folder."""
+    path = folder.absolute()
+    if _is_snapshot(path):
+        return path.parents[1].name.removeprefix("models--").replace("--", "/", 1)
+    return path.name
+
+
 def _is_snapshot(path: Path) -> bool:
     """Whether a path is `models--org--name/snapshots/commit`."""
     return path.parent.name == "snapshots" and path.parents[1].name.startswith("models--")

@@ -13,9 +13,10 @@ from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
+from n3c.backends.hashing import file_rows, sha256_file
 from n3c.backends.locks import locked, output_lock
 from n3c.ir.diagnostics import N3CError
-from n3c.runtime.manifest import MANIFEST, out_error, read_manifest, sha256_file
+from n3c.runtime.manifest import MANIFEST, out_error, read_manifest
 
 _MOST_NAMED = 3
 """Foreign files that a message names."""
@@ -186,8 +187,5 @@ def _link(source: str, target: str) -> None:
 
 def described_files(directory: Path) -> list[dict[str, Any]]:
     """Return path, bytes and sha256 of every file below `directory`, sorted by path."""
-    return [
-        {"path": path.relative_to(directory).as_posix(), "bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-    ]
+    paths = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    return file_rows(directory, (path.relative_to(directory).as_posix() for path in paths))

@@ -22,7 +22,7 @@ from n3c.backends.trt.traffic import Traffic, traffic, traffic_json
 from n3c.ir.diagnostics import Diagnostic
 from n3c.ir.program import EntryPoint
 from n3c.passes.serving import Served
-from n3c.runtime.manifest import sha256_file
+from n3c.backends.hashing import sha256_file
 from n3c.specs.schema import Spec
 
 from .request import Job

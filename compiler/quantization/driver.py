@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from n3c.backends.machine import peak_rss_bytes
-from n3c.backends.modelopt.quantizer import Job, Outcome, quantize_checkpoint
+from n3c.backends.modelopt.quantizer import Job, Outcome, quantize_checkpoint, small_files
 from n3c.backends.progress import Progress
 from n3c.backends.safetensors.checkpoint_fit import fitting_checkpoint
 from n3c.backends.safetensors.layout import MAX_SHARD_BYTES
@@ -27,7 +27,8 @@ from n3c.specs.rules import format_rules
 from n3c.specs.schema import Spec
 
 from .formats_and_scales import FormatsAndScales, formats_and_scales
-from .reader_warnings import other_models_note, reader_warnings
+from .provenance import provenance
+from .reader_warnings import left_out_files, other_models_note, reader_warnings
 from .request import QuantizeRequest
 from .requested_formats import requested_formats, weight_only
 
@@ -106,10 +107,12 @@ def run(request: QuantizeRequest, progress: Progress) -> Quantized:
         part=request.part,
         max_shard_bytes=request.max_shard_bytes or MAX_SHARD_BYTES,
         with_others=whole,
+        provenance=provenance(request, spec),
     )
     outcome = quantize_checkpoint(job, progress)
     told = reader_warnings(outcome.weights, scales.inputs, outcome.out)
     told += other_models_note(others.values(), whole=whole, out=outcome.out)
+    told += left_out_files(small_files(request.weights))
     warnings = [*asked.warnings, *notes, *prepared.warnings, *told]
     return Quantized(outcome, prepared, warnings, time.perf_counter() - start, peak_rss_bytes())
 

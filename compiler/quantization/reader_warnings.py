@@ -11,6 +11,7 @@ from n3c.backends.safetensors.header import TensorInfo
 from n3c.backends.safetensors.layout import KEEP, Weight
 from n3c.ir.diagnostics import Diagnostic, Severity, Span
 from n3c.ir.formats import E4M3_MAX, FORMATS, FP8
+from n3c.ir.json_file import LFS_POINTER, is_lfs_file
 
 
 def reader_warnings(weights: Sequence[Weight], inputs: Mapping[str, float], out: Path) -> list[Diagnostic]:
@@ -35,6 +36,15 @@ def other_models_note(others: Collection[TensorInfo], *, whole: bool, out: Path)
         return [Diagnostic("W0625", f"{what} are carried byte for byte", Span(str(out)), Severity.NOTE)]
     help_ = "--multimodal whole carries them"
     return [Diagnostic("W0625", f"{what} are left out", Span(str(out)), Severity.NOTE, help_)]
+
+
+def left_out_files(files: Sequence[Path]) -> list[Diagnostic]:
+    """Return a warning for each small file of a checkpoint that is not the file itself."""
+    return [
+        Diagnostic("W0626", f"`{path.name}` is {LFS_POINTER}: it is left out", Span(str(path)), Severity.WARNING)
+        for path in files
+        if is_lfs_file(path)
+    ]
 
 
 def _uncalibrated(weights: Sequence[Weight], inputs: Mapping[str, float], place: Span) -> list[Diagnostic]:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from n3c.compiler.common_options import BATCH, CONTEXT, SET
-from n3c.ir.diagnostics import Diagnostic
+from n3c.backends.modelopt.record import RECORD, read_record
+from n3c.ir.diagnostics import Diagnostic, Severity, Span
 from n3c.runtime.manifest import MANIFEST, out_error, read_manifest
 from n3c.runtime.options import Argument, Needs, checked
 from n3c.specs.load import loaded
@@ -70,15 +71,30 @@ def inspect(
     from n3c.backends.safetensors.imported_spec import import_checkpoint
 
     imported = import_checkpoint(place, formats_matter=False)
-    figures = inspect_spec(imported.spec, context=context, batch=batch)
+    figures, warnings = inspect_spec(imported.spec, context=context, batch=batch), [*imported.warnings]
     if place.is_dir() and any(place.glob("*.safetensors*")):
         from n3c.backends.safetensors.checkpoint import Checkpoint
         from n3c.backends.safetensors.inventory import inventory
 
         figures["checkpoint"] = inventory(Checkpoint(place)).as_json()
-    return Inspected("checkpoint", figures, imported.warnings)
+        warnings += _unlike_record(place)
+    return Inspected("checkpoint", figures, tuple(warnings))
 
 
 def _of_spec(spec: Path | Spec, overrides: Sequence[str], context: int | None, batch: int) -> Inspected:
     read, warnings = loaded(spec, overrides)
     return Inspected("spec", inspect_spec(read, context=context, batch=batch), tuple(warnings))
+
+
+def _unlike_record(checkpoint: Path) -> list[Diagnostic]:
+    """Return a warning for each file that is missing, or of another size than the checkpoint's record says."""
+    found: list[Diagnostic] = []
+    record = read_record(checkpoint)
+    for row in record["files"] if record is not None else ():
+        path = checkpoint / Path(row["path"]).name
+        size = path.stat().st_size if path.is_file() else None
+        if size != row["bytes"]:
+            is_now = "missing" if size is None else f"of {size:,} bytes"
+            message = f"`{path.name}` is {is_now}, and {RECORD} says {row['bytes']:,} bytes"
+            found.append(Diagnostic("W0627", message, Span(str(path)), Severity.WARNING))
+    return found

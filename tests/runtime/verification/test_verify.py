@@ -13,7 +13,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from n3c.runtime.manifest import sha256_file
+from n3c.backends.hashing import sha256_file
 from support.checkpoints import write_checkpoint
 from support.command import n3c
 from support.specs import QUANTIZED, SMALL, spec_from_text
