@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from n3c.runtime import verify
+
 from .generated import generate, imported, tiny_spec, write_generated
 
 SMALL = {
@@ -66,7 +68,7 @@ def test_small_files_of_the_checkpoint_are_carried(folder: Path, tmp_path: Path)
     assert {name: found[name] for name in SMALL} == SMALL
     assert "not exported: merges.txt of --weights is a Git LFS pointer, not the file" in said
     record = json.loads(found["n3c_record.json"])
-    assert [row["path"] for row in record["source"]] == sorted(
+    assert [row["path"] for row in record["source"]["files"]] == sorted(
         SMALL.keys() | {"config.json", "merges.txt", "model.safetensors", "preprocessor_config.json"}
     )
 
@@ -82,11 +84,13 @@ def test_the_record_tells_the_run_and_what_it_gave(folder: Path, tmp_path: Path)
     record: dict[str, Any] = json.loads((first / "n3c_record.json").read_text())
     assert record["command"][:7] == ["train.py", "--data", "text", "--out", "run", "--steps", "2"]
     assert {"--export-dtype", "--no-async-checkpoints"} <= set(record["command"])
-    assert (record["source"], record["formats"]) == ([], {"bf16": 25, "f32": 1})  # the router's bias
+    assert record["source"] is None
+    assert {name: entry["weights"] for name, entry in record["formats"].items()} == {"bf16": 25, "f32": 1}  # router's bias
+    assert verify(first).ok
     model = generate(
         replace(tiny_spec("E", mtp=None), model=replace(tiny_spec("E", mtp=None).model, vocab_size=256))
     ).Model()
-    assert record["tensors"]["elements"] == sum(tensor.numel() for tensor in model.state_dict().values())
+    assert record["weights"]["elements"] == sum(tensor.numel() for tensor in model.state_dict().values())
     for row in record["files"]:
         data = (first / row["path"]).read_bytes()
         assert (row["bytes"], row["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())

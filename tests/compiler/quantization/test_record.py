@@ -62,7 +62,7 @@ def test_the_record_is_what_the_checkpoint_holds(source: Path, made: Path) -> No
     ledger = json.loads((made / "n3c_ledger.json").read_text())["weights"]
     assert found["weights"]["count"] == len(ledger)
     assert sum(entry["weights"] for entry in found["formats"].values()) == len(ledger)
-    assert {entry["format"] for entry in found["errors"]} == {"nvfp4", "fp8", "keep"}
+    assert {entry["format"] for entry in found["errors"]} == {"w4a16_nvfp4", "fp8", "keep"}
     assert all((entry["relative_error"] > 0) == (entry["format"] != "keep") for entry in found["errors"])
     for folder, rows in ((made, found["files"]), (source, found["source"]["files"])):
         for row in rows:

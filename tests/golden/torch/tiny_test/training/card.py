@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import shutil
-from collections import Counter
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -46,17 +46,19 @@ def copy_small_files(source: str, folder: Path) -> list[str]:
 
 def write_card(folder: Path, settings: Settings) -> None:
     """Write the record of what `folder` holds and where it comes from, and README.md, which tells it."""
-    formats: Counter[str] = Counter()
+    formats: dict[str, dict[str, int]] = {}
     elements = 0
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
                 part = file.get_slice(name)
-                formats[part.get_dtype().lower()] += 1
-                count = 1
-                for size in part.get_shape():
-                    count *= size
+                count = math.prod(part.get_shape())
+                entry = formats.setdefault(part.get_dtype().lower(), {"weights": 0, "bytes": 0})
+                entry["weights"] += 1
+                entry["bytes"] += count * (2 if part.get_dtype() == "BF16" else 4)
                 elements += count
+    counts = [sum(entry[key] for entry in formats.values()) for key in ("weights", "bytes")]
+    source = Path(settings.weights) if settings.weights else None
     record = {
         "schema": 1,
         "kind": "trained",
@@ -65,20 +67,21 @@ def write_card(folder: Path, settings: Settings) -> None:
         "command": command(settings),
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in ("torch", "safetensors")},
-        "source": files_of(Path(settings.weights)) if settings.weights else [],
-        "tensors": {"count": formats.total(), "elements": elements},
+        "source": {"name": source.name, "files": files_of(source)} if source is not None else None,
+        "tensors": {"count": counts[0], "bytes": counts[1]},
+        "weights": {"count": counts[0], "elements": elements},
         "formats": dict(sorted(formats.items())),
         "files": files_of(folder),
     }
     text = json.dumps(record, indent=1) + "\n"
     (folder / RECORD).write_text(text, encoding="utf-8", newline="\n")
-    lines = [f"- {count:,} tensors in {format_}" for format_, count in sorted(formats.items())]
     start = "a checkpoint" if settings.weights else "fresh weights"
     card = [
         *("---", "library_name: transformers", "---", f"# {NAME}", ""),
         f"Trained for {settings.steps:,} steps from {start}, by the train.py that n3c generated.",
-        *("", f"{elements:,} elements in {formats.total():,} tensors:", "", *lines, ""),
-        f"`{RECORD}` has the command, versions and the SHA-256 of every file and of its sources.",
+        *("", f"{elements:,} elements in {counts[0]:,} tensors:", ""),
+        *(f"- {entry['weights']:,} in {name}" for name, entry in sorted(formats.items())),
+        *("", f"`{RECORD}` has the command, versions and the SHA-256 of every file and source."),
     ]
     (folder / CARD).write_text("\n".join(card) + "\n", encoding="utf-8", newline="\n")
 
