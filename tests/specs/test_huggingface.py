@@ -273,6 +273,21 @@ def test_no_shared_expert() -> None:
     assert export_config(spec)["n_shared_experts"] == 0
 
 
+@pytest.mark.parametrize(
+    ("outer", "read_as"), [("nemotron_h_omni", True), ("NemotronH_Nano_VL_V2", True), ("llava", False)]
+)
+def test_a_nested_text_model_without_a_type(outer: str, read_as: bool, tmp_path: Path) -> None:
+    """Of Super-VL and Omni the type of the whole says it; of other models nothing is guessed."""
+    inner = {key: value for key, value in OLD.items() if key != "model_type"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": outer, "llm_config": inner}))
+    if read_as:
+        expected, _ = read(json.dumps(OLD))
+        assert run_import(tmp_path / "config.json").spec.model == expected.model
+        return
+    with pytest.raises(N3CError, match=f"`model_type` is `{outer}`"):
+        run_import(tmp_path / "config.json")
+
+
 def test_megatron_depth_is_read() -> None:
     spec, _ = read(json.dumps(OLD | {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.3}))
     assert spec.mtp is not None

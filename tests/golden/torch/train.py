@@ -18,9 +18,9 @@ PATH is one of
                   the order of their paths; hidden files are left out
 
 DIR gets metrics.jsonl (a line a step), checkpoints/step-<n>/ and, at the end, export/: weights in
-the released layout, with the tokenizer of --weights, a card and a record. The same settings give the same run, whatever the number of processes, but
-for the order of float sums. A run that was interrupted goes on with --resume: on CPUs to the same
-bits.
+the released layout, with the tokenizer of --weights, a card and a record. The same settings give
+the same run, whatever the number of processes, but for the order of float sums. A run that was
+interrupted goes on with --resume: on CPUs to the same bits.
 Exit codes: 0 done, 2 wrong usage, 5 a loss that is not finite, 6 files, 143 stopped by a signal
 (torchrun has its own: 1 for each of them).
 """

@@ -2,7 +2,7 @@
 # spec: tiny-test
 # sha256: 0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef
 # mypy: no-warn-return-any, allow-untyped-calls
-"""Beside the exported weights: small files of the checkpoint before, README.md and a record of the run.
+"""Beside the exported weights: small files of the checkpoint before, README.md and a record.
 
 The record has no times and no absolute paths: the same run gives the same bytes.
 """
@@ -30,7 +30,7 @@ PATHS = ("data", "val_data", "weights", "out")
 
 
 def copy_small_files(source: str, folder: Path) -> list[str]:
-    """Copy tokenizer, chat template and generation config; return those that are Git LFS pointers."""
+    """Copy tokenizer, chat template and generation config; return what is a Git LFS pointer."""
     pointers: list[str] = []
     for name in SMALL_FILES:
         path = Path(source) / name
@@ -45,7 +45,7 @@ def copy_small_files(source: str, folder: Path) -> list[str]:
 
 
 def write_card(folder: Path, settings: Settings) -> None:
-    """Write the record of what `folder` holds and where it comes from, and README.md, which tells it."""
+    """Write the record of what `folder` holds and comes from, and README.md, which tells it."""
     formats: dict[str, dict[str, int]] = {}
     elements = 0
     for path in sorted(folder.glob("*.safetensors")):
