@@ -52,7 +52,8 @@ def _check_layers(values: Values, say: Say) -> None:
         return
     blocks = (*main, *(mtp or ()))
     for index, entry in enumerate(entries):
-        path, given = f"moe.layers.{index}", {f"moe.{key}": value for key, value in given_keys(entry).items()}
+        path = f"moe.layers.{index}"
+        given = {f"moe.{key}": value for key, value in given_keys(entry).items()}
         try:
             selected = selected_blocks(entry.layers, main, len(blocks))
         except ValueError as error:

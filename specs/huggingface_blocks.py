@@ -138,8 +138,8 @@ class _Reader:
             first = entry["layers"].partition("..")[0]
             block = len(self.main) if first == MTP_LAYERS else int(first)
             block = next(moe for moe in self.found.sizes if moe >= block)
-            for key in entry.keys() - {"layers"}:
-                self.found.places["moe", "layers", index, key] = self.paths[block, key]
+            for name in entry.keys() - {"layers"}:
+                self.found.places["moe", "layers", index, name] = self.paths[block, name]
 
     def usual(self, key: str, values: Sequence[Any]) -> object:
         """Return the value of multi-token prediction, as TensorRT-LLM does, or else that of most blocks."""

@@ -30,7 +30,7 @@ def moe_of_block(spec: Spec, block: int | None) -> Moe | None:
     moe = spec.moe
     if moe is None or not moe.layers or block is None:
         return moe
-    keys: dict[str, int] = {}
+    keys: dict[str, Any] = {}
     for entry in moe.layers:
         if block in selected_blocks(entry.layers, spec.model.pattern, block + 1):
             keys |= given_keys(entry)

@@ -21,7 +21,7 @@ from .consistency import check
 from .pattern import Pattern, PatternError
 from .places import Path, Places, dotted, shown
 from .roles import NOT_LINEAR, ROLE_GLOBS, ROLES, match_roles, select_layers
-from .schema import Format, Rule, Serving, Spec, TrainingFormat
+from .schema import Format, Serving, Spec, TrainingFormat
 
 MAX_ERRORS = 100
 """A file with more errors than this is something else; reading stops."""
@@ -234,7 +234,7 @@ class _Reader:
             self.wrong_type(raw, path, "an array")
             return _BAD
         entries = cast("list[object]", raw)
-        tables = entry_class(tuple[args]) is not None
+        tables = dataclasses.is_dataclass(args[0])
         most = MAX_RULES if tables else MAX_ENTRIES
         if len(entries) > most and path[-1] != "modules":
             message = f"{_named(path)} has {len(entries)} entries, more than {most}"

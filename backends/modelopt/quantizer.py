@@ -73,7 +73,7 @@ class Job:
     part: tuple[int, int] = (1, 1)
     """I of N: every N-th shard, beginning with the I-th. Only (1, 1) ends with the output in place."""
     max_shard_bytes: int = MAX_SHARD_BYTES
-    provenance: Provenance = Provenance()
+    provenance: Provenance = field(default_factory=Provenance)
     with_others: bool = False
     """Whether the other models of a multimodal checkpoint are carried."""
     threads: int | None = None
@@ -102,7 +102,7 @@ def quantize_checkpoint(job: Job, progress: Progress) -> Outcome:
     checkpoint = Checkpoint(job.source)
     if job.exported["tie_word_embeddings"] and HEAD not in checkpoint:
         checkpoint.repeat(EMBEDDING, HEAD)  # transformers does not tie them
-    spellings = checkpoint.add_others() if job.with_others else {}
+    spellings = checkpoint.add_others() if job.with_others else None
     config = _source_config(job.source)
     weights = plan_weights(job.program, checkpoint, job.input_scales, job.kv_scales, spellings)
     shards = plan_shards(weights, job.max_shard_bytes)

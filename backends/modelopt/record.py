@@ -125,10 +125,13 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 def _is_record(data: object) -> bool:
     try:
-        rows = cast("Any", data)["files"]
-        return isinstance(rows, list) and all(
-            isinstance(row["path"], str) and is_count(row["bytes"]) and _SHA256.fullmatch(row["sha256"]) is not None
-            for row in cast("list[Any]", rows)
-        )
+        rows: Any = cast("Any", data)["files"]
+        return isinstance(rows, list) and all(_is_row(row) for row in cast("list[Any]", rows))
     except (KeyError, TypeError):
         return False
+
+
+def _is_row(row: Any) -> bool:
+    """Whether a row names a file of the folder itself, its size and its hash; KeyError or TypeError for no row."""
+    named = isinstance(row["path"], str) and Path(row["path"]).name == row["path"]
+    return named and is_count(row["bytes"]) and _SHA256.fullmatch(row["sha256"]) is not None

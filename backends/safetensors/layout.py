@@ -93,7 +93,7 @@ def plan_weights(
     checkpoint: Checkpoint,
     input_scales: Mapping[str, float],
     kv_scales: Mapping[str, float],
-    spellings: Mapping[str, str],
+    spellings: Mapping[str, str] | None = None,
 ) -> list[Weight]:
     """Return every tensor of `checkpoint` in the order of its files, with the format that the passes gave it.
 
@@ -110,11 +110,13 @@ def plan_weights(
             format_, rows = parameter.format, source.block_rows if isinstance(source, Nvfp4) else 0
         for name in tensor_names(source):
             known[name] = (parameter.role, rules.get(parameter.name, ""), format_, rows)
-    return [
-        _weight(name, checkpoint, known.get(name, unknown), input_scales, kv_scales, spellings.get(name, name))
-        for name in checkpoint
-        for unknown in [("", "of another model" if name in checkpoint.others else "not in the spec", KEEP, 0)]
-    ]
+    weights: list[Weight] = []
+    for name in checkpoint:
+        reason = "of another model" if name in checkpoint.others else "not in the spec"
+        decided = known.get(name, ("", reason, KEEP, 0))
+        spelling = spellings.get(name, name) if spellings is not None else name
+        weights.append(_weight(name, checkpoint, decided, input_scales, kv_scales, spelling))
+    return weights
 
 
 def _weight(

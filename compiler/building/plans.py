@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from n3c.backends.hashing import sha256_file
 from n3c.backends.onnx.embedded import WeightsFile, embed
 from n3c.backends.onnx.emit import OnnxEntry, emit_entry
 from n3c.backends.onnx.forms import batches_of
@@ -22,7 +23,6 @@ from n3c.backends.trt.traffic import Traffic, traffic, traffic_json
 from n3c.ir.diagnostics import Diagnostic
 from n3c.ir.program import EntryPoint
 from n3c.passes.serving import Served
-from n3c.backends.hashing import sha256_file
 from n3c.specs.schema import Spec
 
 from .request import Job

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from n3c.compiler.common_options import BATCH, CONTEXT, SET
 from n3c.backends.modelopt.record import RECORD, read_record
+from n3c.compiler.common_options import BATCH, CONTEXT, SET
 from n3c.ir.diagnostics import Diagnostic, Severity, Span
 from n3c.runtime.manifest import MANIFEST, out_error, read_manifest
 from n3c.runtime.options import Argument, Needs, checked

@@ -46,7 +46,7 @@ PUZZLE: Mapping[str, Any] = {
     "tie_word_embeddings": False,
     "vocab_size": 1024,
 }
-"""The form of the published configs (Megatron-Bridge, tests of nemotronh_puzzle): no pattern, no usual top-k or width."""
+"""The form of the published configs (Megatron-Bridge, tests of nemotronh_puzzle): no pattern, no usual sizes."""
 
 
 def imported(folder: Path, config: Mapping[str, Any]) -> Spec:

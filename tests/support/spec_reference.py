@@ -40,9 +40,9 @@ groups nest; white space and `#` comments are free; `|` is a pipeline cut, kept 
 
 ## Layers that differ
 
-`[[moe.layers]]` gives MoE blocks of a compressed model (Puzzle, Bolt) sizes of their own: `layers` selects blocks of the
-pattern, or with `"mtp"` those of multi-token prediction. Entries are read top-down, and of several that select a block
-and give a key the last one decides. What no entry gives is that of `[moe]`.
+`[[moe.layers]]` gives MoE blocks of a compressed model (Puzzle, Bolt) sizes of their own: `layers` selects blocks of
+the pattern, or with `"mtp"` those of multi-token prediction. Entries are read top-down, and of several that select a
+block and give a key the last one decides. What no entry gives is that of `[moe]`.
 
 ```toml
 [[moe.layers]]

@@ -85,7 +85,7 @@ def test_the_record_tells_the_run_and_what_it_gave(folder: Path, tmp_path: Path)
     assert record["command"][:7] == ["train.py", "--data", "text", "--out", "run", "--steps", "2"]
     assert {"--export-dtype", "--no-async-checkpoints"} <= set(record["command"])
     assert record["source"] is None
-    assert {name: entry["weights"] for name, entry in record["formats"].items()} == {"bf16": 25, "f32": 1}  # router's bias
+    assert {name: entry["weights"] for name, entry in record["formats"].items()} == {"bf16": 25, "f32": 1}
     assert verify(first).ok
     model = generate(
         replace(tiny_spec("E", mtp=None), model=replace(tiny_spec("E", mtp=None).model, vocab_size=256))

@@ -37,8 +37,7 @@ TENSORS_AT_ONCE = 64  # then a file is opened anew, which frees what was mapped 
 MAX_JSON_BYTES = 1 << 26  # the index of a 550B checkpoint has 2e7
 INDEX_FILE = "model.safetensors.index.json"
 CARD, RECORD = "README.md", "n3c_record.json"
-# What belongs to a model, whatever its weights are trained to.
-SMALL_FILES = (
+SMALL_FILES = (  # of a model, whatever its weights are trained to
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
     *("chat_template.json", "generation_config.json"),
