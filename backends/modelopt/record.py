@@ -125,8 +125,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 def _is_record(data: object) -> bool:
     try:
-        rows: Any = cast("Any", data)["files"]
-        return isinstance(rows, list) and all(_is_row(row) for row in cast("list[Any]", rows))
+        return all(_is_row(row) for row in cast("dict[str, list[Any]]", data)["files"])
     except (KeyError, TypeError):
         return False
 
