@@ -44,7 +44,7 @@ def _check_tables(values: Values, tables: Container[str], say: Say) -> None:
 
 
 def _check_layers(values: Values, say: Say) -> None:
-    """Report entries of [[moe.layers]] that select no MoE block, change nothing, or contradict [moe] with their keys."""
+    """Report entries of [[moe.layers]] that select no MoE block, change nothing, or contradict [moe]."""
     entries: tuple[MoeLayers, ...] = values.get("moe.layers", ())
     main: Pattern | None = values.get("model.pattern")
     mtp: Pattern | None = values.get("mtp.pattern")
