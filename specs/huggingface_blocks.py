@@ -9,6 +9,7 @@ nemotron_h_puzzle_bridge.py; TensorRT-LLM, modeling_nemotron_h.py (`_normalize_p
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -106,14 +107,14 @@ class _Reader:
             elif kind is MOE and key.key in PER_LAYER:
                 self.found.sizes[number][key.key] = value
                 self.paths[number, key.key] = (*path, name)
-                self.found.origins.setdefault(key.name, (*path, name))
             else:
                 self.common(key, value, (*path, name))
 
     def common(self, key: ConfigKey, value: object, path: Path) -> None:
         """Take a value that holds for all blocks of a kind, unless something else was said before."""
         given = next((name for name in (key.name, *key.aliases) if name in self.config), None)
-        self.found.origins.setdefault(key.name, path)
+        if given is None:
+            self.found.origins.setdefault(key.name, path)
         first = self.found.common.setdefault(key.name, value) if given is None else self.config[given]
         if value != first:
             message = f"`{shown(str(path[-1]))}` is {shown(str(value))}, and {shown(str(first))} elsewhere"
@@ -124,12 +125,15 @@ class _Reader:
         """Give each key of [moe] that may differ one value, and entries to the blocks that have another."""
         differing = {block: dict(keys) for block, keys in self.found.sizes.items()}
         for key in MOE.config_keys:
-            values = [keys[key.key] for keys in self.found.sizes.values() if key.key in keys]
-            if not values:
+            giving = [block for block, keys in self.found.sizes.items() if key.key in keys]
+            if not giving:
                 continue
-            usual = self.config[key.name] if key.name in self.config else self.usual(key.key, values)
-            if key.name not in self.config:
-                self.found.common[key.name] = usual
+            if key.name in self.config:
+                usual = self.config[key.name]
+            else:
+                block = self.usual(key.key, giving)
+                usual = self.found.common[key.name] = self.found.sizes[block][key.key]
+                self.found.origins[key.name] = self.paths[block, key.key]
             for keys in differing.values():
                 if keys.get(key.key) == usual:
                     del keys[key.key]
@@ -141,13 +145,16 @@ class _Reader:
             for name in entry.keys() - {"layers"}:
                 self.found.places["moe", "layers", index, name] = self.paths[block, name]
 
-    def usual(self, key: str, values: Sequence[Any]) -> object:
-        """Return the value of multi-token prediction, as TensorRT-LLM does, or else that of most blocks."""
-        for block, keys in self.found.sizes.items():
-            if block >= len(self.main) and key in keys:
-                return keys[key]
-        counts = Counter(value for value in values if type(value) is int)
-        return counts.most_common(1)[0][0] if counts else values[0]
+    def usual(self, key: str, giving: Sequence[int]) -> int:
+        """Return the block whose value is the usual one.
+
+        It is that of multi-token prediction, as TensorRT-LLM has it, or else the first with the value that most have.
+        """
+        beyond = next((block for block in giving if block >= len(self.main)), None)
+        if beyond is not None:
+            return beyond
+        values = [json.dumps(self.found.sizes[block][key]) for block in giving]
+        return giving[values.index(Counter(values).most_common(1)[0][0])]
 
 
 def exported_blocks(spec: Spec) -> dict[str, list[dict[str, Any]]]:

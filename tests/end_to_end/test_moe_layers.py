@@ -15,9 +15,11 @@ from transformers import NemotronHConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHBlock
 
 from n3c.backends.safetensors.checkpoint import Checkpoint
+from n3c.backends.safetensors.checkpoint_fit import fitting_checkpoint
 from n3c.backends.torch.emit import emit
 from n3c.backends.torch.loading import load_package
 from n3c.compiler import export_config, import_config, inspect, quantize
+from n3c.ir.diagnostics import N3CError
 from n3c.specs.layer_tables import moe_tables
 from n3c.specs.load import load_spec
 from n3c.specs.schema import Spec
@@ -130,6 +132,23 @@ def test_quantized_checkpoints(tmp_path: Path) -> None:
     for layer, width in ((1, 32), (3, 48)):
         assert checkpoint.info(f"backbone.layers.{layer}.mixer.experts.7.down_proj.weight")[1] == (32, width // 2)
     assert import_config(tmp_path / "out").spec.moe == spec.moe
+
+
+def test_a_checkpoint_fits_whatever_entries_say_its_sizes(tmp_path: Path) -> None:
+    """What counts is what each block has: the config of others has no entries at all."""
+    spec = load_spec(text_of(tmp_path, SHORT))[0]
+    write_checkpoint(tmp_path / "weights", spec, with_spec=False)
+    fitting_checkpoint(spec, tmp_path / "weights")
+    fitting_checkpoint(import_config(tmp_path / "weights").spec, tmp_path / "weights")
+    turned = SHORT.replace("top_k = 3", "top_k = 4").replace(
+        '[[moe.layers]]\nlayers = "last 1"\ntop_k = 4', '[[moe.layers]]\nlayers = "3"\ntop_k = 3'
+    )
+    fitting_checkpoint(load_spec(text_of(tmp_path, turned))[0], tmp_path / "weights")
+    other = load_spec(text_of(tmp_path, SHORT.replace("top_k = 4", "top_k = 2")))[0]
+    with pytest.raises(N3CError) as caught:
+        fitting_checkpoint(other, tmp_path / "weights")
+    (found,) = caught.value.diagnostics
+    assert (found.code, found.message) == ("E0809", "the checkpoint's config says moe.top_k = 4, the spec 2")
 
 
 def test_plans_and_their_audit(tmp_path: Path) -> None:

@@ -114,6 +114,7 @@ def test_a_config_whose_blocks_are_all_alike_has_no_entries(tmp_path: Path) -> N
         ({"block_configs": [MOE, WIDE | {"moe_latent_size": 64}]}, "E0304", "64, and 128 elsewhere", "latent"),
         ({"block_configs": [MOE | {"num_experts_per_tok": "4"}]}, "E0105", "`top_k` must be an integer", "per_tok"),
         ({"block_configs": [MOE | {"num_experts_per_tok": 33}]}, "E0206", "more than `num_experts` 32", "per_tok"),
+        ({"mtp_block_configs": [MOE | {"num_experts_per_tok": 44}]}, "E0206", "`top_k` 44 is more", 'per_tok": 44'),
         ({"mtp_block_configs": [MOE, WIDE]}, "E0304", "differ from each other", "mtp_block_configs"),
         ({"n3c": {"moe_layers": [{"layers": "1", "top_k": 5}]}}, "E0303", "`n3c.moe_layers`", "moe_layers"),
     ],
