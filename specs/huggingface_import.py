@@ -144,7 +144,7 @@ class _Importer:
 
     def pattern(self) -> Pattern | None:
         before = len(self.found)
-        main = self.agreed(PATTERN_LISTS, "hybrid_override_pattern")
+        main = self.agreed((*PATTERN_LISTS, TRUNK), "hybrid_override_pattern")
         if main is None:
             if len(self.found) == before:
                 message = "missing `layers_block_type` or `hybrid_override_pattern`"
@@ -210,7 +210,7 @@ class _Importer:
             self.error("E0304", message, self.places.json_value("num_nextn_predict_layers"), advice)
             return None
         before = len(self.found)
-        pattern = self.agreed(MTP_PATTERN_LISTS, "mtp_hybrid_override_pattern")
+        pattern = self.agreed((*MTP_PATTERN_LISTS, MTP_BLOCKS), "mtp_hybrid_override_pattern")
         if pattern is None and len(self.found) > before:
             return None
         if pattern is None:

@@ -66,12 +66,13 @@ SILENT = {
     "n3c",
 }
 # Lists of block types: read in any spelling, never written (see export_config).
-PATTERN_LISTS = ("layers_block_type", "layer_types", TRUNK)
-MTP_PATTERN_LISTS = ("mtp_layers_block_type", MTP_BLOCKS)
-PATTERNS = (*PATTERN_LISTS, "hybrid_override_pattern", "num_hidden_layers")
+PATTERN_LISTS = ("layers_block_type", "layer_types")
+MTP_PATTERN_LISTS = ("mtp_layers_block_type",)
+PATTERNS = (*PATTERN_LISTS, "hybrid_override_pattern", "num_hidden_layers", TRUNK)
 MTP = (
     "num_nextn_predict_layers",
     *MTP_PATTERN_LISTS,
+    MTP_BLOCKS,
     "mtp_hybrid_override_pattern",
     "mtp_num_layers",
     "mtp_loss_scaling_factor",

@@ -132,6 +132,10 @@ def test_quantized_checkpoints(tmp_path: Path) -> None:
     for layer, width in ((1, 32), (3, 48)):
         assert checkpoint.info(f"backbone.layers.{layer}.mixer.experts.7.down_proj.weight")[1] == (32, width // 2)
     assert import_config(tmp_path / "out").spec.moe == spec.moe
+    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("weights", "out"))
+    assert after["model_type"] == "nemotron_h_puzzle"
+    for name in ("block_configs", "mtp_block_configs"):  # other readers know no n3c
+        assert after[name] == before[name]
 
 
 def test_a_checkpoint_fits_whatever_entries_say_its_sizes(tmp_path: Path) -> None:
