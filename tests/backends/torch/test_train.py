@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from n3c.backends.torch.loading import load_package
-from n3c.specs.blocks import Attention, Mamba
+from n3c.specs.blocks import Attention, Mamba, MoeLayers
 
 from .generated import imported, tiny_spec, write_generated
 
@@ -36,9 +36,9 @@ SPEED = {"tokens_per_second", "flops_per_second"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the package, train.py and a text."""
+    """Return a folder with the package, train.py and a text; the MoE block of the trunk differs from that of MTP."""
     folder = tmp_path_factory.mktemp("train")
-    spec = tiny_spec("ME*")
+    spec = tiny_spec("ME*", layers=(MoeLayers("1", top_k=2, intermediate_size=32),))
     write_generated(replace(spec, model=replace(spec.model, vocab_size=256)), folder)
     (folder / "text").write_bytes(TEXT)
     return folder
