@@ -192,8 +192,9 @@ def require_same(
     rules: dict[str, str | bool],
 ) -> None:
     """Raise TrainError where a checkpoint is of another architecture or of another run."""
+    spec = asdict(Config())
     pairs = (
-        ("is of another spec", about["config"], asdict(Config()), set[str]()),
+        ("is of another spec", about["config"], spec, set[str]()),
         ("is of other settings", about["settings"], asdict(settings), FREE_TO_CHANGE),
         ("is of other data", about["data"], data, set[str]()),
         ("is of other rules of [training]", about["rules"], rules, set[str]()),
