@@ -13,9 +13,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made
 ORACLES := .venv-oracles
+READERS := .venv-oracles-readers
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test test-slow test-oracles fuzz mutants gpu check lint types golden bench ablations demo clean
+.PHONY: help venv build test test-slow test-oracles test-readers fuzz mutants gpu check lint types golden bench ablations demo clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -38,8 +39,22 @@ test: venv ## Run the tests, JOBS (2) files at a time.
 test-slow: venv ## Run the full-size builds too (Super and Ultra, several minutes).
 	$(BIN)/pytest -q -m slow
 
-test-oracles: $(ORACLES)/.made ## Run what needs torchtitan, Megatron-core and Triton (makes .venv-oracles, 2.5 GB).
-	TRITON_INTERPRET=1 $(ORACLES)/bin/pytest -q -m oracles $$(grep -rl 'pytest.mark.oracles' tests)
+test-oracles: test-readers $(ORACLES)/.made ## And what needs torchtitan, Megatron-core and Triton (makes .venv-oracles, 2.5 GB).
+	TRITON_INTERPRET=1 $(ORACLES)/bin/pytest -q -m oracles $$(grep -rl --exclude-dir=readers 'pytest.mark.oracles' tests)
+
+test-readers: venv $(READERS)/.made ## Let vLLM, SGLang, Edge-LLM, llama.cpp and others read checkpoints (makes .venv-oracles-readers, 2 GB).
+	$(BIN)/pytest -q -m oracles tests/readers
+
+# The readers' own code, but for kernels: of the wheels (600 MB) only Python files are kept.
+$(READERS)/.made: constraints-readers.txt tests/readers/unpack.py
+	$(PYTHON) -m venv $(READERS)
+	$(READERS)/bin/pip install --quiet --disable-pip-version-check --requirement constraints-readers.txt
+	$(READERS)/bin/pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: \
+		--dest $(READERS)/archives vllm==0.33.0 sglang==0.5.23 tensorrt-edgellm==0.11.0
+	$(READERS)/bin/pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python \
+		--dest $(READERS)/archives llama-cpp-python==0.3.36
+	$(READERS)/bin/python tests/readers/unpack.py $(READERS)
+	@touch $@
 
 # The wheels of Megatron-core (Python 3.12, CUDA) and Transformer Engine (CUDA) are only unpacked.
 # Of mamba_ssm only the Triton kernels are wanted: no CUDA extension is built.

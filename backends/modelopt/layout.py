@@ -2,8 +2,10 @@
 
 `hf_quant_config.json` and `quantization_config` of config.json say the same. One algorithm for all is
 written with the modules that it leaves out; several with one key for each quantized module, routed experts
-one by one, since not every reader understands a key for all experts of a layer. W4A16_NVFP4 always has such keys:
-as the one algorithm for all, TensorRT Edge-LLM takes it for NVFP4 and quantizes activations with a scale of 1.
+one by one, since not every reader understands a key for all experts of a layer. W4A16_NVFP4 for all is written both
+ways, in hf_quant_config.json as several, in config.json as one with such keys: as one, TensorRT Edge-LLM, which reads
+the first, quantizes activations with a scale of 1; as several, llama.cpp, which reads the second where it has keys,
+lets activations of routed experts be rounded to 4 bits.
 Names are full names of linears, as vLLM also takes an excluded name as a part of another one; where all routed
 experts of a layer are left out, so is `….mixer.experts`, the only name that SGLang asks for. No name carries the
 suffix that ModelOpt 0.47 appends by mistake under transformers 5. Of a checkpoint in which nothing is quantized
@@ -130,7 +132,9 @@ def quantization_config(weights: Sequence[Weight], kv_cache: str | None) -> dict
         f"group_{i}": _group(chosen) | {"targets": sorted(members[chosen], key=_natural) if mixed else ["Linear"]}
         for i, chosen in enumerate(sorted(members))
     }
-    found: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": said["quant_algo"], "config_groups": groups}
+    (one, *others) = members
+    algorithm_of_all = said["quant_algo"] if others else one
+    found: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": algorithm_of_all, "config_groups": groups}
     if mixed:
         found["quantized_layers"] = said["quantized_layers"]
     found["ignore"] = left_out(weights)

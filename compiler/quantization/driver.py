@@ -98,13 +98,13 @@ def run(request: QuantizeRequest, progress: Progress) -> Quantized:
         search=request.search,
         input_scales=scales.inputs,
         kv_scales=scales.cache,
-        kv_cache="FP8" if spec.serving.kv_cache_dtype == "fp8" or scales.cache else None,
+        kv_cache="FP8" if scales.cache else None,
         resume=request.resume,
         part=request.part,
         max_shard_bytes=request.max_shard_bytes or MAX_SHARD_BYTES,
     )
     outcome = quantize_checkpoint(job, progress)
-    told = reader_warnings(outcome.weights, scales.inputs, outcome.out)
+    told = reader_warnings(outcome.weights, scales, outcome.out, fp8_cache=spec.serving.kv_cache_dtype == "fp8")
     warnings = [*asked.warnings, *notes, *prepared.warnings, *told]
     return Quantized(outcome, prepared, warnings, time.perf_counter() - start, peak_rss_bytes())
 
