@@ -104,5 +104,7 @@ def run_otherwise(weights: Sequence[Weight], out: Path) -> list[Diagnostic]:
     odd = [weight for weight in weights if stored.get(weight.name) in fp4 and weight.shape[-1] % _LLAMA_CPP_BLOCK]
     if odd:
         message = f"llama.cpp's converter refuses NVFP4 of {odd[0].shape[-1]} inputs, as `{odd[0].module}` has:"
-        found.append((f"{message} it packs {_LLAMA_CPP_BLOCK} together", "for llama.cpp give these linears fp8 or bf16"))
+        found.append(
+            (f"{message} it packs {_LLAMA_CPP_BLOCK} together", "for llama.cpp give these linears fp8 or bf16")
+        )
     return [Diagnostic("W0625", message, Span(str(out)), Severity.NOTE, help_) for message, help_ in found]

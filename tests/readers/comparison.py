@@ -50,7 +50,15 @@ class Difference:
     """Tensors whose values differ by more than is allowed → the largest difference."""
     formats: dict[str, tuple[str | None, str | None]] = field(default_factory=dict[str, tuple[str | None, str | None]])
     """Linears that the reader runs in another algorithm than they are stored for → stored, run."""
+    unusable: dict[str, str] = field(default_factory=dict[str, str])
+    """Modules that are loaded and cannot be exported → the reader's message."""
     compared: int = 0
+    kv_cache: str | None = None
+
+    @property
+    def clean(self) -> bool:
+        """Whether the reader holds every tensor, with n3c's values, and runs each linear as it is stored."""
+        return not (self.refused or self.unread or self.wrong or self.formats or self.unusable)
 
 
 def compare(checkpoint: Path, read: Path, tolerance: float) -> Difference:
@@ -59,6 +67,7 @@ def compare(checkpoint: Path, read: Path, tolerance: float) -> Difference:
     found = Difference(said["version"], said.get("refused", ""))
     if found.refused:
         return found
+    found.unusable, found.kv_cache = said["unusable"], said["kv_cache"]
     expected, formats = decoded(checkpoint)
     theirs = load_file(read / "values.safetensors")
     for name, value in expected.items():

@@ -78,7 +78,9 @@ def no_4_bit_activations(file: Any) -> set[str]:
     """Return the tensors whose activations the file says must not be rounded to 4 bits."""
     from gguf import Keys
 
-    names, allowed = (file.fields.get(key) for key in (Keys.General.TENSOR_EXTRA_NAME, Keys.General.TENSOR_EXTRA_PREC_A4))
+    names, allowed = (
+        file.fields.get(key) for key in (Keys.General.TENSOR_EXTRA_NAME, Keys.General.TENSOR_EXTRA_PREC_A4)
+    )
     if names is None:
         return set()
     return {name for name, yes in zip(names.contents(), allowed.contents(), strict=True) if not yes}

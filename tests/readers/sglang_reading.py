@@ -28,7 +28,7 @@ def replace_what_needs_a_gpu() -> None:
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     # What asks whether torchvision and Triton are installed must have the answer before they seem to be.
     import torch._dynamo
-    import torch._inductor
+    import torch._inductor  # noqa: F401
     import transformers.models.auto.image_processing_auto  # noqa: F401
 
     stand_in_for(*ABSENT)

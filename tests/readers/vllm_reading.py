@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from .absent import stand_in_for
 from .reading import SCALES_OF_WEIGHTS, MergedParameters, Reading, main, tensors_of
 

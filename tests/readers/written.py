@@ -6,7 +6,9 @@ the number of Mamba groups under another name than everybody else and otherwise 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from n3c.compiler.quantization.calibration.activation_scales import entries_of, save_scales
 from n3c.compiler.quantization.calibration.calibrate import Amax
@@ -96,16 +98,28 @@ FORMATS = {
 """What the checkpoint is stored in → the tables of the spec that say so."""
 
 
-def write(kind: str, format_: str, folder: Path) -> Path:
-    """Write a checkpoint of random weights, quantized with calibrated scales; return its folder."""
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A checkpoint, and the diagnostics that n3c gave when it wrote it."""
+
+    folder: Path
+    diagnostics: list[dict[str, Any]]
+
+    def notes(self) -> str:
+        """Return what was told of readers."""
+        return "\n".join(found["message"] for found in self.diagnostics if found["code"] == "W0625")
+
+
+def write(kind: str, format_: str, folder: Path) -> Written:
+    """Write a checkpoint of random weights, quantized with calibrated scales."""
     spec = spec_from_text(KINDS[kind] + FORMATS[format_])
     name = f"{kind}-{format_}"
     write_checkpoint(folder / "sources" / name, spec)
     save_scales(folder / "sources" / f"{name}.json", entries_of(_ranges(spec)))
     source, scales = folder / "sources" / name, folder / "sources" / f"{name}.json"
-    result = n3c("quantize", "--weights", source, "--activation-scales", scales, "-o", folder / name)
+    result = n3c("quantize", "--weights", source, "--activation-scales", scales, "-o", folder / name, "--json")
     assert result.code == 0, result.err
-    return folder / name
+    return Written(folder / name, result.data["diagnostics"])
 
 
 def _ranges(spec: Spec) -> Amax:
@@ -114,4 +128,6 @@ def _ranges(spec: Spec) -> Amax:
     inputs = {module: 1.0 + i / 8 for i, module in enumerate(linears)}
     for half in ("k_proj", "v_proj"):
         inputs |= {module: inputs[module[:-6] + "q_proj"] for module in linears if module.endswith(half)}
-    return Amax(inputs, {module: 3.0 + i / 4 for i, module in enumerate(linears) if module[-6:] in ("k_proj", "v_proj")})
+    return Amax(
+        inputs, {module: 3.0 + i / 4 for i, module in enumerate(linears) if module[-6:] in ("k_proj", "v_proj")}
+    )
