@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABCMeta
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -35,7 +35,7 @@ class _Anything(ABCMeta):
 
 
 class _Absent(ModuleType):
-    __path__: Sequence[str] = ()
+    __path__: MutableSequence[str] = []  # noqa: RUF012
     __version__ = "9.9.9"
 
     def __getattr__(self, name: str) -> Any:

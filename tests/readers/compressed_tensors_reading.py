@@ -49,7 +49,8 @@ def state_of(tensors: dict[str, Tensor], module: str) -> dict[str, Tensor]:
 
 def decompressed(compressor: Any, state: dict[str, Tensor], scheme: Any) -> Tensor:
     """Return the weight that a compressor makes of a module's tensors."""
-    return compressor.decompress(state, scheme)["weight"]
+    weight: Tensor = compressor.decompress(state, scheme)["weight"]
+    return weight
 
 
 def nvfp4_scheme() -> Any:

@@ -38,11 +38,8 @@ def replace_what_needs_a_gpu() -> None:
     from vllm.model_executor.layers.quantization import modelopt
     from vllm.model_executor.models import registry
 
-    class Platform(CpuPlatform):
-        def is_cuda_alike(self) -> bool:
-            return True
-
-    config.current_platform = Platform()
+    config.current_platform = CpuPlatform()
+    config.current_platform.is_cuda_alike = lambda: True
     registry._run_in_subprocess = lambda function: function()
     unquantized_fused_moe_method.select_unquantized_moe_backend = lambda **_: (UnquantizedMoeBackend.TRITON, None)
     modelopt.select_fp8_moe_backend = lambda **_: (Fp8MoeBackend.TRITON, None)

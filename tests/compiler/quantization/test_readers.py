@@ -232,7 +232,7 @@ KEPT = '[[quantization.rules]]\nroles = ["embedding", "moe.router", "mamba.*", "
 @pytest.mark.parametrize(
     ("rules", "told"),
     [
-        ("", ["SGLang rounds what W4A16_NVFP4 experts read", "llama.cpp's converter refuses NVFP4 of 80 inputs"]),
+        ("", ["SGLang rounds what W4A16_NVFP4 experts read", "llama.cpp's converter refuses NVFP4 of 32 inputs"]),
         ('[[quantization.rules]]\nroles = ["attention.*"]\nformat = "fp8"\n', ["llama.cpp may round"]),
         ('[[quantization.rules]]\nroles = ["moe.experts.*"]\nformat = "fp8"\n', ["Edge-LLM refuses experts in FP8"]),
         (
