@@ -70,7 +70,8 @@ def runs_something_else(difference: Difference, format_: str) -> bool:
     if format_ == "bf16":
         return False
     formats = {run for stored, run in difference.formats.values() if stored != "FP8"}
-    missing = [name for name in difference.unread if not name.endswith((".input_scale", "_latent_proj.weight"))]
+    elsewhere = (".input_scale", ".k_scale", ".v_scale", "_latent_proj.weight")
+    missing = [name for name in difference.unread if not name.endswith(elsewhere)]
     return bool(difference.refused or difference.wrong or missing or formats or difference.unusable)
 
 
