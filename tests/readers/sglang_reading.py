@@ -111,7 +111,8 @@ def algorithm_of(modules: dict[str, Any], place: str) -> str | None:
             return "W4A16_NVFP4"
         case modelopt_quant.ModelOptFp4LinearMethod() | modelopt_quant.ModelOptNvFp4FusedMoEMethod():
             return "NVFP4"
-    return None
+        case _:
+            return None
 
 
 if __name__ == "__main__":

@@ -126,7 +126,8 @@ def algorithm_of(modules: dict[str, Any], place: str) -> str | None:
             if method.spec.weight == modelopt.kFp8StaticTensorSym:
                 return "FP8"
             return "W4A16_NVFP4" if method.spec.activation is None else "NVFP4"
-    return None
+        case _:
+            return None
 
 
 if __name__ == "__main__":
