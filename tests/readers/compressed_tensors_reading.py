@@ -24,7 +24,7 @@ def read(folder: Path) -> Reading:
 
     tensors = tensors_of(folder)
     packed = [name.removesuffix(".weight") for name, tensor in tensors.items() if tensor.dtype == torch.uint8]
-    in_fp8 = [name.removesuffix(".weight") for name, tensor in tensors.items() if f"{name}_scale" in tensors]
+    in_fp8 = [name.removesuffix(".weight") for name in tensors if f"{name}_scale" in tensors]
     converter = ModelOptNvfp4Converter(targets=packed)
     converted = converter.validate({n: t for n, t in tensors.items() if n.rpartition(".")[0] in packed})
     reading = Reading({name: tensor for name, tensor in tensors.items() if not name.endswith(SCALES_OF_WEIGHTS)})
