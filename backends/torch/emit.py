@@ -17,7 +17,9 @@ from .engines import MegatronView, TitanView, engine_files
 
 TRAINING = (
     *("__init__.py", "trainer.py", "settings.py", "world.py", "parallelize.py", "collectives.py", "weights.py"),
-    *("data.py", "optimizer.py", "checkpointing.py", "metrics.py", "faults.py"),
+    *("data.py", "tokens.py", "sources.py", "file_kinds.py", "token_files.py", "token_cache.py"),
+    *("documents.py", "tokenizer.py", "chat.py"),
+    *("optimizer.py", "checkpointing.py", "metrics.py", "faults.py"),
 )
 """The parts of train.py, in the folder `training` of the package."""
 
