@@ -14,7 +14,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from .generated import imported, tiny_spec, write_generated
 
 VOCABULARY = 512
-DOCUMENTS = [f"Document {n}: {'the quick brown fox jumps over the lazy dog. ' * (n % 5 + 1)}Grüße, 東京!" for n in range(40)]
+DOCUMENTS = [
+    f"Document {n}: {'the quick brown fox jumps over the lazy dog. ' * (n % 5 + 1)}Grüße, 東京!" for n in range(40)
+]
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 END = SPECIAL.index("</s>")
 

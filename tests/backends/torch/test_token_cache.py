@@ -67,9 +67,7 @@ def test_by_content(train: Any, lines: Path, capsys: pytest.CaptureFixture[str])
     assert entries(data) == sorted(set(contents)) and len(set(contents)) == len(changes) + 1
 
 
-def test_made_once_by_threads_that_ask_together(
-    train: Any, lines: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_made_once_by_threads_that_ask_together(train: Any, lines: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with ThreadPoolExecutor(4) as pool:
         counts = {tokens.count for tokens in pool.map(lambda _: opened(train, lines), range(4))}
     assert len(counts) == 1 and capsys.readouterr().err.count("making tokens of") == 1
@@ -112,7 +110,7 @@ def test_a_file_that_changes_meanwhile(train: Any, lines: Path, monkeypatch: pyt
 
 
 def test_too_many_tokens(train: Any, lines: Path) -> None:
-    with pytest.raises(train.settings.TrainError, match="more than 1e-06 GB of tokens for .*: --token-cache-gb allows"):
+    with pytest.raises(train.settings.TrainError, match=r"more than 1e-06 GB of tokens for .*: --token-cache-gb"):
         opened(train, lines, "--token-cache-gb", "1e-6")
     assert entries(lines) == []
 

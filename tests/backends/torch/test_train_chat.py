@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,12 @@ TAGGED = (
 )
 # Thoughts of turns before the last question are left out, as Nemotron's and Qwen's templates do.
 THINKING = (
-    "{%- set at = namespace(last=0) %}{% for message in messages if message.role == 'user' %}"
-    "{%- endfor %}{% for message in messages %}{% if message.role == 'user' %}{% set at.last = loop.index0 %}{% endif %}"
-    "{% endfor %}{%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
-    "{%- if message.reasoning_content and loop.index0 > at.last %}{{ '<think>' + message.reasoning_content + '</think>' }}"
-    "{% endif %}{{ message.content + '<|im_end|>\n' }}{% endfor -%}"
+    "{%- set at = namespace(last=0) %}{% for message in messages %}"
+    "{%- if message.role == 'user' %}{% set at.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
+    "{%- if message.reasoning_content and loop.index0 > at.last %}"
+    "{{ '<think>' + message.reasoning_content + '</think>' }}{% endif %}"
+    "{{ message.content + '<|im_end|>\n' }}{% endfor -%}"
     "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 CHATS: list[list[dict[str, Any]]] = [
@@ -79,7 +81,7 @@ def opened(train: Any, data: Path, tokenizer: Path, out: Path) -> list[tuple[lis
     given = ["--tokenizer", str(tokenizer), "--messages-field", "messages"]
     tokens = train.sources.open_tokens(data, settings_of(train, data, out, *given))
     bounds = [0, *tokens.ends.tolist()]
-    windows = [tokens.window(start, end - start) for start, end in zip(bounds, bounds[1:], strict=False)]
+    windows = [tokens.window(start, end - start) for start, end in pairwise(bounds)]
     return [(w.ids.tolist(), w.labels[w.labels != -100].tolist()) for w in windows]
 
 
@@ -181,7 +183,7 @@ def test_hostile_templates(train: Any, tmp_path: Path, template: str) -> None:
     """They run in jinja2's sandbox."""
     tokenizer_of(tmp_path / "tokenizer", template + "{% generation %}{% endgeneration %}")
     data = write(tmp_path / "chats.jsonl", [{"messages": CHATS[0]}])
-    with pytest.raises(train.settings.TrainError, match="row 1: the chat template says: |holds no tokens"):
+    with pytest.raises(train.settings.TrainError, match=r"row 1: the chat template says: |holds no tokens"):
         opened(train, data, tmp_path / "tokenizer", tmp_path)
 
 

@@ -7,7 +7,6 @@ import gzip
 import json
 import lzma
 import os
-import struct
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
@@ -174,68 +173,6 @@ def test_token_files_of_a_type(train: Any, tmp_path: Path, kind: str) -> None:
     tokens = opened(train, tmp_path / "ids.bin", tmp_path, "--dtype", kind)
     assert tokens.read(0, 100).tolist() == ids.tolist()
     assert tokens.opened == f"{tmp_path}/ids.bin: 1 file of token ids, 100 tokens ({kind})"
-
-
-def megatron(prefix: Path, documents: list[list[list[int]]], code: int = 8, dtype: str = "<u2") -> None:
-    """Write documents of sequences of ids as Megatron-core's IndexedDatasetBuilder does."""
-    sequences = [ids for document in documents for ids in document]
-    data = [np.array(ids, dtype) for ids in sequences]
-    prefix.with_suffix(".bin").write_bytes(b"".join(array.tobytes() for array in data))
-    offsets = [0, *accumulate(array.nbytes for array in data)][: len(data)]
-    firsts = [0, *accumulate(len(document) for document in documents)]
-    header = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, len(sequences), len(firsts))
-    arrays = (np.array([*map(len, data)], "<i4"), np.array(offsets, "<i8"), np.array(firsts, "<i8"))
-    prefix.with_suffix(".idx").write_bytes(header + b"".join(array.tobytes() for array in arrays))
-
-
-MEGATRON = [[[1, 2, 3], [4, 5]], [[6]], [[7, 8, 9, 10], [11] * 9]]
-
-
-@pytest.mark.parametrize(("code", "dtype"), [(1, "<u1"), (8, "<u2"), (4, "<i4"), (5, "<i8")])
-def test_megatron(train: Any, tmp_path: Path, code: int, dtype: str) -> None:
-    """By the prefix that Megatron takes, either file, or a folder; documents of several sequences."""
-    megatron(tmp_path / "one", MEGATRON, code, dtype)
-    for name in ("one", "one.bin", "one.idx", "."):
-        tokens = opened(train, tmp_path / name, tmp_path / "out")
-        assert tokens.read(0, 19).tolist() == [i for document in MEGATRON for ids in document for i in ids]
-        assert tokens.ends.tolist() == [5, 6, 19] and "1 file of token ids, 3 documents, 19 tokens" in tokens.opened
-
-
-def test_megatron_in_several_files(train: Any, tmp_path: Path) -> None:
-    megatron(tmp_path / "a", MEGATRON)
-    megatron(tmp_path / "b", MEGATRON[:2])
-    np.save(tmp_path / "c.npy", np.arange(4))
-    tokens = opened(train, tmp_path, tmp_path / "out")
-    assert tokens.ends.tolist() == [5, 6, 19, 24, 25, 29]
-    window = tokens.window(3, 18)  # from inside the first document into the fourth
-    assert window.documents.tolist() == [0, 0, 1, *[2] * 13, 3, 3]
-    assert window.labels is window.ids
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda data: b"MMIDIDX\x00\x01" + data[9:], "is no index of Megatron's version 1"),
-        (lambda data: data[:9] + struct.pack("<Q", 2) + data[17:], "is no index of Megatron's version 1"),
-        (lambda data: data[:17] + b"\x07" + data[18:], "has type 7, which is none of tokens"),
-        (lambda data: data[:-8], "is not as long as 5 sequences and 4 bounds"),
-        (lambda data: data[:18] + struct.pack("<Q", 1 << 60) + data[26:], "is not as long as 1152921504606846976"),
-        (lambda data: data[:34] + struct.pack("<i", -3) + data[38:], "is not the index of one.bin"),
-        (lambda data: data[:34] + struct.pack("<i", 4) + data[38:], "is not the index of one.bin"),
-        (lambda data: data[:-8] + struct.pack("<q", 99), "is not the index of one.bin"),
-        (lambda data: data[:-16] + struct.pack("<qq", -1, 5), "is not the index of one.bin"),
-    ],
-)
-def test_damaged_megatron(train: Any, tmp_path: Path, change: Any, message: str) -> None:
-    megatron(tmp_path / "one", MEGATRON)
-    index = tmp_path / "one.idx"
-    index.write_bytes(change(index.read_bytes()))
-    with pytest.raises(train.settings.TrainError) as error:
-        opened(train, tmp_path / "one", tmp_path / "out")
-    assert message in str(error.value) and error.value.code == 6
-
-
-ARROW_ERRORS = "Magic bytes|Arrow|Parquet|Invalid|stream|Unexpected|too small|Expected"
 
 
 @pytest.mark.parametrize(

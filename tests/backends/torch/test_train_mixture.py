@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from .data_files import DOCUMENTS, make_tokenizer, program, settings_of
 
@@ -70,32 +72,38 @@ def test_what_is_held_out(train: Any, mixture: Path, tmp_path: Path) -> None:
     assert not set(sequences(data, 2000)) & set(kept)
     with pytest.raises(IndexError):
         held_out.read(held_out.per_epoch)
-    _, other = train.data.open_data(settings_of(train, mixture, tmp_path, "--val-every", "1", "--val-data", str(mixture)))
+    _, other = train.data.open_data(
+        settings_of(train, mixture, tmp_path, "--val-every", "1", "--val-data", str(mixture))
+    )
     assert other.per_epoch == 55
 
 
-def run(train: Any, mixture: Path, out: Path, *more: str) -> list[dict[str, Any]]:
-    given = ["--data", str(mixture), "--out", str(out), "--steps", "6", "--batch-size", "4", "--seq-len", "16"]
-    assert train.train.main([*given, "--save-every", "2", "--val-every", "0", *more]) == 0
+def start(train: Any, data: Path, out: Path, *more: str) -> int:
+    """Train for 6 steps, and return the exit code."""
+    given = ["--data", str(data), "--out", str(out), "--steps", "6", "--batch-size", "4", "--seq-len", "16"]
+    code: int = train.train.main([*given, "--save-every", "2", "--val-every", "0", *more])
+    return code
+
+
+def run(train: Any, data: Path, out: Path, *more: str) -> list[tuple[int, float, float]]:
+    """Train, and return step, loss and norm of the gradient of each step."""
+    assert start(train, data, out, *more) == 0
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: line[name] for name in ("step", "loss", "grad_norm")} for line in lines]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
 
 
 def test_goes_on_to_the_same_bits(
     train: Any, mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """But not with other weights, or other data."""
-    whole = run(train, mixture, tmp_path / "whole")
+    steady = ["--decay", "0"]
+    whole = run(train, mixture, tmp_path / "whole", *steady)
     said = capsys.readouterr().err
     assert f"52.63% of {tmp_path}/0.npy: 1 file of token ids, 160 tokens (int64)" in said
-    run(train, mixture, tmp_path / "parts", "--steps", "2", "--decay", "0")
-    whole_flat = run(train, mixture, tmp_path / "flat", "--decay", "0")
-    assert run(train, mixture, tmp_path / "parts", "--decay", "0", "--resume") == whole_flat
-    assert [line["step"] for line in whole] == [1, 2, 3, 4, 5, 6]
+    run(train, mixture, tmp_path / "parts", *steady, "--steps", "2")
+    assert run(train, mixture, tmp_path / "parts", *steady, "--resume") == whole
     mixture.write_text(mixture.read_text().replace("weight = 5", "weight = 6"))
-    given = ["--data", str(mixture), "--out", str(tmp_path / "parts"), "--steps", "9", "--batch-size", "4"]
-    given += ["--seq-len", "16", "--save-every", "2", "--val-every", "0", "--decay", "0", "--resume"]
-    assert train.train.main(given) == 6
+    assert start(train, mixture, tmp_path / "parts", *steady, "--steps", "9", "--resume") == 6
     assert "is of other data: sources [[160, 5263]" in capsys.readouterr().err
 
 
@@ -109,10 +117,7 @@ def test_goes_on_with_the_same_text_only(train: Any, tmp_path: Path, capsys: pyt
     run(train, tmp_path / "a.jsonl", tmp_path / "out", *given, "--steps", "2")
     run(train, tmp_path / "b.jsonl", tmp_path / "out", *given, "--steps", "3", "--resume")
     (tmp_path / "b.jsonl").write_text("\n".join(reversed(lines)))
-    assert train.train.main(
-        ["--data", str(tmp_path / "b.jsonl"), "--out", str(tmp_path / "out"), "--steps", "4", "--batch-size", "4"]
-        + ["--seq-len", "16", "--save-every", "2", "--val-every", "0", "--resume", *given]
-    ) == 6
+    assert start(train, tmp_path / "b.jsonl", tmp_path / "out", *given, "--steps", "4", "--resume") == 6
     assert "is of other data: contents " in capsys.readouterr().err
 
 
@@ -136,12 +141,10 @@ def test_sources_of_different_kinds(train: Any, mixture: Path, tmp_path: Path) -
 
 def test_separators_and_known_ends(train: Any) -> None:
     """A document ends where either says so."""
-    import torch
-
     ids = torch.tensor([7, 3, 5, 5, 3, 1])
     window = train.tokens.Window(ids, ids, torch.tensor([0, 0, 0, 1, 1, 1], dtype=torch.int32))
     documents = train.data.Batch.of([window], 3).documents[0].tolist()
-    assert [a != b for a, b in zip(documents, documents[1:], strict=False)] == [False, True, True, False, True]
+    assert [a != b for a, b in pairwise(documents)] == [False, True, True, False, True]
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,17 @@
 
 PATH is one of
 
-    file.npy      token ids, one-dimensional: uint8, uint16, uint32, int32 or int64; memory-mapped
-    file.bin      token ids and nothing else, little-endian: uint16, or uint32 for a vocabulary of
-                  more than 65,536; memory-mapped
-    any file      its bytes are the tokens (a vocabulary of at least 256); memory-mapped from 1 MiB
-                  on
-    a folder      its .npy and .bin files, or, where it has none, the bytes of all its files, in
-                  the order of their paths; hidden files are left out
+    file.npy      token ids, one-dimensional: uint8, uint16, uint32, int32 or int64
+    file.bin      token ids and nothing else, little-endian, of --dtype (uint16, or uint32 for a
+                  vocabulary of more than 65,536); with file.idx beside it, Megatron's
+    .jsonl, .parquet, .arrow, .jsonl.gz (.zst, .bz2, .xz), a folder of save_to_disk
+                  documents in --text-field, or conversations in --messages-field
+    other files   text, by --tokenizer; bytes with --data-format bytes, or where the vocabulary
+                  is 256
+    a folder      its files of one of these kinds, in the order of their paths
+    file.toml     a mixture: tables [[source]] with path, weight and the options above
+
+Text of every kind becomes tokens once, in --token-cache (DIR/tokens).
 
 DIR gets metrics.jsonl (a line a step), checkpoints/step-<n>/ and, at the end, export/: weights in
 the released layout. The same settings give the same run, whatever the number of processes, but
@@ -47,10 +51,10 @@ from tiny_test.training.world import World
 
 def train(settings: Settings, world: World) -> int:
     """Train to the last step or to a signal, and return the exit code."""
+    trainer = Trainer(settings, world)  # which may take long: a signal ends it at once
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _frame: asked.append(received))
-    trainer = Trainer(settings, world)
     metrics = Metrics(settings, world, trainer.step)
     try:
         return steps(trainer, metrics, asked)

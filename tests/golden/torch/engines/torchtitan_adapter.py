@@ -49,10 +49,11 @@ from torchtitan.trainer import Trainer
 from tiny.checkpoint import on_disk, save_checkpoint
 from tiny.model import Config, Model, Output
 from tiny.numerics import emulate
-from tiny.training.data import Tokens, Windows, documents_of
+from tiny.training.data import Batch, Windows
 from tiny.training.metrics import FLOPS_PER_TOKEN, FLOPS_PER_TOKEN_OF_CONTEXT
 from tiny.training.parallelize import Meshes, clip_gradients, parallelize
 from tiny.training.settings import Settings
+from tiny.training.sources import open_tokens
 from tiny.training.weights import fresh, from_checkpoint
 
 
@@ -203,6 +204,9 @@ class Data(BaseDataLoader):
         seed: int = Settings.seed
         val_fraction: float = Settings.val_fraction  # kept out of training
         document_separator: int = Settings.document_separator
+        tokenizer: str = Settings.tokenizer
+        text_field: str = Settings.text_field
+        token_cache: str = "outputs/tokens"
 
     def __init__(
         self,
@@ -216,7 +220,11 @@ class Data(BaseDataLoader):
     ) -> None:
         if config.dataset_path is None:
             raise ValueError("--dataloader.dataset-path is missing")
-        tokens = Tokens(Path(config.dataset_path), Config().vocab_size)
+        names = ("document_separator", "tokenizer", "text_field", "token_cache")
+        options = {name: getattr(config, name) for name in names}
+        tokens = open_tokens(
+            Path(config.dataset_path), Settings(config.dataset_path, "", 0, **options)
+        )
         stop = tokens.count - int(tokens.count * config.val_fraction) // seq_len * seq_len
         self.windows = Windows(tokens, 0, stop, seq_len, config.seed)
         if not self.windows.per_epoch:
@@ -228,11 +236,13 @@ class Data(BaseDataLoader):
 
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         while True:
-            ids = torch.stack([self.windows.shuffled(self.read + row) for row in self.mine])
+            windows = [self.windows.shuffled(self.read + row) for row in self.mine]
+            batch = Batch.of(windows, self.separator)
+            ids, documents = batch.ids, batch.documents
             self.read += self.batch_size
             labels = ids.roll(-1, dims=1)
             labels[:, -1] = IGNORE_INDEX
-            inputs, documents = {"input": ids}, documents_of(ids, self.separator)
+            inputs = {"input": ids}
             if documents is not None:
                 inputs["document_ids"] = documents
                 labels[:, :-1][documents[:, 1:] != documents[:, :-1]] = IGNORE_INDEX

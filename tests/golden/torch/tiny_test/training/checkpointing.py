@@ -51,13 +51,12 @@ class Checkpoints:
         folder: Path,
         keep: int,
         world: World,
-        train_tokens: int,
+        data: Mapping[str, Any],
         rules: Mapping[str, str | bool],
     ) -> None:
         self.folder, self.keep, self.world = folder, keep, world
         self.rules = dict(rules)  # of the spec's training numerics; none where they are not used
-        # How many there are decides the order of the data, and settings of validation decide it.
-        self.data = {"train_tokens": train_tokens}
+        self.data = dict(data)  # what the order of the data follows from
         self.unfinished: Unfinished | None = None
         # Of its own: its messages must not meet those of the steps that run meanwhile.
         self.group = dist.new_group(backend="gloo") if world.many else None
@@ -188,7 +187,7 @@ def require_same(
     path: Path,
     about: dict[str, Any],
     settings: Settings,
-    data: dict[str, int],
+    data: dict[str, Any],
     rules: dict[str, str | bool],
 ) -> None:
     """Raise TrainError where a checkpoint is of another architecture or of another run."""

@@ -21,6 +21,8 @@ import torch
 from ..model import Config
 
 NUMERICS = ("float32", "bf16", "bf16-split", "nvfp4")
+DATA_FORMATS = ("auto", "tokens", "jsonl", "parquet", "arrow", "text", "bytes")
+DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")  # of tokens
 KINDS = ["mamba2", "moe", "attention", "mlp"]  # of mixers
 MOST_SETTINGS = 1 << 16  # bytes
 MOST_SEQUENCES = 1 << 20  # of a step
@@ -44,13 +46,23 @@ def option(default: Any, text: str) -> Any:
 class Settings:
     """One command-line option each, `--batch-size` for `batch_size`; --settings reads a TOML."""
 
-    data: str = option(MISSING, "tokens or text to learn: see below")
+    data: str = option(MISSING, "tokens, text or a mixture to learn: see below")
     out: str = option(MISSING, "folder of metrics, checkpoints and the exported weights")
     steps: int = option(MISSING, "optimizer steps in all")
     batch_size: int = option(16, "sequences of a step, over all processes")
     seq_len: int = option(256, "tokens of a sequence")
     accumulation: int = option(1, "parts of a step's batch that are run one after the other")
     document_separator: int = option(-1, "token that ends a document; nothing passes it (-1: none)")
+
+    tokenizer: str = option("", "folder of the checkpoint's tokenizer.json, for text of any kind")
+    data_format: str = option("auto", "of --data: tokens, jsonl, parquet, arrow, text, or bytes")
+    text_field: str = option("text", "field of JSON lines, Parquet and Arrow that is learned")
+    messages_field: str = option("", "field of conversations; the assistant's tokens are learned")
+    dtype: str = option("", "type of a .bin: uint8, uint16, uint32, int32, int64")
+    document_boundaries: bool = option(True, "nothing passes the ends of documents that data know")
+    token_cache: str = option("", "folder of the tokens made of text, which runs may share")
+    token_cache_gb: float = option(100.0, "most that it holds; what is not used for longest goes")
+
     seed: int = option(0, "seed of the fresh weights and of the order of the data")
     weights: str = option("", "released checkpoint to start from, instead of fresh weights")
     numerics: str = option("", "float32, bf16 (autocast), bf16-split (see optimizer.py) or nvfp4")
@@ -91,6 +103,7 @@ class Settings:
 # many tokens as before is checked by their number.
 FREE_TO_CHANGE = {
     *("data", "out", "steps", "weights", "resume", "save_every", "keep", "async_checkpoints"),
+    *("tokenizer", "token_cache", "token_cache_gb"),  # whose tokens are compared
     "export_dtype",
     *("expert_parallel", "tensor_parallel", "activation_checkpointing", "compile"),
     "tensorboard",
@@ -196,6 +209,11 @@ def impossible(settings: Settings) -> list[str]:
     if not -1 <= settings.document_separator < config.vocab_size:
         separator = f"--document-separator {settings.document_separator}"
         problems.append(f"{separator} is not from -1 to {config.vocab_size - 1}")
+    if settings.data_format not in DATA_FORMATS:
+        formats = ", ".join(DATA_FORMATS)
+        problems.append(f"--data-format {settings.data_format} is none of {formats}")
+    if settings.dtype not in ("", *DTYPES):
+        problems.append(f"--dtype {settings.dtype} is none of {', '.join(DTYPES)}")
     if settings.numerics not in NUMERICS:
         problems.append(f"--numerics {settings.numerics} is none of {', '.join(NUMERICS)}")
     if settings.numerics == "bf16-split" and "RANK" in os.environ:
