@@ -209,6 +209,7 @@ def test_no_data(train: Any, tmp_path: Path, name: str, content: bytes | None, c
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"body": "x"}', "row 1: there is no text, but body: --text-field names the field"),
+        ("a.jsonl", '{"\\u001b[2J\\u202e": "x"}', r"there is no text, but \x1b[2J\u202e: --text-field names"),
         ("a.jsonl", '{"text": "x"}\n{"text": 3}', "row 2: text is no text, but int"),
         ("a.jsonl", '{"text": "x"}\n{"text":', "row 2: no JSON: Expecting value"),
         ("a.json", '[{"text": "x"}]', "row 1: no JSON object; files of JSON have one in each line"),

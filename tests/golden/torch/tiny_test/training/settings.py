@@ -33,7 +33,9 @@ class TrainError(Exception):
     """What the user should know, and the exit code."""
 
     def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
+        # Names in it may come from data: no control character of theirs reaches the terminal.
+        shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+        super().__init__("".join(shown))
         self.code = code
 
 
