@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ END = SPECIAL.index("</s>")
 
 
 @contextmanager
-def program(folder: Path, vocab_size: int = VOCABULARY) -> Iterator[Any]:
+def program(folder: Path, vocab_size: int = VOCABULARY) -> Generator[Any]:
     """Import the generated training program of a small model."""
     spec = tiny_spec("M*", mtp=None)
     write_generated(replace(spec, model=replace(spec.model, vocab_size=vocab_size)), folder)

@@ -65,23 +65,26 @@ def test_megatron_in_several_files(train: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("at", "new", "message"),
     [
-        (lambda data: b"MMIDIDX\x00\x01" + data[9:], "is no index of Megatron's version 1"),
-        (lambda data: data[:9] + struct.pack("<Q", 2) + data[17:], "is no index of Megatron's version 1"),
-        (lambda data: data[:17] + b"\x07" + data[18:], "has type 7, which is none of tokens"),
-        (lambda data: data[:-8], "is not as long as 5 sequences and 4 bounds"),
-        (lambda data: data[:18] + struct.pack("<Q", 1 << 60) + data[26:], "is not as long as 1152921504606846976"),
-        (lambda data: data[:34] + struct.pack("<i", -3) + data[38:], "is not the index of one.bin"),
-        (lambda data: data[:34] + struct.pack("<i", 4) + data[38:], "is not the index of one.bin"),
-        (lambda data: data[:-8] + struct.pack("<q", 99), "is not the index of one.bin"),
-        (lambda data: data[:-16] + struct.pack("<qq", -1, 5), "is not the index of one.bin"),
+        (7, b"\x00\x01", "is no index of Megatron's version 1"),
+        (9, struct.pack("<Q", 2), "is no index of Megatron's version 1"),
+        (17, b"\x07", "has type 7, which is none of tokens"),
+        (-8, b"", "is not as long as 5 sequences and 4 bounds"),
+        (18, struct.pack("<Q", 1 << 60), "is not as long as 1152921504606846976"),
+        (34, struct.pack("<i", -3), "is not the index of one.bin"),
+        (34, struct.pack("<i", 4), "is not the index of one.bin"),
+        (-8, struct.pack("<q", 99), "is not the index of one.bin"),
+        (-16, struct.pack("<qq", -1, 5), "is not the index of one.bin"),
     ],
 )
-def test_damaged_megatron(train: Any, tmp_path: Path, change: Any, message: str) -> None:
+def test_damaged_megatron(train: Any, tmp_path: Path, at: int, new: bytes, message: str) -> None:
+    """Other bytes at a place of the index, or none from it on, are told."""
     megatron(tmp_path / "one", MEGATRON)
     index = tmp_path / "one.idx"
-    index.write_bytes(change(index.read_bytes()))
+    old = index.read_bytes()
+    at %= len(old)
+    index.write_bytes(old[:at] + new + (old[at + len(new) :] if new else b""))
     with pytest.raises(train.settings.TrainError) as error:
         opened(train, tmp_path / "one", tmp_path / "out")
     assert message in str(error.value) and error.value.code == 6

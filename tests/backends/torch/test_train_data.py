@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import os
+import sys
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
@@ -106,7 +107,7 @@ def test_documents(train: Any, folder: Path, tokenizer: Tokenizer, tmp_path: Pat
     assert tokens.ends.tolist() == ends
     said = f"{folder / name}: {kind}, 40 documents, {len(ids):,} tokens (uint16, by {folder}/tokenizer, token 2 ends"
     assert tokens.opened.startswith(said)
-    assert tokens.opened.endswith("2 other files left out") == (name == "parquets")
+    assert tokens.opened.endswith("files of other kinds left out: 2") == (name == "parquets")
 
 
 def test_what_a_dataset_selected(train: Any, folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -280,9 +281,9 @@ def test_packages_that_only_some_data_need(
     train: Any, folder: Path, tmp_path: Path, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Token files need none of them; where one is missing, its name is said."""
-    for module in [name for name in os.sys.modules if name.partition(".")[0] == package]:
-        monkeypatch.setitem(os.sys.modules, module, None)
-    monkeypatch.setitem(os.sys.modules, package, None)
+    for module in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, package, None)
     given = ["--tokenizer", str(folder / "tokenizer")]
     with pytest.raises(train.settings.TrainError, match=f"needs the package {package}") as error:
         opened(train, folder / "table.parquet", tmp_path, *given)

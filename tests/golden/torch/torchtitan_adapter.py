@@ -204,7 +204,7 @@ class Data(BaseDataLoader):
         seed: int = Settings.seed
         val_fraction: float = Settings.val_fraction  # kept out of training
         document_separator: int = Settings.document_separator
-        tokenizer: str = Settings.tokenizer
+        tokenizer_folder: str = ""  # --tokenizer; torchtitan has a `tokenizer` of its own
         text_field: str = Settings.text_field
         token_cache: str = "outputs/tokens"
 
@@ -220,11 +220,16 @@ class Data(BaseDataLoader):
     ) -> None:
         if config.dataset_path is None:
             raise ValueError("--dataloader.dataset-path is missing")
-        names = ("document_separator", "tokenizer", "text_field", "token_cache")
-        options = {name: getattr(config, name) for name in names}
-        tokens = open_tokens(
-            Path(config.dataset_path), Settings(config.dataset_path, "", 0, **options)
+        settings = Settings(
+            data=config.dataset_path,
+            out="",
+            steps=0,
+            document_separator=config.document_separator,
+            tokenizer=config.tokenizer_folder,
+            text_field=config.text_field,
+            token_cache=config.token_cache,
         )
+        tokens = open_tokens(Path(config.dataset_path), settings)
         stop = tokens.count - int(tokens.count * config.val_fraction) // seq_len * seq_len
         self.windows = Windows(tokens, 0, stop, seq_len, config.seed)
         if not self.windows.per_epoch:

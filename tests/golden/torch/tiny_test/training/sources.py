@@ -92,7 +92,7 @@ def tokenized(found: Found, settings: Settings) -> Tokens:
 
     def make() -> Iterator[Encoded]:
         size = sum(size for size, _ in stamps) / 1e9
-        words = f"{found.path} ({len(found.files)} files, {size:.3g} GB)"
+        words = f"{found.path} ({files_of(found)}, {size:.3g} GB)"
         print(f"making tokens of {words} in {folder}", file=sys.stderr, flush=True)
         yield from documents.encode()
         if stamps != [stamp(file) for file in found.files]:
@@ -182,9 +182,13 @@ def stamp(file: Path) -> tuple[int, int]:
 
 def described(found: Found, tokens: int, how: str, ends: Tensor | None = None) -> str:
     """Return what was opened, in words."""
-    files = f"{len(found.files):,} file{'s' if len(found.files) != 1 else ''}"
-    words = [f"{files} of {KINDS[found.kind]}"]
+    words = [f"{files_of(found)} of {KINDS[found.kind]}"]
     words += [] if ends is None else [f"{len(ends):,} documents"]
     words += [f"{tokens:,} tokens ({how})"]
-    words += [f"{found.left_out:,} other files left out"] if found.left_out else []
+    words += [f"files of other kinds left out: {found.left_out:,}"] if found.left_out else []
     return f"{found.path}: {', '.join(words)}"
+
+
+def files_of(found: Found) -> str:
+    """Return how many files there are, in words."""
+    return f"{len(found.files):,} file{'s' if len(found.files) != 1 else ''}"
