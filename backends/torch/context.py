@@ -20,6 +20,7 @@ from n3c.specs.blocks import ATTENTION, BY_SYMBOL, GENERAL_LETTERS, KINDS, MAMBA
 from n3c.specs.pattern import Pattern
 from n3c.specs.schema import Spec
 
+from .gpus import PEAK_TFLOPS
 from .numerics import training_formats
 
 MODULE = re.compile(r"[a-z_]+(\.[a-z0-9_]+)*")
@@ -114,6 +115,10 @@ class SpecView:
     """(module, format) of [training]."""
     one_dimensional: bool
     parallel: ParallelView
+    roles: tuple[tuple[str, str], ...]
+    """(module of a mixer, role)."""
+    peak_tflops: tuple[tuple[str, str], ...]
+    """(words of a GPU's name, dense BF16 TFLOP/s)."""
     flops_per_token: str
     flops_per_token_of_context: str
 
@@ -162,6 +167,8 @@ def spec_view(spec: Spec, spec_sha256: str, flops_per_token: tuple[int, int]) ->
         formats=tuple((_matching(MODULE, name, "training"), format_) for name, format_ in training_formats(spec)),
         one_dimensional=spec.training is not None and spec.training.block == (1, 16),
         parallel=_parallel(uses, shared),
+        roles=_roles(spec, blocks),
+        peak_tflops=tuple((words, _literal(tflops, "gpus")) for words, tflops in PEAK_TFLOPS),
         flops_per_token=_literal(flops_per_token[0], "flops"),
         flops_per_token_of_context=_literal(flops_per_token[1], "flops"),
     )
@@ -224,6 +231,16 @@ def _parallel(uses: Uses, shared: bool) -> ParallelView:
     names = tuple(name for name, used in classes.items() if used)
     imported = sorted(["Config", "Model", *names], key=lambda name: (not name.isupper(), name))  # as isort
     return ParallelView(names, tuple(name for name, used in sizes.items() if used), tuple(imported))
+
+
+def _roles(spec: Spec, blocks: Sequence[BlockKind]) -> tuple[tuple[str, str], ...]:
+    """Return (module of a mixer, role) of every weight that a mixer has; stacked experts are one module."""
+    found = [
+        (module.name.replace(".{}", ""), module.role)
+        for kind in blocks
+        for module, _ in kind.present(getattr(spec, kind.table))
+    ]
+    return (*found, *((name, "mamba.ssm") for name in ("A_log", "D", "dt_bias") if MAMBA in blocks))
 
 
 def _moe_parts(moe: Moe) -> MoeParts:

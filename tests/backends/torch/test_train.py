@@ -175,18 +175,21 @@ def one(folder: Path) -> Path:
     return folder / "one"
 
 
-def assert_same_run(ours: Path, theirs: Path) -> None:
-    """Compare losses and every exported weight to 1e-5."""
+def assert_same_run(ours: Path, theirs: Path, bound: float = 1e-5) -> None:
+    """Compare losses and every exported weight."""
     assert len(metrics(ours)) == len(metrics(theirs)) == 4
     for line, other in zip(without_speed(ours), without_speed(theirs), strict=True):
         assert line.keys() == other.keys() and line["expert_load"] == other["expert_load"]
         for name in ("loss", "mtp_loss", "balance_loss", "val_loss", "val_mtp_loss"):
-            assert line.get(name) == pytest.approx(other.get(name), abs=1e-5)
-        assert line["grad_norm"] == pytest.approx(other["grad_norm"], abs=1e-4)
-    left, right = weights(ours), weights(theirs)
+            assert line.get(name) == pytest.approx(other.get(name), abs=bound)
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], abs=10 * bound)
+    assert_same_weights(weights(ours), weights(theirs), bound)
+
+
+def assert_same_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], bound: float) -> None:
     assert left.keys() == right.keys()
     for name, weight in left.items():
-        torch.testing.assert_close(weight, right[name], rtol=0, atol=1e-5, msg=name)
+        torch.testing.assert_close(weight, right[name], rtol=0, atol=bound, msg=name)
 
 
 def goes_on_in_one(folder: Path, out: Path) -> Path:
@@ -214,6 +217,28 @@ def test_two_processes_equal_one(folder: Path, one: Path, options: list[str], re
     assert_same_run(one, two)
     if "--accumulation" not in options:  # which is not free to change
         assert_same_run(one, goes_on_in_one(folder, two))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[], pytest.param(["--expert-parallel", "2"], marks=pytest.mark.slow), ["--tensor-parallel", "2"]],
+    ids=["data", "expert", "tensor"],
+)
+def test_muon_average_and_frozen_weights_in_two_processes(
+    folder: Path, options: list[str], request: pytest.FixtureRequest
+) -> None:
+    """Matrices in parts are gathered for Muon; averages and frozen weights lie in parts, too.
+
+    Muon's iteration in bfloat16 turns other last bits of a gradient into a hundredth of an update.
+    """
+    given = [*SHORT, "--optimizer", "muon", "--ema", "0.5", "--freeze", "embedding,moe.router"]
+    one, two = folder / "muon_one", folder / f"muon_{request.node.callspec.id}"
+    if not one.exists():
+        run(folder, one, *given)
+    run(folder, two, *given, *options, processes=2)
+    assert_same_run(one, two, bound=1e-4)
+    averages = [load_file(out / "export_ema" / "model.safetensors") for out in (one, two)]
+    assert_same_weights(*averages, bound=1e-4)
 
 
 @pytest.mark.parametrize(("kv_heads", "processes"), [(1, 2), pytest.param(2, 4, marks=pytest.mark.slow)])

@@ -183,7 +183,14 @@ def test_empty_folder(train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--seed", "-1"], "--seed -1 is not from 0"),
         (["--seed", str(1 << 63)], "is not from 0 to 9223372036854775807"),
         (["--batch-size", str(1 << 40)], "--batch-size 1099511627776 is more than 1048576"),
-        (["--warmup", "0.9"], "--warmup and --decay together"),
+        (["--warmup", "0.9"], "--warmup and --decay must fit into --steps"),
+        (["--warmup", "3"], "--warmup and --decay must fit into --steps"),
+        (["--schedule", "step"], "--schedule step is none of wsd, cosine, linear"),
+        (["--optimizer", "muon", "--numerics", "bf16-split"], "--optimizer muon cannot be combined with"),
+        (["--train", "mtp.*"], "--train mtp.*: no weight has such a role; there are attention.k_proj"),
+        (["--freeze", "moe.gate"], "--freeze moe.gate: no weight has such a role"),
+        (["--freeze", "*"], "--train and --freeze leave nothing to train"),
+        (["--ema", "1"], "--ema must be less than 1"),
         (["--document-separator", "256"], "--document-separator 256 is not from -1 to 255"),
         (
             ["--compile", "--activation-checkpointing", "--tensor-parallel", "2"],
@@ -257,7 +264,7 @@ def test_blocks_that_are_computed_twice(train: Any, text: Path, tmp_path: Path, 
 def test_an_earlier_run_is_not_mixed_in(
     train: Any, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = arguments(text, tmp_path / "out")
+    given = arguments(text, tmp_path / "out", "--keep", "1")
     assert train.train.main(given) == 0
     assert "add --resume, or choose another --out" in failure(train, capsys, 6, *given)
     assert "lr 0.001, now 0.5" in failure(train, capsys, 6, *given, "--resume", "--lr", "0.5")
@@ -284,7 +291,7 @@ def test_an_earlier_run_is_not_mixed_in(
 def test_a_checkpoint_that_is_damaged(
     train: Any, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, message: str
 ) -> None:
-    given = arguments(text, tmp_path / "out")
+    given = arguments(text, tmp_path / "out", "--keep", "1")
     assert train.train.main(given) == 0
     about = tmp_path / "out" / "checkpoints" / "step-000000002" / "train.json"
     about.write_text(about.read_text().replace(old, new, 1))

@@ -31,7 +31,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -39,6 +39,7 @@ import torch.distributed as dist
 
 from tiny_test import CheckpointError
 from tiny_test.training.metrics import Metrics
+from tiny_test.training.profiling import tracing
 from tiny_test.training.settings import FILES, STOPPED, Settings, TrainError, parse_settings
 from tiny_test.training.trainer import Trainer
 from tiny_test.training.weights import export
@@ -53,12 +54,13 @@ def train(settings: Settings, world: World) -> int:
     trainer = Trainer(settings, world)
     metrics = Metrics(settings, world, trainer.step)
     try:
-        return steps(trainer, metrics, asked)
+        with tracing(settings, world, trainer.step) as traced:
+            return steps(trainer, metrics, asked, traced)
     finally:
         metrics.close()
 
 
-def steps(trainer: Trainer, metrics: Metrics, asked: list[int]) -> int:
+def steps(trainer: Trainer, metrics: Metrics, asked: list[int], traced: Callable[[], None]) -> int:
     """Do the steps; stop after the one in which a signal has been `asked`."""
     settings, world, store = trainer.settings, trainer.world, trainer.store
     trainer.model.train()
@@ -66,6 +68,7 @@ def steps(trainer: Trainer, metrics: Metrics, asked: list[int]) -> int:
         if not trainer.unread:
             began = time.perf_counter()
         trainer.train_step()
+        traced()
         last = trainer.step == settings.steps
         validates = settings.val_every and (trainer.step % settings.val_every == 0 or last)
         # Signals and disks reach the processes at different times; they act after the same step.
@@ -88,8 +91,10 @@ def steps(trainer: Trainer, metrics: Metrics, asked: list[int]) -> int:
             world.say(f"stopped by a signal after step {trainer.step}; --resume goes on")
             return STOPPED
     store.finish()
-    path = Path(settings.out) / "export"
-    export(trainer.model, world, path, getattr(torch, settings.export_dtype))
+    path, dtype = Path(settings.out) / "export", getattr(torch, settings.export_dtype)
+    export(trainer.model, world, path, dtype)
+    if trainer.average is not None:
+        export(trainer.model, world, path.with_name("export_ema"), dtype, trainer.average.weights)
     world.say(f"done: {path}")
     return 0
 

@@ -27,11 +27,13 @@ from ..numerics import (
     emulate,
 )
 from ..recompute import Recomputable
+from .average import Average
 from .checkpointing import Checkpoints
 from .data import documents_of, open_data
 from .faults import finite, first_fault
 from .optimizer import SplitAdamW, build_optimizer, learning_rate
 from .parallelize import clip_gradients, norm_of_gradients
+from .roles import choose_trained
 from .settings import FILES, NOT_FINITE, USAGE, Settings, TrainError
 from .weights import build_model
 from .world import World
@@ -62,16 +64,18 @@ class Trainer:
             self.model = build_model(settings, world, numerics)
         except ValueError as error:
             raise TrainError(f"--numerics {settings.numerics}: {error}", USAGE) from error
+        choose_trained(self.model, settings)
         kinds = settings.activation_checkpointing
         self.model.activation_checkpointing_enable(kinds != "none", kinds)
         if settings.compile:
             compile_blocks(self.model)
         self.optimizer = build_optimizer(self.model, settings)
+        self.average = Average(self.model, settings.ema) if settings.ema else None
         self.step = 0  # optimizer steps done
         self.unread: list[tuple[int, float, Tensor]] = []  # steps: number, rate, measurements
         self.good = torch.ones((), dtype=torch.bool, device=world.device)  # all steps were finite
-        if settings.resume:
-            self.step = self.store.load(self.model, self.optimizer, settings)
+        if settings.resume or settings.resume_step:
+            self.step = self.store.load(self.model, self.optimizer, settings, self.average)
             if self.step > settings.steps:
                 done = f"the checkpoint has done {self.step} steps"
                 raise TrainError(f"--steps {settings.steps}: {done}", USAGE)
@@ -131,6 +135,8 @@ class Trainer:
         numbers = torch.cat([numbers, self.balance_experts(tokens_per_expert)])
         optimizer.step()
         optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update()
         self.step += 1
         self.unread.append((self.step, rate, numbers))
 
@@ -225,12 +231,14 @@ class Trainer:
             self.forward(ids)
 
     def balance_experts(self, tokens_per_expert: Tensor) -> Tensor:
-        """Update the routers' biases by the loads [routers, E] of this process's tokens.
+        """Update the trained routers' biases by the loads [routers, E] of this process's tokens.
 
         Returns each router's largest load over its mean load, [routers] float64.
         """
         load = self.world.sum(tokens_per_expert)
         for router, counts in zip(self.model.routers(), load, strict=True):
+            if not router.weight.requires_grad:
+                continue
             router.update_bias(counts, self.settings.bias_rate)
         return load.amax(1) / load.double().mean(1)
 
@@ -268,7 +276,7 @@ class Trainer:
             self.store.finish()
             what = f"step {self.step} made weights that are not finite"
             raise TrainError(f"{what}; {self.store.last_good()}", NOT_FINITE)
-        self.store.save(self.model, self.optimizer, self.settings, self.step)
+        self.store.save(self.model, self.optimizer, self.settings, self.step, self.average)
 
 
 def compile_blocks(model: Model) -> None:

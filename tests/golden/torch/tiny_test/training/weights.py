@@ -11,7 +11,7 @@ tensor, and the first process writes what fills a file.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -85,20 +85,30 @@ def from_checkpoint(model: Model, directory: str) -> Callable[[str, nn.Module], 
     return fill
 
 
-def export(model: Model, world: World, path: Path, dtype: torch.dtype) -> None:
-    """Write the weights in the released layout; all of `dtype`, but for the routers' biases."""
+def export(
+    model: Model,
+    world: World,
+    path: Path,
+    dtype: torch.dtype,
+    average: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write the weights in the released layout; all of `dtype`, but for the routers' biases.
+
+    Those of which there is an `average` are replaced by it.
+    """
+    tensors = model.state_dict() | dict(average or {})
     if world.rank == 0:
         with torch.device("meta"):
             released = Model().to(dtype)
-        save_checkpoint(released, path, gathered(model))
+        save_checkpoint(released, path, gathered(tensors))
     else:
-        for _ in gathered(model):
+        for _ in gathered(tensors):
             pass
     world.wait()
 
 
-def gathered(model: Model) -> Iterator[tuple[str, Tensor]]:
+def gathered(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield each tensor as a whole, by its name on disk; all processes together."""
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors.items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         yield from on_disk(name, whole)
