@@ -16,8 +16,9 @@ from .context import LINE_LENGTH, SpecView, spec_view
 from .engines import MegatronView, TitanView, engine_files
 
 TRAINING = (
-    *("__init__.py", "trainer.py", "settings.py", "world.py", "parallelize.py", "collectives.py", "weights.py"),
-    *("data.py", "roles.py", "optimizer.py", "muon.py", "average.py", "checkpointing.py", "metrics.py", "boards.py"),
+    *("__init__.py", "trainer.py", "settings.py", "world.py", "parallelize.py", "collectives.py"),
+    *("weights.py", "initialization.py", "data.py"),
+    *("roles.py", "optimizer.py", "muon.py", "average.py", "checkpointing.py", "metrics.py", "boards.py"),
     *("profiling.py", "faults.py"),
 )
 """The parts of train.py, in the folder `training` of the package."""

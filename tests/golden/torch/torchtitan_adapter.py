@@ -138,7 +138,7 @@ def distribute(
     if max(dims.dp_replicate, dims.cp, dims.pp) > 1:
         raise ValueError("there is no replicated data, context or pipeline parallelism")
     model.activation_checkpointing_enable(ac_config is not None)
-    fill = fresh(model, model.settings.seed)
+    fill = fresh(model, model.settings.seed, Settings.init)
     if model.settings.weights:
         fill = from_checkpoint(model, model.settings.weights)
 

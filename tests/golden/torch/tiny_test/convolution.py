@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .autocast import float32_products
-from .dispatch import allowed
+from .dispatch import mamba_ssm_reaches
 
 
 def cuda_kernel() -> Callable[..., Any] | None:
@@ -66,7 +66,7 @@ def causal_conv1d(
     """
     channels, taps = weight.shape
     supported = channels % 8 == 0 and x.stride(1) % 8 == 0 and taps <= 4  # by the kernel
-    if conv_kernel is not None and x.is_cuda and supported and allowed("mamba_ssm"):
+    if conv_kernel is not None and supported and mamba_ssm_reaches(x):
         out: Tensor = conv_kernel(
             x.transpose(1, 2), weight, bias, seq_idx=documents, activation="silu"
         )

@@ -88,6 +88,11 @@ class Config:
     mtp_loss_scaling_factor: float = 0.3  # weight of the mean loss over depths
 
     @property
+    def output_range(self) -> float:
+        """Standard deviation of fresh projections at the end of a mixer: less in deep models."""
+        return self.initializer_range / math.sqrt(len(self.pattern))
+
+    @property
     def mamba_inner_size(self) -> int:
         """Width of x and z: H * P."""
         return self.mamba_num_heads * self.mamba_head_dim
@@ -130,10 +135,8 @@ class Mamba2(nn.Module):
         dt = torch.empty_like(self.dt_bias, dtype=torch.float32).uniform_(low, high).exp()
         dt = dt.clamp(min=config.mamba_time_step_floor)
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-        self.A_log.copy_(torch.arange(1, config.mamba_num_heads + 1).log())
+        self.A_log.copy_(torch.empty_like(dt).uniform_(1, 16).log())
         nn.init.ones_(self.D)
-        nn.init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
-        self.out_proj.weight.div_(math.sqrt(len(config.pattern)))  # GPT-2: 1 / sqrt(blocks)
 
     def allocate(self, state: State) -> None:
         config, batch = self.config, len(state.lengths)
@@ -235,7 +238,7 @@ class Experts(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.std = config.initializer_range
+        self.std, self.output_std = config.initializer_range, config.output_range
         count, inner = config.moe_num_experts, config.moe_intermediate_size
         width = config.moe_latent_size
         self.up_proj = nn.Parameter(torch.empty(count, inner, width))  # [E, I, L]
@@ -243,7 +246,7 @@ class Experts(nn.Module):
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.up_proj, std=self.std)
-        nn.init.normal_(self.down_proj, std=self.std)
+        nn.init.normal_(self.down_proj, std=self.output_std)
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """Return [B, S, L] for x [B, S, L], experts and weights [B, S, K]."""
@@ -481,6 +484,9 @@ class Head(nn.Linear):
         return linear_cross_entropy(x, self.weight, targets)
 
 
+OUTPUTS = ("out_proj", "o_proj", "down_proj", "fc2_latent_proj")  # what ends a mixer
+
+
 class Model(nn.Module):
     """The language model. `Model()` is the spec, with fresh weights."""
 
@@ -493,16 +499,23 @@ class Model(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Fill every parameter and buffer, also after `to_empty`, as the published models were."""
-        self.apply(self.init_module)  # children first, so that a mixer may refill its projections
+        """Fill every parameter and buffer, also after `to_empty`, as the published models were.
+
+        Matrices are normal, with `initializer_range` as their standard deviation; those that end a
+        mixer with `output_range` (Megatron-core's hybrid models).
+        """
+        self.apply(self.init_module)
 
     @torch.no_grad()
     def init_module(self, module: nn.Module) -> None:
-        """Fill what belongs to a module itself, not to its children."""
+        """Fill what belongs to a module itself, and its output projection; children come before."""
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         elif callable(reset := getattr(module, "reset_parameters", None)):
             reset()
+        for name, child in module.named_children():
+            if name in OUTPUTS and isinstance(child, nn.Linear):
+                nn.init.normal_(child.weight, std=self.config.output_range)
 
     def routers(self) -> list[Router]:
         """Return the routers, in the order of the blocks."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .autocast import float32_products
-from .dispatch import allowed, kernels, prefer_mamba_ssm
+from .dispatch import kernels, mamba_ssm_reaches, prefer_mamba_ssm
 
 CPU_CHUNK = 64  # tokens; larger chunks give the same y and are slower without the CUDA kernel
 LOG_RESET = -1e4  # log of a decay that leaves nothing
@@ -77,7 +77,7 @@ def scan(
     """
     whole = state is None or x.shape[1] > 1
     fast = kernels(x) if whole and measured(x, x.shape[-1], B.shape[-1]) else None
-    theirs = scan_kernel if whole and x.is_cuda and allowed("mamba_ssm") else None
+    theirs = scan_kernel if whole and mamba_ssm_reaches(x) else None
     if theirs is not None and (fast is None or prefer_mamba_ssm()):
         options = {"initial_states": state, "seq_idx": documents, "return_final_states": True}
         y, h = theirs(x, dt, A, B, C, chunk_size, **options)

@@ -51,7 +51,8 @@ class MuonWithAdamW(torch.optim.AdamW):
         """Update a parameter [..., rows, columns] by its gradient and the options of its group."""
         state = self.state[parameter]
         if not state:
-            state["momentum"] = torch.zeros_like(parameter)
+            # AdamW looks for a step in whatever state it loads.
+            state |= {"step": torch.zeros(()), "momentum": torch.zeros_like(parameter)}
         momentum, rate = state["momentum"], group["lr"]
         local_part(momentum).lerp_(local_part(gradient), 1 - MOMENTUM)
         direction = orthogonal_parts(gradient.lerp(momentum, MOMENTUM))

@@ -63,8 +63,8 @@ def build_optimizer(model: Model, settings: Settings) -> torch.optim.Optimizer:
         decay = settings.weight_decay if decays else 0.0
         groups.setdefault((muon, decay), []).append(parameter)
     options: list[dict[str, Any]] = [
-        {"params": members, "weight_decay": decay, "muon": muon}
-        for (muon, decay), members in groups.items()
+        {"params": groups[muon, decay], "weight_decay": decay, "muon": muon}
+        for muon, decay in sorted(groups, reverse=True)
     ]
     betas, eps = (settings.beta1, settings.beta2), settings.eps
     if settings.numerics == "bf16-split":

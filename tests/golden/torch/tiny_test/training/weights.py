@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from ..checkpoint import copy_tensors, find_tensors, named_tensors, on_disk, save_checkpoint
 from ..model import Experts, Model
+from .initialization import init_as_transformers
 from .parallelize import parallelize, parts
 from .settings import Settings
 from .world import World
@@ -36,7 +38,7 @@ def build_model(
     """
     with torch.device("meta"):
         model = Model()
-    fill = fresh(model, settings.seed)
+    fill = fresh(model, settings.seed, settings.init)
     if settings.weights:
         fill = from_checkpoint(model, settings.weights)
 
@@ -64,13 +66,15 @@ def matrices_to_bfloat16(part: nn.Module) -> None:
             module.to(torch.bfloat16)
 
 
-def fresh(model: Model, seed: int) -> Callable[[str, nn.Module], None]:
+def fresh(model: Model, seed: int, rule: str) -> Callable[[str, nn.Module], None]:
     """Return what fills a part with fresh weights: each part has a seed of its own."""
 
     def fill(name: str, part: nn.Module) -> None:
         digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8], "little"))
         part.apply(model.init_module)
+        if rule == "transformers":
+            part.apply(partial(init_as_transformers, config=model.config))
 
     return fill
 
