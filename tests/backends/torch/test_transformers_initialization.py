@@ -50,7 +50,8 @@ def test_every_weight(models: dict[str, Any]) -> None:
         if name.endswith(("A_log", "D", "norm.weight", "norm_f.weight", "conv1d.bias")):
             torch.testing.assert_close(weight, theirs[name], msg=name)
         else:
-            assert float(weight.std()) == pytest.approx(float(theirs[name].std()), rel=0.03), name
+            few = name.endswith("dt_bias")
+            assert float(weight.std()) == pytest.approx(float(theirs[name].std()), rel=0.15 if few else 0.03), name
 
 
 def test_activations_by_depth(models: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,9 +92,11 @@ def steps(trainer: Trainer, metrics: Metrics, asked: list[int], traced: Callable
             return STOPPED
     store.finish()
     path, dtype = Path(settings.out) / "export", getattr(torch, settings.export_dtype)
-    export(trainer.model, world, path, dtype)
+    export(trainer.model, world, path, dtype, quantized=trainer.quantized)
     if trainer.average is not None:
-        export(trainer.model, world, path.with_name("export_ema"), dtype, trainer.average.weights)
+        averages = trainer.average.weights
+        path = path.with_name("export_ema")
+        export(trainer.model, world, path, dtype, averages, trainer.quantized)
     world.say(f"done: {path}")
     return 0
 

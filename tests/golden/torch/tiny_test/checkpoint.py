@@ -10,10 +10,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,6 +35,7 @@ READABLE_TYPES = {"F32", "F16", "BF16", *SCALES_OF}
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the values of FP4 codes; bit 3 is the sign
 TENSORS_AT_ONCE = 64  # then a file is opened anew, which frees what was mapped of it
 MAX_JSON_BYTES = 1 << 26  # the index of a 550B checkpoint has 2e7
+CONFIGS = ("config.json", "hf_quant_config.json")
 INDEX_FILE = "model.safetensors.index.json"
 # What transformers runs with trust_remote_code.
 CODE = (
@@ -231,8 +232,21 @@ def tensor_headers(path: Path) -> dict[str, tuple[list[int], str]]:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
+class Packing(Protocol):
+    """How tensors are stored otherwise than they are, and what is said of it: see quantized.py."""
+
+    files: Mapping[str, object]  # beside config.json
+    config: Mapping[str, object]  # in config.json
+
+    def __call__(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield tensors as they are stored."""
+
+
 def save_checkpoint(
-    model: Model, directory: str | Path, stream: Iterator[tuple[str, Tensor]] | None = None
+    model: Model,
+    directory: str | Path,
+    stream: Iterator[tuple[str, Tensor]] | None = None,
+    packing: Packing | None = None,
 ) -> None:
     """Write config.json and safetensors in the released layout, in shards of at most 5 GB.
 
@@ -253,8 +267,14 @@ def save_checkpoint(
         folder.mkdir()  # with the permissions that the umask gives, which mkdtemp does not
         tensors = named_tensors(model)
         stream = iter(tensors.items()) if stream is None else stream
+        if packing is not None:
+            tensors, stream = dict(packing(tensors.items())), packing(stream)
         write_shards(folder, tensors, stream)
         config = huggingface_config(model)
+        if packing is not None:
+            config |= packing.config
+            for name, content in packing.files.items():
+                (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         code = [path for name in CODE if (path := Path(__file__).with_name(name)).is_file()]
         if len(code) == len(CODE):
             config["auto_map"] = {"AutoModelForCausalLM": "modeling_n3c.N3CForCausalLM"}
@@ -273,7 +293,7 @@ def require_replaceable(directory: Path) -> None:
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a folder")
     for path in directory.iterdir():
-        if path.name not in ("config.json", *CODE) and not path.match("model*.safetensors*"):
+        if path.name not in (*CONFIGS, *CODE) and not path.match("model*.safetensors*"):
             raise CheckpointError(f"{directory} holds {path.name}, which would be lost")
 
 

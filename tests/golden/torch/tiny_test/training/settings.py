@@ -62,6 +62,9 @@ class Settings:
 
     weights: str = option("", "released checkpoint to start from, instead of fresh weights")
     init: str = option("published", "fresh weights: published, or transformers (see model.py)")
+    teacher: str = option("", "released checkpoint to distil into the formats of --quantized")
+    quantized: str = option("", "checkpoint of n3c quantize, or ModelOpt: formats and scales")
+    frozen_scales: bool = option(False, "keep the scales of its weights; else they follow these")
     train: str = option("*", "roles of the weights that are trained, with commas: mtp.*,lm_head")
     freeze: str = option("", "roles of those that are not: embedding,moe.router")
 
@@ -198,6 +201,7 @@ def checked(values: dict[str, Any]) -> Settings:
         raise TrainError("; ".join(problems), USAGE)
     if not values.get("numerics"):
         alone = values.get("accumulation", 1) == 1 and values.get("optimizer") != "muon"
+        alone = alone and not values.get("teacher")
         values["numerics"] = default_numerics(alone)
     settings = Settings(**values)
     problems = impossible(settings)
@@ -209,8 +213,8 @@ def checked(values: dict[str, Any]) -> Settings:
 def default_numerics(alone: bool) -> str:
     """Return the numerics of a run that names none: those that suit the device.
 
-    `alone` says that a step has one part, and AdamW. Gradients of several parts, or processes, are
-    better summed in float32.
+    `alone` says that a step has one part, AdamW, and no teacher. Gradients of several parts, or
+    processes, are better summed in float32.
     """
     if not torch.cuda.is_available():
         return "float32"
@@ -243,6 +247,19 @@ def impossible(settings: Settings) -> list[str]:
         if (value := getattr(settings, name)) not in choices:
             given = f"--{name.replace('_', '-')} {value}"
             problems.append(f"{given} is none of {', '.join(choices)}")
+    if bool(settings.teacher) != bool(settings.quantized):
+        problems.append("--teacher and --quantized need each other")
+    others_of_teacher = {
+        "--numerics": settings.numerics not in ("float32", "bf16"),
+        "--compile": settings.compile,
+        "--expert-parallel": settings.expert_parallel > 1,
+        "--tensor-parallel": settings.tensor_parallel > 1,
+    }
+    if settings.teacher and any(others_of_teacher.values()):
+        names = ", ".join(name for name, given in others_of_teacher.items() if given)
+        problems.append(f"--teacher cannot be combined with {names}, but with float32 and bf16")
+    if settings.frozen_scales and not settings.quantized:
+        problems.append("--frozen-scales needs --quantized")
     if settings.optimizer == "muon" and settings.numerics == "bf16-split":
         problems.append("--optimizer muon cannot be combined with --numerics bf16-split")
     others = {

@@ -26,16 +26,18 @@ from ..numerics import (
     FORMATS,
     emulate,
 )
+from ..quantized import Quantized
 from ..recompute import Recomputable
 from .average import Average
 from .checkpointing import Checkpoints
 from .data import documents_of, open_data
+from .distillation import Distillation
 from .faults import finite, first_fault
 from .optimizer import SplitAdamW, build_optimizer, learning_rate
 from .parallelize import clip_gradients, norm_of_gradients
 from .roles import choose_trained
 from .settings import FILES, NOT_FINITE, USAGE, Settings, TrainError
-from .weights import build_model
+from .weights import build_model, build_teacher
 from .world import World
 
 
@@ -56,7 +58,10 @@ class Trainer:
         folder, tokens = Path(settings.out) / "checkpoints", self.train_windows.stop
         rules = training_rules() if settings.numerics == "nvfp4" else {}
         self.store = Checkpoints(folder, settings.keep, world, tokens, rules)
-        numerics = None
+        self.quantized: Quantized | None = None
+        if settings.quantized:
+            self.quantized = Quantized(settings.quantized, settings.frozen_scales)
+        numerics = None if self.quantized is None else self.quantized.apply
         if settings.numerics == "nvfp4":
             numerics = low_precision(world.device)
             world.say("nvfp4: " + ("emulated" if numerics is emulate else "by Transformer Engine"))
@@ -64,6 +69,9 @@ class Trainer:
             self.model = build_model(settings, world, numerics)
         except ValueError as error:
             raise TrainError(f"--numerics {settings.numerics}: {error}", USAGE) from error
+        self.distillation: Distillation | None = None
+        if settings.teacher:
+            self.distillation = Distillation(self.model, build_teacher(settings, world))
         choose_trained(self.model, settings)
         kinds = settings.activation_checkpointing
         self.model.activation_checkpointing_enable(kinds != "none", kinds)
@@ -87,6 +95,8 @@ class Trainer:
         """Return the losses of sequences [B, S]."""
         documents = documents_of(ids, self.settings.document_separator)
         with self.autocast():
+            if self.distillation is not None and self.model.training:
+                self.distillation.teach(ids, documents)
             out: Output = self.model(ids, ids, documents, return_logits=False)
         return out
 

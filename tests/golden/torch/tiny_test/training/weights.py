@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from ..checkpoint import copy_tensors, find_tensors, named_tensors, on_disk, save_checkpoint
 from ..model import Experts, Model
+from ..quantized import Packing, Quantized
 from .initialization import init_as_transformers
 from .parallelize import parallelize, parts
 from .settings import Settings
@@ -39,8 +41,8 @@ def build_model(
     with torch.device("meta"):
         model = Model()
     fill = fresh(model, settings.seed, settings.init)
-    if settings.weights:
-        fill = from_checkpoint(model, settings.weights)
+    if first := settings.weights or settings.teacher:
+        fill = from_checkpoint(model, first)
 
     def prepare(name: str, part: nn.Module) -> None:
         part.to_empty(device=world.device)
@@ -57,6 +59,12 @@ def build_model(
     if numerics is not None:
         numerics(model, "")
     return model
+
+
+def build_teacher(settings: Settings, world: World) -> Model:
+    """Return the model of --teacher; its matrices are bfloat16 in one process under bf16."""
+    numerics = "bf16-split" if settings.numerics != "float32" and not world.many else "float32"
+    return build_model(replace(settings, weights=settings.teacher, numerics=numerics), world, None)
 
 
 def matrices_to_bfloat16(part: nn.Module) -> None:
@@ -95,16 +103,19 @@ def export(
     path: Path,
     dtype: torch.dtype,
     average: Mapping[str, Tensor] | None = None,
+    quantized: Quantized | None = None,
 ) -> None:
     """Write the weights in the released layout; all of `dtype`, but for the routers' biases.
 
-    Those of which there is an `average` are replaced by it.
+    Those of which there is an `average` are replaced by it; those that were trained as `quantized`
+    are stored so.
     """
     tensors = model.state_dict() | dict(average or {})
     if world.rank == 0:
         with torch.device("meta"):
             released = Model().to(dtype)
-        save_checkpoint(released, path, gathered(tensors))
+        stored = None if quantized is None else Packing(quantized, tensors)
+        save_checkpoint(released, path, gathered(tensors), stored)
     else:
         for _ in gathered(tensors):
             pass
