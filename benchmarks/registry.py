@@ -8,5 +8,6 @@ BENCHMARKS = {
     "torch": "benchmarks.torch_model",
     "quantize": "benchmarks.quantize",
     "auto_quantize": "benchmarks.auto_quantize",
+    "distillation": "benchmarks.distillation",
 }
 """Name → module, imported when it is to run."""

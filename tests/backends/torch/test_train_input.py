@@ -648,7 +648,7 @@ def test_sizes_that_do_not_divide(train: Any, monkeypatch: pytest.MonkeyPatch) -
     """All of them at once; 8 experts, 4 heads, 2 key-value heads, 8 Mamba-2 heads in 2 groups, widths 48 and 80."""
     require, meshes = train.parallelize.require_divisible, train.parallelize.Meshes
     with pytest.raises(ValueError, match="8") as error:
-        require(train.model.Config(), meshes(Mesh(3), Mesh(3), Mesh(3)))
+        require(train.model.Config(), meshes(Mesh(3), Mesh(3), Mesh(3), Mesh(3)))
     assert str(error.value).split("; ") == [
         "attention_num_heads 4 does not divide by 3 tensor-parallel processes",
         "mamba_num_heads 8 does not divide by 3 tensor-parallel processes",
@@ -657,7 +657,7 @@ def test_sizes_that_do_not_divide(train: Any, monkeypatch: pytest.MonkeyPatch) -
         "attention_num_kv_heads 2 neither divides by nor into 3 tensor-parallel processes",
         "moe_num_experts 8 does not divide by 3 expert-parallel processes",
     ]
-    require(train.model.Config(), meshes(Mesh(2), Mesh(2), Mesh(2)))
+    require(train.model.Config(), meshes(Mesh(2), Mesh(2), Mesh(2), Mesh(2)))
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 6)
     with pytest.raises(ValueError, match="6 processes do not divide into 2 expert-parallel x 2 tensor-parallel"):
         meshes.over_all("cpu", expert=2, tensor=2)

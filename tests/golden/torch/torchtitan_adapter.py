@@ -135,8 +135,10 @@ def distribute(
 ) -> TitanModel:
     """Fill the model and share it out as train.py does; ValueError for what it has no form of."""
     dims = parallel_dims
-    if max(dims.dp_replicate, dims.cp, dims.pp) > 1:
-        raise ValueError("there is no replicated data, context or pipeline parallelism")
+    if dims.cp > 1:
+        raise ValueError("no context parallelism: a scan's state passes through the whole sequence")
+    if dims.pp > 1:
+        raise ValueError("no pipeline parallelism: the loss is the model's own, of all blocks")
     model.activation_checkpointing_enable(ac_config is not None)
     fill = fresh(model, model.settings.seed, Settings.init)
     if model.settings.weights:
@@ -146,7 +148,8 @@ def distribute(
         part.to_empty(device=utils.device_type)
         fill(name, part)
 
-    meshes = Meshes.over_all(utils.device_type, expert=dims.ep, tensor=dims.tp)
+    sizes = {"expert": dims.ep, "tensor": dims.tp, "replicate": dims.dp_replicate}
+    meshes = Meshes.over_all(utils.device_type, **sizes)
     numerics = emulate if model.settings.nvfp4 else None
     parallelize(model, meshes, prepare, numerics, model.settings.bf16)
     return model

@@ -5,7 +5,7 @@
 """Training through the formats of a quantized checkpoint, and writing one (quantization-aware).
 
 A linear computes with the values that its format holds, of its weight and, where the checkpoint
-has a scale for them, of what it reads; gradients pass as if nothing were rounded. Equations and
+has a scale for it, of what it reads; gradients pass as if nothing were rounded. Equations and
 their order are those of ModelOpt and of `n3c quantize`, to the bit:
 
     NVFP4   s2 = max|w| / 2688,  s = e4m3(max|block| / (6 s2)),  value = e2m1(w / (s s2)) s s2
@@ -47,7 +47,8 @@ class Format(NamedTuple):
     """The format of a linear: of a checkpoint, with its scales."""
 
     rows: int  # of a block of NVFP4; 0: FP8
-    input_scale: Tensor | None  # []
+    input_scale: Tensor | None  # [], of what the linear reads; None: that is not quantized
+    by_row: bool  # whether each row of it has a scale of its own, instead
     frozen: tuple[Tensor, ...] = ()  # scale, and scale_2 of NVFP4, that a weight keeps
 
 
@@ -139,11 +140,14 @@ def of_weight(weight: Tensor, format_: Format, *others: Tensor) -> Tensor:
 
 
 def of_input(x: Tensor, format_: Format) -> Tensor:
-    """Return what a format holds of x [..., K], whose tensor scale was calibrated."""
+    """Return what a format holds of x [..., K]: with the calibrated scale, or with one a row."""
     if format_.input_scale is None or not x.numel():
         return x
-    scale = format_.input_scale.to(x.device)
-    rows = x.flatten(0, -2)
+    rows = x.reshape(-1, 1, x.shape[-1])
+    scale = format_.input_scale.to(x.device).expand(len(rows))
+    if format_.by_row:
+        (scale,) = scales_of(rows, 0, largest(rows))
+        scale = divided(scale, FP4_MAX) if format_.rows else scale
     scales: tuple[Tensor, ...] = (scale,)
     if format_.rows:
         scales = scales_of(rows, 1, scale * (FP4_MAX * FP8_MAX))[0], scale
@@ -185,10 +189,12 @@ class Quantized:
     """The formats and scales of a checkpoint in ModelOpt's layout, for a model to train in.
 
     With `frozen` the scales of its weights are kept; else they follow the weights as these change.
+    `activations` are quantized by its scales (`stored`: so do vLLM and TensorRT-LLM), with a scale
+    for each row (`rows`: n3c's engines in prefill) or not (`none`: n3c's in decoding).
     """
 
-    def __init__(self, directory: str | Path, frozen: bool) -> None:
-        self.directory, self.frozen = Path(directory), frozen
+    def __init__(self, directory: str | Path, frozen: bool, activations: str) -> None:
+        self.directory, self.frozen, self.activations = Path(directory), frozen, activations
         self.files: dict[str, tuple[Path, str]] = {}  # by released name: file, and name in it
         for path in checkpoint_files(self.directory):
             with safe_open(path, framework="pt") as file:
@@ -220,8 +226,10 @@ class Quantized:
             whole = len(scale) % BLOCK == 0 and bool((by_tile == by_tile[..., :1]).all())
             rows = BLOCK if whole else 1
         inputs = name.removesuffix(".weight") + ".input_scale"
-        input_scale = self.read(inputs) if inputs in self.files else None
-        return Format(rows, input_scale, scales if self.frozen else ())
+        quantizes = inputs in self.files and self.activations != "none"
+        input_scale = self.read(inputs) if quantizes else None
+        by_row = self.activations == "rows"
+        return Format(rows, input_scale, by_row, scales if self.frozen else ())
 
     def apply(self, part: nn.Module, part_name: str = "") -> None:
         """Give every linear of the checkpoint its format; `part` is the model, or its part."""
@@ -260,7 +268,8 @@ class Quantized:
         inputs = [format_.input_scale for format_ in formats if format_.input_scale is not None]
         scale = torch.stack(inputs).amax() if inputs else None
         frozen = zip(*(format_.frozen for format_ in formats), strict=True)
-        return Format(rows, scale, tuple(torch.stack(scales) for scales in frozen))
+        stacks = tuple(torch.stack(scales) for scales in frozen)
+        return Format(rows, scale, formats[0].by_row, stacks)
 
 
 class Packing:

@@ -23,6 +23,7 @@ from ..model import Config
 CHOICES = {
     "numerics": ("float32", "bf16", "bf16-split", "nvfp4"),
     "init": ("published", "transformers"),
+    "activations": ("stored", "rows", "none"),
     "optimizer": ("adamw", "muon"),
     "schedule": ("wsd", "cosine", "linear"),
     "export_dtype": ("float32", "bfloat16"),
@@ -64,6 +65,7 @@ class Settings:
     init: str = option("published", "fresh weights: published, or transformers (see model.py)")
     teacher: str = option("", "released checkpoint to distil into the formats of --quantized")
     quantized: str = option("", "checkpoint of n3c quantize, or ModelOpt: formats and scales")
+    activations: str = option("stored", "how --quantized's are rounded: stored, rows or none")
     frozen_scales: bool = option(False, "keep the scales of its weights; else they follow these")
     train: str = option("*", "roles of the weights that are trained, with commas: mtp.*,lm_head")
     freeze: str = option("", "roles of those that are not: embedding,moe.router")

@@ -60,7 +60,8 @@ class Trainer:
         self.store = Checkpoints(folder, settings.keep, world, tokens, rules)
         self.quantized: Quantized | None = None
         if settings.quantized:
-            self.quantized = Quantized(settings.quantized, settings.frozen_scales)
+            frozen, activations = settings.frozen_scales, settings.activations
+            self.quantized = Quantized(settings.quantized, frozen, activations)
         numerics = None if self.quantized is None else self.quantized.apply
         if settings.numerics == "nvfp4":
             numerics = low_precision(world.device)
