@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,6 +214,29 @@ def test_the_student_comes_nearer(made: Made) -> None:
         trainer.train_step()
     losses = [line["loss"] for line in trainer.read()]
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+
+
+def test_two_processes_equal_one(made: Made) -> None:
+    """Teacher and student are sharded alike; what is exported is the same, but for codes at a tie."""
+    losses: list[list[float]] = []
+    exports: list[dict[str, tuple[str, bytes]]] = []
+    for processes in (1, 2):
+        out = made.folder / f"processes_{processes}"
+        options = ["--teacher", str(made.folder / "teacher"), "--quantized", str(made.folder / "ptq")]
+        options += ["--data", str(made.folder / "tokens.npy"), "--out", str(out), "--steps", "3", "--eps", "1e-5"]
+        options += ["--batch-size", "4", "--seq-len", "24", "--val-every", "0", "--activations", "none"]
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [sys.executable, *(launcher if processes > 1 else []), str(made.folder / "train.py"), *options]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line[name] for line in lines for name in ("loss", "mtp_loss")])
+        exports.append(stored(out / "export"))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert exports[0].keys() == exports[1].keys()
+    same = [exports[0][name] == exports[1][name] for name in exports[0] if name.endswith("up_proj.weight")]
+    assert sum(same) > len(same) / 2
 
 
 @pytest.mark.parametrize(
