@@ -18,7 +18,16 @@ from .engines import MegatronView, TitanView, engine_files
 TRAINING = (
     *("__init__.py", "trainer.py", "settings.py", "world.py", "parallelize.py", "collectives.py"),
     *("weights.py", "initialization.py", "data.py"),
-    *("distillation.py", "roles.py", "optimizer.py", "muon.py", "average.py", "checkpointing.py", "metrics.py", "boards.py"),
+    *(
+        "distillation.py",
+        "roles.py",
+        "optimizer.py",
+        "muon.py",
+        "average.py",
+        "checkpointing.py",
+        "metrics.py",
+        "boards.py",
+    ),
     *("profiling.py", "faults.py"),
 )
 """The parts of train.py, in the folder `training` of the package."""

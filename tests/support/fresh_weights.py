@@ -47,7 +47,7 @@ def cut_super(by: int) -> Spec:
 
 
 def profile(model: Any) -> Tensor:
-    """Return the root mean squares of the residual stream at DEPTHS and of the logits, and the loss of random tokens."""
+    """Return root mean squares of the residual stream at DEPTHS and of the logits, and the loss of random tokens."""
     found: list[float] = []
 
     def look(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:

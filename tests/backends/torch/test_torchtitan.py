@@ -171,7 +171,7 @@ def test_released_weights_and_nvfp4(folder: Path, trained: tuple[Path, dict[int,
     ("option", "reason"),
     [
         ("context-parallel-degree", "no context parallelism: a scan's state passes through the whole sequence"),
-        ("pipeline-parallel-degree", "no pipeline parallelism: the loss is the model's own"),
+        ("pipeline-parallel-degree", "does not support pipelining"),
     ],
 )
 def test_what_is_refused(option: str, reason: str, folder: Path) -> None:

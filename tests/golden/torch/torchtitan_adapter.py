@@ -137,8 +137,6 @@ def distribute(
     dims = parallel_dims
     if dims.cp > 1:
         raise ValueError("no context parallelism: a scan's state passes through the whole sequence")
-    if dims.pp > 1:
-        raise ValueError("no pipeline parallelism: the loss is the model's own, of all blocks")
     model.activation_checkpointing_enable(ac_config is not None)
     fill = fresh(model, model.settings.seed, Settings.init)
     if model.settings.weights:

@@ -62,8 +62,8 @@ def build_model(
 
 
 def build_teacher(settings: Settings, world: World) -> Model:
-    """Return the model of --teacher; its matrices are bfloat16 in one process under bf16."""
-    numerics = "bf16-split" if settings.numerics != "float32" and not world.many else "float32"
+    """Return the model of --teacher; its matrices are bfloat16 where the student runs in that."""
+    numerics = "float32" if settings.numerics == "float32" else "bf16-split"
     return build_model(replace(settings, weights=settings.teacher, numerics=numerics), world, None)
 
 
