@@ -17,6 +17,7 @@ from ml_dtypes import float8_e4m3fn
 from torch import Tensor
 
 from n3c.backends.safetensors.checkpoint import Checkpoint
+from n3c.backends.torch.emit import emit
 from n3c.backends.torch.loading import write_files
 from n3c.compiler import quantize
 from n3c.passes.serving import serve
@@ -26,7 +27,7 @@ from n3c.specs.schema import Spec
 from support.small_engine import TEXT, SmallModel
 from support.specs import spec_from_text
 
-from .generated import SHA256, emit, imported
+from .generated import SHA256, imported
 
 RULES = """
 [quantization]
@@ -152,7 +153,7 @@ def test_activations_by_row_are_those_of_prefill(made: Made, kind: str) -> None:
         expected = (x.numpy() / scale).astype(float8_e4m3fn).astype(np.float32) * scale
     else:
         op = FP4DynamicQuantize.__new__(FP4DynamicQuantize)
-        codes, scales = op._run(x.numpy() / scale, np.float32(1), -1, 16, 17)
+        codes, scales = op._run(x.numpy() / scale, np.ones((), np.float32), -1, 16, 17)
         expected = codes.astype(np.float32) * scales.astype(np.float32).repeat(16, 1) * scale
     differ = np.abs(found - expected) > 1e-5 * np.abs(x.numpy()).max(1, keepdims=True)
     assert differ.mean() < 2e-3  # ties, which the last bit of a quotient decides
