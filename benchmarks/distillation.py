@@ -66,7 +66,7 @@ def measure(spec: Spec, folder: Path, seed: int, teacher_steps: int, steps: int)
     models = {"teacher": (teacher, None), "PTQ": (ptq, ptq)}
     for name, options in (("scales follow", []), ("scales frozen", ["--frozen-scales"])):
         place = out / name.replace(" ", "_")
-        given = [*sizes, "--steps", str(steps), "--lr", "0.0003", "--teacher", str(teacher), "--quantized", str(ptq)]
+        given = [*sizes, "--steps", str(steps), "--lr", "0.00003", "--teacher", str(teacher), "--quantized", str(ptq)]
         _train(folder, place, *given, *options)
         models[f"QAD, {name}"] = (place / "export", place / "export")
     data = torch.frombuffer(bytearray(text.read_bytes()), dtype=torch.uint8).long()

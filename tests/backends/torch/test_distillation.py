@@ -152,7 +152,7 @@ def test_activations_by_row_are_those_of_prefill(made: Made, kind: str) -> None:
     if kind == "fp8":
         expected = (x.numpy() / scale).astype(float8_e4m3fn).astype(np.float32) * scale
     else:
-        op = FP4DynamicQuantize.__new__(FP4DynamicQuantize)
+        op: Any = FP4DynamicQuantize.__new__(FP4DynamicQuantize)
         codes, scales = op._run(x.numpy() / scale, np.ones((), np.float32), -1, 16, 17)
         expected = codes.astype(np.float32) * scales.astype(np.float32).repeat(16, 1) * scale
     differ = np.abs(found - expected) > 1e-5 * np.abs(x.numpy()).max(1, keepdims=True)
@@ -195,7 +195,7 @@ def test_the_loss_is_the_divergence_from_the_teacher(made: Made) -> None:
     assert [float(loss) for loss in losses] == pytest.approx([divergence(*pair) for pair in pairs], rel=1e-4)
     assert min(float(loss) for loss in losses) > 1e-3
     model.train()
-    sum(trainer.forward(ids).losses).backward()
+    torch.stack(trainer.forward(ids).losses).sum().backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if ".experts." in n or "q_proj" in n)
     for weight in teacher.parameters():
         assert weight.grad is None

@@ -37,6 +37,10 @@ class Linear(nn.Module):
         init_method(self.weight)
 
 
+def nothing(*_: object, **__: object) -> None:
+    """Stand for a module without weights."""
+
+
 class Group:
     """A process group of one."""
 
@@ -64,7 +68,7 @@ def core() -> Iterator[Callable[[str], Any]]:
         patch.setattr(mamba, "get_cuda_rng_tracker", lambda: types.SimpleNamespace(fork=contextlib.nullcontext))
         patch.setattr(moe, "HAVE_TE", True)
         patch.setattr(moe, "TELinear", Linear)
-        patch.setattr(moe, "MoEAlltoAllTokenDispatcher", lambda *_, **__: None)
+        patch.setattr(moe, "MoEAlltoAllTokenDispatcher", nothing)
         yield module
 
 
@@ -106,7 +110,7 @@ def made(core: Any) -> tuple[Any, Callable[[str], nn.Module]]:
         experts=partial(core("transformer.moe.experts").SequentialMLP, submodules=linears),
         shared_experts=partial(core("transformer.moe.shared_experts").SharedExpertMLP, submodules=linears),
     )
-    heads = attention.SelfAttentionSubmodules(Linear, lambda **_: None, Linear)
+    heads = attention.SelfAttentionSubmodules(Linear, nothing, Linear)
     makers: dict[str, Callable[[], nn.Module]] = {
         "M": lambda: mamba.MambaMixer(
             config, mamba.MambaMixerSubmodules(Linear, Linear), c.hidden_size, rmsnorm=False, pg_collection=groups

@@ -319,10 +319,13 @@ def test_gate_against_faults_of_transformer_engine(
     engine = type("Engine", (EngineStandIn,), {"fault": fault, "linear": staticmethod(numerics.linear)})
     monkeypatch.setattr(blackwell, "Engine", engine)
 
+    def linear(size: int, out: int, bias: bool, params_dtype: torch.dtype, device: torch.device) -> torch.nn.Linear:
+        return torch.nn.Linear(size, out, bias, device, params_dtype)
+
     def check() -> None:
         for kind in ("nvfp4", "mxfp8"):
             blackwell.require_true_products(
-                SimpleNamespace(Linear=lambda size, out, bias, params_dtype, device: torch.nn.Linear(size, out, bias)),
+                SimpleNamespace(Linear=linear),
                 kind,
                 torch.device("cpu"),
             )

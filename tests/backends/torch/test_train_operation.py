@@ -212,11 +212,12 @@ def test_wandb(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     """Offline unless the user has configured it; every number of a step, each router's load among them."""
     found: list[Any] = []
 
+    def log(numbers: dict[str, float], step: int) -> None:
+        found.append((step, numbers))
+
     def init(**options: Any) -> Any:
         found.append(options)
-        return SimpleNamespace(
-            log=lambda numbers, step: found.append((step, numbers)), finish=lambda: found.append("finished")
-        )
+        return SimpleNamespace(log=log, finish=lambda: found.append("finished"))
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     monkeypatch.delenv("WANDB_MODE", raising=False)
@@ -245,6 +246,9 @@ def test_wandb(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     ],
 )
 def test_peaks_of_gpus(train: Any, monkeypatch: pytest.MonkeyPatch, name: str, tflops: float) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    def device_name(_: object) -> str:
+        return name
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", device_name)
     world = train.world.World(0, 1, torch.device("cuda"))
     assert train.metrics.peak_of_device(world) == tflops
