@@ -46,7 +46,9 @@ def package_files(view: SpecView) -> list[str]:
         "__init__.py",
         "model.py",
         "dispatch.py",
+        "float32.py",
         "loss.py",
+        "padding.py",
         "recompute.py",
         "norm.py",
         "state.py",
@@ -57,8 +59,9 @@ def package_files(view: SpecView) -> list[str]:
     names += ["attention.py"] if view.uses.attention else []
     names += ["activation.py"] if view.uses.moe or view.uses.mlp else []
     names += ["ssd.py", "convolution.py"] if view.uses.mamba else []
-    names += ["balance.py", "grouped.py"] if view.uses.moe else []
+    names += ["balance.py", "grouped.py", "routing.py"] if view.uses.moe else []
     names += ["modeling_n3c.py"] if view.wrapped else []
+    names += ["callbacks.py"] if view.wrapped and view.uses.moe else []
     names += ["numerics.py", "blackwell.py"] if view.formats else []
     names += [f"kernels/{name}" for name in kernel_files(view)]
     return names + [f"training/{name}" for name in TRAINING]
