@@ -45,7 +45,7 @@ test-oracles: $(ORACLES)/.made ## Run what needs torchtitan, Megatron-core and T
 # Of mamba_ssm only the Triton kernels are wanted: no CUDA extension is built.
 $(ORACLES)/.made: pyproject.toml constraints-oracles.txt
 	$(PYTHON) -m venv $(ORACLES)
-	$(ORACLES)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oracles.txt --editable '.[torch,oracles]'
+	$(ORACLES)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oracles.txt --editable '.[torch,oracles,trainers]'
 	$(ORACLES)/bin/pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --python-version 3.12 \
 		--dest $(ORACLES)/wheels megatron-core==0.19.2
 	$(ORACLES)/bin/python -m zipfile -e $(ORACLES)/wheels/megatron_core-0.19.2-*.whl $(ORACLES)/megatron

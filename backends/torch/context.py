@@ -186,7 +186,7 @@ def _remote_code(uses: Uses) -> tuple[str, ...]:
     files += ["attention.py"] if uses.attention else []
     files += ["activation.py"] if uses.moe or uses.mlp else []
     files += ["convolution.py", "ssd.py"] if uses.mamba else []
-    files += ["balance.py", "callbacks.py", "grouped.py"] if uses.moe else []
+    files += ["balance.py", "callbacks.py", "grouped.py", "routing.py"] if uses.moe else []
     files += ["autocast.py"] if uses.mamba or uses.moe else []
     return tuple(sorted(files))
 
