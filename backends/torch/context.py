@@ -181,8 +181,8 @@ def package_name(spec: Spec) -> str:
 
 def _remote_code(uses: Uses) -> tuple[str, ...]:
     """Return modeling_n3c.py and what it imports, directly or not."""
-    files = ["dispatch.py", "float32.py", "loss.py", "model.py", "modeling_n3c.py", "norm.py", "padding.py"]
-    files += ["recompute.py", "state.py"]
+    files = ["dispatch.py", "float32.py", "loss.py", "model.py", "modeling_n3c.py", "norm.py"]
+    files += ["recompute.py", "sequences.py", "state.py"]
     files += ["attention.py"] if uses.attention else []
     files += ["activation.py"] if uses.moe or uses.mlp else []
     files += ["convolution.py", "ssd.py"] if uses.mamba else []

@@ -48,7 +48,7 @@ def package_files(view: SpecView) -> list[str]:
         "dispatch.py",
         "float32.py",
         "loss.py",
-        "padding.py",
+        "sequences.py",
         "recompute.py",
         "norm.py",
         "state.py",

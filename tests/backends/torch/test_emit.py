@@ -138,12 +138,12 @@ def test_only_what_the_spec_has() -> None:
 
 
 def test_the_model_reads_from_top_to_bottom() -> None:
-    """Config, the mixers in the order of the symbols, Block, Model: the architecture alone, in about 600 lines."""
+    """Config, the mixers in the order of the symbols, Block, Model: the architecture alone, in about 650 lines."""
     text = emit(tiny_spec(), SHA256)["tiny_test/model.py"]
     classes = [node.name for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
     wanted = ["Config", "Mamba2", "Router", "Experts", "MoE", "Attention", "MLP", "Block", "Backbone", "MTP", "Model"]
     assert [name for name in classes if name in wanted] == wanted
-    assert len(emit(load_spec(SPECS / "super.toml")[0], SHA256)[f"{SUPER}/model.py"].splitlines()) <= 610
+    assert len(emit(load_spec(SPECS / "super.toml")[0], SHA256)[f"{SUPER}/model.py"].splitlines()) <= 670
 
 
 def test_every_letter_of_a_shape_is_in_the_table() -> None:
@@ -174,7 +174,7 @@ def test_header_and_imports() -> None:
     imported = {
         (alias.name if isinstance(node, ast.Import) else str(node.module)).split(".")[0]
         for name, text in files.items()
-        if name.startswith("tiny_test/") and "modeling" not in name
+        if name.startswith("tiny_test/") and name.removeprefix("tiny_test/") not in ("modeling_n3c.py", "callbacks.py")
         for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and not node.level)
         for alias in node.names

@@ -98,7 +98,7 @@ def test_documents_and_padding(model: Any) -> None:
 
 
 def test_a_mask_of_ones_and_padding_on_the_right_move_nothing(package: Any) -> None:
-    padding = package.padding
+    padding = package.sequences
     assert padding.tokens_first(torch.ones(2, 5)) == (None, None)
     order, found = padding.tokens_first(torch.tensor([[1, 1, 0], [1, 1, 1]]))
     assert order is None and found.places.tolist() == [0, 1, 3, 4, 5]

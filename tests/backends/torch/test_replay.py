@@ -48,12 +48,12 @@ def test_what_generation_chose_is_chosen_again(package: Any, model: Any) -> None
     assert not any(router._forward_hooks for router in model.routers())
 
 
-def test_weights_of_given_experts_are_those_of_the_router(model: Any) -> None:
+def test_weights_of_given_experts_are_those_of_the_router(package: Any, model: Any) -> None:
     """They are differentiated as if chosen, and counted."""
     router = model.train().routers()[0]
     x = torch.randn(2, 5, 64)
     given = torch.tensor([7, 0, 3]).expand(2, 5, 3)
-    experts, weights, statistics = router(x, None, given)
+    experts, weights, statistics = router(x, package.sequences.Batch(experts=given))
     scores = (x @ router.weight.T).sigmoid()[..., [7, 0, 3]]
     assert torch.equal(experts, given)
     torch.testing.assert_close(weights, 2.5 * scores / scores.sum(-1, keepdim=True))

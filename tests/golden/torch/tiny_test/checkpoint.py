@@ -42,14 +42,18 @@ CODE = (
     "attention.py",
     "autocast.py",
     "balance.py",
+    "callbacks.py",
     "convolution.py",
     "dispatch.py",
+    "float32.py",
     "grouped.py",
     "loss.py",
     "model.py",
     "modeling_n3c.py",
     "norm.py",
     "recompute.py",
+    "routing.py",
+    "sequences.py",
     "ssd.py",
     "state.py",
 )
@@ -257,7 +261,11 @@ def save_checkpoint(
         config = huggingface_config(model)
         code = [path for name in CODE if (path := Path(__file__).with_name(name)).is_file()]
         if len(code) == len(CODE):
-            config["auto_map"] = {"AutoModelForCausalLM": "modeling_n3c.N3CForCausalLM"}
+            config["auto_map"] = {
+                "AutoConfig": "modeling_n3c.N3CConfig",
+                "AutoModel": "modeling_n3c.N3CModel",
+                "AutoModelForCausalLM": "modeling_n3c.N3CForCausalLM",
+            }
             for path in code:
                 shutil.copyfile(path, folder / path.name)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
