@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -86,7 +85,7 @@ def test_log_probabilities_of_training_and_of_an_engine(name: EngineName, small:
     """A prompt, and 12 sampled tokens: their log-probabilities where they were sampled, and in Model.forward."""
     engine, random = small.engine(name, 1), np.random.default_rng(3)
     tokens, sampled = [5, 17, 3, 88, 41, 2, 9], list[float]()
-    prompt = np.array([tokens + [0]])
+    prompt = np.array([[*tokens, 0]])
     outputs = call(
         engine,
         "prefill",

@@ -1,4 +1,4 @@
-"""PEFT, TRL and transformers' Trainer with the emitted wrapper, and with transformers' own nemotron_h; `make test-oracles`.
+"""PEFT, TRL and Trainer with the emitted wrapper and with transformers' own nemotron_h; `make test-oracles`.
 
 docs/training.md has the table of it, which is compared with what is tested.
 """
@@ -38,7 +38,12 @@ def test_the_table_is_that_of_the_documentation() -> None:
     _, _, behind = text.partition(head)
     assert [line for line in behind.splitlines()[2:] if line][: len(TABLE)] == TABLE
     pinned = dict(line.split("==") for line in (ROOT / "constraints-oracles.txt").read_text().split())
-    for name, title in (("transformers", "transformers"), ("peft", "PEFT"), ("trl", "TRL"), ("accelerate", "accelerate")):
+    for name, title in (
+        ("transformers", "transformers"),
+        ("peft", "PEFT"),
+        ("trl", "TRL"),
+        ("accelerate", "accelerate"),
+    ):
         assert f"{title} {pinned[name]}" in head
 
 
@@ -217,9 +222,7 @@ def sft(model: Any, folder: Path, callbacks: Any = None, **options: Any) -> Any:
     from trl import SFTConfig, SFTTrainer
 
     settings = SFTConfig(**arguments(folder, **options))
-    trainer = SFTTrainer(
-        model, args=settings, train_dataset=texts(), processing_class=tokenizer(), callbacks=callbacks
-    )
+    trainer = SFTTrainer(model, args=settings, train_dataset=texts(), processing_class=tokenizer(), callbacks=callbacks)
     trainer.train()
     return trainer
 
@@ -344,7 +347,11 @@ def test_flattening(models: Models, tmp_path: Path) -> None:
 def test_best_model(models: Models, tmp_path: Path) -> None:
     """A rate that ruins the model after the first step: the best is behind."""
     best = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    options: dict[str, Any] = best | {"load_best_model_at_end": True, "learning_rate": 0.1, "lr_scheduler_type": "constant"}
+    options: dict[str, Any] = best | {
+        "load_best_model_at_end": True,
+        "learning_rate": 0.1,
+        "lr_scheduler_type": "constant",
+    }
     for kind, load, restored in (("ours", models.ours, True), ("theirs", models.theirs, False)):
         trainer = run_trainer(load(), tmp_path / kind, **options)
         assert Path(trainer.state.best_model_checkpoint).name != "checkpoint-3"
