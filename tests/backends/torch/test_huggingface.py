@@ -338,7 +338,8 @@ def test_training_never_has_all_logits(saved: tuple[Any, Path], replaced: bool) 
                 self.head, self.scale = head, torch.nn.Parameter(torch.ones(()))
 
             def forward(self, x: torch.Tensor) -> torch.Tensor:
-                return self.head(x) * self.scale
+                y: torch.Tensor = self.head(x)
+                return y * self.scale
 
         ours.lm_head = Twice(ours.lm_head)
     sizes: list[int] = []
@@ -355,7 +356,7 @@ class Sizes(TorchDispatchMode):
     """Notes the number of elements of each tensor that is made."""
 
     def __init__(self, sizes: list[int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.sizes = sizes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

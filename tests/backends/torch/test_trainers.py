@@ -5,10 +5,12 @@ docs/training.md has the table of it, which is compared with what is tested.
 
 from __future__ import annotations
 
+import importlib
 import json
 import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +25,7 @@ from .hugging_face import IDS, build, native, remote_code, trained, wrapped
 ROOT = Path(__file__).parents[3]
 EXACT = 1e-5
 Test = TypeVar("Test", bound=Callable[..., None])
+PACKAGES = ("transformers", "PEFT", "TRL", "accelerate")
 TABLE: list[str] = []
 
 
@@ -38,21 +41,21 @@ def test_the_table_is_that_of_the_documentation() -> None:
     _, _, behind = text.partition(head)
     assert [line for line in behind.splitlines()[2:] if line][: len(TABLE)] == TABLE
     pinned = dict(line.split("==") for line in (ROOT / "constraints-oracles.txt").read_text().split())
-    for name, title in (
-        ("transformers", "transformers"),
-        ("peft", "PEFT"),
-        ("trl", "TRL"),
-        ("accelerate", "accelerate"),
-    ):
-        assert f"{title} {pinned[name]}" in head
+    for name in PACKAGES:
+        assert f"{name} {pinned[name.lower()]}" in head
 
 
 @pytest.mark.oracles
 def test_the_versions_are_those_of_the_table() -> None:
     for line in (ROOT / "constraints-oracles.txt").read_text().split():
         name, _, pinned = line.partition("==")
-        if name in ("transformers", "peft", "trl", "accelerate"):
+        if name in map(str.lower, PACKAGES):
             assert version(name) == pinned
+
+
+def imported(name: str) -> Any:
+    """Import what only the environment of these tests has."""
+    return importlib.import_module(name)
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
 
 def adapted(model: Any, **target: Any) -> Any:
     """Return a model with LoRA adapters whose both matrices are random."""
-    from peft import LoraConfig, get_peft_model
+    LoraConfig: Any = imported("peft").LoraConfig
+    get_peft_model: Any = imported("peft").get_peft_model
 
     peft = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, **target))
     torch.manual_seed(1)
@@ -108,7 +112,7 @@ def gradients(model: Any, ids: Tensor = IDS) -> tuple[float, dict[str, Tensor]]:
 
 def check_adapter(models: Models, folder: Path, **target: Any) -> Any:
     """Every adapter of the backbone gets a gradient; saved, reloaded and merged the model computes the same."""
-    from peft import PeftModel
+    PeftModel: Any = imported("peft").PeftModel
 
     model = adapted(models.ours(), **target)
     _, found = gradients(model)
@@ -213,13 +217,14 @@ def check_same_run(run: Callable[[Any], Any], models: Models, *keys: str, rtol: 
 
 
 def texts() -> Any:
-    from datasets import Dataset
+    Dataset: Any = imported("datasets").Dataset
 
     return Dataset.from_dict({"text": ["".join(chr(97 + i * j % 26) for j in range(5 + i % 7)) for i in range(16)]})
 
 
 def sft(model: Any, folder: Path, callbacks: Any = None, **options: Any) -> Any:
-    from trl import SFTConfig, SFTTrainer
+    SFTConfig: Any = imported("trl").SFTConfig
+    SFTTrainer: Any = imported("trl").SFTTrainer
 
     settings = SFTConfig(**arguments(folder, **options))
     trainer = SFTTrainer(model, args=settings, train_dataset=texts(), processing_class=tokenizer(), callbacks=callbacks)
@@ -235,9 +240,8 @@ def test_sft(models: Models, tmp_path: Path) -> None:
 @feature("TRL SFTTrainer, `loss_type` nll and dft, accumulation", "yes", "equal")
 def test_sft_losses(models: Models, tmp_path: Path) -> None:
     for kind in ("nll", "dft"):
-        check_same_run(
-            lambda model, kind=kind: sft(model, tmp_path, loss_type=kind, gradient_accumulation_steps=2), models
-        )
+        options = {"loss_type": kind, "gradient_accumulation_steps": 2}
+        check_same_run(partial(sft, folder=tmp_path, **options), models)
 
 
 @feature("TRL SFTTrainer, packing, padding-free", "needs mamba_ssm (a GPU)", "as the documents alone")
@@ -254,8 +258,9 @@ def test_sft_packing(models: Models, tmp_path: Path) -> None:
 
 @feature("TRL DPOTrainer", "yes", "equal")
 def test_dpo(models: Models, tmp_path: Path) -> None:
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
+    Dataset: Any = imported("datasets").Dataset
+    DPOConfig: Any = imported("trl").DPOConfig
+    DPOTrainer: Any = imported("trl").DPOTrainer
 
     columns = {"prompt": ["abc", "bcd", "cde", "xyz"], "chosen": ["defg", "ef", "fga", "a"]}
     pairs = Dataset.from_dict({k: v * 2 for k, v in (columns | {"rejected": ["zz", "yyw", "xx", "www"]}).items()})
@@ -271,8 +276,9 @@ def test_dpo(models: Models, tmp_path: Path) -> None:
 
 @feature("TRL GRPOTrainer, which generates", "yes", "equal")
 def test_grpo(models: Models, tmp_path: Path) -> None:
-    from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
+    Dataset: Any = imported("datasets").Dataset
+    GRPOConfig: Any = imported("trl").GRPOConfig
+    GRPOTrainer: Any = imported("trl").GRPOTrainer
 
     prompts = Dataset.from_dict({"prompt": ["abc", "bcdefg", "cde", "xyzab"] * 2})
 
@@ -317,7 +323,7 @@ def run_trainer(model: Any, folder: Path, resume: Path | None = None, **options:
 
 @feature("Trainer, padded batches, evaluation", "yes", "equal, `eval_loss` without MTP")
 def test_trainer(models: Models, tmp_path: Path) -> None:
-    options = {"eval_strategy": "steps", "eval_steps": 1}
+    options: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1}
     check_same_run(lambda model: run_trainer(model, tmp_path, **options), models, "eval_loss")
     with_mtp = wrapped(models.folder)
     before = trainer_of(with_mtp, tmp_path).evaluate()["eval_loss"]
@@ -326,7 +332,7 @@ def test_trainer(models: Models, tmp_path: Path) -> None:
 
 @feature("Trainer, accumulation", "yes", "equal, and equal to one batch, with MTP too")
 def test_accumulation(models: Models, tmp_path: Path) -> None:
-    parts = {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1}
+    parts: dict[str, Any] = {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1}
     check_same_run(lambda model: run_trainer(model, tmp_path, **parts), models)
     runs = [run_trainer(wrapped(models.folder), tmp_path, **options) for options in ({}, parts)]
     whole, accumulated = (history(run, "loss", "grad_norm") for run in runs)
@@ -362,7 +368,7 @@ def test_best_model(models: Models, tmp_path: Path) -> None:
 @feature("Trainer, `resume_from_checkpoint`", "loses the experts", "exact")
 def test_resume(models: Models, tmp_path: Path) -> None:
     for kind, load, exact in (("ours", models.ours, True), ("theirs", models.theirs, False)):
-        options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+        options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
         whole = run_trainer(load(), tmp_path / kind, **options)
         again = run_trainer(load(), tmp_path / kind, tmp_path / kind / "checkpoint-2", **options)
         expected = whole.model.state_dict()
