@@ -54,8 +54,8 @@ def test_rows_give_what_they_give_alone(model: Any, kind: str, return_logits: bo
         share = torch.tensor([kept.sum() - k for kept in mask]).float()
         means = torch.stack([one.losses[k - 1] for one in expected])
         torch.testing.assert_close(loss, (share * means).sum() / share.sum(), atol=1e-6, rtol=1e-6)
-    assert torch.equal(out.tokens_per_expert, sum(one.tokens_per_expert for one in expected))
-    torch.testing.assert_close(out.balance_loss, sum(one.balance_loss for one in expected) / 3)
+    assert torch.equal(out.tokens_per_expert, torch.stack([one.tokens_per_expert for one in expected]).sum(0))
+    torch.testing.assert_close(out.balance_loss, torch.stack([one.balance_loss for one in expected]).mean())
 
     (out.losses[0] + out.balance_loss).backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -71,9 +71,13 @@ def test_rows_give_what_they_give_alone(model: Any, kind: str, return_logits: bo
 def test_padding_reaches_no_expert(model: Any) -> None:
     """As many rows as there are tokens, at each depth of MTP, too; and no gradient comes from the others."""
     rows: list[int] = []
+
+    def count(_: Any, inputs: tuple[Tensor, ...]) -> None:
+        rows.append(inputs[0].shape[:2].numel())
+
     for module in model.modules():
         if type(module).__name__ == "Experts":
-            module.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[:2].numel()))
+            module.register_forward_pre_hook(count)
     mask = torch.tensor(MASKS["right"])
     model(IDS, IDS, attention_mask=mask)
     tokens = int(mask.sum())
