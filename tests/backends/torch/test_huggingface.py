@@ -349,7 +349,7 @@ def test_training_never_has_all_logits(saved: tuple[Any, Path], replaced: bool) 
     assert max(sizes) <= 257 * 4000
     torch.testing.assert_close(out.loss, expected.loss)
     if replaced:
-        assert ours.lm_head.scale.grad.abs() > 0
+        assert dict(ours.named_parameters())["lm_head.scale"].grad != 0
 
 
 class Sizes(TorchDispatchMode):
