@@ -14,7 +14,9 @@ FOR_PLANS = Needs("target", ("trt", None))
 
 SPEC = Argument("SPEC")
 SET = Option("Override a spec value, as moe.top_k=8; may repeat.", metavar="KEY=VALUE")
-SM = Option("GPU architectures to build for: one plan for all of them.", metavar="SM[,SM]|portable", needs=FOR_PLANS)
+SM = Option(
+    "GPU architectures to build for: one plan for all of them.", metavar="SM[,SM]|native|portable", needs=FOR_PLANS
+)
 TRT = Option("Which TensorRT.", needs=FOR_PLANS)
 CONTEXT = Option("Tokens in the cache of each sequence (default: serving.max_seq_len).", least=1)
 BATCH = Option("Sequences.", least=1)

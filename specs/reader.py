@@ -262,11 +262,17 @@ class _Reader:
             self.wrong_type(raw, path, "a string")
             return _BAD
         try:
-            return Pattern.parse(raw)
+            pattern = Pattern.parse(raw)
         except PatternError as error:
-            span = self.places.inside(path, error.offset, error.length)
-            self.say("E0108", f"{_named(path)}: {error.message}", span, error.advice)
+            self.say_inside(path, "E0108", error)
             return _BAD
+        for doubt in pattern.doubts():
+            self.say_inside(path, "W0202", doubt)
+        return pattern
+
+    def say_inside(self, path: Path, code: str, error: PatternError) -> None:
+        span = self.places.inside(path, error.offset, error.length)
+        self.say(code, f"{_named(path)}: {error.message}", span, error.advice)
 
     # Rules
 

@@ -7,10 +7,13 @@ refuses a type that one of them lacks ("HW-specific datatypes"). TensorRT builds
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from n3c.backends.machine import compute_capabilities
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 from n3c.ir.types import DType
 
@@ -55,19 +58,40 @@ PORTABLE = (80, 86, 89, 120, 121)
 
 
 def sm_versions(given: int | str | Sequence[int]) -> tuple[int, ...]:
-    """Return the SM versions of `120`, `80,86`, `portable` or a sequence of numbers, each once.
+    """Return the SM versions of `120`, `sm_89`, `8.9`, `80,86`, `native`, `portable` or several numbers, each once.
 
-    N3CError (E0701, exit code 2) for a text that is none of these; whether they are targets `require` says.
+    N3CError: E0701 (exit code 2) for a text that is none of these, E0518 (exit code 4) for `native` without a GPU;
+    whether they are targets `require` says.
     """
     if given == "portable":
         return PORTABLE
     if isinstance(given, int):
         return (given,)
     parts = given.split(",") if isinstance(given, str) else [str(sm) for sm in given]
-    if not parts or not all(part.strip().isascii() and part.strip().isdigit() and len(part) < 6 for part in parts):
-        message = f"--sm: {given!r} is no SM version, list of them or `portable`"
+    versions = [_sm_versions(part.strip()) for part in parts]
+    if not versions or not all(versions):
+        message = f"--sm: {given!r} is no SM version (120, sm_120, 12.0), list of them, `native` or `portable`"
         raise N3CError(Diagnostic("E0701", message), ExitCode.USAGE)
-    return tuple(dict.fromkeys(int(part) for part in parts))
+    return tuple(dict.fromkeys(itertools.chain.from_iterable(versions)))
+
+
+_SM = re.compile(r"(?:sm_?)?(\d{1,5})|(\d{1,2})\.(\d)", re.ASCII)
+
+
+def _sm_versions(part: str) -> tuple[int, ...]:
+    """Return the versions of one entry of a list; none where it is no entry."""
+    if part == "native":
+        return _native()
+    found = _SM.fullmatch(part)
+    return (int(found[1] or found[2] + found[3]),) if found else ()
+
+
+def _native() -> tuple[int, ...]:
+    versions = tuple(dict.fromkeys(compute_capabilities()))
+    if not versions:
+        help_ = "name the SM version that the plans are for, as `--sm 120`"
+        raise N3CError(Diagnostic("E0518", "--sm native: there is no NVIDIA GPU here", help=help_), ExitCode.TARGET)
+    return versions
 
 
 def lacking(sms: Sequence[int]) -> frozenset[DType]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from n3c.backends.trt.targets import Flavour, lacking, require, sm_versions
 from n3c.compiler.common_options import BATCH, CONTEXT, SET, SM, SPEC, TRT, Target
+from n3c.compiler.report.cost import layer_counts
 from n3c.compiler.report.memory_fit import MemoryFit, memory_fits
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 from n3c.ir.types import DType
@@ -43,6 +44,7 @@ class Checked:
         return {
             "ok": True,
             "name": self.spec.name,
+            "layers": layer_counts(self.spec),
             "sms": list(self.sms),
             "forms": [form.as_json() for form in self.forms()],
             "fits": [fit.as_json() for fit in self.fits],

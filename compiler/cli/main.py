@@ -17,6 +17,8 @@ from .output import print_failure, tell
 from .signals import interruptible
 
 COMMANDS = {
+    "init": "Write a commented spec to start from.",
+    "specs": "List the specs that n3c ships, each usable by its name.",
     "check": "Find everything that would fail later, without weights, GPU or build.",
     "inspect": "Count parameters, FLOPs, weight and state bytes.",
     "build": "Compile a spec to PyTorch, ONNX or TensorRT.",

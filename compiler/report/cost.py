@@ -98,6 +98,12 @@ def decode_bytes(served: Served, spec: Spec, batch: int, context: int) -> dict[s
     return {"weights": weights + embedding, "states": states, "kv_cache": cache, "total": total}
 
 
+def layer_counts(spec: Spec) -> dict[str, int]:
+    """Return the form of `inspect --json`, key `layers`: how many there are, in all and by table."""
+    pattern = spec.model.pattern
+    return {"total": len(pattern), **{kind.table: count for kind, count in pattern.counts().items()}}
+
+
 def inspect_spec(spec: Spec, *, context: int | None = None, batch: int = 1) -> dict[str, Any]:
     """Return the figures of `n3c inspect SPEC --json`; N3CError where the spec's rules do not fit."""
     context = spec.serving.max_seq_len if context is None else context
@@ -110,10 +116,7 @@ def inspect_spec(spec: Spec, *, context: int | None = None, batch: int = 1) -> d
     moved, plan = decode_bytes(served, spec, batch, context), served.plan
     return {
         "name": spec.name,
-        "layers": {
-            "total": len(spec.model.pattern),
-            **{kind.table: spec.model.pattern.symbols.count(kind.symbol) for kind in dict.fromkeys(spec.model.pattern)},
-        },
+        "layers": layer_counts(spec),
         "parameters": counts.as_json(),
         "flops_per_token": flops,
         "weights": {"bytes": sum(by_format.values()), "by_format": dict(sorted(by_format.items()))},

@@ -11,6 +11,7 @@ from n3c.runtime.manifest import MANIFEST, out_error, read_manifest
 from n3c.runtime.options import Argument, Needs, checked
 from n3c.specs.load import loaded
 from n3c.specs.schema import Spec
+from n3c.specs.shipped import spec_file
 
 from .cost import inspect_spec
 
@@ -55,7 +56,7 @@ def inspect(
     """
     if isinstance(path, Spec):
         return _of_spec(path, set, context, batch)
-    place = Path(path)
+    place = Path(path) if Path(path).is_dir() else spec_file(path)
     if not place.is_file() and place.suffix not in (".toml", ".json"):
         from n3c.backends.safetensors.locate import checkpoint_directory
 

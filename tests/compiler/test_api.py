@@ -42,7 +42,8 @@ COMMANDS: dict[str, tuple[Callable[..., object], ...]] = {
     "import": (import_config,),
     "export-config": (export_config,),
 }
-OF_THE_COMMAND_LINE = {"--json", "--debug", "--print-ir-after", "--prompt", "--prompt-ids", "--prompt-file"}
+OF_THE_COMMAND_LINE = {"--json", "--debug", "--print-ir-after", "--prompt", "--prompt-ids", "--prompt-file",
+                       "--format", "--warnings-as-errors"}  # fmt: skip
 """Options about printing and about where prompts come from: Python has its own ways."""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from n3c.backends.trt.module import load_trt, version
-from n3c.backends.trt.targets import PORTABLE, TARGETS, Flavour, lacking, require
+from n3c.backends.trt.targets import PORTABLE, TARGETS, Flavour, lacking, require, sm_versions
 from n3c.ir.diagnostics import ExitCode, N3CError, Span
 from n3c.ir.types import DType
 
@@ -89,3 +89,32 @@ def test_a_missing_tensorrt_is_an_error_with_the_command_that_installs_it(monkey
 
 def test_version() -> None:
     assert version(load_trt()).startswith("tensorrt_rtx 1.")
+
+
+@pytest.mark.parametrize(
+    ("given", "versions"),
+    [
+        ("sm_89", (89,)),
+        ("8.9", (89,)),
+        ("12.0", (120,)),
+        ("sm120, 8.6 ,86", (120, 86)),
+        ("native", (89, 120)),
+        ("120,native", (120, 89)),
+    ],
+)
+def test_spellings_of_an_sm_version(given: str, versions: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("n3c.backends.trt.targets.compute_capabilities", lambda: (89, 89, 120))
+    assert sm_versions(given) == versions
+
+
+@pytest.mark.parametrize("given", ["8.95", "sm_", "sm 89", "x8.9", "8.", "natives", "8.9.1", "\u0668.9"])
+def test_what_is_no_sm_version(given: str) -> None:
+    with pytest.raises(N3CError, match="is no SM version"):
+        sm_versions(given)
+
+
+def test_native_without_a_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("n3c.backends.trt.targets.compute_capabilities", tuple)
+    with pytest.raises(N3CError, match="there is no NVIDIA GPU here") as caught:
+        sm_versions("native")
+    assert caught.value.exit_code is ExitCode.TARGET

@@ -91,7 +91,7 @@ def test_no_command_shows_the_help_and_is_a_usage_error() -> None:
     assert "Commands:" in result.err
 
 
-@pytest.mark.parametrize("arguments", [["frob"], ["--frob"], ["check"], ["check", "a", "b"], ["check", "--frob", "a"]])
+@pytest.mark.parametrize("arguments", [["frob"], ["--frob"], ["check"], ["schema", "a"], ["check", "--frob", "a"]])
 def test_usage_errors(arguments: list[str]) -> None:
     result = n3c(*arguments)
     assert (result.code, result.out) == (2, "")
@@ -142,7 +142,7 @@ def test_warnings_are_in_json_and_on_stderr(tmp_path: Path) -> None:
     assert (result.code, result.data["ok"]) == (0, True)
     assert [(d["code"], d["severity"]) for d in result.data["diagnostics"]] == [("W0201", "warning")]
     assert "warning[W0201]" in result.err
-    assert n3c("check", spec).out == f"{spec}: ok (small), 1 warning\n"
+    assert n3c("check", spec).out == f"{spec}: ok (small), 7 layers: 3 M, 3 E, 1 *; 1 warning\n"
 
 
 def test_snake_case_is_accepted(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_print_ir_after_all_shows_every_stage_once(tmp_path: Path) -> None:
 def test_overrides_reach_every_command(tmp_path: Path) -> None:
     spec = write_small(tmp_path)
     more = ("--set", "moe.num_experts=16", "--set", 'name="big"')
-    assert n3c("check", spec, *more).out == f"{spec}: ok (big)\n"
+    assert n3c("check", spec, *more).out == f"{spec}: ok (big), 8 layers: 3 M, 3 E, 1 *, 1 -\n"
     assert n3c("inspect", spec, *more, "--json").data["name"] == "big"
     assert json.loads(n3c("export-config", spec, *more).out)["n_routed_experts"] == 16
     assert n3c("build", spec, *more, "--target", "torch", "-o", tmp_path / "out").code == 0
