@@ -20,4 +20,5 @@ SM = Option(
 TRT = Option("Which TensorRT.", needs=FOR_PLANS)
 CONTEXT = Option("Tokens in the cache of each sequence (default: serving.max_seq_len).", least=1)
 BATCH = Option("Sequences.", least=1)
+MEMORY = Option("Say what fits a GPU with so much memory instead of the known ones.", metavar="SIZE")
 FORCE = Option("Overwrite a file that is there.", needs=Needs("output"))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from n3c.backends.gpus import GPUS, Gpu
 from n3c.backends.machine import compute_capabilities
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 from n3c.ir.types import DType
@@ -30,6 +31,8 @@ class Target:
     fp8: bool = True
     fp4: bool = True
     flavours: tuple[Flavour, ...] = ("rtx", "full")
+    published: bool = True
+    """Whether NVIDIA's support matrix of TensorRT-RTX lists it, where its builder takes it."""
 
     @property
     def lacks(self) -> frozenset[DType]:
@@ -42,7 +45,7 @@ TARGETS: dict[int, Target] = {
     target.sm: target
     for target in (
         Target(75, "Turing, RTX 20", bf16=False, fp8=False, fp4=False),
-        Target(80, "Ampere, A100", fp8=False, fp4=False),
+        Target(80, "Ampere, A100", fp8=False, fp4=False, published=False),
         Target(86, "Ampere, RTX 30", fp8=False, fp4=False),
         Target(89, "Ada, RTX 40", fp4=False),
         Target(90, "Hopper, H100 and H200", fp4=False, flavours=("full",)),
@@ -121,6 +124,19 @@ def require(sms: Sequence[int], flavour: Flavour = "rtx", span: Span | None = No
             able = ", ".join(str(t.sm) for t in TARGETS.values() if t.bf16 and flavour in t.flavours)
             faults.append(Diagnostic("E0503", message, span, help=f"build for SM {able}"))
     return faults
+
+
+def serving(gpu: Gpu) -> tuple[Flavour, ...]:
+    """Return which TensorRT serves a GPU, as NVIDIA publishes it."""
+    target = TARGETS[gpu.sm]
+    return tuple(flavour for flavour in target.flavours if flavour == "full" or target.published)
+
+
+def served_gpus(sms: Sequence[int] = (), flavour: Flavour | None = None) -> tuple[Gpu, ...]:
+    """Return the known GPUs of these SM versions (none: of any) that this TensorRT (None: whatever) serves."""
+    return tuple(
+        gpu for gpu in GPUS.values() if (not sms or gpu.sm in sms) and (flavour is None or flavour in serving(gpu))
+    )
 
 
 def named(sms: Sequence[int]) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from n3c.backends.gpus import GPUS, Gpu
 from n3c.ir import ops
 from n3c.ir.program import Call, Program
 from n3c.passes.lower.model import lower
@@ -104,8 +106,18 @@ def layer_counts(spec: Spec) -> dict[str, int]:
     return {"total": len(pattern), **{kind.table: count for kind, count in pattern.counts().items()}}
 
 
-def inspect_spec(spec: Spec, *, context: int | None = None, batch: int = 1) -> dict[str, Any]:
-    """Return the figures of `n3c inspect SPEC --json`; N3CError where the spec's rules do not fit."""
+def inspect_spec(
+    spec: Spec,
+    *,
+    context: int | None = None,
+    batch: int = 1,
+    gpus: Iterable[Gpu] = GPUS.values(),
+    memory: int | None = None,
+) -> dict[str, Any]:
+    """Return the figures of `n3c inspect SPEC --json`; N3CError where the spec's rules do not fit.
+
+    What fits is told for `gpus`, or for one of `memory` bytes.
+    """
     context = spec.serving.max_seq_len if context is None else context
     lowered = lower(spec)
     counts, flops = count_parameters(lowered, spec), flops_per_token(lowered, context)
@@ -137,5 +149,5 @@ def inspect_spec(spec: Spec, *, context: int | None = None, batch: int = 1) -> d
             "memory_bytes": sum(by_format.values()) + batch * plan.bytes_at(context),
             "tokens_per_second_at_1_TB_per_s": round(batch * 1e12 / moved["total"], 1),
         },
-        "fits": [fit.as_json() for fit in memory_fits(spec, served, context, batch)],
+        "fits": [fit.as_json() for fit in memory_fits(spec, served, context, batch, gpus, memory)],
     }

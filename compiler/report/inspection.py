@@ -1,19 +1,22 @@
 """`inspect`: what a spec, a checkpoint or a build holds and costs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from n3c.compiler.common_options import BATCH, CONTEXT, SET
+from n3c.backends.trt.targets import Flavour, served_gpus, sm_versions
+from n3c.compiler.common_options import BATCH, CONTEXT, MEMORY, SET, SM, TRT
 from n3c.ir.diagnostics import Diagnostic
 from n3c.runtime.manifest import MANIFEST, out_error, read_manifest
-from n3c.runtime.options import Argument, Needs, checked
+from n3c.runtime.options import Argument, Needs, checked, usage_error
 from n3c.specs.load import loaded
 from n3c.specs.schema import Spec
 from n3c.specs.shipped import spec_file
 
 from .cost import inspect_spec
+from .memory_fit import memory_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +51,24 @@ def inspect(
     *,
     context: Annotated[int | None, replace(CONTEXT, needs=NO_BUILD)] = None,
     batch: Annotated[int, replace(BATCH, needs=NO_BUILD)] = 1,
+    sm: Annotated[
+        int | str | Sequence[int] | None, replace(SM, help="Say what fits GPUs of these architectures.", needs=NO_BUILD)
+    ] = None,
+    trt: Annotated[Flavour | None, replace(TRT, help="Say what fits GPUs that it serves.", needs=NO_BUILD)] = None,
+    memory: Annotated[int | str | None, replace(MEMORY, needs=NO_BUILD)] = None,
     set: Annotated[Sequence[str], replace(SET, needs=A_SPEC)] = (),
 ) -> Inspected:
     """Count parameters, FLOPs, weight and state bytes of a spec, a checkpoint (its config) or a build.
 
+    What fits is told for the GPUs that n3c knows, of those for what `sm` and `trt` leave, or for `memory`.
     N3CError: exit code 2 for options that do not go with what `path` is, 3 for a spec or config, 6 for files.
     """
+    gpus = served_gpus(() if sm is None else sm_versions(sm), trt)
+    if not gpus:
+        raise usage_error(f"n3c knows no GPU of SM {sm} that this TensorRT serves: --memory SIZE tells of any other")
+    figures_of = partial(inspect_spec, context=context, batch=batch, gpus=gpus, memory=memory_of(memory))
     if isinstance(path, Spec):
-        return _of_spec(path, set, context, batch)
+        return _of_spec(path, set, figures_of)
     place = Path(path) if Path(path).is_dir() else spec_file(path)
     if not place.is_file() and place.suffix not in (".toml", ".json"):
         from n3c.backends.safetensors.locate import checkpoint_directory
@@ -67,11 +80,11 @@ def inspect(
             raise out_error("E0614", f"{MANIFEST} is not one of n3c", place / MANIFEST)
         return Inspected("build", manifest)
     if _is_spec(place):
-        return _of_spec(place, set, context, batch)
+        return _of_spec(place, set, figures_of)
     from n3c.backends.safetensors.imported_spec import import_checkpoint
 
     imported = import_checkpoint(place, formats_matter=False)
-    figures = inspect_spec(imported.spec, context=context, batch=batch)
+    figures = figures_of(imported.spec)
     if place.is_dir() and any(place.glob("*.safetensors*")):
         from n3c.backends.safetensors.checkpoint import Checkpoint
         from n3c.backends.safetensors.inventory import inventory
@@ -80,6 +93,6 @@ def inspect(
     return Inspected("checkpoint", figures, imported.warnings)
 
 
-def _of_spec(spec: Path | Spec, overrides: Sequence[str], context: int | None, batch: int) -> Inspected:
+def _of_spec(spec: Path | Spec, overrides: Sequence[str], figures_of: Callable[[Spec], dict[str, Any]]) -> Inspected:
     read, warnings = loaded(spec, overrides)
-    return Inspected("spec", inspect_spec(read, context=context, batch=batch), tuple(warnings))
+    return Inspected("spec", figures_of(read), tuple(warnings))

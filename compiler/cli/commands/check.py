@@ -63,7 +63,9 @@ def command(spec: tuple[Path, ...], format_: str, warnings_as_errors: bool, as_j
         print_json(sarif(diagnostics))
     else:
         print_diagnostics(diagnostics)
-        _print_json(outcomes) if as_json else _print(outcomes, shows_fits=bool({"context", "batch"} & set(given)))
+        _print_json(outcomes) if as_json else _print(
+            outcomes, shows_fits=bool({"context", "batch", "memory"} & set(given))
+        )
     return max(outcome.code for outcome in outcomes)
 
 
