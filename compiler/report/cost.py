@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from n3c.backends.gpus import GPUS, Gpu
 from n3c.ir import ops
 from n3c.ir.program import Call, Program
-from n3c.passes.lower.model import lower
-from n3c.passes.serving import Served, serve
+from n3c.passes.serving import Served
 from n3c.specs.schema import Spec
-
-from .memory_fit import memory_fits
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +51,7 @@ def flops_per_token(program: Program, context: int, *, mtp: bool = False) -> int
     Counted are linears, convolutions, the SSD recurrence and attention (4 · context · Hq · P a layer).
     """
     return sum(
-        _call_flops(program, call, context)
-        for call in program.entry_points["forward"].calls
-        if mtp or not _is_mtp(call)
+        call_flops(program, call, context) for call in program.entry_points["forward"].calls if mtp or not _is_mtp(call)
     )
 
 
@@ -66,7 +59,8 @@ def _is_mtp(call: Call) -> bool:
     return any(name.startswith("mtp") for name in call.outputs)
 
 
-def _call_flops(program: Program, call: Call, context: int) -> int:
+def call_flops(program: Program, call: Call, context: int) -> int:
+    """Return the FLOPs of one token in one call."""
     total = 0
     for node in program.functions[call.function].nodes:
         if node.op.flops is not None:
@@ -104,50 +98,3 @@ def layer_counts(spec: Spec) -> dict[str, int]:
     """Return the form of `inspect --json`, key `layers`: how many there are, in all and by table."""
     pattern = spec.model.pattern
     return {"total": len(pattern), **{kind.table: count for kind, count in pattern.counts().items()}}
-
-
-def inspect_spec(
-    spec: Spec,
-    *,
-    context: int | None = None,
-    batch: int = 1,
-    gpus: Iterable[Gpu] = GPUS.values(),
-    memory: int | None = None,
-) -> dict[str, Any]:
-    """Return the figures of `n3c inspect SPEC --json`; N3CError where the spec's rules do not fit.
-
-    What fits is told for `gpus`, or for one of `memory` bytes.
-    """
-    context = spec.serving.max_seq_len if context is None else context
-    lowered = lower(spec)
-    counts, flops = count_parameters(lowered, spec), flops_per_token(lowered, context)
-    served = serve(spec, lowered=lowered)
-    by_format: dict[str, int] = {}
-    for entry in served.program.ledger:
-        by_format[entry.format] = by_format.get(entry.format, 0) + entry.bytes
-    moved, plan = decode_bytes(served, spec, batch, context), served.plan
-    return {
-        "name": spec.name,
-        "layers": layer_counts(spec),
-        "parameters": counts.as_json(),
-        "flops_per_token": flops,
-        "weights": {"bytes": sum(by_format.values()), "by_format": dict(sorted(by_format.items()))},
-        "state": {
-            "kv_bytes_per_token": plan.kv_bytes_per_token,
-            "bytes_per_request": plan.bytes_per_request,
-            "ssm_bytes_per_request": plan.ssm_bytes,
-            "conv_bytes_per_request": plan.conv_bytes,
-            "mtp_kv_bytes_per_token": plan.mtp_kv_bytes_per_token,
-            "snapshots": plan.snapshots(),
-        },
-        "decode": {
-            "context": context,
-            "batch": batch,
-            "bytes": moved,
-            "flops": flops * batch,
-            "flops_per_byte": round(flops * batch / moved["total"], 2),
-            "memory_bytes": sum(by_format.values()) + batch * plan.bytes_at(context),
-            "tokens_per_second_at_1_TB_per_s": round(batch * 1e12 / moved["total"], 1),
-        },
-        "fits": [fit.as_json() for fit in memory_fits(spec, served, context, batch, gpus, memory)],
-    }
