@@ -55,7 +55,7 @@ def test_paths_and_options(command: str, spec: Path, tmp_path: Path) -> None:
     else:
         assert outcome.code == (2 if takes_nothing or command in ("build", "quantize", "run") else outcome.code) != 0
     for option in (f"--{HOSTILE}", "--json"):
-        taken = command == "check" and option == "--json"  # as a second spec
+        taken = command in ("check", "diff") and option == "--json"  # as a second spec
         assert shows_text_only(n3c(command, spec, option, HOSTILE)).code == (6 if taken else 2)
 
 

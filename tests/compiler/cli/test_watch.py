@@ -58,7 +58,10 @@ SPEC = (
 )
 LINES: dict[str, list[str]] = {
     "check": ["spec.toml --target trt --context 16"],
+    "init": ["begun.toml"],
+    "specs": [""],
     "inspect": ["spec.toml", "weights", "out"],
+    "diff": ["spec.toml tiny", "weights weights"],
     "build": ["spec.toml --target torch -o out --weights weights", "spec.toml --target onnx -o out"],
     "quantize": [
         "spec.toml --weights weights -o quantized",
@@ -81,7 +84,7 @@ LINES: dict[str, list[str]] = {
 """Command → what is run of it, one after the other; a command that is not here fails the test."""
 if find_spec("tensorrt_rtx"):
     LINES["build"].append("spec.toml --target trt --entry decode -o out")
-OUTPUTS = {"out", "quantized", "calibrated", "scales.json", "chosen.toml", "imported.toml", "config.json"}
+OUTPUTS = {"out", "quantized", "calibrated", "scales.json", "chosen.toml", "begun.toml", "imported.toml", "config.json"}
 """What the commands above are told to write."""
 PACKAGE = Path(n3c.ir.__path__[0]).resolve().parent
 
