@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .table import format_bytes, format_table
+from n3c.compiler.report.units import format_bytes
+
+from .table import format_table
 
 
 def format_fits(fits: list[dict[str, Any]]) -> str:

@@ -90,9 +90,12 @@ class Block:
     variant: Variant
 
 
-def blocks_json(blocks: Sequence[Block]) -> dict[str, Any]:
-    """Return the keys `blocks` and `variants` of `inspect --json`; a block names its variant by index."""
-    variants = list(dict.fromkeys(block.variant for block in blocks))
+def blocks_json(blocks: Sequence[Block], variants: Sequence[Variant] = ()) -> dict[str, Any]:
+    """Return the keys `blocks` and `variants` of `inspect --json`; a block names its variant by index.
+
+    `variants` are those of more models than one, in the order that they are to have.
+    """
+    variants = variants or list(dict.fromkeys(block.variant for block in blocks))
     index = {variant: i for i, variant in enumerate(variants)}
     return {
         "blocks": [

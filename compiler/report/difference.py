@@ -1,16 +1,17 @@
 """`diff`: what changed between two specs, checkpoints or builds."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from n3c.backends.progress import SILENT, Progress
-from n3c.compiler.common_options import BATCH, CONTEXT
+from n3c.compiler.common_options import BATCH, CONTEXT, FORCE, HTML
 from n3c.ir.diagnostics import Diagnostic
 from n3c.passes.lower.model import lower
 from n3c.passes.serving import serve
-from n3c.runtime.options import Argument, Option, checked
+from n3c.runtime.options import Argument, Needs, Option, checked
+from n3c.specs.files import require_new, write_text
 from n3c.specs.schema import Spec
 
 from .block_difference import BlockDifference, compare_blocks
@@ -18,6 +19,7 @@ from .blocks import Block, blocks_of, places_of
 from .build_difference import compare_builds
 from .figures import inspect_spec
 from .ir_difference import FunctionDifference, compare_functions, function_texts
+from .notebook import framed
 from .spec_difference import Change, compare_specs
 from .subject import Subject, open_subject
 
@@ -46,6 +48,8 @@ class Difference:
 
     a: Subject
     b: Subject
+    blocks_a: tuple[Block, ...]
+    blocks_b: tuple[Block, ...]
     spec: tuple[Change, ...]
     figures: tuple[FigureChange, ...]
     blocks: tuple[BlockDifference, ...]
@@ -60,6 +64,16 @@ class Difference:
     def equal(self) -> bool:
         """Whether nothing differs."""
         return not any((self.spec, self.figures, self.blocks, self.ir, self.build, self.tensors))
+
+    def page(self) -> str:
+        """Return all differences as one page of HTML, offline and without libraries."""
+        from .page.render import render_difference
+
+        return render_difference(self)
+
+    def _repr_html_(self) -> str:
+        """Return the page in a frame, for notebooks."""
+        return framed(self.page())
 
     def as_json(self) -> dict[str, Any]:
         """Return the form of `n3c diff --json`."""
@@ -84,6 +98,8 @@ def diff(
     *,
     context: Annotated[int, CONTEXT] = 8192,
     batch: Annotated[int, BATCH] = 1,
+    html: Annotated[Path | str | None, HTML] = None,
+    force: Annotated[bool, replace(FORCE, needs=Needs("html"))] = False,
     headers_only: Annotated[bool, Option("Compare names, shapes and formats of weights, not their values.")] = False,
     progress: Progress = SILENT,
 ) -> Difference:
@@ -93,6 +109,9 @@ def diff(
     checkpoints also the weights, of two builds the files and audits. N3CError: exit code 3 or 6.
     """
     subjects = open_subject(a), open_subject(b)
+    if html is not None:
+        for subject in subjects:
+            require_new(Path(html), subject.place, force=force)
     progress.phase("compare specs")
     specs = [subject.spec for subject in subjects]
     blocks, functions, figures = zip(*(_compiled(spec, context, batch) for spec in specs), strict=True)
@@ -103,8 +122,9 @@ def diff(
 
         tensors = compare_tensors(checkpoints[0], checkpoints[1], progress, headers_only=headers_only)
     builds = all(subject.kind == "build" for subject in subjects)
-    return Difference(
+    found = Difference(
         *subjects,
+        *(tuple(found) for found in blocks),
         compare_specs(*specs),
         _compare_figures(*figures),
         compare_blocks(*blocks),
@@ -113,6 +133,9 @@ def diff(
         tensors,
         subjects[0].warnings + subjects[1].warnings,
     )
+    if html is not None:
+        write_text(Path(html), found.page())
+    return found
 
 
 def _compiled(spec: Spec, context: int, batch: int) -> tuple[list[Block], dict[str, list[str]], dict[str, int]]:

@@ -21,17 +21,17 @@ class Values:
     """Σ (b − a)² / Σ a²; 0 where both are 0."""
     largest: float
     """Largest |b − a|."""
-    deviation_a: float
+    rms_a: float
     """Root mean square of the values."""
-    deviation_b: float
+    rms_b: float
 
     def as_json(self) -> dict[str, Any]:
         """Return the form of `diff --json`."""
         return {
             "relative_error": self.relative_error,
             "largest": self.largest,
-            "rms_a": self.deviation_a,
-            "rms_b": self.deviation_b,
+            "rms_a": self.rms_a,
+            "rms_b": self.rms_b,
         }
 
 

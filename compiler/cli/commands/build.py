@@ -11,7 +11,8 @@ from n3c.compiler.building.driver import Built
 from n3c.compiler.cli import options
 from n3c.compiler.cli.output import print_diagnostics, print_json, say, say_line, tell
 from n3c.compiler.cli.progress import TerminalProgress
-from n3c.compiler.cli.table import format_bytes, format_peak
+from n3c.compiler.cli.table import format_peak
+from n3c.compiler.report.units import format_bytes
 from n3c.ir.diagnostics import ExitCode
 from n3c.ir.program import Program
 from n3c.passes.pipelines import DUMPED

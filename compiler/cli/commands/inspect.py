@@ -11,7 +11,9 @@ from n3c.compiler import inspect
 from n3c.compiler.cli import options
 from n3c.compiler.cli.fits import format_fits
 from n3c.compiler.cli.output import print_diagnostics, print_json, say, say_line
-from n3c.compiler.cli.table import format_bytes, format_count, format_table
+from n3c.compiler.cli.progress import TerminalProgress
+from n3c.compiler.cli.table import format_table
+from n3c.compiler.report.units import format_bytes, format_count
 
 
 @click.command(
@@ -21,7 +23,8 @@ from n3c.compiler.cli.table import format_bytes, format_count, format_table
 @options.common
 def command(path: Path, as_json: bool, **_: Any) -> None:
     """Inspect PATH."""
-    inspected = inspect(**options.given(inspect))
+    with TerminalProgress() as progress:
+        inspected = inspect(**options.given(inspect), progress=progress)
     print_diagnostics(inspected.warnings)
     if as_json:
         print_json(inspected.as_json())
