@@ -4,6 +4,7 @@ SPEC ?= specs/super.toml
 TARGET ?= trt
 ENTRY ?= decode
 JOBS ?= 2
+CHROMIUM ?= /usr/bin/chromium
 BUDGET ?= 900
 READER ?= spec
 SECONDS ?= 60
@@ -15,7 +16,7 @@ STAMP := $(VENV)/.made
 ORACLES := .venv-oracles
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test test-slow test-oracles fuzz mutants gpu check lint types golden bench ablations demo clean
+.PHONY: help venv build test test-slow test-oracles test-browser fuzz mutants gpu check lint types golden bench ablations demo clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -55,6 +56,10 @@ $(ORACLES)/.made: pyproject.toml constraints-oracles.txt
 	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(ORACLES)/bin/pip install --quiet --disable-pip-version-check \
 		--constraint constraints-oracles.txt --no-deps --no-build-isolation --no-binary mamba-ssm mamba-ssm
 	@touch $@
+
+test-browser: venv ## Try the pages of inspect and diff in CHROMIUM (/usr/bin/chromium), headless.
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[browser]'
+	CHROMIUM=$(CHROMIUM) $(BIN)/pytest -q -m browser tests/compiler/report
 
 fuzz: venv ## Fuzz READER (spec; all of tests/support/file_readers.py in turn: all) for SECONDS (60) with SEED (1).
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[fuzz]'

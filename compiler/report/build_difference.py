@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from n3c.ir.json_file import read_json
 
@@ -20,7 +20,7 @@ def read_audit(out: Path) -> dict[str, Any] | None:
         data = read_json(out / AUDIT)
     except (OSError, ValueError):
         return None
-    return data if isinstance(data, dict) else None
+    return cast("dict[str, Any]", data) if isinstance(data, dict) else None
 
 
 def compare_builds(a: Subject, b: Subject) -> tuple[Change, ...]:
@@ -67,5 +67,4 @@ def _audit_facts(audit: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"{entry}: moves", f"{moved['bytes']:,} bytes, {moved['ratio']}x of what it must"
     for entry, gpus in audit.get("time", {}).items():
         for gpu, time in gpus.items():
-            if isinstance(time, dict) and "predicted_us" in time:
-                yield f"{entry} on {gpu}", f"{time['predicted_us']} µs, bound by {time.get('bound_by')}"
+            yield f"{entry} on {gpu}", f"{time['predicted_us']} µs, bound by {time['bound_by']}"

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from n3c.backends.progress import SILENT, Progress
 from n3c.compiler.common_options import BATCH, CONTEXT, FORCE, HTML
@@ -123,15 +123,17 @@ def diff(
         tensors = compare_tensors(checkpoints[0], checkpoints[1], progress, headers_only=headers_only)
     builds = all(subject.kind == "build" for subject in subjects)
     found = Difference(
-        *subjects,
-        *(tuple(found) for found in blocks),
-        compare_specs(*specs),
-        _compare_figures(*figures),
-        compare_blocks(*blocks),
-        compare_functions(*functions),
-        compare_builds(*subjects) if builds else (),
-        tensors,
-        subjects[0].warnings + subjects[1].warnings,
+        a=subjects[0],
+        b=subjects[1],
+        blocks_a=tuple(blocks[0]),
+        blocks_b=tuple(blocks[1]),
+        spec=compare_specs(*specs),
+        figures=_compare_figures(*figures),
+        blocks=compare_blocks(*blocks),
+        ir=compare_functions(*functions),
+        build=compare_builds(*subjects) if builds else (),
+        tensors=tensors,
+        warnings=subjects[0].warnings + subjects[1].warnings,
     )
     if html is not None:
         write_text(Path(html), found.page())
@@ -145,7 +147,9 @@ def _compiled(spec: Spec, context: int, batch: int) -> tuple[list[Block], dict[s
     served = serve(spec, lowered=lowered)
     blocks = blocks_of(places, served, len(spec.model.pattern))
     figures = inspect_spec(spec, context=context, batch=batch)
-    told = {key: figures[key] for key in ("layers", "parameters", "flops_per_token", "weights", "state")}
+    told: dict[str, Any] = {
+        key: figures[key] for key in ("layers", "parameters", "flops_per_token", "weights", "state")
+    }
     told["decode"] = {"bytes": figures["decode"]["bytes"], "memory_bytes": figures["decode"]["memory_bytes"]}
     return blocks, function_texts(served.program), dict(_flat(told))
 
@@ -154,7 +158,7 @@ def _flat(figures: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, int
     for name, value in figures.items():
         key = f"{path}.{name}".removeprefix(".")
         if isinstance(value, dict):
-            yield from _flat(value, key)
+            yield from _flat(cast("dict[str, Any]", value), key)
         else:
             yield key, value
 

@@ -198,7 +198,7 @@ def _apart(lines: Iterable[Line]) -> tuple[Line, ...]:
     return tuple(kept)
 
 
-def _thinned(points: Sequence[tuple[float, float]], most: int = 300) -> Sequence[tuple[float, float]]:
+def _thinned(points: Sequence[tuple[float, float]], most: int = 300) -> list[tuple[float, float]]:
     """Return at most about `most` points, the last among them."""
     step = max(1, len(points) // most)
     return [*points[:-1:step], points[-1]]

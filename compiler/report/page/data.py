@@ -122,19 +122,21 @@ def read_metrics(run: Path) -> dict[str, list[tuple[float, float]]]:
     curves: dict[str, list[tuple[float, float]]] = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.strip()]
+        rows: list[Any] = [json.loads(line) for line in lines if line.strip()]
         for row in rows:
             for name in CURVES:
                 value = row.get(name)
-                if isinstance(value, list) and value:
-                    value = max(value)
-                if isinstance(value, (int, float)):
-                    curves.setdefault(name, []).append((float(row["step"]), float(value)))
+                if value not in (None, []):
+                    curves.setdefault(name, []).append((float(row["step"]), _largest(value)))
     except OSError as error:
         raise _unreadable("E0601", error.strerror or str(error), path) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _unreadable("E0625", "no metrics of a training run: a JSON object with `step` a line", path) from error
     return curves
+
+
+def _largest(value: Any) -> float:
+    return float(max(value) if isinstance(value, list) else value)  # pyright: ignore[reportUnknownArgumentType]
 
 
 def _unreadable(code: str, message: str, path: Path) -> N3CError:
