@@ -78,7 +78,7 @@ def _cost(
         once = variant.kind == "head" and entry.name == "prefill"  # of the last token alone
         work = variant.flops * (batch if once else tokens)
         flops += work
-        dtype = _dtype(variant.weights[0].format if not variant.by_format() else next(iter(variant.by_format())))
+        dtype = _dtype(next(iter(variant.by_format()), "bf16"))  # a tied head has no weights of its own
         products[dtype] = products.get(dtype, 0) + work
     used = {name: None for call in entry.calls for name in call.parameters}
     size = sum(_read(program.parameters[name], spec, tokens) for name in used)

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from n3c.backends.gpus import GPUS
-from n3c.compiler.report.units import format_bytes, format_operations
+
+from ..units import format_bytes, format_operations
 
 WIDTH, HEIGHT = 720, 300
 LEFT, RIGHT, TOP, BOTTOM = 82, 130, 28, 34
@@ -61,26 +62,28 @@ class Chart:
 
     title: str
     x_title: str
-    y_title: str
     x_ticks: tuple[Label, ...]
     y_ticks: tuple[Label, ...]
     lines: tuple[Line, ...]
     dots: tuple[Label, ...] = ()
     width: int = WIDTH
     height: int = HEIGHT
-    left: int = LEFT
     right: int = WIDTH - RIGHT
+    left: int = LEFT
     top: int = TOP
-    bottom: int = HEIGHT - BOTTOM
+
+    @property
+    def bottom(self) -> int:
+        """Return where the axis of steps or contexts lies."""
+        return self.height - BOTTOM
 
 
 def memory_chart(weights: int, fixed: int, a_token: int, longest: int, cards: Sequence[tuple[str, int]]) -> Chart:
     """Return memory against context for several batch sizes, and the memory of `cards`, smallest first."""
     first = min(1024, longest)
     batches = (1, 8, 64, 512)
-    most = weights + batches[2] * (fixed + a_token * longest)
-    low = weights * 0.9
-    y = Axis(low, max(most, weights * 1.5), HEIGHT - BOTTOM, TOP)
+    most = weights + batches[2] * (fixed + a_token * longest)  # the largest batch may leave the chart
+    y = Axis(weights * 0.9, max(most, weights * 1.5), HEIGHT - BOTTOM, TOP)
     x = Axis(first, longest if longest > first else first * 2, LEFT, WIDTH - RIGHT)
     contexts = [2.0**power for power in range(int(math.log2(first)), int(math.log2(longest)) + 1)] + [longest]
     lines: list[Line] = []
@@ -96,7 +99,6 @@ def memory_chart(weights: int, fixed: int, a_token: int, longest: int, cards: Se
     return Chart(
         "memory against context",
         "tokens of context, each sequence",
-        "bytes",
         tuple(Label(x(value), HEIGHT - BOTTOM + 15, text) for value, text in _doublings(x.low, x.high)),
         tuple(Label(LEFT - 6, y(value) + 4, short_bytes(value)) for value in _nice(y.low, y.high)),
         _apart(lines),
@@ -129,7 +131,6 @@ def roofline_chart(entries: Sequence[tuple[str, float]], gpus: Sequence[tuple[st
     return Chart(
         "roofline",
         "FLOPs a byte",
-        "FLOP/s",
         tuple(Label(x(v), HEIGHT - BOTTOM + 15, f"{v:g}") for v in _nice(x.low, x.high)),
         tuple(Label(LEFT - 6, y(v) + 4, format_operations(v, "FLOP/s")) for v in _nice(y.low, y.high)),
         _apart(lines),
@@ -137,37 +138,28 @@ def roofline_chart(entries: Sequence[tuple[str, float]], gpus: Sequence[tuple[st
     )
 
 
-def curve_chart(title: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> Chart | None:
+def curve_chart(title: str, points: Sequence[tuple[float, float]]) -> Chart | None:
     """Return values against steps, linear; None without two finite values."""
-    found = [(name, [(s, v) for s, v in points if math.isfinite(v)]) for name, points in series]
-    found = [(name, _thinned(points)) for name, points in found if len(points) > 1]
-    if not found:
+    found = _thinned([(step, value) for step, value in points if math.isfinite(value)])
+    if len(found) < 2:
         return None
     width, height, right = 350, 180, 54
-    values = [value for _, points in found for _, value in points]
-    steps = [step for _, points in found for step, _ in points]
+    steps, values = zip(*found, strict=True)
     low, high = min(values), max(values)
     pad = (high - low or abs(high) or 1.0) * 0.05
     x = Axis(min(steps), max(steps), LEFT, width - right, log=False)
     y = Axis(low - pad, high + pad, height - BOTTOM, TOP, log=False)
-    lines = [
-        Line(
-            name,
-            _points((x(s), y(v)) for s, v in points),
-            Label(x(points[-1][0]) + 4, y(points[-1][1]) + 4, name),
-            "curve",
-        )
-        for name, points in found
-    ]
     return Chart(
         title,
         "step",
-        "",
         tuple(Label(x(step), height - BOTTOM + 15, f"{step:,.0f}") for step in (min(steps), max(steps))),
         tuple(Label(LEFT - 6, y(value) + 4, f"{value:.4g}") for value in (low, (low + high) / 2, high)),
-        _apart(lines),
-        (), width, height, LEFT, width - right, TOP, height - BOTTOM,
-    )  # fmt: skip
+        (Line(title, _points((x(step), y(value)) for step, value in found), Label(0, 0, ""), "curve"),),
+        (),
+        width,
+        height,
+        width - right,
+    )
 
 
 def known_cards() -> list[tuple[str, int]]:
@@ -178,7 +170,7 @@ def known_cards() -> list[tuple[str, int]]:
 
 
 def _spread(cards: Sequence[tuple[str, int]], y: Axis) -> list[tuple[str, int]]:
-    """Return the cards within the axis whose labels do not touch, the larger of two first."""
+    """Return the cards within the axis, but of two whose names would touch the larger one only."""
     kept: list[tuple[str, int]] = []
     for name, size in reversed(cards):
         if y.low <= size <= y.high and all(abs(y(size) - y(other)) >= LINE + 2 for _, other in kept):
@@ -200,8 +192,7 @@ def _apart(lines: Iterable[Line]) -> tuple[Line, ...]:
 
 def _thinned(points: Sequence[tuple[float, float]], most: int = 300) -> list[tuple[float, float]]:
     """Return at most about `most` points, the last among them."""
-    step = max(1, len(points) // most)
-    return [*points[:-1:step], points[-1]]
+    return [*points[: -1 : max(1, len(points) // most)], *points[-1:]]
 
 
 def _points(points: Iterable[tuple[float, float]]) -> str:

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from n3c.backends.progress import Progress
-from n3c.compiler.report.build_difference import read_audit
-from n3c.compiler.report.ir_difference import FunctionDifference, compare_functions, function_texts
-from n3c.compiler.report.subject import Subject
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 from n3c.ir.program import Program
 from n3c.passes.pipelines import STAGES
 from n3c.passes.serving import serve
 from n3c.specs.modules import groups_of
 from n3c.specs.schema import Spec
+
+from ..build_difference import read_audit
+from ..ir_difference import FunctionDifference, compare_functions, function_texts
+from ..subject import Subject
 
 if TYPE_CHECKING:
     from n3c.backends.safetensors.checkpoint import Checkpoint
@@ -100,7 +101,7 @@ def passes_of(spec: Spec) -> tuple[PassView, ...]:
 
 def _errors(spec: Spec, original: Checkpoint, quantized: Checkpoint, progress: Progress) -> Iterator[RoleError]:
     """Yield the errors of the weights that are quantized, by role and layer."""
-    from n3c.compiler.report.tensor_difference import compare_tensors
+    from ..tensor_difference import compare_tensors
 
     place = {f"{name}.weight": (group.role, group.layer) for group in groups_of(spec) for name in group.modules}
     sums: dict[tuple[str, int | None, str], list[float]] = {}

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from n3c.backends.gpus import GPUS
-from n3c.compiler.report.blocks import blocks_json
-from n3c.compiler.report.units import format_bytes, format_count, format_operations
 from n3c.ir.types import DType
 from n3c.specs.dump import dump_spec
 
+from ..blocks import blocks_json
+from ..units import format_bytes, format_count, format_operations
 from .charts import Chart, curve_chart, known_cards, memory_chart, roofline_chart
 from .data import Page, RoleError
 from .ribbon import TITLES, ribbon
 
 if TYPE_CHECKING:
-    from n3c.compiler.report.difference import Difference
+    from ..difference import Difference
 
 ROOFS = ("RTX 5090", "RTX PRO 6000", "H100 SXM", "B200")
 """GPUs whose roofs are drawn."""
@@ -68,7 +68,7 @@ def render_page(page: Page) -> str:
             memory=_memory(page),
             roofline=_roofline(figures),
             heat=_heat(page.errors),
-            charts=[chart for name in page.curves if (chart := curve_chart(name, [("", page.curves[name])]))],
+            charts=[chart for name in page.curves if (chart := curve_chart(name, page.curves[name]))],
             rows=list(_ledger(figures)),
             linears=_linears(page.audit or {}),
             times=list(_times(page.audit or {})),
@@ -159,7 +159,7 @@ def _gradient(by_format: Mapping[str, int]) -> str:
         color = name if name in FORMATS else "other"
         stripes.append(f"var(--{color}) {at:.0f}% {end:.0f}%")
         at = end
-    return f"linear-gradient(90deg,{','.join(stripes)})"
+    return f"linear-gradient(90deg,{','.join(stripes)})" if stripes else "none"
 
 
 def _memory(page: Page) -> Chart:

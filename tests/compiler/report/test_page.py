@@ -131,6 +131,19 @@ def test_a_build_shows_audits_whatever_they_name(tmp_path: Path) -> None:
     assert "<script>alert" not in (tmp_path / "diff.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("pattern", ["M", "*", "E", "-", "M*E-|ME"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_models_of_any_blocks_have_a_page(pattern: str, tied: bool, tmp_path: Path) -> None:
+    spec = write_small(
+        tmp_path,
+        ("MEM*E-ME", pattern),
+        ("initializer_range", f"tie_word_embeddings = {tied}\ninitializer_range".lower()),
+    )
+    page = inspect(spec, set=["model.max_position_embeddings=32", "serving.prefill_chunk=8"]).page()
+    require_offline(page)
+    require_offline(diff(spec, "tiny").page())
+
+
 def test_a_page_without_plans_has_no_audit(tmp_path: Path) -> None:
     page = inspect(write_small(tmp_path)).page()
     assert 'id="audit"' not in page
