@@ -6,6 +6,7 @@ BENCHMARKS = {
     "check": "benchmarks.check",
     "engines": "benchmarks.engines",
     "torch": "benchmarks.torch_model",
+    "sampling": "benchmarks.sampling",
     "quantize": "benchmarks.quantize",
     "auto_quantize": "benchmarks.auto_quantize",
 }

@@ -7,7 +7,7 @@ that all its entry points share. Which inputs an entry point takes, and what the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -65,8 +65,8 @@ class Engine(Protocol):
         """Run an entry point: states are read, and replaced by those after it. Outputs are the caller's to keep."""
         ...
 
-    def reset(self) -> None:
-        """Give every sequence the states of a fresh request: zeros."""
+    def reset(self, sequences: Sequence[int] | None = None) -> None:
+        """Give sequences, by their rows, the states of a fresh request: zeros; None: all. The others keep theirs."""
         ...
 
     def replace_weights(self, checkpoint: Checkpoint) -> None:

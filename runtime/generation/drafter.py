@@ -9,7 +9,6 @@ import numpy as np
 
 from n3c.runtime.engines.interface import Engine, call
 
-from .sampling import draw
 from .sequence import Running
 from .speculative import Draft
 
@@ -50,7 +49,7 @@ class MtpDrafter:
                 if sequence is not None:
                     before = reasoning[i]
                     proposed = sequence.choice(outputs["logits"][i, 0], before)
-                    token = draw(proposed, sequence.generator)
+                    token = proposed.draw(sequence.generator)
                     drafts[i].append(Draft(token, proposed))
                     ids[i, 0], reasoning[i] = token, before.after(token) if before is not None else None
                     hidden[i], lengths[i] = outputs["next_hidden"][i], lengths[i] + 1

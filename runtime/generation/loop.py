@@ -17,7 +17,6 @@ from n3c.runtime.engines.interface import Array, Engine, call
 from .capacity import Capacity
 from .drafter import Drafter
 from .result import Completion, Generated, Piece
-from .sampling import draw
 from .sequence import Options, Running
 from .speculative import Draft, judge
 from .tokenizer import Tokenizer
@@ -204,7 +203,7 @@ class Generation:
 
     def _draw(self, index: int, logits: Array) -> None:
         sequence = self.sequences[index]
-        self._take(index, draw(sequence.choice(logits, sequence.reasoning), sequence.generator))
+        self._take(index, sequence.choice(logits, sequence.reasoning).draw(sequence.generator))
 
     def _take(self, index: int, token: int) -> None:
         piece = self.sequences[index].take(token, self.capacity.context_length)

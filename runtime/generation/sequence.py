@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from n3c.runtime.numbers import require_number
 
+from .distribution import Distribution, certain
 from .reasoning import Reasoning, Tags
-from .sampling import Probabilities, Sampling, certain, distribution
+from .sampling import Sampling, distribution
 from .speculative import Draft
 from .text import GrowingText
 from .tokenizer import Tokenizer
@@ -88,13 +89,13 @@ class Running:
         """Tokens that the engine's states hold, with what the next `verify` commits."""
         return len(self.tokens) - 1
 
-    def choice(self, logits: NDArray[Any], reasoning: Reasoning | None) -> Probabilities:
+    def choice(self, logits: NDArray[Any], reasoning: Reasoning | None) -> Distribution:
         """Return what the next token is drawn from, given logits [V] and the state of reasoning before it."""
         if reasoning is not None and reasoning.next is not None:
-            return certain(reasoning.next, len(logits))
+            return certain(reasoning.next)
         return distribution(logits, self.options.sampling)
 
-    def choices(self, drafts: Sequence[Draft], logits: NDArray[Any]) -> Callable[[int], Probabilities]:
+    def choices(self, drafts: Sequence[Draft], logits: NDArray[Any]) -> Callable[[int], Distribution]:
         """Return a function of n: what the token after n of `drafts` is drawn from, given logits [1 + drafts, V]."""
         states = [self.reasoning]
         for draft in drafts:

@@ -35,11 +35,10 @@ class FakeEngine:
         self.batch = batch
         self.model, self.drafts = model, drafts if drafts is not None else model
         self.calls: list[str] = []
-        self.committed: list[list[int]] = []
-        self.pending: list[list[int]] = []
-        self.cache: list[dict[int, tuple[int, int]]] = []
+        self.committed: list[list[int]] = [[] for _ in range(batch)]
+        self.pending: list[list[int]] = [[] for _ in range(batch)]
+        self.cache: list[dict[int, tuple[int, int]]] = [{} for _ in range(batch)]
         """Of the drafter: position → the token there (from the hidden state) and the one behind it."""
-        self.reset()
         lengths, ids, tokens = Port("i64", (batch,)), Port("i64", (batch, 1)), Port("i64", (batch, draft_tokens + 1))
         chunks, hidden = Port("i64", (batch, chunk)), Port("f32", (batch, 1, WIDTH))
         prefill = {"input_ids": chunks, "counts": lengths, "lengths": lengths, "following_ids": chunks}
@@ -51,10 +50,9 @@ class FakeEngine:
             "draft": Signature({"input_ids": ids, "hidden": hidden, "lengths": lengths}, {}),
         }
 
-    def reset(self) -> None:
-        self.committed = [[] for _ in range(self.batch)]
-        self.pending = [[] for _ in range(self.batch)]
-        self.cache = [{} for _ in range(self.batch)]
+    def reset(self, sequences: Sequence[int] | None = None) -> None:
+        for row in range(self.batch) if sequences is None else sequences:
+            self.committed[row], self.pending[row], self.cache[row] = [], [], {}
 
     def replace_weights(self, checkpoint: Checkpoint) -> None:
         raise NotImplementedError

@@ -62,10 +62,10 @@ class OnnxRuntimeEngine:
                 self.states[name], self._spare[name] = after[name], self.states[name]
         return outputs
 
-    def reset(self) -> None:
-        """Zero all states."""
+    def reset(self, sequences: Sequence[int] | None = None) -> None:
+        """Zero the states of `sequences`, or all."""
         for state in self.states.values():
-            state.fill(0)
+            state[slice(None) if sequences is None else list(sequences)] = 0
 
     def replace_weights(self, checkpoint: Checkpoint) -> None:
         """Read other weights into the same buffers."""

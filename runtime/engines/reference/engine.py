@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -51,9 +51,14 @@ class ReferenceEngine:
         self.states = self.last.states
         return {name: value.numpy() for name, value in zip(names.outputs, self.last.outputs, strict=True)}
 
-    def reset(self) -> None:
-        """Zero all states."""
-        self.states = zero_states(self._program, self.batch)
+    def reset(self, sequences: Sequence[int] | None = None) -> None:
+        """Make states of zeros; of other sequences than `sequences`, where given, with what they hold."""
+        fresh = zero_states(self._program, self.batch)
+        if sequences is not None:
+            others = [row for row in range(self.batch) if row not in sequences]
+            for name, state in fresh.items():
+                state[others] = self.states[name][others]
+        self.states = fresh
 
     def replace_weights(self, checkpoint: Checkpoint) -> None:
         """Read other weights."""

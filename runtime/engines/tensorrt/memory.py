@@ -57,10 +57,16 @@ class DeviceMemory:
         self.weights = {memory_of(binding): device.allocate(bytes_of(binding, binding.shape)) for binding in weights}
         self._buffers: dict[tuple[str, int], Memory] = {}
 
-    def reset(self) -> None:
-        """Zero all states, in both of their places."""
-        self.device.zero(self.arena)
-        self.device.zero(self.spare)
+    def reset(self, sequences: Sequence[int] | None) -> None:
+        """Zero the states of `sequences`, or all, in both of their places."""
+        if sequences is None:
+            for memory in (self.arena, self.spare):
+                self.device.zero(memory, 0, memory.bytes)
+            return
+        for state in self.states.values():
+            for memory, offset in {state.now, state.after}:
+                for row in sequences:
+                    self.device.zero(memory, offset + row * state.bytes, state.bytes)
 
     def state_address(self, name: str, row: int | None, *, after: bool) -> int:
         """Return where a call reads a state, or writes it; `row` is the sequence where the plan is for one."""

@@ -109,10 +109,10 @@ class TorchEngine:
                 outputs = self._network.run(entry, tensors, lengths)
             return self._take(entry, outputs)
 
-    def reset(self) -> None:
-        """Zero all states."""
+    def reset(self, sequences: Sequence[int] | None = None) -> None:
+        """Zero the states of `sequences`, or all."""
         with self._current():
-            self._states.reset()
+            self._states.reset(sequences)
 
     def replace_weights(self, checkpoint: Checkpoint) -> None:
         """Read other weights into the same tensors: graphs stay valid."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,10 +111,11 @@ class States:
         """Bytes of all states."""
         return sum(tensor.nbytes for tensor in self._allocated)
 
-    def reset(self) -> None:
-        """Zero all states."""
+    def reset(self, sequences: Sequence[int] | None = None) -> None:
+        """Zero the states of `sequences`, or all."""
         for tensor in self._allocated:
-            tensor.zero_()
+            for rows in (tensor,) if sequences is None else map(tensor.__getitem__, sequences):
+                rows.zero_()
 
     def by_name(self) -> dict[str, Tensor]:
         """Return every state [B, …] in the shape of the state plan, uncopied."""

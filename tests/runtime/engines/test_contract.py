@@ -78,6 +78,21 @@ def test_an_idle_sequence_keeps_its_state_bit_for_bit(name: EngineName, small: S
     assert any((after[state][1] != before[state][1]).any() for state in after)
 
 
+def test_a_sequence_is_reset_alone(name: EngineName, small: SmallModel) -> None:
+    engine = small.engine(name, 3)
+    ids = np.random.default_rng(4).integers(0, 97, (3, 8))
+    counts, lengths = np.array([8, 5, 7]), np.zeros(3, np.int64)
+    call(engine, "prefill", input_ids=ids, following_ids=ids, counts=counts, lengths=lengths)
+    before = states_of(engine)
+    engine.reset([1])
+    for state, value in states_of(engine).items():
+        assert not value[1].any()
+        np.testing.assert_array_equal(value[[0, 2]], before[state][[0, 2]])
+    assert any(value[1].any() for value in before.values())
+    engine.reset()
+    assert not any(value.any() for value in states_of(engine).values())
+
+
 def test_padding_changes_no_bit(name: EngineName, small: SmallModel) -> None:
     """Neither of a state nor of a result, also where it sticks out of the caches."""
     ids = np.random.default_rng(3).integers(0, 97, (1, 47))

@@ -19,9 +19,9 @@ from n3c.runtime.engines.onnxruntime.open import cpu_engine
 from n3c.runtime.engines.torch.open import torch_engine
 from n3c.runtime.engines.torch.weights import CheckpointWeights
 from n3c.runtime.generation.capacity import Capacity
+from n3c.runtime.generation.distribution import certain
 from n3c.runtime.generation.drafter import Drafter, MtpDrafter
 from n3c.runtime.generation.loop import Generation
-from n3c.runtime.generation.sampling import certain
 from n3c.runtime.generation.sequence import Options, Running
 from n3c.runtime.generation.speculative import Draft
 from support.programs import random_tensors, save_tensors
@@ -49,7 +49,7 @@ class Oracle:
         for right in known:
             wrong = self.kind == "wrong" or (self.kind == "random" and self.random.random() < 0.4)
             token = (right + 1 + int(self.random.integers(VOCAB - 1))) % VOCAB if wrong else right
-            drafts.append(Draft(token, certain(token, VOCAB)))
+            drafts.append(Draft(token, certain(token)))
         return drafts
 
 
