@@ -114,11 +114,11 @@ def _opened(
         from n3c.runtime.engines.torch.weights import RandomWeights
 
         made = RandomWeights(stored_parameters(build.spec), seed)
-        return torch_engine(build.served, build.spec, names, batch, made, device, progress)
+        return torch_engine(build.served, build.spec, names, [batch], made, device, progress)
     checkpoint = (
         RandomCheckpoint(lower(build.spec), seed) if weights is None else fitting_checkpoint(build.spec, weights)
     )
-    return open_engine(engine, build, names, batch, checkpoint, device, progress)
+    return open_engine(engine, build, names, [batch], checkpoint, device, progress)
 
 
 def _too_long(context: int, new_tokens: int, room: int) -> N3CError:

@@ -48,17 +48,37 @@ class Allocation:
     weights: int
 
 
+class Snapshot(Protocol):
+    """The states of a sequence at one moment, where its engine keeps its own: on the same device."""
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it takes."""
+        ...
+
+
 class Engine(Protocol):
     """Runs the entry points of one model. Not thread-safe."""
 
     @property
     def batch(self) -> int:
-        """Sequences of every call."""
+        """Sequences whose states it holds: the rows 0 to batch - 1."""
+        ...
+
+    @property
+    def batch_sizes(self) -> Sequence[int]:
+        """Sequences that a call may have, ascending, the last of them `batch`. A call of b is of the first b rows.
+
+        It may change what the other rows hold.
+        """
         ...
 
     @property
     def signatures(self) -> Mapping[str, Signature]:
-        """The entry points that there are: `prefill`, `decode`, and with multi-token prediction `verify`, `draft`."""
+        """The entry points that there are: `prefill`, `decode`, and with multi-token prediction `verify`, `draft`.
+
+        Inputs and outputs have the leading size `batch`; in a call, one of `batch_sizes`.
+        """
         ...
 
     def run(self, entry: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -67,6 +87,14 @@ class Engine(Protocol):
 
     def reset(self, sequences: Sequence[int] | None = None) -> None:
         """Give sequences, by their rows, the states of a fresh request: zeros; None: all. The others keep theirs."""
+        ...
+
+    def snapshot(self, row: int, tokens: int) -> Snapshot:
+        """Return a copy of a sequence's states; of its caches, the first `tokens` places."""
+        ...
+
+    def restore(self, row: int, snapshot: Snapshot) -> None:
+        """Give a sequence the states of a copy; what it holds in further places of its caches stays."""
         ...
 
     def replace_weights(self, checkpoint: Checkpoint) -> None:

@@ -21,7 +21,7 @@ from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.backends.safetensors.sources import load
 from n3c.ir.program import Parameter
 from n3c.passes.state_layout import StatePlan
-from n3c.runtime.engines.interface import KEY_POSITIONS, Allocation, Array, Port, Signature, key_positions
+from n3c.runtime.engines.interface import KEY_POSITIONS, Allocation, Array, Port, Signature, Snapshot, key_positions
 
 from .contexts import Contexts, refused
 from .device import Device, Memory
@@ -61,8 +61,22 @@ class _Loaded:
     sizes too."""
 
 
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """States of a sequence: a piece of memory on each device."""
+
+    tokens: int
+    """Places of its caches."""
+    memories: Sequence[Memory]
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the pieces."""
+        return sum(memory.bytes for memory in self.memories)
+
+
 class TrtEngine:
-    """Runs the plans of one batch size; `prefill` may be of batch 1, and then takes sequence by sequence."""
+    """Runs plans; an entry point that has none of a call's batch size, as `prefill`, takes sequence by sequence."""
 
     def __init__(
         self,
@@ -73,7 +87,7 @@ class TrtEngine:
         checkpoint: Checkpoint,
         state_plan: StatePlan,
         *,
-        batch: int,
+        batch_sizes: Sequence[int],
         progress: Progress = SILENT,
     ) -> None:
         """Load `plans` (stages of an entry point in their order) and stream the weights to `devices`.
@@ -82,7 +96,8 @@ class TrtEngine:
         `parameters` are those of the program, by name. Raises N3CError: exit code 4 where the runtime refuses a
         plan or a device has no room, 6 where the checkpoint does not fit.
         """
-        self.batch, self._capacity = batch, state_plan.max_seq_len
+        self.batch_sizes, self._capacity = sorted(batch_sizes), state_plan.max_seq_len
+        self.batch = batch = self.batch_sizes[-1]
         self._broken = False
         self._logger = trt.Logger(trt.Logger.ERROR)
         self._contexts: list[Contexts] = []
@@ -102,36 +117,36 @@ class TrtEngine:
             for plan, context in zip(placed, self._contexts[-1].contexts, strict=True):
                 loaded[plan.path] = _Loaded(plan, context, self._memories[-1])
         self._load(checkpoint, progress)
-        self._entries: dict[str, list[_Loaded]] = {}
+        self._entries: dict[tuple[str, int], list[_Loaded]] = {}
         for plan in plans:
-            self._entries.setdefault(plan.entry, []).append(loaded[plan.path])
+            self._entries.setdefault((plan.entry, plan.batch), []).append(loaded[plan.path])
         self.signatures: Mapping[str, Signature] = {
-            name: _signature([loaded.plan for loaded in stages], batch) for name, stages in self._entries.items()
+            name: _signature([loaded.plan for loaded in stages], batch) for (name, _), stages in self._entries.items()
         }
 
     def run(self, entry: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Run an entry point; where its plan is of batch 1, once for each sequence that has tokens in it."""
+        """Run an entry point; where its plan is of batch 1 alone, once for each sequence that has tokens in it."""
         assert not self._broken, "replacing weights failed half-way: replace them again first"
-        stages, signature = self._entries[entry], self.signatures[entry]
+        signature, rows = self.signatures[entry], len(inputs["input_ids"])
         whole = {**inputs, **key_positions(signature, inputs, self._capacity, BUCKET)}
-        if stages[0].plan.batch == self.batch:
+        stages = self._entries.get((entry, rows))
+        if stages is not None:
             outputs = self._call(stages, whole, None)
         else:
-            outputs = self._one_by_one(stages, signature, whole, np.flatnonzero(inputs["counts"]).tolist())
+            outputs = self._one_by_one(entry, whole, np.flatnonzero(inputs["counts"]).tolist())
         if self._new:
             self._new = False
             for contexts in self._contexts:
                 contexts.save()
         return outputs
 
-    def _one_by_one(
-        self, stages: Sequence[_Loaded], signature: Signature, inputs: Mapping[str, Array], rows: Sequence[int]
-    ) -> dict[str, Array]:
-        """Run stages of batch 1 for each of `rows`; outputs of other sequences are zeros."""
-        outputs = {name: np.zeros(_static(port), HOST_DTYPES[port.dtype]) for name, port in signature.outputs.items()}
+    def _one_by_one(self, entry: str, inputs: Mapping[str, Array], rows: Sequence[int]) -> dict[str, Array]:
+        """Run plans of batch 1 for each of `rows`; outputs of other sequences are zeros."""
+        count, ports = len(inputs["input_ids"]), self.signatures[entry].outputs
+        outputs = {name: np.zeros((count, *_static(p)[1:]), HOST_DTYPES[p.dtype]) for name, p in ports.items()}
         for row in rows:
             part = {name: v if name == KEY_POSITIONS else v[row : row + 1] for name, v in inputs.items()}
-            for name, value in self._call(stages, part, row).items():
+            for name, value in self._call(self._entries[entry, 1], part, row).items():
                 outputs[name][row] = value[0]
         return outputs
 
@@ -139,6 +154,16 @@ class TrtEngine:
         """Zero the states of `sequences`, or all."""
         for memory in self._memories:
             memory.reset(sequences)
+
+    def snapshot(self, row: int, tokens: int) -> Copied:
+        """Copy the row of every state, on its device."""
+        return Copied(tokens, [memory.snapshot(row, tokens) for memory in self._memories])
+
+    def restore(self, row: int, snapshot: Snapshot) -> None:
+        """Copy back."""
+        assert isinstance(snapshot, Copied)
+        for memory, copied in zip(self._memories, snapshot.memories, strict=True):
+            memory.restore(row, snapshot.tokens, copied)
 
     def replace_weights(self, checkpoint: Checkpoint) -> None:
         """Stream other weights into the same buffers."""

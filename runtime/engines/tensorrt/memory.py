@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -19,6 +19,8 @@ class StateBuffers:
 
     bytes: int
     """Of one sequence."""
+    shape: tuple[int, ...]
+    """Likewise."""
     now: tuple[Memory, int]
     after: tuple[Memory, int]
 
@@ -31,6 +33,18 @@ class StateBuffers:
         else:  # the other rows are where they were, so this one comes back to them
             (memory, at), (spare, there) = self.now, self.after
             device.copy(memory, at + row * self.bytes, spare, there + row * self.bytes, self.bytes)
+
+    def parts(self, row: int, tokens: int) -> Iterator[tuple[Memory, int, int]]:
+        """Yield memory, offset and size of each piece of a sequence's state; of a cache only the first `tokens` places."""
+        memory, offset = self.now
+        offset += row * self.bytes
+        if self.now != self.after:
+            yield memory, offset, self.bytes
+            return
+        heads, capacity, _ = self.shape
+        head = self.bytes // heads
+        for index in range(heads if tokens else 0):
+            yield memory, offset + index * head, head // capacity * tokens
 
 
 class DeviceMemory:
@@ -49,6 +63,7 @@ class DeviceMemory:
         self.states = {
             s.name: StateBuffers(
                 s.bytes,
+                s.shape,
                 (self.arena, at[s.name]),
                 (self.spare, spare_at[s.name]) if s.name in spare_at else (self.arena, at[s.name]),
             )
@@ -67,6 +82,25 @@ class DeviceMemory:
             for memory, offset in {state.now, state.after}:
                 for row in sequences:
                     self.device.zero(memory, offset + row * state.bytes, state.bytes)
+
+    def snapshot(self, row: int, tokens: int) -> Memory:
+        """Return a copy of the states of a sequence in one piece; of its caches, the first `tokens` places."""
+        copied = self.device.allocate(sum(size for _, _, size in self._parts(row, tokens)))
+        at = 0
+        for memory, offset, size in self._parts(row, tokens):
+            self.device.copy(copied, at, memory, offset, size)
+            at += size
+        return copied
+
+    def restore(self, row: int, tokens: int, copied: Memory) -> None:
+        """Copy back."""
+        at = 0
+        for memory, offset, size in self._parts(row, tokens):
+            self.device.copy(memory, offset, copied, at, size)
+            at += size
+
+    def _parts(self, row: int, tokens: int) -> Iterator[tuple[Memory, int, int]]:
+        return (part for state in self.states.values() for part in state.parts(row, tokens))
 
     def state_address(self, name: str, row: int | None, *, after: bool) -> int:
         """Return where a call reads a state, or writes it; `row` is the sequence where the plan is for one."""

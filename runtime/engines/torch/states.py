@@ -88,6 +88,28 @@ def _raw(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The states of the first sequences, as mixers use them; views of those of all."""
+
+    mamba: Mapping[str, MambaState]
+    """Label of a layer, as `backbone.layers.0` → its state."""
+    caches: Mapping[str, tuple[Cache, Cache]]
+    """Label of a layer → its keys and values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """States of a sequence, in the order of their allocation."""
+
+    states: Sequence[Tensor]
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the tensors."""
+        return sum(state.nbytes for state in self.states)
+
+
 class States:
     """The states of `batch` sequences: by layer as mixers use them, by name as the state plan lists them."""
 
@@ -102,9 +124,7 @@ class States:
         self._allocated: list[Tensor] = []
         self._planned = {state.name: state for state in plan.states}
         self.mamba = {label: self._mamba(label) for label in self._layers("conv_state")}
-        """Label of a layer, as `backbone.layers.0` → its state."""
         self.caches = {label: self._caches(label, scales) for label in self._layers("k_cache")}
-        """Label of a layer → its keys and values."""
 
     @property
     def bytes(self) -> int:
@@ -116,6 +136,37 @@ class States:
         for tensor in self._allocated:
             for rows in (tensor,) if sequences is None else map(tensor.__getitem__, sequences):
                 rows.zero_()
+
+    def rows(self, count: int) -> Rows:
+        """Return the states of the first `count` sequences."""
+        return Rows(
+            {
+                label: MambaState(
+                    state.window[:count], state.ssm[:count], None if state.pending is None else state.pending[:count]
+                )
+                for label, state in self.mamba.items()
+            },
+            {
+                label: (Cache(keys.data[:count], keys.scale), Cache(values.data[:count], values.scale))
+                for label, (keys, values) in self.caches.items()
+            },
+        )
+
+    def snapshot(self, row: int, tokens: int) -> Copied:
+        """Return a copy of the states of a sequence; of its caches, the first `tokens` places."""
+        return Copied([part.clone() for part in self._parts(row, tokens)])
+
+    def restore(self, row: int, copied: Copied) -> None:
+        """Copy back."""
+        tokens = copied.states[-1].shape[1] if self.caches else 0
+        for part, state in zip(self._parts(row, tokens), copied.states, strict=True):
+            part.copy_(state)
+
+    def _parts(self, row: int, tokens: int) -> list[Tensor]:
+        """Return the states of a row, uncopied, caches last: of each [Y, C, Z] the first `tokens` places."""
+        mamba = [t for s in self.mamba.values() for t in (s.window, s.ssm, s.pending) if t is not None]
+        caches = [_raw(cache.data[row])[:, :tokens] for pair in self.caches.values() for cache in pair]
+        return [*(tensor[row] for tensor in mamba), *caches]
 
     def by_name(self) -> dict[str, Tensor]:
         """Return every state [B, …] in the shape of the state plan, uncopied."""

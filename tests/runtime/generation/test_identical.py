@@ -60,8 +60,8 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     checkpoint = save_tensors(random_tensors(lower(spec)), tmp_path_factory.mktemp("weights"))
     names = list(served.program.entry_points)
     if request.param == "torch":
-        return torch_engine(served, spec, names, BATCH, CheckpointWeights(checkpoint))
-    return cpu_engine(served, spec, names, BATCH, checkpoint)
+        return torch_engine(served, spec, names, [BATCH], CheckpointWeights(checkpoint))
+    return cpu_engine(served, spec, names, [BATCH], checkpoint)
 
 
 @pytest.fixture(scope="module")

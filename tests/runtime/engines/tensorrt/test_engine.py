@@ -19,7 +19,7 @@ from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.ir.diagnostics import ExitCode, N3CError
 from n3c.passes.lower.model import lower
 from n3c.passes.serving import Served, serve
-from n3c.runtime.engines.interface import Array
+from n3c.runtime.engines.interface import Array, call
 from n3c.runtime.engines.onnxruntime.engine import OnnxRuntimeEngine
 from n3c.runtime.engines.onnxruntime.open import cpu_engine
 from n3c.runtime.engines.tensorrt.device import cuda_devices
@@ -50,11 +50,11 @@ class Small:
     def engine(self, *devices: HostDevice, trt: FakeTrt | None = None) -> TrtEngine:
         parameters = {p.name: p for entry in self.entries for p in entry.parameters}
         trt = trt or FakeTrt()
-        return TrtEngine(trt, devices, self.plans, parameters, self.checkpoint, self.served.plan, batch=BATCH)
+        return TrtEngine(trt, devices, self.plans, parameters, self.checkpoint, self.served.plan, batch_sizes=[BATCH])
 
     def cpu(self, checkpoint: Checkpoint | None = None) -> OnnxRuntimeEngine:
         names = list(self.served.program.entry_points)
-        return cpu_engine(self.served, self.spec, names, BATCH, checkpoint or self.checkpoint)
+        return cpu_engine(self.served, self.spec, names, [BATCH], checkpoint or self.checkpoint)
 
     def generate(self, engine: Any, *, speculate: bool = True) -> list[list[int]]:
         drafter = MtpDrafter() if speculate else None
@@ -282,6 +282,33 @@ def test_what_cannot_be_captured_runs_without_graphs(small: Small) -> None:
     assert device.captured == 0
 
 
+def test_a_copy_of_a_sequence_goes_on_in_any_row(small: Small) -> None:
+    """On several devices, whichever of its places a state is in, as on a CPU."""
+    prompt, following = [4, 9, 2, 7, 1], [3, 8, 5]
+    for engine in (small.engine(HostDevice(0), HostDevice(1)), small.cpu()):
+        logits: list[Array] = []
+        small.generate(engine, speculate=False)
+        engine.reset()
+        given: dict[str, Array] = {name: np.zeros(BATCH, np.int64) for name in ("counts", "lengths")}
+        given |= {name: np.zeros((BATCH, 4), np.int64) for name in ("input_ids", "following_ids")}
+        for begin in (0, 4):
+            chunk = prompt[begin : begin + 4]
+            given["input_ids"][0, : len(chunk)], given["counts"][0] = chunk, len(chunk)
+            given["lengths"][0] = begin
+            call(engine, "prefill", **given)
+        copied = engine.snapshot(0, len(prompt))
+        for row in (0, 1):
+            if row:
+                engine.reset()
+                engine.restore(row, copied)
+            for i, token in enumerate(following):
+                ids, lengths = np.zeros((BATCH, 1), np.int64), np.zeros(BATCH, np.int64)
+                ids[row, 0], lengths[row] = token, len(prompt) + i
+                logits.append(call(engine, "decode", input_ids=ids, lengths=lengths)["logits"][row])
+        np.testing.assert_allclose(np.stack(logits[3:]), np.stack(logits[:3]), atol=1e-6)
+        assert copied.bytes < engine.allocated().states
+
+
 def test_a_sequence_is_reset_alone(small: Small) -> None:
     """In whichever of its two places a state is."""
     device = HostDevice()
@@ -314,7 +341,9 @@ def test_a_plan_that_the_runtime_refuses(small: Small, tmp_path: Path) -> None:
     damaged.write_bytes(small.plans[0].path.read_bytes()[:100])
     plans: Sequence[Plan] = [Plan(damaged, "decode", BATCH, (), (), ())]
     code, exit_code, message = refused(
-        lambda: TrtEngine(FakeTrt(), [HostDevice()], plans, {}, small.checkpoint, small.served.plan, batch=BATCH)
+        lambda: TrtEngine(
+            FakeTrt(), [HostDevice()], plans, {}, small.checkpoint, small.served.plan, batch_sizes=[BATCH]
+        )
     )
     assert (code, exit_code) == ("E0812", ExitCode.TARGET)
     assert "refused by the runtime" in message
