@@ -89,12 +89,12 @@ class Engine(Protocol):
         """Give sequences, by their rows, the states of a fresh request: zeros; None: all. The others keep theirs."""
         ...
 
-    def snapshot(self, row: int, tokens: int) -> Snapshot:
-        """Return a copy of a sequence's states; of its caches, the first `tokens` places."""
+    def snapshot(self, row: int, start: int, stop: int) -> Snapshot:
+        """Return a copy of a sequence's states; of its caches, the places from `start` to `stop`."""
         ...
 
     def restore(self, row: int, snapshot: Snapshot) -> None:
-        """Give a sequence the states of a copy; what it holds in further places of its caches stays."""
+        """Give a sequence the states of a copy; what it holds in other places of its caches stays."""
         ...
 
     def replace_weights(self, checkpoint: Checkpoint) -> None:

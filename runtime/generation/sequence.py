@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from n3c.runtime.numbers import require_number
 
 from .distribution import Distribution, certain
+from .prefix_cache import Entry
 from .reasoning import Reasoning, Tags
 from .sampling import Sampling, distribution
 from .speculative import Draft
@@ -52,6 +53,12 @@ class Running:
     reasoning: Reasoning | None = None
     tokens: list[int] = field(default_factory=list[int])
     ending: Ending | None = None
+    read: int = 0
+    """Tokens of the prompt that the engine has read."""
+    held: int = 0
+    """Tokens that the engine's states hold, without those that wait for a verdict; 0 while the prompt is read."""
+    cached: Entry | None = None
+    """Where the cache of prefixes knows the longest part of it."""
     pending: int = 0
     """Tokens of the last `verify` that the next one commits."""
     hidden: NDArray[Any] | None = None
@@ -66,6 +73,11 @@ class Running:
             reasoning = Reasoning(options.tags, options.reasoning_budget).begin(prompt)
         generator = options.sampling.generator(index)
         return Running(tuple(prompt), options, generator, growing, reasoning, list(prompt))
+
+    @property
+    def is_read(self) -> bool:
+        """Whether all of the prompt is read."""
+        return self.read == len(self.prompt)
 
     @property
     def new(self) -> list[int]:

@@ -42,10 +42,10 @@ class Row:
 
     bytes = 0
 
-    def copied(self, tokens: int) -> Row:
-        """Return a copy with the first `tokens` places of the caches."""
-        kept = {position: token for position, token in self.keys.items() if position < tokens}
-        drafted = {position: entry for position, entry in self.cache.items() if position < tokens}
+    def copied(self, places: range) -> Row:
+        """Return a copy with some places of the caches."""
+        kept = {position: token for position, token in self.keys.items() if position in places}
+        drafted = {position: entry for position, entry in self.cache.items() if position in places}
         return Row(list(self.committed), list(self.pending), kept, drafted)
 
 
@@ -84,8 +84,8 @@ class FakeEngine:
         for row in range(self.batch) if sequences is None else sequences:
             self.rows[row] = Row()
 
-    def snapshot(self, row: int, tokens: int) -> Row:
-        return self.rows[row].copied(tokens)
+    def snapshot(self, row: int, start: int, stop: int) -> Row:
+        return self.rows[row].copied(range(start, stop))
 
     def restore(self, row: int, snapshot: Snapshot) -> None:
         assert isinstance(snapshot, Row)

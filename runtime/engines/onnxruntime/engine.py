@@ -20,9 +20,10 @@ from .session import DTYPES, Session
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """States of a sequence, by name."""
+    """States of a sequence, by name; of caches, some places."""
 
     states: Mapping[str, Array]
+    places: slice
 
     @property
     def bytes(self) -> int:
@@ -79,7 +80,7 @@ class OnnxRuntimeEngine:
         outputs = session.run({**inputs, **reach}, before, after)
         for name in session.states:
             if name in self._spare:
-                self.states[name], self._spare[name] = after[name], self.states[name]
+                self.states[name], self._spare[name] = self._spare[name], self.states[name]
         return outputs
 
     def reset(self, sequences: Sequence[int] | None = None) -> None:
@@ -87,15 +88,16 @@ class OnnxRuntimeEngine:
         for state in self.states.values():
             state[slice(None) if sequences is None else list(sequences)] = 0
 
-    def snapshot(self, row: int, tokens: int) -> Copied:
+    def snapshot(self, row: int, start: int, stop: int) -> Copied:
         """Copy the row of every state."""
-        return Copied({name: self._part(name, row, tokens).copy() for name in self.states})
+        places = slice(start, stop)
+        return Copied({name: self._part(name, row, places).copy() for name in self.states}, places)
 
     def restore(self, row: int, snapshot: Snapshot) -> None:
         """Copy back."""
         assert isinstance(snapshot, Copied)
         for name, state in snapshot.states.items():
-            self._part(name, row, state.shape[1])[...] = state
+            self._part(name, row, snapshot.places)[...] = state
 
     def replace_weights(self, checkpoint: Checkpoint) -> None:
         """Read other weights into the same buffers."""
@@ -109,10 +111,10 @@ class OnnxRuntimeEngine:
         )
         return Allocation(states, spare, weights)
 
-    def _part(self, name: str, row: int, tokens: int) -> Array:
-        """Return the state of a row, uncopied; of a cache [Y, C, Z] the first `tokens` places."""
+    def _part(self, name: str, row: int, places: slice) -> Array:
+        """Return the state of a row, uncopied; of a cache [Y, C, Z] some places."""
         state: Array = self.states[name][row]
-        return state[:, :tokens] if name in self._caches else state
+        return state[:, places] if name in self._caches else state
 
     def _load(self, checkpoint: Checkpoint, progress: Progress) -> None:
         self._broken = True

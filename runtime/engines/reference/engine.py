@@ -27,9 +27,10 @@ def as_tensor(array: Array, dtype: DType) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """States of a sequence, by name."""
+    """States of a sequence, by name; of caches, some places."""
 
     states: Mapping[str, Tensor]
+    places: slice
 
     @property
     def bytes(self) -> int:
@@ -83,15 +84,16 @@ class ReferenceEngine:
                 state[others] = self.states[name][others]
         self.states = fresh
 
-    def snapshot(self, row: int, tokens: int) -> Copied:
+    def snapshot(self, row: int, start: int, stop: int) -> Copied:
         """Copy the row of every state."""
-        return Copied({name: self._part(name, row, tokens).clone() for name in self.states})
+        places = slice(start, stop)
+        return Copied({name: self._part(name, row, places).clone() for name in self.states}, places)
 
     def restore(self, row: int, snapshot: Snapshot) -> None:
         """Copy back."""
         assert isinstance(snapshot, Copied)
         for name, state in snapshot.states.items():
-            self._part(name, row, state.shape[1])[...] = state
+            self._part(name, row, snapshot.places)[...] = state
 
     def replace_weights(self, checkpoint: Checkpoint) -> None:
         """Read other weights."""
@@ -99,10 +101,10 @@ class ReferenceEngine:
         self._parameters = {name: as_tensor(load(p, checkpoint), p.type.dtype) for name, p in parameters.items()}
         self.reset()
 
-    def _part(self, name: str, row: int, tokens: int) -> Tensor:
-        """Return the state of a row, uncopied; of a cache [Y, C, Z] the first `tokens` places."""
+    def _part(self, name: str, row: int, places: slice) -> Tensor:
+        """Return the state of a row, uncopied; of a cache [Y, C, Z] some places."""
         state = self.states[name][row]
-        return state[:, :tokens] if self._program.states[name].kind == "kv" else state
+        return state[:, places] if self._program.states[name].kind == "kv" else state
 
     def allocated(self) -> Allocation:
         """Count states and weights; every run makes new states."""

@@ -65,8 +65,8 @@ class _Loaded:
 class Copied:
     """States of a sequence: a piece of memory on each device."""
 
-    tokens: int
-    """Places of its caches."""
+    places: range
+    """Of its caches."""
     memories: Sequence[Memory]
 
     @property
@@ -155,15 +155,16 @@ class TrtEngine:
         for memory in self._memories:
             memory.reset(sequences)
 
-    def snapshot(self, row: int, tokens: int) -> Copied:
+    def snapshot(self, row: int, start: int, stop: int) -> Copied:
         """Copy the row of every state, on its device."""
-        return Copied(tokens, [memory.snapshot(row, tokens) for memory in self._memories])
+        places = range(start, stop)
+        return Copied(places, [memory.snapshot(row, places) for memory in self._memories])
 
     def restore(self, row: int, snapshot: Snapshot) -> None:
         """Copy back."""
         assert isinstance(snapshot, Copied)
         for memory, copied in zip(self._memories, snapshot.memories, strict=True):
-            memory.restore(row, snapshot.tokens, copied)
+            memory.restore(row, snapshot.places, copied)
 
     def replace_weights(self, checkpoint: Checkpoint) -> None:
         """Stream other weights into the same buffers."""

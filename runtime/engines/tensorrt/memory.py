@@ -34,8 +34,8 @@ class StateBuffers:
             (memory, at), (spare, there) = self.now, self.after
             device.copy(memory, at + row * self.bytes, spare, there + row * self.bytes, self.bytes)
 
-    def parts(self, row: int, tokens: int) -> Iterator[tuple[Memory, int, int]]:
-        """Yield memory, offset and size of each piece of a sequence's state; of a cache only the first `tokens` places."""
+    def parts(self, row: int, places: range) -> Iterator[tuple[Memory, int, int]]:
+        """Yield memory, offset and size of each piece of a sequence's state; of a cache [Y, C, Z] some places."""
         memory, offset = self.now
         offset += row * self.bytes
         if self.now != self.after:
@@ -43,8 +43,9 @@ class StateBuffers:
             return
         heads, capacity, _ = self.shape
         head = self.bytes // heads
-        for index in range(heads if tokens else 0):
-            yield memory, offset + index * head, head // capacity * tokens
+        for index in range(heads if places else 0):
+            start = offset + index * head + head // capacity * places.start
+            yield memory, start, head // capacity * len(places)
 
 
 class DeviceMemory:
@@ -83,24 +84,24 @@ class DeviceMemory:
                 for row in sequences:
                     self.device.zero(memory, offset + row * state.bytes, state.bytes)
 
-    def snapshot(self, row: int, tokens: int) -> Memory:
-        """Return a copy of the states of a sequence in one piece; of its caches, the first `tokens` places."""
-        copied = self.device.allocate(sum(size for _, _, size in self._parts(row, tokens)))
+    def snapshot(self, row: int, places: range) -> Memory:
+        """Return a copy of the states of a sequence in one piece; of its caches, some places."""
+        copied = self.device.allocate(sum(size for _, _, size in self._parts(row, places)))
         at = 0
-        for memory, offset, size in self._parts(row, tokens):
+        for memory, offset, size in self._parts(row, places):
             self.device.copy(copied, at, memory, offset, size)
             at += size
         return copied
 
-    def restore(self, row: int, tokens: int, copied: Memory) -> None:
+    def restore(self, row: int, places: range, copied: Memory) -> None:
         """Copy back."""
         at = 0
-        for memory, offset, size in self._parts(row, tokens):
+        for memory, offset, size in self._parts(row, places):
             self.device.copy(memory, offset, copied, at, size)
             at += size
 
-    def _parts(self, row: int, tokens: int) -> Iterator[tuple[Memory, int, int]]:
-        return (part for state in self.states.values() for part in state.parts(row, tokens))
+    def _parts(self, row: int, places: range) -> Iterator[tuple[Memory, int, int]]:
+        return (part for state in self.states.values() for part in state.parts(row, places))
 
     def state_address(self, name: str, row: int | None, *, after: bool) -> int:
         """Return where a call reads a state, or writes it; `row` is the sequence where the plan is for one."""

@@ -123,10 +123,10 @@ class TorchEngine:
         with self._current():
             self._states.reset(sequences)
 
-    def snapshot(self, row: int, tokens: int) -> Copied:
+    def snapshot(self, row: int, start: int, stop: int) -> Copied:
         """Copy the row of every state, on the device."""
         with self._current():
-            return self._states.snapshot(row, tokens)
+            return self._states.snapshot(row, slice(start, stop))
 
     def restore(self, row: int, snapshot: Snapshot) -> None:
         """Copy back."""

@@ -100,9 +100,10 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """States of a sequence, in the order of their allocation."""
+    """States of a sequence, those of Mamba first; of caches, some places."""
 
     states: Sequence[Tensor]
+    places: slice
 
     @property
     def bytes(self) -> int:
@@ -152,20 +153,19 @@ class States:
             },
         )
 
-    def snapshot(self, row: int, tokens: int) -> Copied:
-        """Return a copy of the states of a sequence; of its caches, the first `tokens` places."""
-        return Copied([part.clone() for part in self._parts(row, tokens)])
+    def snapshot(self, row: int, places: slice) -> Copied:
+        """Return a copy of the states of a sequence; of its caches, some places."""
+        return Copied([part.clone() for part in self._parts(row, places)], places)
 
     def restore(self, row: int, copied: Copied) -> None:
         """Copy back."""
-        tokens = copied.states[-1].shape[1] if self.caches else 0
-        for part, state in zip(self._parts(row, tokens), copied.states, strict=True):
+        for part, state in zip(self._parts(row, copied.places), copied.states, strict=True):
             part.copy_(state)
 
-    def _parts(self, row: int, tokens: int) -> list[Tensor]:
-        """Return the states of a row, uncopied, caches last: of each [Y, C, Z] the first `tokens` places."""
+    def _parts(self, row: int, places: slice) -> list[Tensor]:
+        """Return the states of a row, uncopied, caches last: of each [Y, C, Z] some places."""
         mamba = [t for s in self.mamba.values() for t in (s.window, s.ssm, s.pending) if t is not None]
-        caches = [_raw(cache.data[row])[:, :tokens] for pair in self.caches.values() for cache in pair]
+        caches = [_raw(cache.data[row])[:, places] for pair in self.caches.values() for cache in pair]
         return [*(tensor[row] for tensor in mamba), *caches]
 
     def by_name(self) -> dict[str, Tensor]:

@@ -113,6 +113,9 @@ def test_a_smaller_call_is_of_the_first_rows(name: EngineName, small: SmallModel
         np.testing.assert_array_equal(ours, theirs)
     for state, value in states_of(alone).items():
         np.testing.assert_array_equal(states_of(engine)[state][:2], value)
+    engine.reset([2, 3])
+    ids, lengths = np.random.default_rng(6).integers(0, 97, (4, 1)), np.array([*(counts + 3), 0, 0])
+    assert len(call(engine, "decode", input_ids=ids, lengths=lengths)["logits"]) == 4
 
 
 @pytest.mark.parametrize("rows", [(1, 2), (2, 2)])
@@ -122,8 +125,8 @@ def test_a_copy_of_a_sequence_goes_on_in_any_row(name: EngineName, small: SmallM
     engine = small.engine(name, 3)
     prefilled(engine, 7)
     tokens = 3 + taken
-    copied = engine.snapshot(taken, tokens)
-    assert copied.bytes > 0
+    copies = [engine.snapshot(taken, 0, 2), engine.snapshot(taken, 2, tokens)]
+    assert all(copied.bytes > 0 for copied in copies)
 
     def continued(row: int) -> Array:
         """Return the logits of two verifications and a step of drafting, the other rows fed whatever comes."""
@@ -140,15 +143,15 @@ def test_a_copy_of_a_sequence_goes_on_in_any_row(name: EngineName, small: SmallM
 
     expected = continued(taken)
     engine.reset()
-    engine.restore(given, copied)
+    for copied in copies:
+        engine.restore(given, copied)
     np.testing.assert_allclose(continued(given), expected, rtol=0, atol=0 if given == taken else 1e-5)
-    engine.restore(given, engine.snapshot(given, 0))
 
 
 def test_a_copy_without_caches_leaves_those_of_the_row(name: EngineName, small: SmallModel) -> None:
     engine = small.engine(name, 2)
     prefilled(engine, 9)
-    before, copied = states_of(engine), engine.snapshot(0, 0)
+    before, copied = states_of(engine), engine.snapshot(0, 0, 0)
     engine.reset([0])
     engine.restore(0, copied)
     for state, value in states_of(engine).items():

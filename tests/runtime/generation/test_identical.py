@@ -14,7 +14,7 @@ import pytest
 
 from n3c.passes.lower.model import lower
 from n3c.passes.serving import serve
-from n3c.runtime.engines.interface import Engine
+from n3c.runtime.engines.interface import Array, Engine
 from n3c.runtime.engines.onnxruntime.open import cpu_engine
 from n3c.runtime.engines.torch.open import torch_engine
 from n3c.runtime.engines.torch.weights import CheckpointWeights
@@ -36,15 +36,23 @@ TEXT = SMALL.replace('"MEM*E-ME"', '"M*E"').replace(
 class Oracle:
     """Knows what follows, and drafts it, or something else, or each of both by chance."""
 
-    def __init__(self, following: Sequence[Sequence[int]], kind: Literal["right", "wrong", "random"]) -> None:
-        self.following, self.kind, self.random = following, kind, np.random.default_rng(4)
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        following: Sequence[Sequence[int]],
+        kind: Literal["right", "wrong", "random"],
+    ) -> None:
+        self.following = {tuple(prompt): tokens for prompt, tokens in zip(prompts, following, strict=True)}
+        self.kind, self.random = kind, np.random.default_rng(4)
 
-    def propose(self, engine: Engine, sequences: Sequence[Running | None], count: int) -> list[list[Draft]]:
-        return [self._drafts(i, s, count) if s is not None else [] for i, s in enumerate(sequences)]
+    def propose(
+        self, engine: Engine, sequences: Sequence[Running | None], lengths: Array, count: int
+    ) -> list[list[Draft]]:
+        return [self._drafts(s, count) if s is not None else [] for s in sequences]
 
-    def _drafts(self, index: int, sequence: Running, count: int) -> list[Draft]:
+    def _drafts(self, sequence: Running, count: int) -> list[Draft]:
         done = len(sequence.new)
-        known = [*self.following[index][done : done + count], *[0] * count][:count]
+        known = [*self.following[sequence.prompt][done : done + count], *[0] * count][:count]
         drafts: list[Draft] = []
         for right in known:
             wrong = self.kind == "wrong" or (self.kind == "random" and self.random.random() < 0.4)
@@ -81,7 +89,7 @@ def test_two_hundred_prompts(engine: Engine, prompts: list[list[int]]) -> None:
     for at in range(0, len(prompts), BATCH):
         batch = prompts[at : at + BATCH]
         plain, _ = continued(engine, batch, None)
-        drafters: dict[str, Drafter] = {kind: Oracle(plain, kind) for kind in ("right", "wrong", "random")}
+        drafters: dict[str, Drafter] = {kind: Oracle(batch, plain, kind) for kind in ("right", "wrong", "random")}
         for kind, drafter in (drafters | {"mtp": MtpDrafter()}).items():
             tokens, length = continued(engine, batch, drafter)
             assert tokens == plain, kind

@@ -32,7 +32,9 @@ class Adversary:
     def __init__(self, model: Logits, kind: Literal["wrong", "right", "random"], seed: int = 0) -> None:
         self.model, self.kind, self.random = model, kind, np.random.default_rng(seed)
 
-    def propose(self, engine: Engine, sequences: Sequence[Running | None], count: int) -> list[list[Draft]]:
+    def propose(
+        self, engine: Engine, sequences: Sequence[Running | None], lengths: Array, count: int
+    ) -> list[list[Draft]]:
         return [self._drafts(list(s.tokens), count) if s is not None else [] for s in sequences]
 
     def _drafts(self, tokens: list[int], count: int) -> list[Draft]:
@@ -264,7 +266,9 @@ class _Fixed:
     def __init__(self, size: int, kind: str) -> None:
         self.random, self.kind, self.size = np.random.default_rng(9), kind, size
 
-    def propose(self, engine: Engine, sequences: Sequence[Running | None], count: int) -> list[list[Draft]]:
+    def propose(
+        self, engine: Engine, sequences: Sequence[Running | None], lengths: Array, count: int
+    ) -> list[list[Draft]]:
         skewed = np.array([0.7, 0.1, 0.1, 0.1])
         return [[self._draft(skewed) for _ in range(count)] if s is not None else [] for s in sequences]
 
@@ -288,12 +292,14 @@ def test_an_interrupt_leaves_what_there_is_and_an_engine_that_serves_on() -> Non
     calls = 0
 
     class Interrupting(MtpDrafter):
-        def propose(self, engine: Engine, sequences: Sequence[Running | None], count: int) -> list[list[Draft]]:
+        def propose(
+            self, engine: Engine, sequences: Sequence[Running | None], lengths: Array, count: int
+        ) -> list[list[Draft]]:
             nonlocal calls
             calls += 1
             if calls == 4:
                 raise KeyboardInterrupt
-            return super().propose(engine, sequences, count)
+            return super().propose(engine, sequences, lengths, count)
 
     generation.drafter = Interrupting()
     with pytest.raises(KeyboardInterrupt):

@@ -296,17 +296,18 @@ def test_a_copy_of_a_sequence_goes_on_in_any_row(small: Small) -> None:
             given["input_ids"][0, : len(chunk)], given["counts"][0] = chunk, len(chunk)
             given["lengths"][0] = begin
             call(engine, "prefill", **given)
-        copied = engine.snapshot(0, len(prompt))
+        copies = [engine.snapshot(0, 0, 3), engine.snapshot(0, 3, len(prompt))]
         for row in (0, 1):
             if row:
                 engine.reset()
-                engine.restore(row, copied)
+                for copied in copies:
+                    engine.restore(row, copied)
             for i, token in enumerate(following):
                 ids, lengths = np.zeros((BATCH, 1), np.int64), np.zeros(BATCH, np.int64)
                 ids[row, 0], lengths[row] = token, len(prompt) + i
                 logits.append(call(engine, "decode", input_ids=ids, lengths=lengths)["logits"][row])
         np.testing.assert_allclose(np.stack(logits[3:]), np.stack(logits[:3]), atol=1e-6)
-        assert copied.bytes < engine.allocated().states
+        assert copies[0].bytes < engine.allocated().states
 
 
 def test_a_sequence_is_reset_alone(small: Small) -> None:
