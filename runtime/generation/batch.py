@@ -85,6 +85,7 @@ class Batch:
 
         Raises N3CError (exit code 5) where logits are not finite.
         """
+        self._leave()  # those that were interrupted since
         reading = [row for row, sequence in enumerate(self.rows) if not sequence.is_read]
         if reading:
             self._read(reading)

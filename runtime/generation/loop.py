@@ -80,7 +80,7 @@ class Generation:
             statistics.prompt_tokens = sum(len(sequence.prompt) for sequence in self.sequences)
             statistics.prefill_seconds = time.perf_counter() - start
             yield self._pieces(taken)
-            while batch.rows:
+            while any(sequence.ending is None for sequence in self.sequences):
                 start = time.perf_counter()
                 try:
                     taken = batch.round()
