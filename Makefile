@@ -4,6 +4,7 @@ SPEC ?= specs/super.toml
 TARGET ?= trt
 ENTRY ?= decode
 JOBS ?= 2
+CHROMIUM ?= /usr/bin/chromium
 BUDGET ?= 900
 READER ?= spec
 SECONDS ?= 60
@@ -13,9 +14,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made
 ORACLES := .venv-oracles
+READERS := .venv-oracles-readers
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test test-slow test-oracles fuzz mutants gpu check lint types golden bench ablations demo clean
+.PHONY: help venv build test test-slow test-oracles test-readers test-browser fuzz mutants gpu check lint types golden bench ablations demo clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -38,14 +40,28 @@ test: venv ## Run the tests, JOBS (2) files at a time.
 test-slow: venv ## Run the full-size builds too (Super and Ultra, several minutes).
 	$(BIN)/pytest -q -m slow
 
-test-oracles: $(ORACLES)/.made ## Run what needs torchtitan, Megatron-core and Triton (makes .venv-oracles, 2.5 GB).
-	TRITON_INTERPRET=1 $(ORACLES)/bin/pytest -q -m oracles $$(grep -rl 'pytest.mark.oracles' tests)
+test-oracles: test-readers $(ORACLES)/.made ## And what needs torchtitan, Megatron-core and Triton (makes .venv-oracles, 2.5 GB).
+	TRITON_INTERPRET=1 $(ORACLES)/bin/pytest -q -m oracles $$(grep -rl --exclude-dir=readers 'pytest.mark.oracles' tests)
+
+test-readers: venv $(READERS)/.made ## Let vLLM, SGLang, Edge-LLM, llama.cpp and others read checkpoints (makes .venv-oracles-readers, 2 GB).
+	$(BIN)/pytest -q -m oracles tests/readers
+
+# The readers' own code, but for kernels: of the wheels (600 MB) only Python files are kept.
+$(READERS)/.made: constraints-readers.txt tests/readers/unpack.py
+	$(PYTHON) -m venv $(READERS)
+	$(READERS)/bin/pip install --quiet --disable-pip-version-check --requirement constraints-readers.txt
+	$(READERS)/bin/pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: \
+		--dest $(READERS)/archives vllm==0.33.0 sglang==0.5.23 tensorrt-edgellm==0.11.0
+	$(READERS)/bin/pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python \
+		--dest $(READERS)/archives llama-cpp-python==0.3.36
+	$(READERS)/bin/python tests/readers/unpack.py $(READERS)
+	@touch $@
 
 # The wheels of Megatron-core (Python 3.12, CUDA) and Transformer Engine (CUDA) are only unpacked.
 # Of mamba_ssm only the Triton kernels are wanted: no CUDA extension is built.
 $(ORACLES)/.made: pyproject.toml constraints-oracles.txt
 	$(PYTHON) -m venv $(ORACLES)
-	$(ORACLES)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oracles.txt --editable '.[torch,oracles]'
+	$(ORACLES)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oracles.txt --editable '.[torch,oracles,trainers]'
 	$(ORACLES)/bin/pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --python-version 3.12 \
 		--dest $(ORACLES)/wheels megatron-core==0.19.2
 	$(ORACLES)/bin/python -m zipfile -e $(ORACLES)/wheels/megatron_core-0.19.2-*.whl $(ORACLES)/megatron
@@ -55,6 +71,10 @@ $(ORACLES)/.made: pyproject.toml constraints-oracles.txt
 	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(ORACLES)/bin/pip install --quiet --disable-pip-version-check \
 		--constraint constraints-oracles.txt --no-deps --no-build-isolation --no-binary mamba-ssm mamba-ssm
 	@touch $@
+
+test-browser: venv ## Try the pages of inspect and diff in CHROMIUM (/usr/bin/chromium), headless.
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[browser]'
+	CHROMIUM=$(CHROMIUM) $(BIN)/pytest -q -m browser tests/compiler/report
 
 fuzz: venv ## Fuzz READER (spec; all of tests/support/file_readers.py in turn: all) for SECONDS (60) with SEED (1).
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[fuzz]'

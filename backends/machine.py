@@ -1,4 +1,4 @@
-"""Cores and memory of this machine; None for memory that the system does not tell."""
+"""Cores, memory and GPUs of this machine; None for memory that the system does not tell."""
 
 from __future__ import annotations
 
@@ -11,6 +11,27 @@ from pathlib import Path
 def usable_cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def compute_capabilities() -> tuple[int, ...]:
+    """Return the SM version of each NVIDIA GPU, as its driver numbers them: 89 for 8.9. Nothing without a driver."""
+    import ctypes
+
+    major, minor = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of cuda.h
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return ()
+    count = ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return ()
+
+    def attribute(which: int, device: int) -> int:
+        value = ctypes.c_int()
+        driver.cuDeviceGetAttribute(ctypes.byref(value), which, device)
+        return value.value
+
+    return tuple(10 * attribute(major, device) + attribute(minor, device) for device in range(count.value))
 
 
 def memory_bytes() -> int | None:

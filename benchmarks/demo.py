@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 
 from n3c.backends.torch.loading import load_package
-from n3c.compiler.cli.table import format_bytes, format_table
+from n3c.compiler.cli.table import format_table
+from n3c.compiler.report.units import format_bytes
 from n3c.runtime.build_folder import OpenedBuild, open_build
 from n3c.runtime.generation.loop import Generation
 from n3c.runtime.generation.runner import Runner, open_runner

@@ -6,7 +6,9 @@ BENCHMARKS = {
     "check": "benchmarks.check",
     "engines": "benchmarks.engines",
     "torch": "benchmarks.torch_model",
+    "sampling": "benchmarks.sampling",
     "quantize": "benchmarks.quantize",
     "auto_quantize": "benchmarks.auto_quantize",
+    "distillation": "benchmarks.distillation",
 }
 """Name → module, imported when it is to run."""

@@ -17,15 +17,17 @@ if TYPE_CHECKING:
     from .configs import export_config as export_config
     from .configs import import_config as import_config
     from .quantization.api import quantize as quantize
+    from .report.comparison import diff as diff
     from .report.inspection import inspect as inspect
 
     __version__: str
 
-__all__ = ["__version__", "build", "check", "export_config", "import_config", "inspect", "quantize", "repro"]
+__all__ = ["__version__", "build", "check", "diff", "export_config", "import_config", "inspect", "quantize", "repro"]
 
 _MODULES = {
     "build": "building.driver",
     "check": "building.checks",
+    "diff": "report.comparison",
     "export_config": "configs",
     "import_config": "configs",
     "inspect": "report.inspection",

@@ -22,6 +22,19 @@ class JsonError(ValueError):
     """A text that is not what it should be; the message goes on from "it" or "not readable:"."""
 
 
+class JsonSyntaxError(JsonError):
+    """A text that stops being JSON at character `position`, for `reason`."""
+
+    def __init__(self, reason: str, position: int) -> None:
+        super().__init__("it is not JSON")
+        self.reason = reason
+        self.position = position
+
+
+class DuplicateKeyError(JsonError):
+    """A text of JSON that gives a key twice."""
+
+
 def read_json(path: Path, most: int = MAX_BYTES) -> object:
     """Return what a file says; JsonError where it is no JSON or larger than `most` bytes, OSError as `open`."""
     return parse_json(read_bounded(path, most))
@@ -39,17 +52,28 @@ def read_bounded(path: Path, most: int) -> bytes:
 LFS_POINTER = "a Git LFS pointer, not the file itself, which `git lfs pull` or `hf download` fetches"
 
 
-def is_lfs_pointer(text: bytes) -> bool:
+def is_lfs_pointer(text: bytes | str) -> bool:
     """Whether a file that begins so stands for one that was not downloaded."""
-    return text.startswith(b"version https://git-lfs")
+    start = "version https://git-lfs"
+    return text.startswith(start) if isinstance(text, str) else text.startswith(start.encode())
 
 
-def parse_json(text: bytes) -> object:
-    """Return what UTF-8 text says; JsonError where it is no JSON, nests too deeply, has a key twice or too much."""
-    if sum(text.count(mark) for mark in (b"[", b"{", b",")) > MAX_VALUES:  # a few bytes can be an object of a hundred
-        raise JsonError(f"it has more than {MAX_VALUES:,} values")
+def is_lfs_file(path: Path) -> bool:
+    """Whether the file at `path` is such a pointer; OSError as `open`."""
+    with path.open("rb") as file:
+        return is_lfs_pointer(file.read(64))
+
+
+def parse_json(text: bytes | str, most: int = MAX_VALUES) -> object:
+    """Return what a text, of UTF-8 as bytes, says.
+
+    JsonError where it is no JSON, nests too deeply, has more than `most` values, or a key twice (`DuplicateKeyError`).
+    """
     try:
-        data: object = json.loads(text.decode("utf-8"), object_pairs_hook=_once)
+        decoded = text.decode("utf-8") if isinstance(text, bytes) else text
+        if sum(map(decoded.count, "[{,")) > most:  # a few characters can be an object of a hundred bytes
+            raise JsonError(f"it has more than {most:,} values")
+        data: object = json.loads(decoded, object_pairs_hook=_once)
     except JsonError:
         raise
     except RecursionError:
@@ -57,6 +81,8 @@ def parse_json(text: bytes) -> object:
     except ValueError as error:  # no UTF-8, and numbers of thousands of digits, too
         if is_lfs_pointer(text):
             raise JsonError(f"it is {LFS_POINTER}") from error
+        if isinstance(error, json.JSONDecodeError):
+            raise JsonSyntaxError(error.msg[:1].lower() + error.msg[1:], error.pos) from error
         raise JsonError("it is not JSON") from error
     return data
 
@@ -66,7 +92,7 @@ def _once(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
     if len(found) < len(pairs):
         counts = Counter(name for name, _ in pairs)
         twice = next(name for name, count in counts.items() if count > 1)
-        raise JsonError(f"it has `{twice[:200]}` twice")
+        raise DuplicateKeyError(f"it has `{twice[:200]}` twice")
     return found
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
+from n3c.backends.hashing import sha256_file
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 from n3c.ir.json_file import is_count, read_json
 
@@ -76,9 +76,3 @@ def verify_files(out: Path, manifest: dict[str, Any]) -> list[Diagnostic]:
         message = f"`{file['path']}` is not what was built: {reason}"
         faults.append(Diagnostic("E0640", message, Span(str(path)), help="build it again"))
     return faults
-
-
-def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, cast, get_args, get_origin
@@ -130,6 +131,17 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 def usage_error(message: str) -> N3CError:
     """Return the error (E0701, exit code 2) for arguments that do not go together."""
     return N3CError(_usage(message), ExitCode.USAGE)
+
+
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+def size_of(option: str, text: int | str) -> int:
+    """Return the bytes of `5GB`, `500MB` or `1000000`, given for `option`; N3CError (exit code 2) for anything else."""
+    found = re.fullmatch(r"(\d{1,15})\s*(|kb|mb|gb)", str(text).lower())
+    if found is None or int(found[1]) == 0:
+        raise usage_error(f"{option}: {text!r} is no size, as 5GB")
+    return int(found[1]) * _UNITS[found[2]]
 
 
 def _usage(message: str) -> Diagnostic:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .block_kind import BlockKind, ConfigKey, Module, Say, Values
-from .keys import COUNT, WIDTH, key
+from .keys import COUNT, LAYERS, MTP_LAYERS, WIDTH, key
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,18 @@ ATTENTION = BlockKind(
 
 
 @dataclass(frozen=True)
+class MoeLayers:
+    """[[moe.layers]]: keys of [moe] that differ in some layers; of several entries the last one decides, key by key."""
+
+    layers: str = key('"3", "3..9", "first N", "last N"; "mtp": the blocks of MTP.', regex=f"{LAYERS}|{MTP_LAYERS}")
+    top_k: int | None = key("Experts a token.", default=None, minimum=1, maximum=COUNT)
+    intermediate_size: int | None = key("Inner width of a routed expert.", default=None, minimum=1, maximum=WIDTH)
+    shared_intermediate_size: int | None = key(
+        "Inner width of the shared expert, where [moe] has one.", default=None, minimum=1, maximum=WIDTH
+    )
+
+
+@dataclass(frozen=True)
 class Moe:
     """[moe]: routed experts with squared ReLU, in a latent width where `latent_size` is given."""
 
@@ -166,6 +178,7 @@ class Moe:
     norm_topk_prob: bool = key("Whether the chosen scores are divided by their sum.", default=True)
     n_group: int = key("Router groups.", default=1, minimum=1, maximum=COUNT)
     topk_group: int = key("Router groups that a token may use.", default=1, minimum=1, maximum=COUNT)
+    layers: tuple[MoeLayers, ...] = key("Layers that differ: compressed models.", default=())
 
 
 def _moe_contradictions(values: Values, say: Say) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Container
 
 from .block_kind import Say, Values
-from .blocks import KINDS
+from .blocks import KINDS, MOE, MoeLayers
+from .layer_tables import PER_LAYER, given_keys, selected_blocks
 from .pattern import Pattern
 
 
@@ -20,6 +21,7 @@ def check(values: Values, tables: Container[str], say: Say) -> None:
     for kind in KINDS:
         if kind.contradictions is not None:
             kind.contradictions(values, say)
+    _check_layers(values, say)
     _check_mtp(values, say)
     _check_tokens(values, say)
     _check_serving(values, say)
@@ -39,6 +41,43 @@ def _check_tables(values: Values, tables: Container[str], say: Say) -> None:
             say(needed_by, "E0201", f"the pattern has {words} but [{table}] is missing", advice)
         elif table in tables and not needed_by and main is not None:
             say(table, "W0201", f"[{table}] is ignored: no pattern has {words}", None)
+
+
+def _check_layers(values: Values, say: Say) -> None:
+    """Report entries of [[moe.layers]] that select no MoE block, change nothing, or contradict [moe]."""
+    entries: tuple[MoeLayers, ...] = values.get("moe.layers", ())
+    main: Pattern | None = values.get("model.pattern")
+    mtp: Pattern | None = values.get("mtp.pattern")
+    if main is None:
+        return
+    blocks = (*main, *(mtp or ()))
+    for index, entry in enumerate(entries):
+        path = f"moe.layers.{index}"
+        given = {f"moe.{key}": value for key, value in given_keys(entry).items()}
+        try:
+            selected = selected_blocks(entry.layers, main, len(blocks))
+        except ValueError as error:
+            say(f"{path}.layers", "E0110", f"`layers`: {error}", None)
+            continue
+        if not any(blocks[block] is MOE for block in selected):
+            say(f"{path}.layers", "E0110", f"`{entry.layers}` selects no MoE block", None)
+        if not given:
+            say(path, "E0112", "the entry changes nothing", f"it may give {', '.join(f'`{key}`' for key in PER_LAYER)}")
+        if "moe.shared_intermediate_size" in given and values.get("moe.shared_intermediate_size") == 0:
+            message = "`shared_intermediate_size` of an entry, but [moe] has no shared expert"
+            say(f"{path}.shared_intermediate_size", "E0217", message, "all MoE blocks have one, or none has")
+        _check_entry(values, given, path, say)
+
+
+def _check_entry(values: Values, given: Values, path: str, say: Say) -> None:
+    """Report what the keys of an entry contradict in the table that they change."""
+
+    def say_of_entry(place: str, code: str, message: str, advice: str | None) -> None:
+        if place in given:
+            say(f"{path}.{place.removeprefix('moe.')}", code, message, advice)
+
+    if MOE.contradictions is not None:
+        MOE.contradictions({**values, **given}, say_of_entry)
 
 
 def _check_mtp(values: Values, say: Say) -> None:

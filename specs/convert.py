@@ -60,7 +60,7 @@ def run_import(source: Path, *, formats_matter: bool = True, with_mtp: bool = Tr
 
 def _of_text_alone(name: str, config: Mapping[str, object], places: JsonPlaces) -> Diagnostic:
     others = ", ".join(f"`{other}`" for other in other_models(config)) or "no other model"
-    message = f"the spec is that of the text model, `{name}`; left out: {others}"
+    message = f"the spec is that of the text model, `{name}`; not in it: {others}"
     return Diagnostic("W0305", message, places.json_key(name), Severity.WARNING)
 
 
@@ -120,6 +120,14 @@ def _folder_name(folder: Path) -> str:
     if path.name in ("", "..") or _is_snapshot(path):
         path = path.resolve()
     return path.parents[1].name.rpartition("--")[2] if _is_snapshot(path) else path.name
+
+
+def checkpoint_name(folder: Path) -> str:
+    """Return what a checkpoint is called: `org/name` for a snapshot in the Hugging Face cache, else its folder."""
+    path = folder.absolute()
+    if _is_snapshot(path):
+        return path.parents[1].name.removeprefix("models--").replace("--", "/", 1)
+    return path.name
 
 
 def _is_snapshot(path: Path) -> bool:

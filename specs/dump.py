@@ -6,10 +6,12 @@ import dataclasses
 from typing import Any
 
 from .pattern import Pattern
-from .reader import fields_of
-from .schema import Quantization, Rule, Spec, Training
+from .reader import entry_class, fields_of
+from .schema import Rule, Spec
 
 _LINE = 100
+_RULE = ("roles", "modules", "layers", "format", "block")
+"""The keys of a rule in reading order."""
 
 
 def dump_spec(spec: Spec) -> str:
@@ -23,23 +25,29 @@ def dump_spec(spec: Spec) -> str:
         if not dataclasses.is_dataclass(table) or isinstance(table, type):
             continue
         lines += ["", f"[{name}]", *_pairs(table)]
-        if isinstance(table, (Quantization, Training)):
-            for rule in table.rules:
-                lines += [f"[[{name}.rules]]", *_rule(rule)]
+        for array in _arrays(type(table)):
+            for entry in getattr(table, array):
+                lines += [f"[[{name}.{array}]]", *_entry(entry)]
     return "\n".join(lines) + "\n"
 
 
 def _pairs(table: object) -> list[str]:
-    pairs = [(name, getattr(table, name)) for name in fields_of(type(table)) if name != "rules"]
+    arrays = _arrays(type(table))
+    pairs = [(name, getattr(table, name)) for name in fields_of(type(table)) if name not in arrays]
     return [f"{name} = {toml_value(value, len(name) + 3)}" for name, value in pairs if value is not None]
 
 
-def _rule(rule: Rule) -> list[str]:
-    """Write a rule in reading order, without the keys that say nothing."""
-    defaults = {field.name: field.default for field in dataclasses.fields(Rule)}
-    order = ("roles", "modules", "layers", "format", "block")
-    names = [name for name in order if getattr(rule, name) != defaults[name]]
-    return [f"{name} = {toml_value(getattr(rule, name), len(name) + 3)}" for name in names]
+def _arrays(table: type) -> list[str]:
+    """Return the keys of a table that are arrays of tables."""
+    return [name for name, (hint, _, _) in fields_of(table).items() if entry_class(hint) is not None]
+
+
+def _entry(entry: Any) -> list[str]:
+    """Write an entry of an array of tables in reading order, without the keys that say nothing."""
+    defaults = {field.name: field.default for field in dataclasses.fields(entry)}
+    order = _RULE if isinstance(entry, Rule) else tuple(defaults)
+    names = [name for name in order if getattr(entry, name) != defaults[name]]
+    return [f"{name} = {toml_value(getattr(entry, name), len(name) + 3)}" for name in names]
 
 
 def toml_value(value: Any, indent: int = 0) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
@@ -20,13 +21,22 @@ def read_text(path: Path, most: int = MAX_BYTES) -> str:
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         message = f"cannot read {shown(str(path))}: {_reason(error)}"
         raise N3CError(Diagnostic("E0601", message, Span(str(path))), ExitCode.FILE) from None
+    return _decoded(data, str(path), most)
+
+
+def read_stdin(most: int = MAX_BYTES) -> str:
+    """Read UTF-8 text from standard input; N3CError as `read_text`."""
+    return _decoded(sys.stdin.buffer.read(most + 1), "<stdin>", most)
+
+
+def _decoded(data: bytes, file: str, most: int) -> str:
     if len(data) > most:
         message = f"larger than {most >> 20} MiB: not a spec or a configuration"
-        raise N3CError(Diagnostic("E0100", message, Span(str(path))), ExitCode.SPEC)
+        raise N3CError(Diagnostic("E0100", message, Span(file)), ExitCode.SPEC)
     try:
         return data.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        good = Text(data[: error.start].decode("utf-8") + "\ufffd", str(path))
+        good = Text(data[: error.start].decode("utf-8") + "\ufffd", file)
         span = good.span(len(good.text) - 1, len(good.text))
         message = f"not UTF-8: byte 0x{data[error.start]:02x}"
         raise N3CError(Diagnostic("E0100", message, span), ExitCode.SPEC) from None

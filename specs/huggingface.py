@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, cast
 
+from .huggingface_blocks import exported_blocks
 from .huggingface_import import import_config
 from .huggingface_names import FIELDS, STATE_DTYPES, UNSUPPORTED
 from .schema import Spec
@@ -46,6 +47,9 @@ def export_config(spec: Spec) -> dict[str, Any]:
         config["mtp_hybrid_override_pattern"] = spec.mtp.pattern.symbols
         config["mtp_num_layers"] = spec.mtp.depth
         config["mtp_loss_scaling_factor"] = spec.mtp.loss_scaling_factor
+    if spec.moe is not None and spec.moe.layers:
+        config |= {"architectures": ["NemotronHPuzzleForCausalLM"], "model_type": "nemotron_h_puzzle"}
+        config |= exported_blocks(spec)
     config["n3c"] = _own(spec)
     return config
 
@@ -58,6 +62,8 @@ def _own(spec: Spec) -> dict[str, Any]:
         table = getattr(spec, name)
         if table is not None:
             own[name] = _plain_table(table)
+    if spec.moe is not None and spec.moe.layers:
+        own["moe_layers"] = _plain_value(spec.moe.layers)
     own["serving"] = _plain_table(spec.serving)
     del own["serving"]["ssm_state_dtype"]  # it has a name of its own
     return own

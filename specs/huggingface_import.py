@@ -9,6 +9,8 @@ from typing import Any, cast
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Severity, Span
 
+from .huggingface_blocks import MTP as MTP_BLOCKS
+from .huggingface_blocks import TRUNK, BlockConfigs, block_types, read_blocks
 from .huggingface_names import (
     FIELDS,
     MTP,
@@ -60,8 +62,11 @@ def import_config(
 
 class _Importer:
     def __init__(self, config: Mapping[str, object], places: JsonPlaces) -> None:
-        self.config = config
+        self.config = {
+            name: value for name, value in config.items() if not (name in (TRUNK, MTP_BLOCKS) and value == [])
+        }
         self.places = places
+        self.blocks = BlockConfigs()
         self.found: list[Diagnostic] = []
         self.raw: dict[str, Any] = {"schema": 1, "model": {}}
         self.assumed: list[str] = []
@@ -81,7 +86,10 @@ class _Importer:
         main, mtp = self.pattern(), self.mtp()
         if main is not None:
             self.cuts(main, own)
+            self.blocks = read_blocks(self.config, main, mtp, self.places, self.error)
+            self.config |= self.blocks.common
             self.fields(main, mtp, own)
+            self.layers(own)
         self.unsupported()
         self.tell_assumed()
         self.dead()
@@ -96,6 +104,10 @@ class _Importer:
         spec, more = read_spec(self.raw, self.places, self.places.start)
         self.found += more
         if spec is None or any(item.severity is Severity.ERROR for item in self.found):
+            raise self.failure()
+        if not self.blocks.agree(spec):
+            message = f"`n3c.moe_layers` and `{TRUNK}` give MoE blocks other sizes"
+            self.error("E0303", message, self.places.json_key("n3c", "moe_layers"), "remove one of them")
             raise self.failure()
         if "quantization" not in self.raw and "n3c" not in self.config:
             recipe = published_recipe(spec)
@@ -132,7 +144,7 @@ class _Importer:
 
     def pattern(self) -> Pattern | None:
         before = len(self.found)
-        main = self.agreed(PATTERN_LISTS, "hybrid_override_pattern")
+        main = self.agreed((*PATTERN_LISTS, TRUNK), "hybrid_override_pattern")
         if main is None:
             if len(self.found) == before:
                 message = "missing `layers_block_type` or `hybrid_override_pattern`"
@@ -163,7 +175,10 @@ class _Importer:
         raw = self.config[name]
         try:
             if isinstance(raw, list) and "hybrid" not in name:
-                return from_layers_block_type([str(entry) for entry in cast("list[object]", raw)])
+                entries = cast("list[object]", raw)
+                types = block_types(entries) if name in (TRUNK, MTP_BLOCKS) else [str(entry) for entry in entries]
+                if types is not None:
+                    return from_layers_block_type(types)
             if isinstance(raw, str) and "hybrid" in name:
                 return from_hybrid_override(raw)
         except PatternError as error:
@@ -171,6 +186,7 @@ class _Importer:
             self.error("E0108", f"`{name}`: {error.message}", span, error.advice)
             return None
         wanted = "a string" if "hybrid" in name else "a list of names"
+        wanted = "a list of objects, each with `block_type`" if name in (TRUNK, MTP_BLOCKS) else wanted
         self.error("E0105", f"`{name}` must be {wanted}", self.places.json_value(name))
         return None
 
@@ -194,7 +210,7 @@ class _Importer:
             self.error("E0304", message, self.places.json_value("num_nextn_predict_layers"), advice)
             return None
         before = len(self.found)
-        pattern = self.agreed(MTP_PATTERN_LISTS, "mtp_hybrid_override_pattern")
+        pattern = self.agreed((*MTP_PATTERN_LISTS, MTP_BLOCKS), "mtp_hybrid_override_pattern")
         if pattern is None and len(self.found) > before:
             return None
         if pattern is None:
@@ -230,12 +246,21 @@ class _Importer:
             if spelling is None:
                 self.assume(name, default)
             else:
-                self.places.names[path] = (spelling,)
+                self.places.names[path] = self.blocks.origins.get(spelling, (spelling,))
             value = self.value(path, default if spelling is None else self.config[spelling], own)
             if value is not None or name not in MAY_BE_NULL:
                 self.raw.setdefault(table, {})[key] = value
         if "mamba" in tables and self.config.get("mamba_ssm_cache_dtype") is None and "n3c" not in self.config:
             self.assume("mamba_ssm_cache_dtype", "float32")
+
+    def layers(self, own: Mapping[str, Any]) -> None:
+        """Take [[moe.layers]] of the spec's own words, or else of the blocks."""
+        if "moe" in self.raw and "moe_layers" in own:
+            self.raw["moe"]["layers"] = own["moe_layers"]
+            self.places.names["moe", "layers"] = ("n3c", "moe_layers")
+        elif self.blocks.entries:
+            self.raw["moe"]["layers"] = self.blocks.entries
+            self.places.names |= self.blocks.places
 
     def spelling(self, name: str, aliases: Iterable[str]) -> str | None:
         """Return the first name of a field that the config has, or None; E0303 where another one has another value."""
@@ -265,10 +290,7 @@ class _Importer:
     def unsupported(self) -> None:
         for name, unused in UNSUPPORTED.items():
             value = self.config.get(name, unused[0])
-            if name.endswith("block_configs") and value is not None:
-                message = f"`{name}`: layers that differ in width or top-k are not supported"
-                self.error("E0304", message, self.places.json_key(name))
-            elif value not in unused:
+            if value not in unused:
                 message = f"`{name}` is {_json(value)}: not supported"
                 self.error("E0304", message, self.places.json_value(name), f"supported: {_json(unused[0])}")
         if "moe" not in self.raw:

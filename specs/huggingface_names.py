@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from .blocks import KINDS
+from .huggingface_blocks import MTP as MTP_BLOCKS
+from .huggingface_blocks import TRUNK
 from .places import Path
 
 # Spec key → (name in config.json, default of NemotronHConfig, other names in use)
@@ -38,8 +40,6 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "attention_dropout": (0, 0.0),
     "mlp_hidden_act": ("relu2",),
     "mamba_hidden_act": ("silu", "swish"),
-    "block_configs": (None,),
-    "mtp_block_configs": (None,),
 }
 
 # Names that say nothing about the architecture; every other unknown name is mentioned when dropped.
@@ -68,13 +68,14 @@ SILENT = {
 # Lists of block types: read in any spelling, never written (see export_config).
 PATTERN_LISTS = ("layers_block_type", "layer_types")
 MTP_PATTERN_LISTS = ("mtp_layers_block_type",)
-PATTERNS = (*PATTERN_LISTS, "hybrid_override_pattern", "num_hidden_layers")
+PATTERNS = (*PATTERN_LISTS, "hybrid_override_pattern", "num_hidden_layers", TRUNK)
 MTP = (
     "num_nextn_predict_layers",
     *MTP_PATTERN_LISTS,
+    MTP_BLOCKS,
     "mtp_hybrid_override_pattern",
     "mtp_num_layers",
     "mtp_loss_scaling_factor",
 )
 STATE_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-N3C_KEYS = ("name", "pipeline_cuts", "quantization", "training", "serving", "time_step_min")
+N3C_KEYS = ("name", "pipeline_cuts", "quantization", "training", "serving", "time_step_min", "moe_layers")

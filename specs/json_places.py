@@ -8,10 +8,14 @@ from collections.abc import Mapping
 from copy import copy
 from typing import cast
 
+from n3c.ir import json_file
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
-from n3c.ir.json_file import LFS_POINTER, is_lfs_pointer
+from n3c.ir.json_file import DuplicateKeyError, JsonError, JsonSyntaxError
 
 from .places import Path, Text, shown
+
+MAX_VALUES = 1 << 20
+"""Most values of a config, with whose places they take 550 MB; one that names every expert of a 550B model has half."""
 
 _TOKEN = re.compile(r'\s*([{}\[\]:,]|"(?:[^"\\]|\\.)*"|[^\s{}\[\]:,"]+)')
 
@@ -117,18 +121,15 @@ def parse_json(text: str, file: str) -> tuple[Mapping[str, object], JsonPlaces]:
     """Parse a JSON object; raises N3CError (SPEC), located, where the text is not one."""
     source = Text(text, file)
     try:
-        parsed: object = json.loads(text)
-    except json.JSONDecodeError as error:
-        if is_lfs_pointer(text[:64].encode()):
-            raise N3CError(Diagnostic("E0301", LFS_POINTER, source.span(0, 0)), ExitCode.SPEC) from None
-        message = f"not JSON: {shown(error.msg[:1].lower() + error.msg[1:])}"
-        raise N3CError(Diagnostic("E0301", message, source.span(error.pos, 0)), ExitCode.SPEC) from None
-    except (RecursionError, ValueError):  # ValueError: a number of thousands of digits
-        raise N3CError(Diagnostic("E0301", "not a configuration", source.span(0, 0)), ExitCode.SPEC) from None
+        parsed = json_file.parse_json(text, MAX_VALUES)
+    except JsonSyntaxError as error:
+        span = source.span(error.position, 0)
+        raise N3CError(Diagnostic("E0301", f"not JSON: {shown(error.reason)}", span), ExitCode.SPEC) from None
+    except DuplicateKeyError:
+        name, span = JsonPlaces(source).duplicate or ("", source.span(0, 0))
+        raise N3CError(Diagnostic("E0303", f"`{shown(name)}` is given twice", span), ExitCode.SPEC) from None
+    except JsonError as error:
+        raise N3CError(Diagnostic("E0301", f"not readable: {error}", source.span(0, 0)), ExitCode.SPEC) from None
     if not isinstance(parsed, dict):
         raise N3CError(Diagnostic("E0301", "not a JSON object", source.span(0, 0)), ExitCode.SPEC)
-    places = JsonPlaces(source)
-    if places.duplicate is not None:
-        name, span = places.duplicate
-        raise N3CError(Diagnostic("E0303", f"`{shown(name)}` is given twice", span), ExitCode.SPEC)
-    return cast("dict[str, object]", parsed), places
+    return cast("dict[str, object]", parsed), JsonPlaces(source)

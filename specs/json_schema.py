@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, cast, get_args, get_origin
 
 from .pattern import Pattern
-from .reader import MAX_ENTRIES, fields_of, plain
+from .reader import MAX_ENTRIES, entry_class, fields_of, plain
 from .schema import Format, Quantization, Rule, Spec, Training, TrainingFormat
 
 
@@ -59,7 +59,7 @@ def _value(hint: Any, metadata: Mapping[str, Any], formats: tuple[str, ...]) -> 
         return {"enum": list(args)}
     if origin is tuple:
         array: dict[str, Any] = {"type": "array", "items": _value(args[0], metadata, formats)}
-        if args[0] is not Rule and metadata["regex"] is None:
+        if entry_class(hint) is None and metadata["regex"] is None:
             array["maxItems"] = MAX_ENTRIES
         return array
     if hint is bool:

@@ -12,6 +12,10 @@ WIDTH = 1 << 20
 """Most channels of anything."""
 COUNT = 1 << 16
 """Most heads, experts, groups or prediction steps."""
+LAYERS = r"all|[0-9]+|[0-9]+\.\.[0-9]+|first [0-9]+|last [0-9]+|before attention"
+"""Selectors of trunk layers."""
+MTP_LAYERS = "mtp"
+"""The selector of all blocks of multi-token prediction, where a table takes one."""
 LENGTH = (1 << 31) - 1
 """Longest sequence, in tokens; positions are 32-bit integers in every backend."""
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 
-from .files import read_text
+from .files import read_stdin, read_text
 from .overrides import apply_overrides
 from .places import Text, dotted, shown
 from .reader import MAX_RULES, read_spec
 from .schema import Spec
+from .shipped import STDIN, spec_file
 from .toml_places import MAX_KEY_PARTS, TomlPlaces
 
 MAX_SPEC_BYTES = 4 << 20
@@ -30,12 +31,12 @@ _MAX_TABLES = 4 * MAX_RULES
 
 
 def loaded(spec: str | Path | Spec, overrides: Sequence[str] = ()) -> tuple[Spec, list[Diagnostic]]:
-    """Return a spec that is given as such or by its path, with `overrides` laid over it, and the warnings.
+    """Return the spec that a user gives, with `overrides` laid over it, and the warnings.
 
-    Raises as `load_spec`.
+    It is given as such, by its path, by the name of a shipped one, or as `-` on standard input. Raises as `load_spec`.
     """
     if not isinstance(spec, Spec):
-        return load_spec(spec, overrides)
+        return load_spec(spec_file(spec), overrides)
     if not overrides:
         return spec, []
     from .dump import dump_spec  # a file needs none
@@ -50,6 +51,8 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Spec, li
     exit code SPEC for a spec that is invalid, FILE for a file that cannot be read, USAGE for an
     override that is none.
     """
+    if str(path) == STDIN:
+        return parse_spec(read_stdin(MAX_SPEC_BYTES), "<stdin>", overrides)
     return parse_spec(read_text(Path(path), MAX_SPEC_BYTES), str(path), overrides)
 
 

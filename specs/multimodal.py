@@ -17,9 +17,16 @@ def text_config(config: Mapping[str, object]) -> tuple[str, Mapping[str, object]
         nested = config.get(name)
         if isinstance(nested, dict) and config.get("model_type") not in TEXT_MODELS:
             table = cast("dict[str, object]", nested)
-            if table.get("model_type") in TEXT_MODELS:
-                return name, table
+            kind = table.get("model_type", "nemotron_h" if _is_nemotron(config) else None)
+            if kind in TEXT_MODELS:
+                return name, table | {"model_type": kind}
     return None
+
+
+def _is_nemotron(config: Mapping[str, object]) -> bool:
+    """Whether the type of a multimodal config says that its text model is a nemotron_h."""
+    kind = str(config.get("model_type", ""))
+    return kind.startswith("NemotronH_") or kind == "nemotron_h_omni"
 
 
 def other_models(config: Mapping[str, object]) -> list[str]:

@@ -74,6 +74,29 @@ class Pattern:
         """Return the layer indexes of `kind`."""
         return tuple(index for index, symbol in enumerate(self.symbols) if symbol == kind.symbol)
 
+    def counts(self) -> dict[BlockKind, int]:
+        """Return how many blocks of each kind there are, for the kinds that there are."""
+        return {kind: count for kind in KINDS if (count := self.symbols.count(kind.symbol))}
+
+    def summary(self) -> str:
+        """Return the counts in words: `88 layers: 40 M, 40 E, 8 *`."""
+        layers = f"{len(self)} layer{'s' if len(self) > 1 else ''}"
+        return f"{layers}: {', '.join(f'{count} {kind.symbol}' for kind, count in self.counts().items())}"
+
+    def doubts(self) -> Iterator[PatternError]:
+        """Yield what can be read and was hardly meant: `(ME)*4`, which is `ME` once and four attention blocks.
+
+        A repeated attention block directly behind a group or a symbol looks like a sign for times; `(ME) *4` does not.
+        """
+        attention = (offset for offset, kind in zip(self.offsets, self, strict=False) if kind is ATTENTION)
+        for offset in dict.fromkeys(attention):
+            count, end = _count(self.text, offset + 1)
+            before = self.text[offset - 1 : offset]
+            if count > 1 and (before == ")" or (before in BY_SYMBOL and before != ATTENTION.symbol)):
+                message = f"`*{count}` is {count} attention blocks, not a repetition ({self.summary()})"
+                advice = f"to repeat, write the count alone, as `(ME){count}`; a space before `*` says that it is meant"
+                yield PatternError(message, offset, end - offset, advice)
+
     def compact(self) -> str:
         """Return a short, readable DSL text that parses to an equal pattern, as `(ME)3 M*E`."""
         cuts = (0, *self.stages, len(self.symbols))

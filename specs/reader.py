@@ -21,7 +21,7 @@ from .consistency import check
 from .pattern import Pattern, PatternError
 from .places import Path, Places, dotted, shown
 from .roles import NOT_LINEAR, ROLE_GLOBS, ROLES, match_roles, select_layers
-from .schema import Format, Rule, Serving, Spec, TrainingFormat
+from .schema import Format, Serving, Spec, TrainingFormat
 
 MAX_ERRORS = 100
 """A file with more errors than this is something else; reading stops."""
@@ -207,7 +207,8 @@ class _Reader:
         kind, advice = "E0111", None
         name = str(path[-1]) if isinstance(path[-1], str) else str(path[-2])
         if name == "layers":
-            kind, advice = "E0110", 'write "all", "3", "3..9", "first N", "last N" or "before attention"'
+            words = ('"all", ', '"before attention"') if path[0] != "moe" else ("", '"mtp"')
+            kind, advice = "E0110", f'write {words[0]}"3", "3..9", "first N", "last N" or {words[1]}'
         elif name == "name":
             advice = "small letters, digits, `.`, `_` and `-`, at most 80, beginning with a letter or digit"
         elif name == "modules":
@@ -233,7 +234,8 @@ class _Reader:
             self.wrong_type(raw, path, "an array")
             return _BAD
         entries = cast("list[object]", raw)
-        most = MAX_RULES if args[0] is Rule else MAX_ENTRIES
+        tables = dataclasses.is_dataclass(args[0])
+        most = MAX_RULES if tables else MAX_ENTRIES
         if len(entries) > most and path[-1] != "modules":
             message = f"{_named(path)} has {len(entries)} entries, more than {most}"
             self.say("E0106", message, self.places.value(path))
@@ -242,7 +244,7 @@ class _Reader:
         for index, entry in enumerate(entries):
             if len(self.found) >= MAX_ERRORS:
                 return _BAD
-            if args[0] is Rule:
+            if tables:
                 self.given.append((*path, index))
             values.append(self.value(args[0], entry, (*path, index), metadata))
         if any(value is _BAD for value in values):
@@ -262,11 +264,17 @@ class _Reader:
             self.wrong_type(raw, path, "a string")
             return _BAD
         try:
-            return Pattern.parse(raw)
+            pattern = Pattern.parse(raw)
         except PatternError as error:
-            span = self.places.inside(path, error.offset, error.length)
-            self.say("E0108", f"{_named(path)}: {error.message}", span, error.advice)
+            self.say_inside(path, "E0108", error)
             return _BAD
+        for doubt in pattern.doubts():
+            self.say_inside(path, "W0202", doubt)
+        return pattern
+
+    def say_inside(self, path: Path, code: str, error: PatternError) -> None:
+        span = self.places.inside(path, error.offset, error.length)
+        self.say(code, f"{_named(path)}: {error.message}", span, error.advice)
 
     # Rules
 
@@ -341,6 +349,12 @@ def plain(hint: Any) -> Any:
 
 def _wants_text(hint: Any) -> bool:
     return hint in (str, Pattern) or (get_origin(hint) is Literal and isinstance(get_args(hint)[0], str))
+
+
+def entry_class(hint: Any) -> type | None:
+    """Return the class of the entries of an array of tables; None for the type of any other value."""
+    entries = get_args(hint)[:1] if get_origin(hint) is tuple else ()
+    return next((cast("type", entry) for entry in entries if dataclasses.is_dataclass(entry)), None)
 
 
 @cache

@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 from n3c.ir.diagnostics import Diagnostic, Severity, Span
 from n3c.ir.formats import FORMATS
 
+from .layer_tables import moe_tables
 from .modules import groups_of
 from .roles import NOT_LINEAR, ROUTERS
 from .rules_table import role_globs
@@ -68,12 +69,12 @@ def published_recipe(
     only roles that the model has; a role whose weights do not divide into `block` stays BF16.
     """
     present = list(dict.fromkeys(group.role for group in groups_of(spec)))
-    four_bits = FORMATS[format_].blocked
-    eight = _matching(present, EIGHT_BITS) if four_bits else []
+    stored = FORMATS[format_]
+    eight = _matching(present, EIGHT_BITS) if stored.blocked else []
     excluded = [role for role in present if role in NOT_LINEAR | ROUTERS] + _matching(present, SENSITIVE)
     excluded += [] if calibrated else eight
     left = [role for role in present if role not in (*eight, *excluded)]
-    odd = [role for role in left if not FORMATS[format_].divides(*_shape(role, spec), block[0])]
+    odd = [role for role in left if not all(stored.divides(*shape, block[0]) for shape in _shapes(role, spec))]
     rules: dict[str, Rule] = {}
     if calibrated and eight:
         rules[DEFAULT_FP8] = Rule(format="fp8", roles=_globs(eight, present))
@@ -102,11 +103,11 @@ def _globs(roles: list[str], present: list[str]) -> tuple[str, ...]:
     return tuple(role_globs(in_order, present))
 
 
-def _shape(role: str, spec: Spec) -> tuple[int, int]:
+def _shapes(role: str, spec: Spec) -> set[tuple[int, int]]:
     """Return rows and columns of the weights of a role that may have 4 bits: experts and MLPs."""
-    inner, outer = 1, spec.model.hidden_size
-    if role.startswith("moe.experts.") and spec.moe is not None:
-        inner, outer = spec.moe.intermediate_size, spec.moe.latent_size or outer
+    sizes = [(1, spec.model.hidden_size)]
+    if role.startswith("moe.experts."):
+        sizes = [(moe.intermediate_size, moe.latent_size or spec.model.hidden_size) for moe in moe_tables(spec)]
     elif spec.mlp is not None:
-        inner = spec.mlp.intermediate_size
-    return (inner, outer) if role.endswith(".up") else (outer, inner)
+        sizes = [(spec.mlp.intermediate_size, spec.model.hidden_size)]
+    return {(inner, outer) if role.endswith(".up") else (outer, inner) for inner, outer in sizes}

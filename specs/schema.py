@@ -14,8 +14,9 @@ from typing import Literal
 
 from n3c.ir.diagnostics import Span
 
+from .block_kind import BlockKind
 from .blocks import LEGEND, Attention, Mamba, Mlp, Moe
-from .keys import COUNT, LENGTH, WIDTH, key
+from .keys import COUNT, LAYERS, LENGTH, WIDTH, key
 from .pattern import Pattern
 
 Format = Literal["nvfp4", "w4a16_nvfp4", "fp8", "bf16"]
@@ -28,7 +29,6 @@ BLOCKS = ((16, 16), (1, 16))
 
 NAME = r"[a-z0-9][a-z0-9._-]{0,79}"
 MODULE = r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*"
-LAYERS = r"all|[0-9]+|[0-9]+\.\.[0-9]+|first [0-9]+|last [0-9]+|before attention"
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,11 @@ class Spec:
     serving: Serving = key("What the plans are made for.", default=Serving())
     spans: Mapping[str, Span] = field(default_factory=dict[str, Span], compare=False, repr=False)
     """Key path (`model.pattern`, `quantization.rules.2`) → where the spec says it."""
+
+    @property
+    def blocks(self) -> tuple[BlockKind, ...]:
+        """The kind of each block: those of the trunk, then those of one prediction step."""
+        return self.model.pattern.kinds + (self.mtp.pattern.kinds if self.mtp else ())
 
     def span(self, path: str) -> Span | None:
         """Return the place of `path`, or of its nearest parent that the spec spells out."""

@@ -2,8 +2,10 @@
 
 `hf_quant_config.json` and `quantization_config` of config.json say the same. One algorithm for all is
 written with the modules that it leaves out; several with one key for each quantized module, routed experts
-one by one, since not every reader understands a key for all experts of a layer. W4A16_NVFP4 always has such keys:
-as the one algorithm for all, TensorRT Edge-LLM takes it for NVFP4 and quantizes activations with a scale of 1.
+one by one, since not every reader understands a key for all experts of a layer. W4A16_NVFP4 for all is written both
+ways, in hf_quant_config.json as several, in config.json as one with such keys: as one, TensorRT Edge-LLM, which reads
+the first, quantizes activations with a scale of 1; as several, llama.cpp, which reads the second where it has keys,
+lets activations of routed experts be rounded to 4 bits.
 Names are full names of linears, as vLLM also takes an excluded name as a part of another one; where all routed
 experts of a layer are left out, so is `….mixer.experts`, the only name that SGLang asks for. No name carries the
 suffix that ModelOpt 0.47 appends by mistake under transformers 5. Of a checkpoint in which nothing is quantized
@@ -26,6 +28,7 @@ PRODUCER = "modelopt"
 LAYOUT_VERSION = "0.47.0"
 """The ModelOpt release whose layout this is."""
 
+QUANTIZATION = "quantization_config"
 _SHAPE_KEYS = (
     "architectures",
     "model_type",
@@ -33,7 +36,7 @@ _SHAPE_KEYS = (
     "hybrid_override_pattern",
     "mtp_hybrid_override_pattern",
 )
-_NOT_KEPT = {"quantization_config", "n3c", *PATTERN_LISTS, *MTP_PATTERN_LISTS}
+_NOT_KEPT = {QUANTIZATION, "n3c", *PATTERN_LISTS, *MTP_PATTERN_LISTS}
 """Of the source's config.json: what is written anew, and lists of block types (see `export_config`)."""
 _NEVER = ROUTERS | {"embedding"}
 """Not linears to any reader: never listed as left out, as convolutions are."""
@@ -57,7 +60,7 @@ def quantization(weights: Sequence[Weight], kv_cache: str | None) -> dict[str, A
 
     `kv_cache` is "FP8" or None.
     """
-    layers = {weight.module: chosen for weight in weights if (chosen := algorithm(weight)) is not None}
+    layers = {weight.in_file(weight.module): chosen for weight in weights if (chosen := algorithm(weight)) is not None}
     algorithms = sorted(set(layers.values()))
     if len(algorithms) > 1 or W4A16_NVFP4.modelopt in algorithms:
         quantized = {module: _layer(chosen) for module, chosen in sorted(layers.items(), key=_by_layer)}
@@ -76,7 +79,7 @@ def quantization(weights: Sequence[Weight], kv_cache: str | None) -> dict[str, A
 def left_out(weights: Sequence[Weight]) -> list[str]:
     """Return the linears and convolutions that are not quantized, and the layers whose experts are not, sorted."""
     kept = {
-        weight.module
+        weight.in_file(weight.module)
         for weight in weights
         if weight.format == KEEP
         and weight.name.endswith(".weight")
@@ -85,7 +88,7 @@ def left_out(weights: Sequence[Weight]) -> list[str]:
         and not weight.name.endswith("embeddings.weight")
     }
     experts = {parent for module in kept if (parent := _experts(module))}
-    quantized = {_experts(weight.module) for weight in weights if weight.format != KEEP}
+    quantized = {_experts(weight.in_file(weight.module)) for weight in weights if weight.format != KEEP}
     return sorted(kept | (experts - quantized), key=_natural)
 
 
@@ -124,13 +127,15 @@ def quantization_config(weights: Sequence[Weight], kv_cache: str | None) -> dict
     for weight in weights:
         chosen = algorithm(weight)
         if chosen is not None:
-            members.setdefault(chosen, []).append(weight.module)
+            members.setdefault(chosen, []).append(weight.in_file(weight.module))
     mixed = "quantized_layers" in said
     groups = {
         f"group_{i}": _group(chosen) | {"targets": sorted(members[chosen], key=_natural) if mixed else ["Linear"]}
         for i, chosen in enumerate(sorted(members))
     }
-    found: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": said["quant_algo"], "config_groups": groups}
+    (one, *others) = members
+    algorithm_of_all = said["quant_algo"] if others else one
+    found: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": algorithm_of_all, "config_groups": groups}
     if mixed:
         found["quantized_layers"] = said["quantized_layers"]
     found["ignore"] = left_out(weights)
@@ -160,5 +165,12 @@ def config_json(
     if not any(weight.name.startswith("mtp.") for weight in weights):
         config = {key: value for key, value in config.items() if key not in MTP} | {"num_nextn_predict_layers": 0}
     if is_quantized(weights):
-        config["quantization_config"] = quantization_config(weights, kv_cache)
+        config[QUANTIZATION] = quantization_config(weights, kv_cache)
     return config | {"n3c": exported["n3c"]}
+
+
+def multimodal_config(outer: Mapping[str, Any], name: str, text: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config.json of several models: `outer` with `text` at `name`, whose formats are said of the whole."""
+    inner, said = dict(text), {key: text[key] for key in (QUANTIZATION,) if key in text}
+    inner.pop(QUANTIZATION, None)
+    return {key: value for key, value in outer.items() if key != QUANTIZATION} | {name: inner} | said

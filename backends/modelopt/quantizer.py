@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from n3c.backends.hashing import file_rows
 from n3c.backends.machine import usable_cores
 from n3c.backends.progress import Progress
 from n3c.backends.safetensors.checkpoint import INDEX, Checkpoint, file_error
@@ -37,17 +38,18 @@ from n3c.backends.safetensors.selfcheck import Checked, check
 from n3c.backends.safetensors.stream import BAND_BYTES, JOURNAL_BYTES, Quantizer, make_shard
 from n3c.ir.diagnostics import N3CError
 from n3c.ir.formats import NVFP4_BLOCK
-from n3c.ir.json_file import is_count, read_json
+from n3c.ir.json_file import is_count, is_lfs_file, read_json
 from n3c.ir.program import Program
 from n3c.specs.multimodal import text_config
 
-from .layout import algorithm, config_json, hf_quant_config, is_quantized
+from .layout import algorithm, config_json, hf_quant_config, is_quantized, multimodal_config
+from .record import CARD, RECORD, SOURCE_CARD, Provenance, model_card, record
 
 LEDGER = "n3c_ledger.json"
 _MAX_LEDGER = 1 << 28
 """Bytes; a 550B checkpoint's is a tenth of it."""
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
-_REPLACED = ("config.json", "hf_quant_config.json", LEDGER)
+_REPLACED = ("config.json", "hf_quant_config.json", LEDGER, RECORD, SOURCE_CARD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,9 @@ class Job:
     part: tuple[int, int] = (1, 1)
     """I of N: every N-th shard, beginning with the I-th. Only (1, 1) ends with the output in place."""
     max_shard_bytes: int = MAX_SHARD_BYTES
+    provenance: Provenance = field(default_factory=Provenance)
+    with_others: bool = False
+    """Whether the other models of a multimodal checkpoint are carried."""
     threads: int | None = None
     band_bytes: int = BAND_BYTES
     """Source bytes of a weight that are packed at once; the result does not depend on it."""
@@ -97,8 +102,9 @@ def quantize_checkpoint(job: Job, progress: Progress) -> Outcome:
     checkpoint = Checkpoint(job.source)
     if job.exported["tie_word_embeddings"] and HEAD not in checkpoint:
         checkpoint.repeat(EMBEDDING, HEAD)  # transformers does not tie them
+    spellings = checkpoint.add_others() if job.with_others else None
     config = _source_config(job.source)
-    weights = plan_weights(job.program, checkpoint, job.input_scales, job.kv_scales)
+    weights = plan_weights(job.program, checkpoint, job.input_scales, job.kv_scales, spellings)
     shards = plan_shards(weights, job.max_shard_bytes)
     mark = fingerprint(shards, job.search)
     outcome = Outcome(job.out, False, weights, shards=len(shards), bytes=sum(shard.size for shard in shards))
@@ -117,14 +123,16 @@ def quantize_checkpoint(job: Job, progress: Progress) -> Outcome:
             progress.phase("check the result")
             outcome.ledger = _ledger(shards, done)
             files: dict[str, Mapping[str, Any]] = {
-                "config.json": config_json(config, job.exported, weights, job.kv_cache),
+                "config.json": _config(config, job, weights),
                 INDEX: index_json(shards),
                 LEDGER: {"schema": 1, "plan": mark, "search": job.search, "weights": outcome.ledger},
             }
             if is_quantized(weights):
                 files["hf_quant_config.json"] = hf_quant_config(weights, job.kv_cache)
             _write_files(files, work.result, job.source)
-            outcome.checked = check(checkpoint, Checkpoint(work.result), shards)
+            outcome.checked = check(checkpoint, _read_back(work.result, job), shards)
+            progress.phase("hash")
+            _write_record(job, work.result, checkpoint, shards, outcome)
             work.finish()
         except N3CError as error:
             if whole and any(d.code in ("E0607", "E0609", "E0618") for d in error.diagnostics):
@@ -191,9 +199,21 @@ def _source_config(source: Path) -> dict[str, Any]:
         raise file_error("E0601", f"config.json cannot be read: {error}", path) from error
     if not isinstance(config, dict):
         raise file_error("E0601", "config.json is not a JSON object", path)
-    read = cast("dict[str, Any]", config)
-    nested = text_config(read)
-    return read if nested is None else dict(nested[1])
+    return cast("dict[str, Any]", config)
+
+
+def _config(source: dict[str, Any], job: Job, weights: Sequence[Weight]) -> dict[str, Any]:
+    """Return config.json: that of the text model, or of all models where they are carried."""
+    name, text = text_config(source) or ("", source)
+    config = config_json(text, job.exported, weights, job.kv_cache)
+    return multimodal_config(source, name, config) if job.with_others else config
+
+
+def _read_back(folder: Path, job: Job) -> Checkpoint:
+    result = Checkpoint(folder)
+    if job.with_others:
+        result.add_others()
+    return result
 
 
 def _finished(job: Job, mark: str) -> list[dict[str, Any]] | None:
@@ -275,11 +295,38 @@ def _decibels(signal: float, noise: float) -> float | None:
 
 def _write_files(files: Mapping[str, Mapping[str, Any]], folder: Path, source: Path) -> None:
     """Write what stands beside the shards: `files`, name → content, and the files of the source without weights."""
-    for path in sorted(source.iterdir()):
-        ours = path.name in _REPLACED or path.name.startswith(".")
-        if path.is_file() and not ours and not path.name.endswith(_WEIGHT_FILES):
-            shutil.copyfile(path, folder / path.name)
+    for path in small_files(source):
+        if not is_lfs_file(path):
+            shutil.copyfile(path, folder / (SOURCE_CARD if path.name == CARD else path.name))
     for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8", newline="\n")
-        with (folder / name).open("rb") as file:
-            os.fsync(file.fileno())
+        _write(folder / name, json.dumps(content, indent=1) + "\n")
+
+
+def small_files(source: Path) -> list[Path]:
+    """Return the files of a checkpoint that are carried to what is made of it: tokenizer, templates, code and texts."""
+    return [
+        path
+        for path in sorted(source.iterdir())
+        if path.is_file()
+        and path.name not in _REPLACED
+        and not path.name.startswith(".")
+        and not path.name.endswith(_WEIGHT_FILES)
+    ]
+
+
+def _write_record(job: Job, folder: Path, source: Checkpoint, shards: Sequence[Shard], outcome: Outcome) -> None:
+    """Write the record of the finished result, and the card that tells it."""
+    read = [path.name for path in source.files()] + ["config.json"]
+    rows = {
+        "source": file_rows(source.directory, read),
+        "files": file_rows(folder, sorted(path.name for path in folder.iterdir() if path.is_file())),
+    }
+    made = record(job.provenance, shards, outcome.ledger, outcome.checked, rows)
+    _write(folder / RECORD, json.dumps(made, indent=1) + "\n")
+    _write(folder / CARD, model_card(made))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

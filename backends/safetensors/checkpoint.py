@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span, counted
 from n3c.ir.json_file import JsonError, read_json
-from n3c.specs.spellings import is_nested, is_text
+from n3c.specs.spellings import LANGUAGE_MODEL, is_nested, is_text, released_name
 
 from .header import HeaderError, TensorInfo, read_header
 from .tensor_names import AmbiguousError, released_tensors
@@ -43,9 +43,12 @@ def file_error(code: str, message: str, path: Path, help: str | None = None) -> 
 class Checkpoint:
     """The tensors of a directory, one file or shards with an index, by the names that released checkpoints have.
 
-    Of a multimodal checkpoint they are those of the text model.
+    Of a multimodal checkpoint they are those of the text model, until `add_others` is called.
     N3CError (exit code 6) for what is wrong.
     """
+
+    others: dict[str, TensorInfo]
+    """The tensors of the other models of a multimodal checkpoint, by the names in its files."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -53,8 +56,15 @@ class Checkpoint:
         self._infos: dict[str, TensorInfo] = {}
         headers = {path: _header(path) for path in self._paths()}
         multimodal = any(is_nested(name) for header in headers.values() for name in header)
+        self.others, self._files_of_others = {}, dict[str, Path]()
+        self._spellings: dict[str, str] = {}
         for path, header in headers.items():
-            for name, info in _released(path, header, multimodal):
+            others = {name: info for name, info in header.items() if multimodal and not is_text(name)}
+            self.others |= others
+            self._files_of_others |= dict.fromkeys(others, path)
+            text = {name: info for name, info in header.items() if name not in others}
+            self._spellings |= {released_name(name): name for name in text}
+            for name, info in _released(path, text):
                 if name in self._files:
                     other = self._files[name]
                     message = f"tensor `{name}` is in {other.name} too" if other != path else f"`{name}` has two names"
@@ -70,6 +80,15 @@ class Checkpoint:
     def repeat(self, name: str, other: str) -> None:
         """Give the tensor `name` a second name."""
         self._files[other], self._infos[other] = self.file(name), self._infos[name]
+
+    def add_others(self) -> dict[str, str]:
+        """Take in the other models' tensors; return each tensor's name in the files, or what that would be."""
+        names = {name: self._spellings.get(name, LANGUAGE_MODEL[-1] + name) for name in self}
+        for name, path in self._files_of_others.items():
+            if name in self._files:
+                raise file_error("E0609", f"`{name}` is a tensor of two models", path)
+            self._files[name], self._infos[name] = path, self.others[name]
+        return names | {name: name for name in self.others}
 
     def files(self) -> list[Path]:
         """Return the files that hold tensors, sorted."""
@@ -187,11 +206,10 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _released(path: Path, header: dict[str, TensorInfo], multimodal: bool) -> list[tuple[str, TensorInfo]]:
-    """Return the tensors of a file by their released names, of a multimodal checkpoint those of the text model."""
-    text = {name: info for name, info in header.items() if is_text(name)} if multimodal else header
+def _released(path: Path, header: dict[str, TensorInfo]) -> list[tuple[str, TensorInfo]]:
+    """Return the tensors of a file by their released names."""
     try:
-        return list(released_tensors(text))
+        return list(released_tensors(header))
     except AmbiguousError as error:
         help_ = "store each expert as a tensor, as released checkpoints do: `….experts.0.up_proj.weight`"
         raise file_error("E0620", str(error), path, help_) from error

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 from n3c.passes.lower.model import lower
 from n3c.passes.pipelines import quantize_pass
+from n3c.specs.blocks import MOE
 from n3c.specs.convert import run_import
+from n3c.specs.layer_tables import moe_tables
 from n3c.specs.pattern import Pattern
 from n3c.specs.schema import Spec
 
@@ -74,17 +77,27 @@ def _other_values(spec: Spec, directory: Path) -> Iterator[Diagnostic]:
 def differences(ours: Spec, theirs: Spec) -> Iterator[tuple[str, object, object]]:
     """Yield key, our value and theirs of all keys that decide what a model computes.
 
-    Tables that only one of them has show in the tensors.
+    Tables that only one of them has show in the tensors. [moe] is compared block by block: how its entries say what
+    the blocks have does not matter.
     """
-    for table in dataclasses.fields(Spec):
-        mine, other = getattr(ours, table.name), getattr(theirs, table.name)
-        if table.name in NOT_COMPARED or not dataclasses.is_dataclass(mine) or other is None:
-            continue
-        for field in dataclasses.fields(mine):
-            key = f"{table.name}.{field.name}"
-            one, two = (_computed(getattr(side, field.name)) for side in (mine, other))
-            if key not in NOT_COMPARED and one != two:
-                yield key, one, two
+    names = [field.name for field in dataclasses.fields(Spec) if field.name not in NOT_COMPARED]
+    told: set[str] = set()
+    for name in names:
+        for mine, other in zip(_tables(ours, name), _tables(theirs, name), strict=False):
+            for field in dataclasses.fields(mine):
+                key = f"{name}.{field.name}"
+                one, two = (_computed(getattr(side, field.name)) for side in (mine, other))
+                if key not in NOT_COMPARED and key not in told and one != two:
+                    told.add(key)
+                    yield key, one, two
+
+
+def _tables(spec: Spec, name: str) -> tuple[Any, ...]:
+    """Return a table of the spec, none where it lacks it, and one for each MoE block."""
+    if name == MOE.table:
+        return moe_tables(spec)
+    table = getattr(spec, name)
+    return (table,) if dataclasses.is_dataclass(table) else ()
 
 
 def _computed(value: object) -> object:

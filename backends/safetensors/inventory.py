@@ -48,12 +48,23 @@ class Inventory:
         }
 
 
-def inventory(checkpoint: Checkpoint) -> Inventory:
-    """Count weights and bytes by format."""
+def weight_formats(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the format of each weight, from the tensors that store it."""
+    return {weight: _format(weight, sizes, checkpoint) for weight, sizes in _parts(checkpoint).items()}
+
+
+def _parts(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
+    """Return for each weight its parts, each with its bytes."""
     parts: dict[str, dict[str, int]] = {}
     for name in checkpoint:
         weight, part = _split(name, checkpoint)
         parts.setdefault(weight, {})[part] = checkpoint.bytes(name)
+    return parts
+
+
+def inventory(checkpoint: Checkpoint) -> Inventory:
+    """Count weights and bytes by format."""
+    parts = _parts(checkpoint)
     by_format: dict[str, tuple[int, int]] = {}
     for weight, sizes in parts.items():
         format_ = _format(weight, sizes, checkpoint)

@@ -47,6 +47,8 @@ class Weight:
     """Weights with the same mark get one scale, as readers merge q, k and v; empty: its own."""
     scalars: tuple[tuple[str, float], ...]
     """float32 tensors that are stored after it: input_scale, k_scale, v_scale."""
+    spelling: str
+    """Its name in the files of the result: that of the source in a multimodal checkpoint, else `name`."""
 
     @property
     def scales_input(self) -> bool:
@@ -57,6 +59,10 @@ class Weight:
     def module(self) -> str:
         """Return the name of the linear."""
         return self.name.removesuffix(".weight")
+
+    def in_file(self, stored: str) -> str:
+        """Return the name in a file of a tensor that is stored for it, or of its module."""
+        return self.spelling.removesuffix(".weight") + stored.removeprefix(self.module)
 
     def stored(self) -> dict[str, Stored]:
         """Return the tensors that are stored for it, in their order."""
@@ -77,15 +83,22 @@ class Shard:
     header: bytes
     offsets: Mapping[str, int]
     """Stored tensor → its first byte in the file."""
+    names: Mapping[str, str]
+    """Stored tensor → its name in the file."""
     size: int
 
 
 def plan_weights(
-    program: Program, checkpoint: Checkpoint, input_scales: Mapping[str, float], kv_scales: Mapping[str, float]
+    program: Program,
+    checkpoint: Checkpoint,
+    input_scales: Mapping[str, float],
+    kv_scales: Mapping[str, float],
+    spellings: Mapping[str, str] | None = None,
 ) -> list[Weight]:
     """Return every tensor of `checkpoint` in the order of its files, with the format that the passes gave it.
 
-    `program` has been through the pass `quantize`. `input_scales` are by module, `kv_scales` by tensor.
+    `program` has been through the pass `quantize`. `input_scales` are by module, `kv_scales` by tensor. `spellings` are
+    the names in the files of the result, where they are others.
     """
     rules = {entry.name: entry.rule for entry in program.ledger}
     known: dict[str, tuple[str, str, str, int]] = {}
@@ -97,10 +110,13 @@ def plan_weights(
             format_, rows = parameter.format, source.block_rows if isinstance(source, Nvfp4) else 0
         for name in tensor_names(source):
             known[name] = (parameter.role, rules.get(parameter.name, ""), format_, rows)
-    return [
-        _weight(name, checkpoint, known.get(name, ("", "not in the spec", KEEP, 0)), input_scales, kv_scales)
-        for name in checkpoint
-    ]
+    weights: list[Weight] = []
+    for name in checkpoint:
+        reason = "of another model" if name in checkpoint.others else "not in the spec"
+        decided = known.get(name, ("", reason, KEEP, 0))
+        spelling = spellings.get(name, name) if spellings is not None else name
+        weights.append(_weight(name, checkpoint, decided, input_scales, kv_scales, spelling))
+    return weights
 
 
 def _weight(
@@ -109,6 +125,7 @@ def _weight(
     decided: tuple[str, str, str, int],
     input_scales: Mapping[str, float],
     kv_scales: Mapping[str, float],
+    spelling: str,
 ) -> Weight:
     dtype, shape = checkpoint.info(name)
     role, rule, format_, rows = decided
@@ -131,6 +148,7 @@ def _weight(
         block_rows=rows,
         shares_scale=shares,
         scalars=tuple(scalars),
+        spelling=spelling,
     )
 
 
@@ -155,21 +173,22 @@ def plan_shards(weights: Sequence[Weight], max_bytes: int = MAX_SHARD_BYTES) -> 
 
 def _shard(number: int, total: int, weights: Sequence[Weight]) -> Shard:
     tensors = {name: stored for weight in weights for name, stored in weight.stored().items()}
+    names = {name: weight.in_file(name) for weight in weights for name in weight.stored()}
     # float32 scalars after uint8 codes would be misaligned: the widest elements first, as the format's library does
     ordered = dict(sorted(tensors.items(), key=lambda item: -BITS[item[1][0]]))
-    header = header_bytes(ordered)
+    header = header_bytes({names[name]: stored for name, stored in ordered.items()})
     offsets: dict[str, int] = {}
     at = len(header)
     for name, (dtype, shape) in ordered.items():
         offsets[name] = at
         at += stored_bytes(dtype, shape)
     file = "model.safetensors" if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
-    return Shard(file, tuple(weights), header, offsets, at)
+    return Shard(file, tuple(weights), header, offsets, names, at)
 
 
 def index_json(shards: Sequence[Shard]) -> dict[str, Any]:
     """Return model.safetensors.index.json."""
-    weight_map = {name: shard.file for shard in shards for name in shard.offsets}
+    weight_map = {name: shard.file for shard in shards for name in shard.names.values()}
     total = sum(shard.size - len(shard.header) for shard in shards)
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 

@@ -11,15 +11,18 @@ import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import cast
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 from n3c.specs.block_kind import BlockKind
 from n3c.specs.blocks import ATTENTION, BY_SYMBOL, GENERAL_LETTERS, KINDS, MAMBA, MLP, MOE, Moe
+from n3c.specs.layer_tables import PER_LAYER, moe_of_block
 from n3c.specs.pattern import Pattern
+from n3c.specs.reader import entry_class, fields_of
 from n3c.specs.schema import Spec
 
+from .gpus import peak_tflops
 from .numerics import training_formats
 
 MODULE = re.compile(r"[a-z_]+(\.[a-z0-9_]+)*")
@@ -55,6 +58,16 @@ class MoeParts:
     shared: bool
     grouped: bool
     normalised: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MoeLayer:
+    """The sizes of an MoE block that differs from the others."""
+
+    block: int
+    """Blocks of MTP count on from the trunk's."""
+    sizes: Literals
+    """Of each key that any block changes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +114,13 @@ class SpecView:
     rescale: bool
     conv_bias: bool
     wrapped: bool
-    """Whether transformers' own nemotron_h lacks something, so that modeling_n3c.py is written."""
+    """Whether modeling_n3c.py is written: transformers' nemotron_h has the model, but lacks something of it."""
     remote_code: tuple[str, ...]
     model: Literals
     tables: Mapping[str, Literals]
     """Of each block kind that the spec uses, by the name of its table."""
     moe_parts: MoeParts | None
+    moe_layers: tuple[MoeLayer, ...]
     mtp: Literals
     pattern_lines: tuple[PatternLine, ...]
     mtp_pattern_lines: tuple[PatternLine, ...]
@@ -114,6 +128,10 @@ class SpecView:
     """(module, format) of [training]."""
     one_dimensional: bool
     parallel: ParallelView
+    roles: tuple[tuple[str, str], ...]
+    """(module of a mixer, role)."""
+    peak_tflops: tuple[tuple[str, str], ...]
+    """(words of a GPU's name, dense BF16 TFLOP/s)."""
     flops_per_token: str
     flops_per_token_of_context: str
 
@@ -135,6 +153,7 @@ def spec_view(spec: Spec, spec_sha256: str, flops_per_token: tuple[int, int]) ->
     tables = {kind.table: _table(getattr(spec, kind.table), kind.table) for kind in blocks}
     moe = _moe_parts(spec.moe) if uses.moe and spec.moe is not None else None
     shared = moe is not None and moe.shared
+    layers = _moe_layers(spec)
     mixers = tuple(kind.template for kind in KINDS if kind in blocks or (shared and kind is MLP))
     return SpecView(
         name=_matching(NAME, spec.name, "name"),
@@ -151,17 +170,20 @@ def spec_view(spec: Spec, spec_sha256: str, flops_per_token: tuple[int, int]) ->
         tied=spec.model.tie_word_embeddings,
         rescale=spec.model.rescale_prenorm_residual,
         conv_bias=uses.mamba and tables["mamba"]["conv_bias"] == "True",
-        wrapped=(uses.mtp or (uses.moe and not shared)) and all(kind.in_transformers for kind in blocks),
+        wrapped=(uses.mtp or (uses.moe and not shared)) and not layers and all(b.in_transformers for b in blocks),
         remote_code=_remote_code(uses),
         model={**_literals(spec.model, "model"), "eos_token_id": _token_ids(spec.model.eos_token_ids)},
         tables=tables,
         moe_parts=moe,
+        moe_layers=layers,
         mtp=_literals(spec.mtp, "mtp") if spec.mtp else {},
         pattern_lines=_pattern_lines(spec.model.pattern),
         mtp_pattern_lines=_pattern_lines(spec.mtp.pattern) if spec.mtp else (),
         formats=tuple((_matching(MODULE, name, "training"), format_) for name, format_ in training_formats(spec)),
         one_dimensional=spec.training is not None and spec.training.block == (1, 16),
         parallel=_parallel(uses, shared),
+        roles=_roles(spec, blocks),
+        peak_tflops=tuple((words, _literal(tflops, "gpus")) for words, tflops in peak_tflops()),
         flops_per_token=_literal(flops_per_token[0], "flops"),
         flops_per_token_of_context=_literal(flops_per_token[1], "flops"),
     )
@@ -181,11 +203,12 @@ def package_name(spec: Spec) -> str:
 
 def _remote_code(uses: Uses) -> tuple[str, ...]:
     """Return modeling_n3c.py and what it imports, directly or not."""
-    files = ["dispatch.py", "loss.py", "model.py", "modeling_n3c.py", "norm.py", "recompute.py", "state.py"]
+    files = ["dispatch.py", "float32.py", "loss.py", "model.py", "modeling_n3c.py", "norm.py"]
+    files += ["recompute.py", "sequences.py", "state.py"]
     files += ["attention.py"] if uses.attention else []
     files += ["activation.py"] if uses.moe or uses.mlp else []
     files += ["convolution.py", "ssd.py"] if uses.mamba else []
-    files += ["balance.py", "grouped.py"] if uses.moe else []
+    files += ["balance.py", "callbacks.py", "grouped.py", "routing.py"] if uses.moe else []
     files += ["autocast.py"] if uses.mamba or uses.moe else []
     return tuple(sorted(files))
 
@@ -226,6 +249,16 @@ def _parallel(uses: Uses, shared: bool) -> ParallelView:
     return ParallelView(names, tuple(name for name, used in sizes.items() if used), tuple(imported))
 
 
+def _roles(spec: Spec, blocks: Sequence[BlockKind]) -> tuple[tuple[str, str], ...]:
+    """Return (module of a mixer, role) of every weight that a mixer has; stacked experts are one module."""
+    found = [
+        (module.name.replace(".{}", ""), module.role)
+        for kind in blocks
+        for module, _ in kind.present(getattr(spec, kind.table))
+    ]
+    return (*found, *((name, "mamba.ssm") for name in ("A_log", "D", "dt_bias") if MAMBA in blocks))
+
+
 def _moe_parts(moe: Moe) -> MoeParts:
     return MoeParts(
         latent=moe.latent_size is not None,
@@ -233,6 +266,20 @@ def _moe_parts(moe: Moe) -> MoeParts:
         grouped=moe.n_group > 1,
         normalised=moe.norm_topk_prob,
     )
+
+
+def _moe_layers(spec: Spec) -> tuple[MoeLayer, ...]:
+    """Return the MoE blocks whose sizes are not those of [moe]."""
+    if spec.moe is None or not spec.moe.layers:
+        return ()
+    changed = [key for key in PER_LAYER if any(getattr(entry, key) is not None for entry in spec.moe.layers)]
+    usual = _literals(spec.moe, "moe")
+    found: list[MoeLayer] = []
+    for block, kind in enumerate(spec.blocks):
+        sizes = _literals(moe_of_block(spec, block), f"moe of block {block}") if kind is MOE else usual
+        if sizes != usual:
+            found.append(MoeLayer(block, {key: sizes[key] for key in changed}))
+    return tuple(found)
 
 
 def _table(table: object | None, path: str) -> Literals:
@@ -243,8 +290,8 @@ def _table(table: object | None, path: str) -> Literals:
 
 
 def _literals(table: object, path: str) -> Literals:
-    """Return each field of a spec table as the text of a Python literal."""
-    names = [item.name for item in fields(table)]  # type: ignore[arg-type]
+    """Return each field of a spec table as the text of a Python literal, without arrays of tables."""
+    names = [name for name, (hint, _, _) in fields_of(type(table)).items() if entry_class(hint) is None]
     return {name: _literal(getattr(table, name), f"{path}.{name}") for name in names}
 
 

@@ -16,8 +16,12 @@ from .context import LINE_LENGTH, SpecView, spec_view
 from .engines import MegatronView, TitanView, engine_files
 
 TRAINING = (
-    *("__init__.py", "trainer.py", "settings.py", "world.py", "parallelize.py", "collectives.py", "weights.py"),
-    *("data.py", "optimizer.py", "checkpointing.py", "metrics.py", "faults.py"),
+    *("__init__.py", "trainer.py", "settings.py", "world.py", "parallelize.py", "collectives.py"),
+    *("weights.py", "initialization.py", "card.py"),
+    *("data.py", "tokens.py", "sources.py", "file_kinds.py", "token_files.py", "token_cache.py"),
+    *("documents.py", "tokenizer.py", "chat.py"),
+    *("distillation.py", "roles.py", "optimizer.py", "muon.py", "average.py", "checkpointing.py"),
+    *("metrics.py", "boards.py", "profiling.py", "faults.py"),
 )
 """The parts of train.py, in the folder `training` of the package."""
 
@@ -46,19 +50,23 @@ def package_files(view: SpecView) -> list[str]:
         "__init__.py",
         "model.py",
         "dispatch.py",
+        "float32.py",
         "loss.py",
+        "sequences.py",
         "recompute.py",
         "norm.py",
         "state.py",
         "checkpoint.py",
+        "quantized.py",
         "huggingface.py",
     ]
     names += ["autocast.py"] if view.uses.mamba or view.uses.moe else []
     names += ["attention.py"] if view.uses.attention else []
     names += ["activation.py"] if view.uses.moe or view.uses.mlp else []
     names += ["ssd.py", "convolution.py"] if view.uses.mamba else []
-    names += ["balance.py", "grouped.py"] if view.uses.moe else []
+    names += ["balance.py", "grouped.py", "routing.py"] if view.uses.moe else []
     names += ["modeling_n3c.py"] if view.wrapped else []
+    names += ["callbacks.py"] if view.wrapped and view.uses.moe else []
     names += ["numerics.py", "blackwell.py"] if view.formats else []
     names += [f"kernels/{name}" for name in kernel_files(view)]
     return names + [f"training/{name}" for name in TRAINING]

@@ -83,6 +83,8 @@ def gaps(spec: Spec) -> list[str]:
     if MOE in kinds and moe is not None:
         if moe.norm_topk_prob != (moe.top_k > 1):
             found.append("it divides the chosen scores by their sum if and only if top_k > 1 (moe.norm_topk_prob)")
+        if moe.layers:
+            found.append("its provider sizes all MoE layers alike (moe.layers)")
         if moe.n_group > 1 and moe.top_k // moe.topk_group != 2:
             found.append("it chooses groups by their best top_k / topk_group experts, model.py by two (moe.n_group)")
     stages = (0, *spec.model.pattern.stages, len(spec.model.pattern))

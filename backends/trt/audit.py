@@ -108,12 +108,13 @@ def _bits_a_weight(tensor: TensorInfo, linear: Linear) -> int | None:
     """Return how many bits a weight has in `tensor`, if that holds the weight or the chosen part of it.
 
     Told by the number of elements, as the builder lays copies out as it likes. Where the linear is applied
-    to so many rows that its input [rows, K] or its result [rows, N] may have as many, by the dims of the matrix.
+    to so many rows that its input [rows, K] or its result, [rows, N] or [N, rows], may have as many, by the dims of the
+    matrix.
     """
     if linear.rows >= min(linear.shape):
         n, k = linear.shape
         dims = tuple(d for d in tensor.dims if d != 1)
-        if dims not in ((n, k), (k, n)) or dims in ((linear.rows, n), (linear.rows, k)):
+        if dims not in ((n, k), (k, n)) or dims in ((linear.rows, n), (n, linear.rows), (linear.rows, k)):
             return None
     packings = _PACKED.get(tensor.dtype, (1,)) if _has_fp4_codes(linear) else (1,)
     for codes in packings:

@@ -84,6 +84,7 @@ def build_plan(
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.progress_monitor = monitor
     _set_targets(trt, config, sms)
+    _keep_capturable(trt, config)
     if ranges:
         profile = builder.create_optimization_profile()
         for name, lengths in ranges.items():
@@ -118,6 +119,12 @@ def _set_targets(trt: Any, config: Any, sms: Sequence[int]) -> None:
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), i)
     elif len(sms) > 1:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+
+
+def _keep_capturable(trt: Any, config: Any) -> None:
+    """Let no kernel allocate while it runs, which a CUDA graph forbids; TensorRT-RTX promises that only when asked."""
+    if hasattr(getattr(trt, "BuilderFlag", None), "REQUIRE_USER_ALLOCATION"):
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
 
 
 def _allow_decomposed_attention(trt: Any, network: Any) -> None:

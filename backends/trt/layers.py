@@ -108,9 +108,19 @@ class Kernel:
         return tuple(dict.fromkeys(node.partition("/")[0] for node in self.nodes if "/" in node))
 
     @property
+    def operators(self) -> frozenset[str]:
+        """The ONNX operators that it computes, or begins or ends."""
+        return frozenset(node.rpartition("/")[2].partition(".")[0] for node in self.nodes)
+
+    @property
+    def sums(self) -> bool:
+        """Whether it is generated and sums products itself, rather than to prepare a matrix product."""
+        return self.type == "kgen" and "ReduceSum" in self.operators and not self.operators & {"Gemm", "MatMul"}
+
+    @property
     def reduces(self) -> bool:
         """Whether it may read more than it writes: it sums, or its kind is unknown."""
-        return not self.nodes or any(node.rpartition("/")[2].partition(".")[0] in _REDUCING for node in self.nodes)
+        return not self.nodes or not self.operators.isdisjoint(_REDUCING)
 
 
 def parse_layers(listing: str) -> tuple[Kernel, ...]:

@@ -8,6 +8,7 @@ from math import prod
 from n3c.backends.onnx.bindings import Binding
 from n3c.backends.onnx.emit import OnnxEntry
 from n3c.ir import ops
+from n3c.ir.costs import distinct_experts
 from n3c.ir.program import EntryPoint, Program
 from n3c.ir.types import DType
 
@@ -31,11 +32,35 @@ class Need:
         return min(tensor.resolved(context).bytes, self.ideal)
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Tokens that choose experts, each for itself: how often an expert is read."""
+
+    experts: int
+    top_k: int
+    tokens: int
+
+    @property
+    def distinct(self) -> float:
+        """Experts that are read at least once, by expectation."""
+        return distinct_experts(self.experts, self.top_k, self.tokens)
+
+    def fetched(self, kept: int) -> float:
+        """Return how many experts are read from memory, by expectation, where a cache holds those of `kept` tokens.
+
+        Tokens come one after the other: an expert that one of the last `kept` chose, too, is still there.
+        """
+        missed = 1 - self.top_k / self.experts
+        return self.top_k * sum(missed ** min(token, kept) for token in range(self.tokens))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class GatheredWeight(Need):
     """Rows of a weight; a kernel that writes as many elements as the whole has reads all of it."""
 
     elements: int
+    choice: Choice | None
+    """Of experts; None of rows of the embedding."""
 
     def moved(self, kernel: Kernel, tensor: TensorInfo, context: int) -> int:
         size = tensor.resolved(context).bytes
@@ -86,7 +111,7 @@ def needs_of(program: Program, entry_point: EntryPoint, entry: OnnxEntry, contex
         if binding.kind == "view":  # the memory of the state before it, in the type in which it is read
             _alias(needs, binding)
         elif binding.kind == "state" and program.states[binding.name].kind == "kv":
-            whole, capacity, tokens = _bytes(binding), binding.shape[2], _tokens(entry)
+            whole, capacity, tokens = _bytes(binding), binding.shape[2], tokens_of(entry)
             seen = whole * min(max(context, tokens), capacity) // capacity
             needs.reads[binding.name] = CacheRead(labels[binding.name], seen)
             needs.writes[binding.name] = CacheWrite(labels[binding.name], whole * tokens // capacity)
@@ -106,12 +131,16 @@ def _alias(needs: Needs, binding: Binding) -> None:
     needs.writes[binding.name] = needs.writes[binding.source]
 
 
-def _weight(binding: Binding, label: str, rows: int | None) -> Need:
-    """Return the need of a weight, of which `rows` are gathered; None: all of it is read."""
+def _weight(binding: Binding, label: str, gathered: int | Choice | None) -> Need:
+    """Return the need of a weight, of which rows are gathered; None: all of it is read."""
     whole = _bytes(binding)
-    part = whole if rows is None else min(whole, rows * whole // max(binding.shape[0], 1))
+    if gathered is None:
+        return Need(label, whole)
+    choice = gathered if isinstance(gathered, Choice) else None
+    rows = gathered.distinct if isinstance(gathered, Choice) else gathered
+    part = min(whole, round(rows * whole / max(binding.shape[0], 1)))
     if part < whole and len(binding.shape) > 1:
-        return GatheredWeight(label, part, prod(binding.shape))
+        return GatheredWeight(label, part, prod(binding.shape), choice)
     return Need(label, part)
 
 
@@ -119,13 +148,13 @@ _GATHERS = {ops.embedding: ("ids", "table"), ops.expert_linear: ("indices", "wei
 """Op → its operands with the rows that are asked for, and what they are gathered from."""
 
 
-def _gathered(program: Program, entry_point: EntryPoint, entry: OnnxEntry) -> dict[str, int]:
-    """Return how many rows (experts, tokens) are asked for of parameters that are only ever gathered from.
+def _gathered(program: Program, entry_point: EntryPoint, entry: OnnxEntry) -> dict[str, int | Choice]:
+    """Return how many rows are asked for of parameters that are only ever gathered from, or who chooses them.
 
     0 of those that a call binds for another entry point's sake: verify writes the drafter's cache, no more.
     """
-    dims = {"B": entry.batch, "S": _tokens(entry)}
-    rows: dict[str, int] = {}
+    dims = {"B": entry.batch, "S": tokens_of(entry)}
+    rows: dict[str, int | Choice] = {}
     whole: set[str] = set()
     for call in entry_point.calls:
         function = program.functions[call.function]
@@ -137,15 +166,21 @@ def _gathered(program: Program, entry_point: EntryPoint, entry: OnnxEntry) -> di
             for operand, value in node.named_operands.items():
                 names = [actual[id(v)] for v in value.stored if id(v) in actual] if value else []
                 if operand == table:
-                    count = node[indices].type.bind(dims).elements
-                    rows.update((name, rows.get(name, 0) + count) for name in names)
+                    asked = node[indices].type.bind(dims)
+                    for name in names:
+                        before = rows.get(name, 0)
+                        if node.op is ops.expert_linear:
+                            experts, top_k = node[table].type.static_dims[0], asked.static_dims[-1]
+                            rows[name] = Choice(experts, top_k, asked.elements // top_k)
+                        elif isinstance(before, int):
+                            rows[name] = before + asked.elements
                 else:
                     whole.update(names)
     unused = {name for call in entry_point.calls for name in call.parameters} - rows.keys() - whole
     return dict.fromkeys(unused, 0) | {name: count for name, count in rows.items() if name not in whole}
 
 
-def _tokens(entry: OnnxEntry) -> int:
+def tokens_of(entry: OnnxEntry) -> int:
     """Return the tokens of a sequence: ids are [B, S], the hidden states that a stage takes [B, S, D]."""
     return next((b.shape[1] for b in entry.arguments if b.kind == "input" and len(b.shape) > 1), 1)
 

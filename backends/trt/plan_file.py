@@ -21,6 +21,8 @@ from n3c.ir.json_file import is_count, read_json
 from .targets import TARGETS, Flavour, named
 
 SIDECAR_SUFFIX = ".json"
+RUNTIME_CACHE_SUFFIX = ".runtime-cache"
+"""Of the kernels that TensorRT-RTX compiled when plans ran, kept beside them by who runs a build."""
 _MODULES = {"rtx": "tensorrt_rtx", "full": "tensorrt"}
 
 

@@ -20,6 +20,7 @@ this says, except where a kernel reads less of an activation than the whole.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,8 @@ from n3c.ir.program import EntryPoint, Program
 from .layers import Kernel, TensorInfo
 from .needs import Need, Needs, needs_of
 
+_LAYOUT = {"Cast", "Concat", "DequantizeLinear", "Reshape", "Slice", "Split", "Transpose", "Unsqueeze"}
+"""ONNX operators that say little about a kernel."""
 _NAMED = 5
 """Kernels that a report names."""
 
@@ -59,11 +62,14 @@ class Moved:
 class KernelTraffic:
     """The traffic of one kernel. Of bytes that must be moved, `ideal` counts those that it is the first to move."""
 
-    kernel: str
+    op: str
+    """What it does, for people: the weight or state that is most of what it moves, or its ONNX operators."""
     layer: str
     """Label of the call that it belongs to: the one whose weights and states are most of what it moves."""
     kind: str
     moved: Moved
+    passing: tuple[int, ...]
+    """Of the bytes moved, those of each tensor that comes from or goes to other kernels, or is a constant."""
 
     @property
     def excess(self) -> int:
@@ -101,7 +107,7 @@ class Traffic:
             **self.total.as_json(),
             "by_kind": {kind: moved.as_json() for kind, moved in self.by_kind.items() if moved != Moved(0, 0)},
             "worst": [
-                {"kernel": k.kernel, "layer": k.layer, "kind": k.kind, "bytes": k.moved.bytes, "ideal": k.moved.ideal}
+                {"op": k.op, "layer": k.layer, "kind": k.kind, "bytes": k.moved.bytes, "ideal": k.moved.ideal}
                 for k in self.worst
             ],
         }
@@ -116,7 +122,7 @@ def traffic(
     """
     kinds: dict[str, str] = {}
     for call in sorted(entry_point.calls, key=lambda call: call.layer is None):  # the norm after the drafter has the
-        kinds.setdefault(call.label, _kind(program, call.label, call.function))  # label of its last block
+        kinds.setdefault(call.label, kind_of(program, call.label, call.function))  # label of its last block
     account = _Account(needs_of(program, entry_point, entry, context), kinds, context)
     rows = [account.kernel(kernel) for kernel in kernels]
     by_kind: dict[str, Moved] = dict.fromkeys(kinds.values(), Moved(0, 0))
@@ -136,22 +142,31 @@ class _Account:
 
     def kernel(self, kernel: Kernel) -> KernelTraffic:
         """Return what a kernel moves, and the needed bytes that it is the first to move."""
-        total = sum(tensor.resolved(self.context).bytes for tensor in _distinct(kernel.constants))
-        ideal = 0
+        passing = [tensor.resolved(self.context).bytes for tensor in _distinct(kernel.constants)]
+        stored = ideal = 0
+        largest, named = 0, ""
         shares: dict[str, int] = {label: 0 for label in kernel.labels if label in self.kinds}
         for tensors, needs in ((kernel.inputs, self.needs.reads), (kernel.outputs, self.needs.writes)):
             for tensor in _distinct(tensors):
                 need = needs.get(tensor.name)
                 if need is None:
-                    total += tensor.resolved(self.context).bytes
+                    passing.append(tensor.resolved(self.context).bytes)
                     continue
                 size = need.moved(kernel, tensor, self.context)
-                total += size
+                stored += size
+                if size > largest:
+                    largest, named = size, _short(tensor.name, need.label)
                 ideal += self.take(need, size)
                 if need.label in self.kinds:
                     shares[need.label] = shares.get(need.label, 0) + size
         layer = max(shares, key=lambda label: shares[label], default="")
-        return KernelTraffic(kernel.name, layer, self.kinds.get(layer, "other"), Moved(total, ideal))
+        return KernelTraffic(
+            named if 4 * largest > sum(passing) else ", ".join(sorted(kernel.operators - _LAYOUT)[:3]),
+            layer,
+            self.kinds.get(layer, "other"),
+            Moved(stored + sum(passing), ideal),
+            tuple(passing),
+        )
 
     def take(self, need: Need, size: int) -> int:
         """Return how many of `size` bytes no kernel has moved before, and count them as moved."""
@@ -177,7 +192,14 @@ def _distinct(tensors: Iterable[TensorInfo]) -> list[TensorInfo]:
     return list(found.values())
 
 
-def _kind(program: Program, label: str, function: str) -> str:
+def _short(name: str, label: str) -> str:
+    """Return the name of a weight or state without that of its layer: `mixer.in_proj`, `k_cache`, `lm_head`."""
+    inside = name.removeprefix(f"{label}.") if label.rpartition(".")[2].isdigit() else name
+    return re.sub(r"(\.next|\.fp4|\.weight)+$", "", inside)
+
+
+def kind_of(program: Program, label: str, function: str) -> str:
+    """Return the kind of a call for reports: `mtp.` before that of the drafter's blocks."""
     kind = program.functions[function].kind
     return f"mtp.{kind}" if label.startswith("mtp.") and not kind.startswith("mtp") else kind
 

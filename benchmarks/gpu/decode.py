@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from n3c.backends.gpus import GPUS
 from n3c.compiler.report.cost import decode_bytes
-from n3c.passes.serving import Served, serve
+from n3c.passes.serving import serve
 from n3c.specs.schema import Spec
 
 from .part import Row, Setting, kernel_table, made_on, report, seconds_of, spec_of, wall_seconds_of
@@ -19,7 +20,7 @@ from .served import call_of, engine_of, free, replay_of
 from .train import transformers_model
 
 TITLE = "Decoding"
-H100 = 3.35e12  # bytes a second
+H100 = GPUS["H100 SXM"]
 BF16 = {"quantization.format": "bf16", "quantization.rules": []}
 
 
@@ -48,7 +49,7 @@ def _engine_rows(title: str, spec: Spec, setting: Setting, batch: int, contexts:
         seconds = wall_seconds_of(setting, call)
         replay = replay_of(engine, "decode")
         device = seconds_of(setting, replay) if replay else seconds
-        least = (decode_bytes(served, spec, batch, context)["total"] - chosen_twice(served, spec, batch)) / H100
+        least = decode_bytes(served, spec, batch, context)["total"] / H100.bandwidth
         yield {
             "model": title,
             "batch": batch,
@@ -65,20 +66,6 @@ def _engine_rows(title: str, spec: Spec, setting: Setting, batch: int, contexts:
             }
     if engine.unrecorded:
         yield {"model": title, "batch": batch, "without a graph": str(dict(engine.unrecorded))[:400]}
-
-
-def chosen_twice(served: Served, spec: Spec, batch: int) -> float:
-    """Return the bytes of experts that `decode_bytes` counts for several sequences although they are one expert.
-
-    T tokens with K independent choices of E meet E (1 - (1 - K/E)^T) of them by expectation.
-    """
-    if spec.moe is None:
-        return 0.0
-    experts, top_k = spec.moe.num_experts, spec.moe.top_k
-    met = experts * (1 - (1 - top_k / experts) ** batch)
-    parameters = served.program.parameters.values()
-    size = sum(p.type.bytes for p in parameters if p.role.startswith("moe.experts."))
-    return float(size * (min(experts, batch * top_k) - met) / experts)
 
 
 def _transformers_rows(spec: Spec, setting: Setting, context: int) -> Iterator[Row]:

@@ -57,10 +57,10 @@ def _engine(spec: Spec, setting: Setting, stored: str) -> Iterator[Row]:
 
     served = serve(spec)
     names = ("prefill", "decode", "verify", "draft")
-    exact = torch_engine(served, spec, names, 1, Copied(spec), "cpu", dtype=torch.float32)
+    exact = torch_engine(served, spec, names, [1], Copied(spec), "cpu", dtype=torch.float32)
     for dtype in (torch.bfloat16, torch.float32):
         engine = torch_engine(
-            served, spec, names, 1, Copied(spec), "cuda" if setting.device == "cuda" else "cpu", dtype=dtype
+            served, spec, names, [1], Copied(spec), "cuda" if setting.device == "cuda" else "cpu", dtype=dtype
         )
         exact.reset()
         errors = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from n3c.backends.gpus import GPUS
 from n3c.compiler.report.cost import flops_per_token
 from n3c.passes.lower.model import lower
 
@@ -16,7 +17,7 @@ from .part import Row, Setting, kernel_table, report, spec_of, wall_seconds_of
 from .served import call_of, engine_of, free
 
 TITLE = "Prefill"
-PEAK = 989e12  # an H100's dense BF16, FLOP/s
+PEAK = GPUS["H100 SXM"].bf16  # dense, FLOP/s
 
 
 def run(setting: Setting) -> Iterator[Row]:

@@ -40,6 +40,7 @@ PARTS: Mapping[str, Part] = {
     "engine_parity": Part("engine_parity", 90),
     "training_parity": Part("training_parity", 60),
     "kernels": Part("kernels", 90),
+    "time_model": Part("time_model", 90),
     "decode": Part("decode", 150),
     "speculation": Part("speculation", 90),
     "prefill": Part("prefill", 90),

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from n3c.backends.trt.targets import Flavour, lacking, require, sm_versions
-from n3c.compiler.common_options import BATCH, CONTEXT, SET, SM, SPEC, TRT, Target
-from n3c.compiler.report.memory_fit import MemoryFit, memory_fits
+from n3c.backends.trt.targets import Flavour, lacking, require, served_gpus, sm_versions, unpublished
+from n3c.compiler.common_options import BATCH, CONTEXT, MEMORY, SET, SM, SPEC, TRT, Target
+from n3c.compiler.report.cost import layer_counts
+from n3c.compiler.report.memory_fit import MemoryFit, memory_fits, memory_of
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 from n3c.ir.types import DType
 from n3c.passes.serving import Served, serve
@@ -43,6 +44,7 @@ class Checked:
         return {
             "ok": True,
             "name": self.spec.name,
+            "layers": layer_counts(self.spec),
             "sms": list(self.sms),
             "forms": [form.as_json() for form in self.forms()],
             "fits": [fit.as_json() for fit in self.fits],
@@ -59,20 +61,23 @@ def check(
     trt: Annotated[Flavour, TRT] = "rtx",
     context: Annotated[int | None, CONTEXT] = None,
     batch: Annotated[int, BATCH] = 1,
+    memory: Annotated[int | str | None, MEMORY] = None,
     set: Annotated[Sequence[str], SET] = (),
 ) -> Checked:
     """Check a spec, and return it with its program; N3CError (exit code 3, 4 or 6) for what would fail later.
 
     Without a target all of them are checked. `fits` tells which GPUs hold `batch` requests of `context` tokens
-    (serving.max_seq_len).
+    (serving.max_seq_len): those of `sm` that `trt` serves, every one for another target, or one of `memory`.
     """
-    sms = sm_versions(sm)
+    sms, size = sm_versions(sm), memory_of(memory)
     read, warnings = loaded(spec, set)
     served = serve(read)
     if target != "torch":
         require_target(read, () if target == "onnx" else sms, trt)
-    fits = memory_fits(read, served, context or read.serving.max_seq_len, batch)
-    return Checked(read, served, sms, target, fits, (*warnings, *served.warnings))
+    for_plans = target in (None, "trt")
+    gpus, notes = (served_gpus(sms, trt), unpublished(sms, trt)) if for_plans else (served_gpus(), [])
+    fits = memory_fits(read, served, context or read.serving.max_seq_len, batch, gpus, size)
+    return Checked(read, served, sms, target, fits, (*warnings, *served.warnings, *notes))
 
 
 def require_target(spec: Spec, sms: Sequence[int], flavour: Flavour) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from n3c.backends.machine import peak_rss_bytes
 from n3c.backends.progress import SILENT, Progress
-from n3c.backends.trt.targets import Flavour, lacking, sm_versions
+from n3c.backends.trt.targets import Flavour, lacking, sm_versions, unpublished
 from n3c.compiler.common_options import SET, SM, SPEC, TRT, Target
 from n3c.compiler.report.cost import Parameters, count_parameters, flops_per_token
 from n3c.compiler.report.tool_versions import tool_versions
@@ -30,6 +30,7 @@ from n3c.specs.schema import Spec
 
 from . import outdir
 from .checks import require_target
+from .judged import Judged
 from .recorded import BUILDS, record
 from .request import Entry, Job, Request, WeightsMode, require_request
 
@@ -50,6 +51,8 @@ class Built:
     """Precisions that plans do not realise (exit code 5)."""
     traffic: dict[str, Any]
     """Of each entry point at each batch size the bytes that it moves and must move, as in audit.json."""
+    time: dict[str, Any]
+    """The predicted time of each on each GPU that it is for, as in audit.json."""
     seconds: float
     peak_rss_bytes: int | None
 
@@ -62,6 +65,7 @@ class Built:
             "seconds": round(self.seconds, 3),
             "peak_rss_bytes": self.peak_rss_bytes,
             "traffic": self.traffic,
+            "time": self.time,
             "diagnostics": [d.as_json() for d in (*self.warnings, *self.mismatches)],
         }
 
@@ -126,9 +130,8 @@ def build(
 
     resolved = dump_spec(read)
     spec_sha256 = hashlib.sha256(resolved.encode()).hexdigest()
-    warnings = [*warnings, *served.warnings]
-    mismatches: list[Diagnostic] = []
-    traffic: dict[str, Any] = {}
+    warnings = [*warnings, *served.warnings, *unpublished(sms, trt)]
+    judged = Judged()
     with outdir.replacing(out, progress.phase) as folder:
         replaced = ("trt", "onnx") if target == "trt" else (target,)
         builds = outdir.keep_other_targets(out, folder, spec_sha256, replaced) | {target: record(request)}
@@ -139,12 +142,13 @@ def build(
         else:
             from .plans import emit_engines
 
-            mismatches, traffic = emit_engines(job)
+            judged = emit_engines(job)
         progress.phase("manifest")
         manifest = _manifest(job, counts, builds)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8", newline="\n")
     seconds = time.perf_counter() - start
-    return Built(out, manifest["files"], warnings, mismatches, traffic, seconds, peak_rss_bytes())
+    found = (judged.mismatches, judged.traffic, judged.time)
+    return Built(out, manifest["files"], warnings, *found, seconds, peak_rss_bytes())
 
 
 def _emit_torch(job: Job, flops: int, flops_of_context: int) -> list[Diagnostic]:

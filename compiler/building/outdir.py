@@ -7,18 +7,23 @@ one output wait for each other, and what a killed one left is cleared by the nex
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import os
 import shutil
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
+from n3c.backends.hashing import file_rows, sha256_file
 from n3c.backends.locks import locked, output_lock
+from n3c.backends.trt.plan_file import RUNTIME_CACHE_SUFFIX
 from n3c.ir.diagnostics import N3CError
-from n3c.runtime.manifest import MANIFEST, out_error, read_manifest, sha256_file
+from n3c.runtime.manifest import MANIFEST, out_error, read_manifest
 
 _MOST_NAMED = 3
 """Foreign files that a message names."""
+_LEFT_BY_USE = ("__pycache__", f"*{RUNTIME_CACHE_SUFFIX}")
+"""What running a build leaves in it: nobody's work."""
 _BINARY = (".onnx", ".data", ".plan")
 """Suffixes of files that nobody edits: one that differs from what was built is damaged, and is built again."""
 
@@ -62,7 +67,7 @@ def _require_ours(out: Path, folder: Path | None = None) -> None:
         message = f"the output holds files but no {MANIFEST} of n3c; it is left as it is"
         raise out_error("E0611", message, out, "choose another -o")
     built = {file["path"]: file for file in manifest["files"]}
-    found = [name for name in _files(folder) if name != MANIFEST and "__pycache__" not in name.split("/")]
+    found = [name for name in _files(folder) if name != MANIFEST and not _is_left_by_use(name)]
     foreign = [name for name in found if name not in built]
     edited = [name for name in found if name in built and _is_edited(folder / name, built[name])]
     for names, what in ((foreign, "that n3c did not write"), (edited, "that were edited since they were built")):
@@ -70,6 +75,10 @@ def _require_ours(out: Path, folder: Path | None = None) -> None:
             more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
             message = f"the output holds files {what}: {', '.join(names[:_MOST_NAMED])}{more}; it is left as it is"
             raise out_error("E0611", message, out, "move them elsewhere or delete them, or choose another -o")
+
+
+def _is_left_by_use(name: str) -> bool:
+    return any(fnmatch.fnmatch(part, pattern) for part in name.split("/") for pattern in _LEFT_BY_USE)
 
 
 def _is_edited(path: Path, built: dict[str, Any]) -> bool:
@@ -172,7 +181,7 @@ def keep_other_targets(out: Path, temporary: Path, spec_sha256: str, replaced: S
         return {}
     for folder in sorted(p for p in out.iterdir() if p.is_dir() and p.name not in replaced):
         shutil.copytree(
-            folder, temporary / folder.name, copy_function=_link, ignore=shutil.ignore_patterns("__pycache__")
+            folder, temporary / folder.name, copy_function=_link, ignore=shutil.ignore_patterns(*_LEFT_BY_USE)
         )
     return {target: options for target, options in manifest.get("builds", {}).items() if target not in replaced}
 
@@ -186,8 +195,5 @@ def _link(source: str, target: str) -> None:
 
 def described_files(directory: Path) -> list[dict[str, Any]]:
     """Return path, bytes and sha256 of every file below `directory`, sorted by path."""
-    return [
-        {"path": path.relative_to(directory).as_posix(), "bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-    ]
+    paths = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    return file_rows(directory, (path.relative_to(directory).as_posix() for path in paths))

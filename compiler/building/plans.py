@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from n3c.backends.hashing import sha256_file
 from n3c.backends.onnx.embedded import WeightsFile, embed
 from n3c.backends.onnx.emit import OnnxEntry, emit_entry
 from n3c.backends.onnx.forms import batches_of
@@ -18,17 +19,18 @@ from n3c.backends.trt.build import PlanResult, build_plan
 from n3c.backends.trt.constants import weights_as_inputs
 from n3c.backends.trt.module import load_trt
 from n3c.backends.trt.plan_file import Sidecar, write_sidecar
+from n3c.backends.trt.targets import served_gpus
+from n3c.backends.trt.timing import Prediction, predict, times_json
 from n3c.backends.trt.traffic import Traffic, traffic, traffic_json
-from n3c.ir.diagnostics import Diagnostic
 from n3c.ir.program import EntryPoint
 from n3c.passes.serving import Served
-from n3c.runtime.manifest import sha256_file
 from n3c.specs.schema import Spec
 
+from .judged import Judged
 from .request import Job
 
 CONTEXT = 4096
-"""Tokens of each sequence at which traffic is stated, where the cache holds as many."""
+"""Tokens of each sequence at which traffic and time are stated, where the cache holds as many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,8 @@ class _Made:
     weights: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     audits: dict[str, Audit] = field(default_factory=dict[str, Audit])
     traffic: dict[str, Traffic] = field(default_factory=dict[str, Traffic])
+    times: dict[str, dict[str, Prediction]] = field(default_factory=dict[str, dict[str, Prediction]])
+    """Plan → GPU → time."""
     entries: dict[str, str] = field(default_factory=dict[str, str])
 
     def graph(self, part: Part, entry: OnnxEntry) -> None:
@@ -77,12 +81,14 @@ class _Made:
         }
 
     def plan(self, part: Part, entry: OnnxEntry, result: PlanResult) -> None:
-        """Judge a plan: the precisions that it realises, and the bytes that it moves."""
-        plan, served = result.path.name, self.job.served
+        """Judge a plan: the precisions that it realises, the bytes that it moves, the time that GPUs would take."""
+        plan, program, request = result.path.name, self.job.served.program, self.job.request
         kernels = weights_as_inputs(result.kernels, entry.weights)
         self.audits[plan] = audit(entry.linears, kernels, entry.output_names, result.scratch_bytes)
         context = min(CONTEXT, self.job.spec.serving.max_seq_len)
-        self.traffic[plan] = traffic(served.program, part.entry_point, entry, kernels, context=context)
+        self.traffic[plan] = traffic(program, part.entry_point, entry, kernels, context=context)
+        gpus = served_gpus(request.sms, request.trt)
+        self.times[plan] = predict(program, part.entry_point, entry, kernels, self.traffic[plan], gpus)
         self.entries[plan] = part.name
 
 
@@ -103,11 +109,8 @@ def parts_of(served: Served, spec: Spec, *, entries: Sequence[str], count: int) 
                 yield Part(named, stage if count > 1 else None, batch, part, onnx)
 
 
-def emit_engines(job: Job) -> tuple[list[Diagnostic], dict[str, Any]]:
-    """Write OUT/onnx, and OUT/trt for the target trt; return the precisions that are not realised, and the traffic.
-
-    The traffic is that of audit.json, by entry point and batch size.
-    """
+def emit_engines(job: Job) -> Judged:
+    """Write OUT/onnx, and OUT/trt for the target trt; return what the audit says."""
     request, folder = job.request, job.folder
     trt = load_trt(request.trt) if request.target == "trt" else None  # where it is missing, say so before any work
     made = _Made(job)
@@ -130,11 +133,12 @@ def emit_engines(job: Job) -> tuple[list[Diagnostic], dict[str, Any]]:
         "entries": made.bindings,
     }
     _write_json(folder / ("onnx" if trt is None else "trt") / "bindings.json", bindings)
-    moved = traffic_json(made.traffic, made.entries)
-    if trt is not None:
-        _write_json(folder / "trt" / "audit.json", audit_json(made.audits) | {"traffic": moved})
+    if trt is None:
+        return Judged()
+    moved, times = traffic_json(made.traffic, made.entries), times_json(made.times, made.entries)
+    _write_json(folder / "trt" / "audit.json", audit_json(made.audits) | {"traffic": moved, "time": times})
     mismatches = [diagnostic for verdict in made.audits.values() for diagnostic in verdict.diagnostics()]
-    return mismatches, moved["entries"]
+    return Judged(mismatches, moved["entries"], times)
 
 
 @contextlib.contextmanager

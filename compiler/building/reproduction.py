@@ -1,6 +1,5 @@
 """`repro`: build again what a build was made of, and compare every file."""
 
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from n3c.backends.progress import SILENT, Progress
 from n3c.backends.trt.plan_comparison import same_but_for_order
-from n3c.backends.trt.plan_file import SIDECAR_SUFFIX
+from n3c.backends.trt.plan_file import SIDECAR_SUFFIX, read_sidecar
 from n3c.ir.diagnostics import Diagnostic, Severity, Span
 from n3c.runtime.build_folder import OpenedBuild, open_build
 from n3c.runtime.manifest import MANIFEST, out_error, read_manifest
@@ -126,10 +125,10 @@ def _different(out: Path, again: Path, path: str) -> ComparedFile:
         return ComparedFile(path, "reordered", "the same records in another order")
     if path.endswith(PLAN + SIDECAR_SUFFIX):
         plan = path.removesuffix(SIDECAR_SUFFIX)
-        keys = _differing(*(json.loads(file.read_bytes()) for file in (ours, theirs)))
+        keys = _differing(*(read_sidecar(folder / plan).as_json() for folder in (out, again)))
         if keys == ["sha256"] and same_but_for_order(out / plan, again / plan):
             return ComparedFile(path, "reordered", "the hash of a plan in another order")
-        return ComparedFile(path, "different", f"in {', '.join(keys)}")
+        return ComparedFile(path, "different", f"in {', '.join(keys) or 'what n3c does not write'}")
     return ComparedFile(path, "different", _first_difference(ours, theirs))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from n3c.compiler.report.units import format_bytes
+
 from .table import format_table
 
 
@@ -11,7 +13,9 @@ def format_fits(fits: list[dict[str, Any]]) -> str:
     """Return the table: each size of GPU, and what it holds of the model."""
     rows = [
         (
-            f"{fit['gpu_gb']} GB ({fit['cards']})",
+            fit["gpu"],
+            format_bytes(fit["memory_bytes"]),
+            ", ".join(fit["trt"]),
             "yes" if fit["fits"] else "no",
             f"{fit['longest_context']:,}",
             "any" if fit["most_requests"] is None else f"{fit['most_requests']:,}",
@@ -19,4 +23,4 @@ def format_fits(fits: list[dict[str, Any]]) -> str:
         )
         for fit in fits
     ]
-    return format_table(("GPU", "fits", "longest context", "most requests", "GPUs needed"), rows)
+    return format_table(("GPU", "memory", "TensorRT", "fits", "longest context", "most requests", "GPUs needed"), rows)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from n3c.compiler.report.units import format_bytes
 from n3c.runtime.generation.result import Generated, Piece
 
 from .output import say, say_generated
-from .table import format_bytes
 
 
 class Printer:

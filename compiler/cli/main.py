@@ -17,8 +17,11 @@ from .output import print_failure, tell
 from .signals import interruptible
 
 COMMANDS = {
+    "init": "Write a commented spec to start from.",
+    "specs": "List the specs that n3c ships, each usable by its name.",
     "check": "Find everything that would fail later, without weights, GPU or build.",
     "inspect": "Count parameters, FLOPs, weight and state bytes.",
+    "diff": "Say what changed between two specs, checkpoints or builds.",
     "build": "Compile a spec to PyTorch, ONNX or TensorRT.",
     "quantize": "Quantize a checkpoint to NVFP4 or FP8, in ModelOpt's layout.",
     "verify": "Compare all implementations of a model, layer by layer.",

@@ -11,10 +11,19 @@ import click
 
 from n3c.runtime.options import Argument, Option, Parameter, flag, parameters_of
 
+from .output import tell
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-debug = click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
+_DEBUG = "n3c.debug"
+
+
+def _keep_debug(context: click.Context, _: click.Parameter, value: bool) -> None:
+    context.meta[_DEBUG] = value
+
+
+debug = click.option("--debug", is_flag=True, expose_value=False, callback=_keep_debug, help="Show tracebacks.")
 
 
 def common(command: F) -> F:
@@ -22,12 +31,23 @@ def common(command: F) -> F:
     return as_json(debug(command))
 
 
-def of(function: Callable[..., object]) -> Callable[[F], F]:
-    """Add the arguments and options that `function` of the API takes; the command gets their values by name."""
+def show_traceback() -> None:
+    """Print the traceback of the error that is handled, where --debug asks for it."""
+    if click.get_current_context().meta.get(_DEBUG):
+        import traceback
+
+        tell(traceback.format_exc())
+
+
+def of(function: Callable[..., object], *, several: bool = False) -> Callable[[F], F]:
+    """Add the arguments and options that `function` of the API takes; the command gets their values by name.
+
+    With `several` its argument may be given more than once, and the command gets a tuple.
+    """
 
     def add(command: F) -> F:
         for parameter in reversed(parameters_of(function)):
-            command = _decorator(parameter)(command)
+            command = _decorator(parameter, several)(command)
         return command
 
     return add
@@ -44,11 +64,12 @@ def given(function: Callable[..., object]) -> dict[str, Any]:
     }
 
 
-def _decorator(parameter: Parameter) -> Callable[[F], F]:
+def _decorator(parameter: Parameter, several: bool) -> Callable[[F], F]:
     described = parameter.described
     if isinstance(described, Argument):
         kind, _ = _click_type(parameter.hint, Option(""))
-        return click.argument(parameter.name, metavar=described.metavar, type=kind, required=parameter.required)
+        metavar, count = (f"{described.metavar}...", -1) if several else (described.metavar, 1)
+        return click.argument(parameter.name, metavar=metavar, type=kind, required=parameter.required, nargs=count)
     kind, more = _click_type(parameter.hint, described)
     shown = parameter.default is not inspect.Parameter.empty and parameter.default not in ((), None)
     shown = shown and parameter.default is not False

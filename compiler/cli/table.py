@@ -21,24 +21,6 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
-def format_bytes(size: float) -> str:
-    """Return a size in decimal units, as disks and memory bandwidths are told: `79.01 GB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
-        size /= 1000
-    return f"{size:.2f} TB"
-
-
 def format_peak(size: int | None) -> str:
     """Return how the last line of a command goes on about peak memory; empty where the system does not tell it."""
     return "" if size is None else f", peak memory {size / 2**30:.2f} GiB"
-
-
-def format_count(count: float) -> str:
-    """Return a count as the field writes it: `120.67B`."""
-    for unit in ("", "K", "M"):
-        if count < 1000:
-            return f"{count:.2f}{unit}" if unit else f"{count:.0f}"
-        count /= 1000
-    return f"{count:.2f}B"

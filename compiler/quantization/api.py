@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from n3c.backends.progress import SILENT, Progress
 from n3c.compiler.common_options import SET
-from n3c.runtime.options import Argument, Needs, Option, checked, usage_error
+from n3c.runtime.options import Argument, Needs, Option, checked, size_of, usage_error
 from n3c.specs.files import require_new
 from n3c.specs.schema import Spec
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 DEFAULT_BITS = 4.8
 """AutoQuantize's own default."""
-_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 AUTO, CALIBRATION = Needs("auto"), Needs("calibration")
 
 
@@ -36,6 +35,12 @@ def quantize(
         Literal["none", "mse"],
         Option("Block scales: nearest (none), or the neighbour with the least squared error (mse)."),
     ] = "none",
+    multimodal: Annotated[
+        Literal["text", "whole"],
+        Option(
+            "Of a multimodal checkpoint: the text model alone (text), or vision and audio as they are, too (whole)."
+        ),
+    ] = "text",
     resume: Annotated[bool, Option("Continue an interrupted run, or join finished parts.")] = False,
     part: Annotated[
         str | tuple[int, int],
@@ -101,9 +106,10 @@ def quantize(
         activation_scales=None if activation_scales is None else checkpoint_directory(activation_scales),
         save_activation_scales=_path(save_activation_scales),
         search=search,
+        multimodal=multimodal,
         resume=resume,
         part=part_of(part),
-        max_shard_bytes=size_of(max_shard_size),
+        max_shard_bytes=size_of("--max-shard-size", max_shard_size),
     )
     from .driver import run
 
@@ -120,11 +126,3 @@ def part_of(text: str | tuple[int, int]) -> tuple[int, int]:
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
         raise usage_error(f"--part: {text!r} is not I/N with 1 ≤ I ≤ N")
     return int(found[1]), int(found[2])
-
-
-def size_of(text: int | str) -> int:
-    """Return the bytes of `5GB`, `500MB` or `1000000`; N3CError (exit code 2) for what is no size."""
-    found = re.fullmatch(r"(\d{1,15})\s*(|kb|mb|gb)", str(text).lower())
-    if found is None or int(found[1]) == 0:
-        raise usage_error(f"--max-shard-size: {text!r} is no size, as 5GB")
-    return int(found[1]) * _UNITS[found[2]]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from n3c.backends.machine import peak_rss_bytes
-from n3c.backends.modelopt.quantizer import Job, Outcome, quantize_checkpoint
+from n3c.backends.modelopt.quantizer import Job, Outcome, quantize_checkpoint, small_files
 from n3c.backends.progress import Progress
 from n3c.backends.safetensors.checkpoint_fit import fitting_checkpoint
 from n3c.backends.safetensors.layout import MAX_SHARD_BYTES
@@ -27,7 +27,8 @@ from n3c.specs.rules import format_rules
 from n3c.specs.schema import Spec
 
 from .formats_and_scales import FormatsAndScales, formats_and_scales
-from .reader_warnings import reader_warnings
+from .provenance import provenance
+from .reader_warnings import left_out_files, other_models_note, reader_warnings
 from .request import QuantizeRequest
 from .requested_formats import requested_formats, weight_only
 
@@ -83,7 +84,10 @@ def run(request: QuantizeRequest, progress: Progress) -> Quantized:
     progress.phase("read the headers")
     asked = requested_formats(request)
     _require_blocks(asked.spec, request)
-    fitting_checkpoint(asked.spec, request.weights, unquantized=True)
+    others = fitting_checkpoint(asked.spec, request.weights, unquantized=True).others
+    whole = request.multimodal == "whole"
+    if whole and not others:
+        raise usage_error("--multimodal whole has no effect: the checkpoint holds one model")
     prepared = formats_and_scales(asked.spec, request, progress)
     names, notes = asked.notes_for(prepared.spec)
     scales = prepared.scales
@@ -98,13 +102,17 @@ def run(request: QuantizeRequest, progress: Progress) -> Quantized:
         search=request.search,
         input_scales=scales.inputs,
         kv_scales=scales.cache,
-        kv_cache="FP8" if spec.serving.kv_cache_dtype == "fp8" or scales.cache else None,
+        kv_cache="FP8" if scales.cache else None,
         resume=request.resume,
         part=request.part,
         max_shard_bytes=request.max_shard_bytes or MAX_SHARD_BYTES,
+        with_others=whole,
+        provenance=provenance(request, spec),
     )
     outcome = quantize_checkpoint(job, progress)
-    told = reader_warnings(outcome.weights, scales.inputs, outcome.out)
+    told = reader_warnings(outcome.weights, scales, outcome.out, fp8_cache=spec.serving.kv_cache_dtype == "fp8")
+    told += other_models_note(others.values(), whole=whole, out=outcome.out)
+    told += left_out_files(small_files(request.weights))
     warnings = [*asked.warnings, *notes, *prepared.warnings, *told]
     return Quantized(outcome, prepared, warnings, time.perf_counter() - start, peak_rss_bytes())
 

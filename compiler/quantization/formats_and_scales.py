@@ -24,6 +24,7 @@ from n3c.ir.diagnostics import Diagnostic
 from n3c.ir.formats import FORMATS
 from n3c.specs.dump import dump_spec
 from n3c.specs.files import write_text
+from n3c.specs.layer_tables import moe_tables
 from n3c.specs.schema import Spec
 
 from .checkpoint_formats import spec_like
@@ -98,7 +99,7 @@ def _tokens(spec: Spec, request: QuantizeRequest) -> Tensor | None:
     if request.calibration is None:
         return None
     # Fewer choices than experts take another path through the model, where nothing is recorded.
-    least = 2 if spec.moe is None else max(2, -(-spec.moe.num_experts // spec.moe.top_k))
+    least = max((2, *(-(-moe.num_experts // moe.top_k) for moe in moe_tables(spec))))
     return read_tokens(
         request.calibration, spec.model.vocab_size, samples=request.samples, length=request.length, least=least
     )

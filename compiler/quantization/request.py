@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from n3c.specs.schema import BLOCKS, Format, Spec
 
@@ -53,6 +53,8 @@ class QuantizeRequest:
 
     search: Search = "none"
     """Block scales: the nearest, or the neighbour of least squared error."""
+    multimodal: Literal["text", "whole"] = "text"
+    """Of a multimodal checkpoint: the text model alone, or the others, too, as they are."""
     resume: bool = False
     part: tuple[int, int] = (1, 1)
     """I of N: every N-th shard, from the I-th."""

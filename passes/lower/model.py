@@ -1,6 +1,7 @@
 """lower: turn a spec into a program with the entry point `forward`, the model as it trains.
 
-Layers of one kind share the function that `blocks` makes; each call binds the parameters of its layer.
+Layers of one kind and of equal sizes share the function that `blocks` makes; each call binds the parameters of its
+layer. A layer that differs (`[[moe.layers]]`) has a variant, named by its sizes: `moe.K4.I1280`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from n3c.ir.program import Call, EntryPoint, Function, Origin, Parameter, Progra
 from n3c.ir.source import Tensor
 from n3c.ir.types import DType, TensorType
 from n3c.specs.block_kind import BlockKind
+from n3c.specs.blocks import MOE
+from n3c.specs.layer_tables import PER_LAYER, spec_of_block
 from n3c.specs.schema import Spec
 
 from .blocks import BLOCKS, Block
@@ -100,22 +103,25 @@ class _Lowering:
             self.entry.outputs.append(f"{at}.logits")
             ids_name, hidden_name = f"{at}.ids", f"{at}.hidden"
 
-    def end(self, kind: str, inputs: list[Value], span_path: str) -> Block:
-        """Start a function that is not a residual block."""
-        function = Function(kind, kind, inputs, [], origin=Origin(self.spec.span(span_path)))
-        self.program.functions[kind] = function
-        self.blocks[kind] = Block(function, self.spec.model.norm_eps)
-        return self.blocks[kind]
+    def end(self, kind: str, inputs: list[Value], span_path: str, name: str = "") -> Block:
+        """Start a function, called by its kind unless `name` is given."""
+        name = name or kind
+        function = Function(name, kind, inputs, [], origin=Origin(self.spec.span(span_path)))
+        self.program.functions[name] = function
+        self.blocks[name] = Block(function, self.spec.model.norm_eps)
+        return self.blocks[name]
 
     def residual(self, kind: BlockKind, label: str, x: str, y: str, *, layer: int, span_path: str) -> None:
-        """Call the residual block x + mixer(norm(x)) of `kind`; its function is built on first use."""
-        if kind.name not in self.blocks:
-            block = self.end(kind.name, [Value("x", self.x)], span_path)
+        """Call the residual block x + mixer(norm(x)) of `kind`; the function of its sizes is built on first use."""
+        spec = spec_of_block(self.spec, layer)
+        name = variant_name(kind, self.spec, spec)
+        if name not in self.blocks:
+            block = self.end(kind.name, [Value("x", self.x)], span_path, name)
             block.kind = kind
-            inner = BLOCKS[kind](block, self.spec, block.function.inputs[0])
+            inner = BLOCKS[kind](block, spec, block.function.inputs[0])
             block.function.outputs = [block.emit(ops.add, block.function.inputs[0], inner, name="out")]
         prefix = "mtp." if label.startswith("mtp.") else ""
-        self.call(kind.name, label, [x], [y], layer=layer, role_prefix=prefix, span_path=span_path)
+        self.call(name, label, [x], [y], layer=layer, role_prefix=prefix, span_path=span_path)
 
     def call(
         self,
@@ -143,3 +149,14 @@ class _Lowering:
                 )
             bound.append(actual)
         self.entry.calls.append(Call(name, label, inputs, outputs, bound, layer=layer, origin=origin))
+
+
+def variant_name(kind: BlockKind, usual: Spec, of_layer: Spec) -> str:
+    """Return the name of a function: that of its kind, with the sizes in which its layer differs from its table."""
+    usual_table, table = getattr(usual, kind.table), getattr(of_layer, kind.table)
+    sizes = [
+        f"{letter}{getattr(table, key)}"
+        for letter, key in zip("KIU", PER_LAYER, strict=True)
+        if kind is MOE and getattr(table, key) != getattr(usual_table, key)
+    ]
+    return ".".join([kind.name, *sizes])

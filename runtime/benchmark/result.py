@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .predicted import Predicted
+
 
 @dataclass(frozen=True, slots=True)
 class Percentiles:
@@ -46,6 +48,8 @@ class Row:
     """New tokens of all sequences together, after the first ones."""
     acceptance_length: float
     """Tokens a round of a sequence: 1 without speculation."""
+    predicted: Predicted | None = None
+    """What the audit of the build's plans predicts; None where there are none of this batch."""
 
     def as_json(self) -> dict[str, Any]:
         """Return the form of `n3c bench --json`, key `rows`."""
@@ -57,6 +61,7 @@ class Row:
             "prefill_tokens_per_second": round(self.prefill_tokens_per_second, 3),
             "tokens_per_second": round(self.tokens_per_second, 3),
             "acceptance_length": round(self.acceptance_length, 4),
+            "predicted": None if self.predicted is None else self.predicted.as_json(),
         }
 
 

@@ -1,6 +1,7 @@
 """`n3c bench`: measure an engine on a build, by context and batch."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +10,7 @@ from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 from n3c.runtime.build_folder import OpenedBuild, open_build
 from n3c.runtime.engines.choice import ENGINE_HELP, Device, EngineName, choose_engine, require_device
 from n3c.runtime.options import Argument, Option, checked
+from n3c.runtime.predicted import predicted_times
 
 if TYPE_CHECKING:  # these load numpy
     from n3c.runtime.engines.interface import Engine
@@ -56,6 +58,7 @@ def bench(
     from n3c.runtime.generation.drafter import MtpDrafter
 
     from .measure import measure
+    from .predicted import predicted
     from .result import Benchmark, Row
 
     spec, capacity = opened.spec, Capacity.of(opened.spec)
@@ -65,6 +68,7 @@ def bench(
     if max(context, default=0) > most:
         raise _too_long(max(context), new_tokens, capacity.context_length)
     contexts = context or [c for c in CONTEXTS if c <= most] or [max(1, most)]
+    times = predicted_times(opened.out)
     rows: list[Row] = []
     for size in batch or spec.serving.batch_sizes:
         progress.phase("load")
@@ -84,9 +88,17 @@ def bench(
                 f"{size} x {length} tokens", len(rows), len(contexts) * len(batch or spec.serving.batch_sizes)
             )
             drafter = MtpDrafter() if speculative else None
-            rows.append(
-                measure(running, capacity, drafter, context=length, new_tokens=new_tokens, runs=runs, seed=seed)
+            row = measure(running, capacity, drafter, context=length, new_tokens=new_tokens, runs=runs, seed=seed)
+            foretold = predicted(
+                times,
+                _name(device),
+                spec.serving,
+                batch=size,
+                context=length,
+                speculative=speculative,
+                acceptance_length=row.acceptance_length,
             )
+            rows.append(replace(row, predicted=foretold))
         del running  # its memory, before the next one takes as much
     held = f"random weights (seed {seed})" if weights is None else str(weights)
     return Benchmark(Path(build), held, chosen, device, _name(device), speculative, tuple(rows))
@@ -114,11 +126,11 @@ def _opened(
         from n3c.runtime.engines.torch.weights import RandomWeights
 
         made = RandomWeights(stored_parameters(build.spec), seed)
-        return torch_engine(build.served, build.spec, names, batch, made, device, progress)
+        return torch_engine(build.served, build.spec, names, [batch], made, device, progress)
     checkpoint = (
         RandomCheckpoint(lower(build.spec), seed) if weights is None else fitting_checkpoint(build.spec, weights)
     )
-    return open_engine(engine, build, names, batch, checkpoint, device, progress)
+    return open_engine(engine, build, names, [batch], checkpoint, device, progress)
 
 
 def _too_long(context: int, new_tokens: int, room: int) -> N3CError:

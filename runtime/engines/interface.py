@@ -7,7 +7,7 @@ that all its entry points share. Which inputs an entry point takes, and what the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -48,25 +48,53 @@ class Allocation:
     weights: int
 
 
+class Snapshot(Protocol):
+    """The states of a sequence at one moment, where its engine keeps its own: on the same device."""
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it takes."""
+        ...
+
+
 class Engine(Protocol):
     """Runs the entry points of one model. Not thread-safe."""
 
     @property
     def batch(self) -> int:
-        """Sequences of every call."""
+        """Sequences whose states it holds: the rows 0 to batch - 1."""
+        ...
+
+    @property
+    def batch_sizes(self) -> Sequence[int]:
+        """Sequences that a call may have, ascending, the last of them `batch`. A call of b is of the first b rows.
+
+        It may change what the other rows hold.
+        """
         ...
 
     @property
     def signatures(self) -> Mapping[str, Signature]:
-        """The entry points that there are: `prefill`, `decode`, and with multi-token prediction `verify`, `draft`."""
+        """The entry points that there are: `prefill`, `decode`, and with multi-token prediction `verify`, `draft`.
+
+        Inputs and outputs have the leading size `batch`; in a call, one of `batch_sizes`.
+        """
         ...
 
     def run(self, entry: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run an entry point: states are read, and replaced by those after it. Outputs are the caller's to keep."""
         ...
 
-    def reset(self) -> None:
-        """Give every sequence the states of a fresh request: zeros."""
+    def reset(self, sequences: Sequence[int] | None = None) -> None:
+        """Give sequences, by their rows, the states of a fresh request: zeros; None: all. The others keep theirs."""
+        ...
+
+    def snapshot(self, row: int, start: int, stop: int) -> Snapshot:
+        """Return a copy of a sequence's states; of its caches, the places from `start` to `stop`."""
+        ...
+
+    def restore(self, row: int, snapshot: Snapshot) -> None:
+        """Give a sequence the states of a copy; what it holds in other places of its caches stays."""
         ...
 
     def replace_weights(self, checkpoint: Checkpoint) -> None:

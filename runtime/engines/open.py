@@ -16,12 +16,12 @@ def open_engine(
     engine: EngineName,
     build: OpenedBuild,
     names: Sequence[str],
-    batch: int,
+    batch_sizes: Sequence[int],
     checkpoint: Checkpoint,
     device: Device,
     progress: Progress = SILENT,
 ) -> Engine:
-    """Return an engine with the entry points `names` for `batch` sequences.
+    """Return an engine with the entry points `names` for calls of `batch_sizes` sequences.
 
     N3CError: exit code 4 where device, plans or memory are not there, 6 where the weights do not fit.
     """
@@ -29,16 +29,16 @@ def open_engine(
     if engine == "onnxruntime":
         from .onnxruntime.open import cpu_engine
 
-        return cpu_engine(served, spec, names, batch, checkpoint, progress)
+        return cpu_engine(served, spec, names, batch_sizes, checkpoint, progress)
     if engine == "tensorrt":
         from .tensorrt.open import cuda_engine
 
-        return cuda_engine(build, names, batch, checkpoint, progress)
+        return cuda_engine(build, names, batch_sizes, checkpoint, progress)
     if engine == "torch":
         from .torch.open import torch_engine
         from .torch.weights import CheckpointWeights
 
-        return torch_engine(served, spec, names, batch, CheckpointWeights(checkpoint), device, progress)
+        return torch_engine(served, spec, names, batch_sizes, CheckpointWeights(checkpoint), device, progress)
     from .reference.engine import ReferenceEngine
 
-    return ReferenceEngine(served.program, checkpoint, batch=batch, capacity=spec.serving.max_seq_len)
+    return ReferenceEngine(served.program, checkpoint, batch_sizes=batch_sizes, capacity=spec.serving.max_seq_len)

@@ -7,9 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
-from n3c.runtime.engines.interface import Engine, call
+from n3c.runtime.engines.interface import Array, Engine, call
 
-from .sampling import draw
 from .sequence import Running
 from .speculative import Draft
 
@@ -17,8 +16,13 @@ from .speculative import Draft
 class Drafter(Protocol):
     """Proposes tokens. A bad one costs time only: the verdict is the model's."""
 
-    def propose(self, engine: Engine, sequences: Sequence[Running | None], count: int) -> list[list[Draft]]:
-        """Return `count` drafts after the last token of each sequence; no drafts for None."""
+    def propose(
+        self, engine: Engine, sequences: Sequence[Running | None], lengths: Array, count: int
+    ) -> list[list[Draft]]:
+        """Return `count` drafts after the last token of each sequence; no drafts for None.
+
+        `lengths` [B] are the tokens that the states of each row hold: what a call writes for None goes behind them.
+        """
         ...
 
 
@@ -30,13 +34,15 @@ class MtpDrafter:
     further one the position after it, which `verify` writes again with the main model's hidden states.
     """
 
-    def propose(self, engine: Engine, sequences: Sequence[Running | None], count: int) -> list[list[Draft]]:
+    def propose(
+        self, engine: Engine, sequences: Sequence[Running | None], lengths: Array, count: int
+    ) -> list[list[Draft]]:
         """Draw each token from the drafter's distribution, cut as the model's own is."""
         width = engine.signatures["draft"].inputs["hidden"].shape[-1]
         assert isinstance(width, int)
-        ids = np.zeros((engine.batch, 1), np.int64)
-        hidden = np.zeros((engine.batch, 1, width), np.float32)
-        lengths = np.zeros(engine.batch, np.int64)
+        ids = np.zeros((len(sequences), 1), np.int64)
+        hidden = np.zeros((len(sequences), 1, width), np.float32)
+        lengths = lengths.copy()
         reasoning = [s.reasoning if s is not None else None for s in sequences]
         for i, sequence in enumerate(sequences):
             if sequence is not None:
@@ -50,7 +56,7 @@ class MtpDrafter:
                 if sequence is not None:
                     before = reasoning[i]
                     proposed = sequence.choice(outputs["logits"][i, 0], before)
-                    token = draw(proposed, sequence.generator)
+                    token = proposed.draw(sequence.generator)
                     drafts[i].append(Draft(token, proposed))
                     ids[i, 0], reasoning[i] = token, before.after(token) if before is not None else None
                     hidden[i], lengths[i] = outputs["next_hidden"][i], lengths[i] + 1

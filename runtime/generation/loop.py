@@ -1,25 +1,18 @@
-"""The generation loop: chunked prefill, then token by token, or draft and verify.
-
-Sequences of a batch have different lengths and end independently. Rows of the engine's batch that are free, or
-whose sequence has ended, are fed zeros, which no other row sees.
-"""
+"""One request with all of its prompts at hand: they are read, and then continued together to their ends."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
+from n3c.runtime.engines.interface import Engine
 
-from n3c.runtime.engines.interface import Array, Engine, call
-
+from .batch import Batch, Taken
 from .capacity import Capacity
 from .drafter import Drafter
 from .result import Completion, Generated, Piece
-from .sampling import draw
 from .sequence import Options, Running
-from .speculative import Draft, judge
 from .tokenizer import Tokenizer
 
 
@@ -64,8 +57,6 @@ class Generation:
     """Likewise."""
     sequences: list[Running] = field(init=False)
     statistics: Statistics = field(default_factory=Statistics)
-    _pieces: list[Piece] = field(default_factory=list[Piece], init=False)
-    """Tokens of the current step."""
 
     def __post_init__(self) -> None:
         self.capacity.require(self.prompts, self.engine.batch)
@@ -78,19 +69,25 @@ class Generation:
 
     def steps(self) -> Iterator[list[Piece]]:
         """Do what `run` does, and yield the new pieces after prefill and after each round."""
+        batch, statistics = Batch(self.engine, self.capacity, self.drafter, interleaved=False), self.statistics
         try:
-            self.engine.reset()
             start = time.perf_counter()
-            self._prefill()
-            self.statistics.prefill_seconds = time.perf_counter() - start
-            yield self._new_pieces()
-            while any(s.ending is None for s in self.sequences):
+            for sequence in self.sequences:
+                batch.add(sequence)
+            taken: list[Taken] = []
+            while not all(sequence.is_read for sequence in self.sequences):
+                taken += batch.round()
+            statistics.prompt_tokens = sum(len(sequence.prompt) for sequence in self.sequences)
+            statistics.prefill_seconds = time.perf_counter() - start
+            yield self._pieces(taken)
+            while any(sequence.ending is None for sequence in self.sequences):
                 start = time.perf_counter()
                 try:
-                    self._decode() if self.drafter is None else self._speculate(self.drafter)
+                    taken = batch.round()
                 finally:
-                    self.statistics.decode_seconds += time.perf_counter() - start
-                yield self._new_pieces()
+                    statistics.decode_seconds += time.perf_counter() - start
+                statistics.rounds, statistics.decoded = batch.rounds, batch.decoded
+                yield self._pieces(taken)
         except KeyboardInterrupt:
             self.interrupt()
             raise
@@ -100,9 +97,10 @@ class Generation:
         for sequence in self.sequences:
             sequence.interrupt()
 
-    def _new_pieces(self) -> list[Piece]:
-        pieces, self._pieces = self._pieces, []
-        return pieces
+    def _pieces(self, taken: Sequence[Taken]) -> list[Piece]:
+        self.statistics.new_tokens += len(taken)
+        index = {id(sequence): i for i, sequence in enumerate(self.sequences)}
+        return [Piece(index[id(each.sequence)], each.token, each.text) for each in taken]
 
     def result(self) -> Generated:
         """Return the result so far: complete after `run`, partial after an interrupt."""
@@ -120,100 +118,3 @@ class Generation:
             decode_seconds=statistics.decode_seconds,
             allocated=self.engine.allocated(),
         )
-
-    def _prefill(self) -> None:
-        """Feed the prompts by chunks; each sequence gets its first token from the chunk in which its prompt ends."""
-        chunk = self.engine.signatures["prefill"].inputs["input_ids"].shape[1]
-        assert isinstance(chunk, int)
-        for begin in range(0, max(len(s.prompt) for s in self.sequences), chunk):
-            outputs = call(self.engine, "prefill", **self._prompt_chunk(begin, begin + chunk))
-            for i, sequence in enumerate(self.sequences):
-                if begin < len(sequence.prompt) <= begin + chunk:
-                    self._begin(i, {name: value[i, 0] for name, value in outputs.items()})
-        self.statistics.prompt_tokens = sum(len(s.prompt) for s in self.sequences)
-
-    def _prompt_chunk(self, begin: int, end: int) -> dict[str, Array]:
-        """Return the inputs of `prefill` for the places from `begin` to `end` of every prompt."""
-        size = end - begin
-        inputs = {
-            "input_ids": self._zeros(size),
-            "following_ids": self._zeros(size),
-            "counts": self._zeros(),
-            "lengths": self._zeros(),
-        }
-        for i, sequence in enumerate(self.sequences):
-            tokens, following = sequence.prompt[begin:end], sequence.prompt[begin + 1 : end + 1]
-            inputs["input_ids"][i, : len(tokens)] = tokens
-            inputs["following_ids"][i, : len(following)] = following
-            inputs["counts"][i] = len(tokens)
-            inputs["lengths"][i] = min(begin, len(sequence.prompt))
-        return inputs
-
-    def _begin(self, index: int, last: Mapping[str, Array]) -> None:
-        """Give a sequence its first token, unless its limit is reached; `last` are the outputs at its prompt's end."""
-        sequence = self.sequences[index]
-        sequence.hidden = last.get("hidden")
-        if self.options.max_new_tokens == 0 or len(sequence.tokens) >= self.capacity.context_length:
-            sequence.ending = "length"
-        else:
-            self._draw(index, last["logits"])
-
-    def _decode(self) -> None:
-        """Give every running sequence one token."""
-        ids, lengths = self._zeros(1), self._zeros()
-        running = [i for i, s in enumerate(self.sequences) if s.ending is None]
-        for i in running:
-            ids[i, 0], lengths[i] = self.sequences[i].tokens[-1], self.sequences[i].committed
-        outputs = call(self.engine, "decode", input_ids=ids, lengths=lengths)
-        for i in running:
-            self._draw(i, outputs["logits"][i, 0])
-            self._count(1)
-
-    def _speculate(self, drafter: Drafter) -> None:
-        """Draft, verify, and keep what the rule accepts: one round of every running sequence."""
-        tokens = self.engine.signatures["verify"].inputs["input_ids"].shape[1]
-        assert isinstance(tokens, int)
-        running = [s if s.ending is None else None for s in self.sequences]
-        proposals = drafter.propose(self.engine, running, tokens - 1)
-        ids, lengths, accepted = self._zeros(tokens), self._zeros(), self._zeros()
-        for i, sequence in enumerate(running):
-            if sequence is not None:
-                ids[i] = [sequence.tokens[-1], *(draft.token for draft in proposals[i])]
-                lengths[i], accepted[i] = sequence.committed, sequence.pending
-        following = np.roll(ids, -1, axis=1)
-        following[:, -1] = 0
-        outputs = call(
-            self.engine, "verify", input_ids=ids, following_ids=following, lengths=lengths, accepted=accepted
-        )
-        for i, sequence in enumerate(running):
-            if sequence is not None:
-                self._accept(i, proposals[i], {name: value[i] for name, value in outputs.items()})
-
-    def _accept(self, index: int, drafts: Sequence[Draft], outputs: Mapping[str, Array]) -> None:
-        """Judge the drafts of a sequence by the outputs of `verify`, and take those that stand and one token more."""
-        sequence = self.sequences[index]
-        verdict = judge(drafts, sequence.choices(drafts, outputs["logits"]), sequence.generator)
-        sequence.pending = 1 + verdict.accepted
-        sequence.hidden = outputs["hidden"][verdict.accepted]
-        taken = 0
-        for token in (*(draft.token for draft in drafts[: verdict.accepted]), verdict.following):
-            if sequence.ending is None:
-                self._take(index, token)
-                taken += 1
-        self._count(taken)
-
-    def _draw(self, index: int, logits: Array) -> None:
-        sequence = self.sequences[index]
-        self._take(index, draw(sequence.choice(logits, sequence.reasoning), sequence.generator))
-
-    def _take(self, index: int, token: int) -> None:
-        piece = self.sequences[index].take(token, self.capacity.context_length)
-        self.statistics.new_tokens += 1
-        self._pieces.append(Piece(index, token, piece))
-
-    def _count(self, tokens: int) -> None:
-        self.statistics.rounds += 1
-        self.statistics.decoded += tokens
-
-    def _zeros(self, *dims: int) -> Array:
-        return np.zeros((self.engine.batch, *dims), np.int64)

@@ -75,7 +75,7 @@ def open_runner(
     speculate = speculate and {"draft", "verify"} <= set(build.served.program.entry_points)
     names = ("prefill", "draft", "verify") if speculate else ("prefill", "decode")
     checkpoint = fitting_checkpoint(spec, weights)
-    opened = open_engine(chosen, build, names, batch, checkpoint, device, progress)
+    opened = open_engine(chosen, build, names, [batch], checkpoint, device, progress)
     tokenizer = find_tokenizer([weights], spec.model.vocab_size)
     eos = eos_token_ids(weights) or frozenset(spec.model.eos_token_ids)
     return Runner(build, opened, tokenizer, eos, MtpDrafter() if speculate else None, device, chosen)

@@ -11,7 +11,12 @@ from numpy.typing import NDArray
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 from n3c.runtime.numbers import require_number
 
-Probabilities = NDArray[np.float64]
+from .distribution import Distribution, Tokens, certain
+
+FEW = (64, 2048)
+"""Tokens that top-p looks at first: nearly always they hold its probability, and nothing else is sorted."""
+BLOCK = 64
+"""Logits of which only the best is looked at when the likeliest tokens are sought."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,44 +42,76 @@ class Sampling:
         return np.random.default_rng((self.seed, sequence))
 
 
-def distribution(logits: NDArray[Any], sampling: Sampling) -> Probabilities:
-    """Return the probabilities [V] that `sampling` draws from: softmax(logits / temperature), cut by top-k, then top-p.
+def distribution(logits: NDArray[Any], sampling: Sampling) -> Distribution:
+    """Return what `sampling` draws from, given logits [V]: softmax(logits / temperature), cut by top-k, then top-p.
 
     Greedy is a distribution too, all on one token, so that speculative decoding needs one rule only.
     Raises N3CError (exit code 5) where a logit is not finite.
     """
-    if not np.isfinite(logits).all():
+    best = float(logits.max())  # NaN where a logit is
+    if not np.isfinite(best) or not np.isfinite(logits.min()):
         help_ = "are these the weights of this spec? `n3c verify` names the first layer that differs"
         raise N3CError(Diagnostic("E0806", "the model's logits are not finite", help=help_), ExitCode.NUMERICS)
     if sampling.temperature == 0:
-        return certain(int(np.argmax(logits)), len(logits))
-    below_best = logits.astype(np.float64) - float(logits.max())
-    with np.errstate(over="ignore"):  # of a temperature near 0: minus infinity, whose weight is 0
-        weights = np.exp(below_best / sampling.temperature)
-    if 0 < sampling.top_k < len(weights) or sampling.top_p < 1:
-        order = np.argsort(-weights, kind="stable")
-        kept = order[: sampling.top_k] if sampling.top_k else order
+        return certain(int(logits.argmax()))
+    temperature = np.float32(max(sampling.temperature, float(np.finfo(np.float32).tiny)))
+    if 0 < sampling.top_k < len(logits):
+        kept = likeliest(logits, sampling.top_k)
+        weights = _weights(logits[kept], best, temperature)
         if sampling.top_p < 1:
-            mass = np.cumsum(weights[kept])
-            below = np.count_nonzero(mass < sampling.top_p * float(mass[-1]))
-            kept = kept[: below + 1]  # the next one reaches top_p
-        cut = np.zeros_like(weights)
-        cut[kept] = weights[kept]
-        weights = cut
-    total: float = weights.sum()
-    return np.asarray(weights / total)
+            few = _reaching(weights, sampling.top_p * weights.sum(dtype=np.float64))
+            first = likeliest(logits[kept], few)
+            kept, weights = kept[first], weights[first]
+    else:
+        weights = _weights(logits, best, temperature)
+        total = weights.sum(dtype=np.float64)
+        if sampling.top_p == 1:
+            weights /= np.float32(total)
+            return Distribution(None, weights)
+        kept = _nucleus(logits, weights, sampling.top_p * total)
+        weights = weights[kept]
+    return Distribution(kept, weights / weights.sum(dtype=np.float64))
 
 
-def certain(token: int, size: int) -> Probabilities:
-    """Return the distribution [size] that is all on `token`."""
-    probabilities = np.zeros(size)
-    probabilities[token] = 1.0
-    return probabilities
+def likeliest(logits: NDArray[Any], count: int) -> Tokens:
+    """Return the `count` tokens [count] of the largest logits [V], ascending; of equal logits the first are taken."""
+    if count >= len(logits):
+        return np.arange(len(logits))
+    blocks = len(logits) // BLOCK
+    candidates: NDArray[Any] = logits
+    if count < blocks:
+        # `count` blocks hold a logit of at least `bound`, so none of the likeliest is below it
+        maxima = logits[: blocks * BLOCK].reshape(blocks, BLOCK).max(axis=1)
+        bound = np.partition(maxima, blocks - count)[blocks - count]
+        candidates = logits[logits >= bound]
+    last = np.partition(candidates, len(candidates) - count)[len(candidates) - count]
+    tokens = np.flatnonzero(logits >= last)
+    if len(tokens) > count:
+        equal = np.flatnonzero(logits[tokens] == last)
+        tokens = np.delete(tokens, equal[count - len(tokens) :])
+    return tokens
 
 
-def draw(weights: Probabilities, generator: np.random.Generator) -> int:
-    """Draw a token with probability in proportion to `weights` [V], which need not sum to 1."""
-    mass = np.cumsum(weights)
-    token = int(np.count_nonzero(mass <= generator.random() * float(mass[-1])))
-    last = int(np.nonzero(weights)[0][-1])
-    return min(token, last)  # rounding may lead past the last token of any weight
+def _weights(logits: NDArray[Any], best: float, temperature: np.float32) -> NDArray[np.float32]:
+    """Return exp((logits - best) / temperature)."""
+    scaled = logits.astype(np.float32)
+    scaled -= np.float32(best)
+    with np.errstate(over="ignore"):  # of a temperature near 0: minus infinity, whose weight is 0
+        scaled /= temperature
+    return np.exp(scaled, out=scaled)
+
+
+def _nucleus(logits: NDArray[Any], weights: NDArray[np.float32], mass: float) -> Tokens:
+    """Return the fewest of the likeliest tokens whose weights sum to at least `mass`, ascending."""
+    for count in FEW:
+        tokens = likeliest(logits, count)
+        few = _reaching(weights[tokens], mass)
+        if few <= len(tokens):
+            return tokens[likeliest(logits[tokens], few)]
+    return likeliest(logits, _reaching(weights, mass))
+
+
+def _reaching(weights: NDArray[np.float32], mass: float) -> int:
+    """Return how many of the largest `weights` sum to at least `mass`; one more than there are where all do not."""
+    descending = np.sort(weights)[::-1]
+    return int(np.searchsorted(np.cumsum(descending, dtype=np.float64), mass)) + 1

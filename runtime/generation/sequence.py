@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 
 from n3c.runtime.numbers import require_number
 
+from .distribution import Distribution, certain
+from .prefix_cache import Entry
 from .reasoning import Reasoning, Tags
-from .sampling import Probabilities, Sampling, certain, distribution
+from .sampling import Sampling, distribution
 from .speculative import Draft
 from .text import GrowingText
 from .tokenizer import Tokenizer
@@ -51,6 +53,12 @@ class Running:
     reasoning: Reasoning | None = None
     tokens: list[int] = field(default_factory=list[int])
     ending: Ending | None = None
+    read: int = 0
+    """Tokens of the prompt that the engine has read."""
+    held: int = 0
+    """Tokens that the engine's states hold, without those that wait for a verdict; 0 while the prompt is read."""
+    cached: Entry | None = None
+    """Where the cache of prefixes knows the longest part of it."""
     pending: int = 0
     """Tokens of the last `verify` that the next one commits."""
     hidden: NDArray[Any] | None = None
@@ -65,6 +73,11 @@ class Running:
             reasoning = Reasoning(options.tags, options.reasoning_budget).begin(prompt)
         generator = options.sampling.generator(index)
         return Running(tuple(prompt), options, generator, growing, reasoning, list(prompt))
+
+    @property
+    def is_read(self) -> bool:
+        """Whether all of the prompt is read."""
+        return self.read == len(self.prompt)
 
     @property
     def new(self) -> list[int]:
@@ -88,13 +101,13 @@ class Running:
         """Tokens that the engine's states hold, with what the next `verify` commits."""
         return len(self.tokens) - 1
 
-    def choice(self, logits: NDArray[Any], reasoning: Reasoning | None) -> Probabilities:
+    def choice(self, logits: NDArray[Any], reasoning: Reasoning | None) -> Distribution:
         """Return what the next token is drawn from, given logits [V] and the state of reasoning before it."""
         if reasoning is not None and reasoning.next is not None:
-            return certain(reasoning.next, len(logits))
+            return certain(reasoning.next)
         return distribution(logits, self.options.sampling)
 
-    def choices(self, drafts: Sequence[Draft], logits: NDArray[Any]) -> Callable[[int], Probabilities]:
+    def choices(self, drafts: Sequence[Draft], logits: NDArray[Any]) -> Callable[[int], Distribution]:
         """Return a function of n: what the token after n of `drafts` is drawn from, given logits [1 + drafts, V]."""
         states = [self.reasoning]
         for draft in drafts:

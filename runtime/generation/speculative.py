@@ -15,15 +15,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .sampling import Probabilities, draw
+from .distribution import Distribution
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A drafted token, and the distribution [V] that it was drawn from."""
+    """A drafted token, and the distribution that it was drawn from."""
 
     token: int
-    proposed: Probabilities
+    proposed: Distribution
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +34,12 @@ class Verdict:
     following: int
 
 
-def judge(drafts: Sequence[Draft], target: Callable[[int], Probabilities], generator: np.random.Generator) -> Verdict:
-    """Judge `drafts` in order; `target(i)` is the model's distribution [V] after i of them."""
+def judge(drafts: Sequence[Draft], target: Callable[[int], Distribution], generator: np.random.Generator) -> Verdict:
+    """Judge `drafts` in order; `target(i)` is the model's distribution after i of them."""
     for i, draft in enumerate(drafts):
         p, q = target(i), draft.proposed
-        if generator.random() * q[draft.token] < p[draft.token]:
+        if generator.random() * q.probability(draft.token) < p.probability(draft.token):
             continue
-        residual = np.maximum(p - q, 0.0)
-        # p and q may differ by rounding only; then the residual is nothing and p itself is right
-        return Verdict(i, draw(residual if residual.any() else p, generator))
-    return Verdict(len(drafts), draw(target(len(drafts)), generator))
+        # p and q may differ by rounding only; then nothing exceeds and p itself is right
+        return Verdict(i, (p.excess(q) or p).draw(generator))
+    return Verdict(len(drafts), target(len(drafts)).draw(generator))

@@ -64,7 +64,7 @@ def _torch_engine(build: OpenedBuild, checkpoint: Checkpoint, batch: int) -> Eng
     """Return the engine that `n3c run --engine torch` runs on a CPU: packed weights, float32 activations."""
     program = build.served.program
     weights = CheckpointWeights(checkpoint)
-    engine = torch_engine(build.served, build.spec, list(program.entry_points), batch, weights)
+    engine = torch_engine(build.served, build.spec, list(program.entry_points), [batch], weights)
 
     def states() -> dict[str, Array]:
         return {name: state.clone().numpy() for name, state in engine.states.items()}
@@ -130,6 +130,6 @@ def _tensorrt_plans(build: OpenedBuild, checkpoint: Checkpoint, batch: int) -> E
     if not build.has("trt/bindings.json"):
         return Skipped("TensorRT", "no plans in this build; `n3c build --target trt` makes them")
     program = build.served.program
-    engine = cuda_engine(build, list(program.entry_points), batch, checkpoint)
+    engine = cuda_engine(build, list(program.entry_points), [batch], checkpoint)
     tolerance = end_to_end(program, EngineProducts(program, batch))
     return EngineOutputs("TensorRT plans", "as deployed", program, engine, tolerance)

@@ -49,9 +49,9 @@ def references(build: OpenedBuild, checkpoint: Checkpoint, batch: int) -> dict[R
     wide = _float32(program)
     products = EngineProducts(program, batch)
     return {
-        "none": Reference(wide, ReferenceEngine(wide, checkpoint, batch=batch, capacity=capacity)),
+        "none": Reference(wide, ReferenceEngine(wide, checkpoint, batch_sizes=[batch], capacity=capacity)),
         "as deployed": Reference(
-            program, ReferenceEngine(program, checkpoint, batch=batch, capacity=capacity, choice=products)
+            program, ReferenceEngine(program, checkpoint, batch_sizes=[batch], capacity=capacity, choice=products)
         ),
     }
 

@@ -92,6 +92,14 @@ def test_parts_for_a_gpu_run_on_a_cpu(tmp_path: Path) -> None:
     assert [row["scan"] for row in parts["scan"]["rows"] if "error" not in row] == ["pytorch", "n3c"]
 
 
+def test_the_model_of_time_is_measured_by_kernels_of_its_forms(tmp_path: Path) -> None:
+    part = gpu(tmp_path, "time_model")["parts"]["time_model"]
+    assert "problem" not in part, part
+    forms = [row["kernel"].split()[0] for row in part["rows"]]
+    assert forms == ["sum", "sum", "sum", "chosen", "chosen", "values", "grouped"]
+    assert all(float(row["error"]) < 1e-6 and row["predicted us"] >= 3 for row in part["rows"])
+
+
 def test_what_the_budget_does_not_allow_is_told(tmp_path: Path) -> None:
     parts = gpu(tmp_path, "ceilings", "scan", "--budget", "0.1")["parts"]
     assert all("the budget of 0.1 s is spent" in part["skipped"] for part in parts.values())

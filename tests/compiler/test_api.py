@@ -15,7 +15,7 @@ import click
 import pytest
 
 import n3c.compiler
-from n3c.compiler import build, check, export_config, import_config, inspect, quantize, repro
+from n3c.compiler import build, check, diff, export_config, import_config, inspect, quantize, repro
 from n3c.compiler.cli.main import command_module
 from n3c.ir.diagnostics import ExitCode, N3CError
 from n3c.runtime import load, verify
@@ -34,6 +34,7 @@ MEASURED = {"seconds", "peak_rss_bytes", "tokens_per_second", "prefill_seconds",
 COMMANDS: dict[str, tuple[Callable[..., object], ...]] = {
     "check": (check,),
     "inspect": (inspect,),
+    "diff": (diff,),
     "build": (build,),
     "quantize": (quantize,),
     "verify": (verify,),
@@ -42,7 +43,8 @@ COMMANDS: dict[str, tuple[Callable[..., object], ...]] = {
     "import": (import_config,),
     "export-config": (export_config,),
 }
-OF_THE_COMMAND_LINE = {"--json", "--debug", "--print-ir-after", "--prompt", "--prompt-ids", "--prompt-file"}
+OF_THE_COMMAND_LINE = {"--json", "--debug", "--print-ir-after", "--prompt", "--prompt-ids", "--prompt-file",
+                       "--format", "--warnings-as-errors", "--ir", "--exit-code"}  # fmt: skip
 """Options about printing and about where prompts come from: Python has its own ways."""
 
 

@@ -24,10 +24,10 @@ def spec_of(folder: Path, pattern: str, mtp: str | None) -> Path:
 def test_every_command_takes_them(pattern: str, mtp: str | None, tmp_path: Path) -> None:
     spec = spec_of(tmp_path, pattern, mtp)
     stateless = set(pattern) <= {"E", "-"} and mtp != "*"
-    most = {fit["gpu_gb"]: fit["most_requests"] for fit in check(spec, context=8).as_json()["fits"]}
-    assert (most[24] is None) == stateless
+    most = {fit["gpu"]: fit["most_requests"] for fit in check(spec, context=8).as_json()["fits"]}
+    assert (most["RTX 5060"] is None) == stateless
     figures = inspect(spec, context=8).as_json()
-    assert figures["fits"][0]["most_requests"] == (None if stateless else most[24])
+    assert figures["fits"][0]["most_requests"] == (None if stateless else most["RTX 5060"])
     assert figures["fits"][0]["longest_context"] == 64
     for target in ("torch", "onnx"):
         assert build(spec, target=target, output=tmp_path / target).files

@@ -45,8 +45,8 @@ def test_of_random_specs(spec: Spec) -> None:
     [
         ("return F.relu(x).square()", "return F.relu(x)", "logits"),
         ("is_causal=True, enable_gqa=True", "is_causal=True, enable_gqa=True, scale=1.0", "logits"),
-        ("weights * config.moe_routed_scaling_factor", "weights", "logits"),
-        ("self.D.float()[:, None], u", "self.D.float()[:, None], 2 * u", "logits"),
+        ("weights * self.config.moe_routed_scaling_factor", "weights", "logits"),
+        ("self.D[:, None], u", "self.D[:, None], 2 * u", "logits"),
         ("[self.enorm(embedding), self.hnorm(x)]", "[self.hnorm(x), self.enorm(embedding)]", "mtp0.logits"),
         ("dC = dcarried @", "dC = 2 * dcarried @", "gradient of backbone.layers.2.mixer.in_proj.weight"),
     ],

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from n3c.ir import json_file
-from n3c.ir.json_file import JsonError, is_count, parse_json, read_json
+from n3c.ir.json_file import JsonError, JsonSyntaxError, is_count, parse_json, read_json
 
 
 @pytest.mark.parametrize(
@@ -26,11 +25,23 @@ def test_what_is_refused(text: bytes, message: str) -> None:
     assert str(caught.value) == message
 
 
-def test_the_number_of_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_file, "MAX_VALUES", 5)
-    assert parse_json(b'[{"a": 1}, 2, []]') == [{"a": 1}, 2, []]  # 3 brackets and 2 commas
+def test_the_number_of_values() -> None:
+    assert parse_json(b'[{"a": 1}, 2, []]', 5) == [{"a": 1}, 2, []]  # 3 brackets and 2 commas
     for text in (b"[1,2,3,4,5,6]", b"[[[[[[]]]]]]", b'{"a":{},"b":{},"c":{}}'):
         with pytest.raises(JsonError, match="more than 5 values"):
+            parse_json(text, 5)
+
+
+def test_where_it_stops_being_json() -> None:
+    with pytest.raises(JsonSyntaxError) as caught:
+        parse_json('{"ä": 1,, "b": 2}')
+    assert (caught.value.position, str(caught.value)) == (8, "it is not JSON")
+    assert caught.value.reason.startswith("expecting property name")
+
+
+def test_a_pointer_is_named() -> None:
+    for text in (b"version https://git-lfs.github.com/spec/v1\n", "version https://git-lfs.github.com/spec/v1\n"):
+        with pytest.raises(JsonError, match="Git LFS pointer"):
             parse_json(text)
 
 

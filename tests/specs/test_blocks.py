@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from n3c.passes.lower.blocks import BLOCKS
 from n3c.specs.block_kind import BlockKind
 from n3c.specs.blocks import KINDS, MOE, Moe
-from n3c.specs.reader import fields_of, plain
+from n3c.specs.reader import entry_class, fields_of, plain
 from n3c.specs.schema import Spec
 from support.random_specs import BLOCK_TABLES
 
@@ -22,7 +23,9 @@ each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_every_key_of_the_table_has_a_name_for_hugging_face(kind: BlockKind) -> None:
     table, _, required = fields_of(Spec)[kind.table]
     assert not required
-    assert [config.key for config in kind.config_keys] == list(fields_of(plain(table)))
+    assert [config.key for config in kind.config_keys] == [
+        name for name, (hint, _, _) in fields_of(plain(table)).items() if not entry_class(hint)
+    ]
 
 
 @each_kind
@@ -54,3 +57,11 @@ def test_modules_that_a_block_has() -> None:
     table = Moe(num_experts=4, top_k=2, intermediate_size=16)
     assert [module.role for module, _ in MOE.present(table)] == ["moe.router", "moe.experts.up", "moe.experts.down"]
     assert [count for _, count in MOE.present(table)] == [0, 4, 4]
+
+
+@each_kind
+def test_defaults_are_those_of_transformers(kind: BlockKind) -> None:
+    """A config that leaves out a key means what transformers means without it."""
+    theirs = importlib.import_module("transformers").NemotronHConfig()
+    given = {config.name: config.default for config in kind.config_keys if hasattr(theirs, config.name)}
+    assert given == {name: getattr(theirs, name) for name in given}

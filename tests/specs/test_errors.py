@@ -152,6 +152,31 @@ CASES: dict[str, Case] = {
     "experts_and_groups": ([("n_group = 2", "n_group = 3")], []),
     "groups_of_one": ([("n_group = 2", "n_group = 8")], []),
     "top_k_of_groups": ([("top_k = 2", "top_k = 5")], []),
+    "layer_entries": (
+        [
+            (
+                "topk_group = 1",
+                "topk_group = 1\n"
+                '[[moe.layers]]\nlayers = "0"\ntop_k = 2\n'
+                '[[moe.layers]]\nlayers = "1"\n'
+                '[[moe.layers]]\nlayers = "1..90"\nintermediate_size = 16\n'
+                '[[moe.layers]]\nlayers = "mtp"\ntop_k = 5\nshared_intermediate_size = 64\n'
+                '[[moe.layers]]\nlayers = "7"\ntop_k = 9\n',
+            )
+        ],
+        [],
+    ),
+    "layer_keys": (
+        [
+            (
+                "topk_group = 1",
+                "topk_group = 1\n"
+                "[[moe.layers]]\ntop_k = 2\n"
+                '[[moe.layers]]\nlayers = "even"\nlatent_size = 16\nintermediate_size = "wide"\n',
+            )
+        ],
+        ["moe.layers.0.top_k=0"],
+    ),
     "mtp_pattern": ([('pattern = "*E"', 'pattern = "M*E-"')], []),
     "mtp_cut": ([('pattern = "*E"', 'pattern = "*|E"')], []),
     "tokens": ([("eos_token_ids = [2]", "eos_token_ids = [2, 256]\npad_token_id = 1000")], []),
@@ -183,7 +208,10 @@ CASES: dict[str, Case] = {
 }
 
 
-WARNINGS: dict[str, Case] = {"unused_table": ([("M*E-", "M*E")], [])}
+WARNINGS: dict[str, Case] = {
+    "unused_table": ([("M*E-", "M*E")], []),
+    "pattern_times": ([("(ME)2  # twice", "(ME)*2  # twice"), ("M*E-", "M*E")], []),
+}
 
 
 def broken(case: Case) -> str:

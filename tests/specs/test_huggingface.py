@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from n3c.ir.diagnostics import ExitCode, N3CError
+from n3c.specs import json_places
 from n3c.specs.convert import config_text, run_import
 from n3c.specs.dump import dump_spec
 from n3c.specs.huggingface import export_config, import_config
@@ -273,6 +274,21 @@ def test_no_shared_expert() -> None:
     assert export_config(spec)["n_shared_experts"] == 0
 
 
+@pytest.mark.parametrize(
+    ("outer", "read_as"), [("nemotron_h_omni", True), ("NemotronH_Nano_VL_V2", True), ("llava", False)]
+)
+def test_a_nested_text_model_without_a_type(outer: str, read_as: bool, tmp_path: Path) -> None:
+    """Of Super-VL and Omni the type of the whole says it; of other models nothing is guessed."""
+    inner = {key: value for key, value in OLD.items() if key != "model_type"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": outer, "llm_config": inner}))
+    if read_as:
+        expected, _ = read(json.dumps(OLD))
+        assert run_import(tmp_path / "config.json").spec.model == expected.model
+        return
+    with pytest.raises(N3CError, match=f"`model_type` is `{outer}`"):
+        run_import(tmp_path / "config.json")
+
+
 def test_megatron_depth_is_read() -> None:
     spec, _ = read(json.dumps(OLD | {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.3}))
     assert spec.mtp is not None
@@ -335,9 +351,23 @@ def test_bad_files(tmp_path: Path) -> None:
             run_import(file)
         assert caught.value.exit_code is ExitCode.SPEC
         assert caught.value.diagnostics[0].code == code
+        assert caught.value.diagnostics[0].span is not None
     with pytest.raises(N3CError) as caught:
         run_import(tmp_path / "none")
     assert caught.value.exit_code is ExitCode.FILE
+
+
+def test_the_number_of_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The places of values take more memory than the values: a config has a limit of its own."""
+    file = tmp_path / "config.json"
+    file.write_text('{"a": [1, 2, 3, 4]}', encoding="utf-8")  # 2 brackets and 3 commas
+    monkeypatch.setattr(json_places, "MAX_VALUES", 5)
+    parse_json(file.read_text(encoding="utf-8"), str(file))
+    monkeypatch.setattr(json_places, "MAX_VALUES", 4)
+    with pytest.raises(N3CError) as caught:
+        run_import(file)
+    (found,) = caught.value.diagnostics
+    assert (found.code, found.message) == ("E0301", "not readable: it has more than 4 values")
 
 
 @settings(max_examples=50, deadline=None)

@@ -41,6 +41,29 @@ def test_parse(text: str, symbols: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "doubted"),
+    [
+        ("(ME)*4", ["*4"]),
+        ("ME*12 (M*2)3", ["*12", "*2"]),
+        ("(ME) *4", []),
+        ("(ME)4*E", []),
+        ("*4E", []),
+        ("**4", []),
+        ("M # (ME)*4\n*2", []),
+    ],
+)
+def test_a_star_that_looks_like_a_sign_for_times_is_doubted(text: str, doubted: list[str]) -> None:
+    pattern = Pattern.parse(text)
+    assert [text[doubt.offset :][: doubt.length] for doubt in pattern.doubts()] == doubted
+    assert not list(Pattern.parse(pattern.compact()).doubts())
+
+
+def test_blocks_are_counted() -> None:
+    assert Pattern.parse("(ME)*4").summary() == "6 layers: 1 M, 1 E, 4 *"
+    assert Pattern.parse("-").summary() == "1 layer: 1 -"
+
+
+@pytest.mark.parametrize(
     ("text", "message", "offset", "length"),
     [
         ("", "pattern has no blocks", 0, 1),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import pytest
 
+from n3c.specs.pattern import Pattern
+from n3c.specs.roles import select_layers
 from n3c.specs.rules import FormatRule, FormatRules, format_rules
 from support.specs import small_spec
 
@@ -115,3 +118,50 @@ block = [1, 16]
     assert (second.layers, second.modules, second.block_rows) == (None, ("lm_head",), 1)
     assert first.span is not None
     assert format_rules(small_spec(), "training").default.path == "no [training]"
+
+
+PATTERN = Pattern.parse("MEM*M*-M")  # 8 layers
+
+
+@pytest.mark.parametrize(
+    ("selector", "layers"),
+    [
+        ("all", set(range(8))),
+        ("0", {0}),
+        ("7", {7}),
+        ("0..7", set(range(8))),
+        ("3..3", {3}),
+        ("2..4", {2, 3, 4}),
+        ("first 1", {0}),
+        ("first 8", set(range(8))),
+        ("last 1", {7}),
+        ("last 8", set(range(8))),
+        ("last 3", {5, 6, 7}),
+        ("before attention", {2, 4}),
+    ],
+)
+def test_the_layers_of_a_selector(selector: str, layers: set[int]) -> None:
+    assert select_layers(selector, PATTERN) == layers
+
+
+@pytest.mark.parametrize(
+    ("selector", "message"),
+    [
+        ("8", "there is no layer 8: the pattern has layers 0 to 7"),
+        ("3..8", "there is no layer 8"),
+        ("4..3", "`4..3` is empty: 4 comes after 3"),
+        ("first 0", "of a pattern with 8 layers"),
+        ("last 9", "of a pattern with 8 layers"),
+        ("999999999", "there is no layer 999999999"),
+        ("1" * 10, "selects no layers"),  # no number of layers has ten digits
+        ("first 1234567890", "selects no layers"),
+        ("١", "selects no layers"),  # a digit, but not of TOML
+        ("3..", "selects no layers"),
+        ("..3", "selects no layers"),
+        ("middle 2", "selects no layers"),
+        ("", "selects no layers"),
+    ],
+)
+def test_a_selector_of_no_layers(selector: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        select_layers(selector, PATTERN)

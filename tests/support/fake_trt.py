@@ -3,12 +3,14 @@
 Everything up to the kernels is real: addresses, sizes, order, what is written where. An address outside of what was
 allocated on the device of the plan, an input that was not set, a stream or a current device that is another one fails.
 A CUDA graph keeps the addresses and shapes of its capture. Capturing what has not run before fails, and so does a
-replay while other addresses or shapes are bound: it would read and write where the captured call did.
+replay while other addresses or shapes are bound: it would read and write where the captured call did. Capturing under
+lazy specialization, or where the context says that it cannot, fails, and so does running without scratch.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,8 +82,8 @@ class HostDevice:
         memory.data[:] = source.data
         self.received += 1
 
-    def zero(self, memory: Any) -> None:
-        memory.data[:] = 0
+    def zero(self, memory: Any, offset: int, size: int) -> None:
+        memory.data[offset : offset + size] = 0
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         self.captured += 1
@@ -120,9 +122,63 @@ class FakeTrt:
                 self.severity = severity
 
         self.Logger = Logger
+        self.ExecutionContextAllocationStrategy = Strategies("STATIC", "USER_MANAGED")
+        self.DynamicShapesKernelSpecializationStrategy = Strategies("LAZY", "EAGER", "NONE")
+        self.CudaGraphStrategy = Strategies("DISABLED", "WHOLE_GRAPH_CAPTURE")
+        self.capturable = True
+        """Whether contexts may be captured."""
+        self.scratch = [512, 1024, 256]
+        """Bytes that plans need besides, in turn."""
+        self.compiled: set[bytes] = set()
+        """Kernels that were compiled by executions, and not taken from a runtime cache."""
 
     def Runtime(self, logger: Any) -> Any:  # noqa: N802
         return _Runtime(self, HostDevice.in_use[-1])
+
+
+class Strategies:
+    """An enumeration of TensorRT: members by name."""
+
+    def __init__(self, *names: str) -> None:
+        for name in names:
+            setattr(self, name, name)
+
+
+class RuntimeCache:
+    """Names of kernels; a blob of another GPU is rejected."""
+
+    HEAD = b"sm120 1.0.fake\n"
+
+    def __init__(self) -> None:
+        self.kernels: set[bytes] = set()
+
+    def serialize(self) -> bytes:
+        return self.HEAD + b"\n".join(sorted(self.kernels))
+
+    def deserialize(self, blob: bytes) -> bool:
+        if not blob.startswith(self.HEAD):
+            return False
+        self.kernels = set(blob.removeprefix(self.HEAD).splitlines())
+        return True
+
+
+class _Config:
+    """As a runtime config begins: TensorRT-RTX allocates, specializes lazily, and captures nothing."""
+
+    def __init__(self) -> None:
+        self.allocation, self.dynamic_shapes_kernel_specialization_strategy = "STATIC", "LAZY"
+        self.cuda_graph_strategy = "DISABLED"
+        self.cache: RuntimeCache | None = None
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.allocation = strategy
+
+    def create_runtime_cache(self) -> RuntimeCache:
+        return RuntimeCache()
+
+    def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+        self.cache = cache
+        return True
 
 
 class _Runtime:
@@ -139,9 +195,13 @@ class _Runtime:
 class _Engine:
     def __init__(self, trt: FakeTrt, device: HostDevice, model: Any) -> None:
         self._trt, self._device, self.model = trt, device, model
+        self.device_memory_size_v2 = trt.scratch[len(model.graph.node) % len(trt.scratch)]
 
-    def create_execution_context(self) -> Any:
-        return _Context(self._trt, self._device, self.model)
+    def create_runtime_config(self) -> Any:
+        return _Config()
+
+    def create_execution_context(self, config: Any) -> Any:
+        return _Context(self._trt, self._device, self.model, config, self.device_memory_size_v2)
 
 
 @dataclass(frozen=True)
@@ -153,12 +213,24 @@ class Bound:
 
 
 class _Context:
-    def __init__(self, trt: FakeTrt, device: HostDevice, model: Any) -> None:
-        self._session: Any = inference_session(model.SerializeToString())
+    def __init__(self, trt: FakeTrt, device: HostDevice, model: Any, config: _Config, scratch: int) -> None:
+        blob = model.SerializeToString()
+        self._session: Any = inference_session(blob)
+        self._config, self._kernel, self._needs = config, hashlib.sha256(blob).hexdigest().encode(), scratch
+        self._scratch: tuple[int, int] | None = None
         self._trt, self._device, self._graph = trt, device, model.graph
         self._addresses: dict[str, int] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._ran: list[Bound] = []
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        assert self._config.allocation == "USER_MANAGED"
+        assert address % 256 == 0 and size >= self._needs and self._device.holds(address, size)
+        self._scratch = (address, size)
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        assert stream == self._device.stream
+        return self._trt.capturable
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self._addresses[name] = address
@@ -175,10 +247,16 @@ class _Context:
             return False
         bound = Bound(dict(self._addresses), dict(self._shapes))
         if self._device.recording is not None:
+            assert self._trt.capturable, "not capturable"
+            assert self._config.dynamic_shapes_kernel_specialization_strategy != "LAZY", "a later kernel breaks graphs"
+            assert self._config.cuda_graph_strategy == "DISABLED", "two captures of one call"
             assert bound in self._ran, "captured before it ran: a first execution may allocate"
             self._device.recording.append((self, bound))
             return True
         self._ran.append(bound)
+        if self._config.cache is not None and self._kernel not in self._config.cache.kernels:
+            self._config.cache.kernels.add(self._kernel)
+            self._trt.compiled.add(self._kernel)
         self._execute(bound)
         return True
 
@@ -189,6 +267,11 @@ class _Context:
         self._execute(bound)
 
     def _execute(self, bound: Bound) -> None:
+        assert self._scratch is not None, "no memory was given"
+        address, size = self._scratch
+        (ctypes.c_byte * size).from_address(address)[:] = [
+            self._device.replayed % 127
+        ] * size  # what others left is lost
         feeds = {value.name: self._array(value, bound).copy() for value in self._graph.input}
         for value, result in zip(self._graph.output, self._session.run(None, feeds), strict=True):
             self._array(value, bound)[...] = result

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from n3c.backends.modelopt.record import RECORD, read_record
 from n3c.backends.onnx.bindings import read_bindings
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.backends.safetensors.header import HeaderError, read_header
@@ -83,6 +84,7 @@ READERS: dict[str, Callable[[Path, bytes], None]] = {
     "tokenizer": _at("tokenizer.json", _tokenizer),
     "generation_config": _at("generation_config.json", lambda path: eos_token_ids(path.parent)),
     "scales": _at("scales.json", lambda path: resolve(_SPEC, load_scales(path, _SPEC))),
+    "record": _at(RECORD, lambda path: read_record(path.parent)),
     "journal": _at("journal.jsonl", _journal),
 }
 """Name → a function of an empty folder and the bytes of the file. It raises what `refused` does not know: a fault."""

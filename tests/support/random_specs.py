@@ -59,6 +59,17 @@ def _moe(draw: st.DrawFn, sizes: Sizes) -> Table:
     }
 
 
+@st.composite
+def _moe_layers(draw: st.DrawFn, moe: Table, main: str, mtp: str, sizes: Sizes) -> Table:
+    layers = [str(layer) for layer, symbol in enumerate(main) if symbol == MOE.symbol]
+    selectors = [*layers, *(f"{layer}..{len(main) - 1}" for layer in layers)] + ["mtp"] * (MOE.symbol in mtp)
+    allowed = moe["num_experts"] // moe["n_group"] * moe["topk_group"]
+    shared = {"shared_intermediate_size": st.integers(1, 96)} if moe["shared_intermediate_size"] else {}
+    keys = {"top_k": st.integers(1, allowed), "intermediate_size": sizes, **shared}
+    chosen = draw(st.fixed_dictionaries({}, optional=keys).filter(bool))
+    return {"layers": draw(st.sampled_from(selectors)), **chosen}
+
+
 def _mlp(sizes: Sizes) -> st.SearchStrategy[Table]:
     return st.fixed_dictionaries({"intermediate_size": sizes})
 
@@ -106,6 +117,9 @@ def spec_texts(draw: st.DrawFn, narrowest: int = 1) -> str:
     for kind, table in BLOCK_TABLES.items():
         if kind.symbol in used:
             tables[kind.table] = draw(table(sizes))
+    if MOE.symbol in used:
+        entry = _moe_layers(tables[MOE.table], symbols, mtp or "", sizes)
+        tables[MOE.table]["layers"] = draw(st.lists(entry, max_size=2))
     if mtp is not None:
         scale = draw(st.floats(0, 10))
         tables["mtp"] = {"pattern": mtp, "depth": draw(st.integers(1, 4)), "loss_scaling_factor": scale}
@@ -152,10 +166,13 @@ def _rules(draw: st.DrawFn, formats: tuple[str, ...], layers: int) -> Table:
 
 
 def _table(name: str, table: Table) -> str:
-    pairs = [f"{key} = {toml_value(value)}\n" for key, value in table.items() if key != "rules"]
+    arrays = {
+        key: value for key, value in table.items() if isinstance(value, list) and value and isinstance(value[0], dict)
+    }
+    pairs = [f"{key} = {toml_value(value)}\n" for key, value in table.items() if key not in arrays]
     text = f"[{name}]\n" + "".join(pairs)
-    for rule in table.get("rules", ()):
-        text += _table(f"[{name}.rules]", rule)
+    for key, entries in arrays.items():
+        text += "".join(_table(f"[{name}.{key}]", entry) for entry in entries)
     return text
 
 

@@ -38,15 +38,15 @@ class SmallModel:
     served: Served
     checkpoint: Checkpoint
 
-    def engine(self, name: EngineName, batch: int, checkpoint: Checkpoint | None = None) -> Any:
+    def engine(self, name: EngineName, *batch_sizes: int, checkpoint: Checkpoint | None = None) -> Any:
         """Return an engine on the CPU with all entry points."""
         checkpoint, names = checkpoint or self.checkpoint, tuple(self.served.program.entry_points)
         if name == "onnxruntime":
-            return cpu_engine(self.served, self.spec, names, batch, checkpoint)
+            return cpu_engine(self.served, self.spec, names, batch_sizes, checkpoint)
         if name == "torch":
-            return torch_engine(self.served, self.spec, names, batch, CheckpointWeights(checkpoint))
+            return torch_engine(self.served, self.spec, names, batch_sizes, CheckpointWeights(checkpoint))
         capacity = self.spec.serving.max_seq_len
-        return ReferenceEngine(self.served.program, checkpoint, batch=batch, capacity=capacity)
+        return ReferenceEngine(self.served.program, checkpoint, batch_sizes=batch_sizes, capacity=capacity)
 
     def module(self) -> Any:
         """Return the generated model with the checkpoint's weights."""

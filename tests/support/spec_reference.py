@@ -8,9 +8,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from n3c.specs.blocks import KINDS
 from n3c.specs.pattern import Pattern
-from n3c.specs.reader import fields_of, plain
+from n3c.specs.reader import entry_class, fields_of, plain
 from n3c.specs.roles import ROLES
-from n3c.specs.schema import Rule, Spec
+from n3c.specs.schema import Spec
 
 
 def _tables() -> Iterator[tuple[str, type]]:
@@ -18,8 +18,10 @@ def _tables() -> Iterator[tuple[str, type]]:
     for name, (hint, _, _) in fields_of(Spec).items():
         if dataclasses.is_dataclass(plain(hint)):
             yield f"[{name}]", plain(hint)
-        if name == "quantization":
-            yield "[[quantization.rules]]", Rule
+        for key, (entries, _, _) in fields_of(plain(hint)).items() if dataclasses.is_dataclass(plain(hint)) else ():
+            entry = entry_class(entries)
+            if entry is not None and name != "training":  # its rules are those of [quantization]
+                yield f"[[{name}.{key}]]", entry
 
 
 TABLES = tuple(_tables())
@@ -35,6 +37,19 @@ is required where a pattern uses it. `n3c schema` prints the same as JSON Schema
 
 One symbol a residual block: {SYMBOLS}. `(ME)4` repeats a group and `M3` a symbol;
 groups nest; white space and `#` comments are free; `|` is a pipeline cut, kept for Megatron.
+
+## Layers that differ
+
+`[[moe.layers]]` gives MoE blocks of a compressed model (Puzzle, Bolt) sizes of their own: `layers` selects blocks of
+the pattern, or with `"mtp"` those of multi-token prediction. Entries are read top-down, and of several that select a
+block and give a key the last one decides. What no entry gives is that of `[moe]`.
+
+```toml
+[[moe.layers]]
+layers = "1..5"
+top_k = 4
+intermediate_size = 1280
+```
 
 ## Rules
 

@@ -67,6 +67,23 @@ format = "bf16"
 """
 
 
+LAYERS = """
+[[moe.layers]]
+layers = "1"
+top_k = 1
+intermediate_size = 32
+[[moe.layers]]
+layers = "last 1"
+top_k = 4
+[[moe.layers]]
+layers = "mtp"
+top_k = 2
+intermediate_size = 64
+shared_intermediate_size = 112
+"""
+"""Each MoE block of `SMALL` in sizes of its own but for one: a compressed model."""
+
+
 def spec_from_text(text: str) -> Spec:
     """Load a spec from its text."""
     with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,9 @@
 """Linears of the chosen experts: gather first, so that only their weights are read.
 
 ONNX (and TensorRT) cannot gather FP4 values, and a gather of dequantized ones becomes a kernel of its
-own that writes them out. So NVFP4 codes come as bytes: a byte is the index into two tables of 256
-entries, of the value of its low and of its high nibble, and everything from the gather to the sum is
-one kernel.
+own that writes them out. So NVFP4 codes come as bytes: a byte is the index into a table of 256
+entries, of the value of its low nibble, and its upper half into one of 16; everything from the gather
+to the sum is one kernel.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def expert_linear(emitter: Emitter, node: Node) -> None:
         column = g.node("Unsqueeze", emitter.operand(node, "x"), g.i64(-1))
         y = g.node("Squeeze", g.node("MatMul", matrices, column), g.i64(-1))
     elif isinstance(weight, Nvfp4Weight) and weight.packed:
-        codes, scales = g.node("Gather", weight.codes, indices, axis=0), block_scales(emitter, weight, indices)
+        scales = block_scales(emitter, weight, indices)
+        codes = tables.in_blocks(emitter, tables.rows(emitter, weight.codes, indices), chosen)
         row = g.node("Unsqueeze", emitter.operand(node, "x"), g.i64(-2))
         y = tables.e2m1_product(emitter, row, codes, scales, chosen)
     else:
@@ -42,18 +43,17 @@ def expert_linear(emitter: Emitter, node: Node) -> None:
         y = g.node("ReduceSum", g.node("Mul", column, rows), g.i64(-1), keepdims=0)
     scale = tensor_scale(weight)
     if scale is not None:
-        y = g.node("Mul", y, g.node("Unsqueeze", g.node("Gather", scale, indices, axis=0), g.i64(-1)))
+        y = g.node("Mul", y, g.node("Unsqueeze", tables.rows(emitter, scale, indices), g.i64(-1)))
     emitter.bind(node.results[0], y)
 
 
 def _gathered(emitter: Emitter, weight: Weight, indices: onnx.Value) -> onnx.Value:
     """Return the chosen experts' weights in float32, without scales of tensors."""
-    g = emitter.graph
     if isinstance(weight, DenseWeight):
-        return emitter.widened(g.node("Gather", weight.tensor, indices, axis=0), weight.is_f32)
+        return emitter.widened(tables.rows(emitter, weight.tensor, indices), weight.is_f32)
     if isinstance(weight, Fp8Weight) and weight.packed:
-        return tables.e4m3(emitter, g.node("Gather", weight.codes, indices, axis=0))
-    return g.node("Gather", unscaled(emitter, weight), indices, axis=0)
+        return tables.e4m3(emitter, tables.rows(emitter, weight.codes, indices))
+    return tables.rows(emitter, unscaled(emitter, weight), indices)
 
 
 def combine_experts(emitter: Emitter, node: Node) -> None:

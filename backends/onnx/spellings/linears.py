@@ -7,6 +7,8 @@ same operands writes the weight out in a wider type first. `docs/engine-forms.md
 
 from __future__ import annotations
 
+from math import prod
+
 import onnx_ir as onnx
 
 from n3c.backends.onnx.emitter import DenseWeight, Emitter, Fp8Weight, Nvfp4Weight, Weight
@@ -34,17 +36,33 @@ def dequantize_fp8(emitter: Emitter, node: Node) -> None:
 
 
 def linear_sum(emitter: Emitter, node: Node) -> None:
-    """y[b, s, n] = Σₖ x[b, s, 1, k] · w[n, k], times the tensor's scale where the weight has one."""
+    """y[b, s, n] = Σₖ x[b, s, k] · w[n, k], times the tensor's scale where the weight has one."""
     g = emitter.graph
     weight = emitter.weight(node["weight"])
     column = g.node("Unsqueeze", emitter.operand(node, "x"), g.i64(-2))
     if isinstance(weight, Nvfp4Weight) and weight.packed:
         dims = (*emitter.sizes(node.results[0]), emitter.sizes(node["x"])[-1])
-        y = tables.e2m1_product(emitter, column, weight.codes, block_scales(emitter, weight), dims)
+        codes = tables.in_blocks(emitter, weight.codes, dims[-2:])
+        y = tables.e2m1_product(emitter, column, codes, block_scales(emitter, weight), dims)
+    elif prod(emitter.sizes(node["x"])[:-1]) > 1:
+        y = _rows_fastest(emitter, node, weight)
     else:
         y = g.node("ReduceSum", g.node("Mul", column, unscaled(emitter, weight)), g.i64(-1), keepdims=0)
     scale = tensor_scale(weight)
     emitter.bind(node.results[0], y if scale is None else g.node("Mul", y, scale))
+
+
+def _rows_fastest(emitter: Emitter, node: Node, weight: Weight) -> onnx.Value:
+    """Return the sums of several rows, made as [N, rows]: neighbouring outputs read one row of the weight.
+
+    As [rows, N] the whole weight passes before it is read again: where L2 is smaller than it, from memory.
+    """
+    g = emitter.graph
+    *rows, k = emitter.sizes(node["x"])
+    x = g.node("Reshape", emitter.operand(node, "x"), g.i64(1, -1, k))
+    product = g.node("Mul", g.node("Unsqueeze", unscaled(emitter, weight), g.i64(1)), x)
+    y = g.node("ReduceSum", product, g.i64(-1), keepdims=0)
+    return g.node("Reshape", g.node("Transpose", y, perm=[1, 0]), g.i64(*rows, -1))
 
 
 def unscaled(emitter: Emitter, weight: Weight) -> onnx.Value:
@@ -66,10 +84,10 @@ def block_scales(emitter: Emitter, weight: Nvfp4Weight, indices: onnx.Value | No
     """Return the E4M3 block scales in float32, or those of the experts `indices`."""
     g = emitter.graph
     if weight.packed_scale:
-        chosen = weight.scale if indices is None else g.node("Gather", weight.scale, indices, axis=0)
+        chosen = weight.scale if indices is None else tables.rows(emitter, weight.scale, indices)
         return tables.e4m3(emitter, chosen)
     scales = g.node("DequantizeLinear", weight.scale, g.f32(1.0))
-    return scales if indices is None else g.node("Gather", scales, indices, axis=0)
+    return scales if indices is None else tables.rows(emitter, scales, indices)
 
 
 def tensor_scale(weight: Weight) -> onnx.Value | None:

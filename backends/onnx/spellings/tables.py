@@ -6,6 +6,8 @@ before Ada): a signed byte plus 128 is the index. From the gather to the sum all
 
 from __future__ import annotations
 
+from functools import reduce
+
 import ml_dtypes
 import numpy as np
 import onnx_ir as onnx
@@ -38,10 +40,21 @@ def places(emitter: Emitter, codes: onnx.Value) -> onnx.Value:
     return g.node("Add", g.node("Cast", codes, to=onnx.DataType.INT32), g.constant(np.array(128, np.int32)))
 
 
+def looked_up(emitter: Emitter, table: Array, index: onnx.Value) -> onnx.Value:
+    """Return the entries of `table` [T] at `index` i32."""
+    g = emitter.graph
+    return rows(emitter, g.constant(table), g.node("Cast", index, to=onnx.DataType.INT64))
+
+
+def rows(emitter: Emitter, values: onnx.Value, index: onnx.Value) -> onnx.Value:
+    """Return the rows of `values` [R, ...] at `index` i64, by GatherND: after a Gather kernels load single elements."""
+    g = emitter.graph
+    return g.node("GatherND", values, g.node("Unsqueeze", index, g.i64(-1)))
+
+
 def e4m3(emitter: Emitter, codes: onnx.Value) -> onnx.Value:
     """Return E4M3 bytes in float32."""
-    g = emitter.graph
-    return g.node("Gather", g.constant(e4m3_table()), places(emitter, codes), axis=0)
+    return looked_up(emitter, e4m3_table(), places(emitter, codes))
 
 
 def e2m1(emitter: Emitter, codes: onnx.Value, scales: onnx.Value) -> onnx.Value:
@@ -53,25 +66,52 @@ def e2m1(emitter: Emitter, codes: onnx.Value, scales: onnx.Value) -> onnx.Value:
     return g.node("Reshape", g.node("Mul", blocks, g.node("Unsqueeze", scales, g.i64(-1))), g.i64(*outer, 2 * half))
 
 
+def in_blocks(emitter: Emitter, codes: onnx.Value, dims: tuple[int, ...]) -> onnx.Value:
+    """Return the bytes `codes` [..., N, K/2] of a weight of `dims` [..., N, K] by blocks: [..., N, K/16, 8]."""
+    g = emitter.graph
+    return g.node("Reshape", codes, g.i64(*dims[:-1], dims[-1] // NVFP4_BLOCK, NVFP4_BLOCK // 2))
+
+
 def e2m1_product(
     emitter: Emitter, x: onnx.Value, codes: onnx.Value, scales: onnx.Value, dims: tuple[int, ...]
 ) -> onnx.Value:
-    """Σ over blocks and bytes of (low · x[even] + high · x[odd]) · scale.
+    """Σ over blocks of (Σ over the 16 codes of a block of code · x) · scale.
 
-    `codes` i8 [..., N, K/2] and `scales` float32 [..., N, K/16] meet `x` float32 [..., 1, K]; `dims` are
+    `codes` i8 [..., N, K/16, 8] and `scales` float32 [..., N, K/16] meet `x` float32 [..., 1, K]; `dims` are
     [..., N, K] of the product before the sum. → [..., N].
+
+    x comes as 16 planes [..., 1, K/16]: neighbouring lanes take neighbouring blocks, and find their numbers side by
+    side. The sums are made as the planes of a next such product; where one follows, the transposes cancel.
     """
     g = emitter.graph
-    *outer, width = dims
-    index = places(emitter, codes)
-    products = [
-        g.node(
-            "Mul",
-            g.node("Gather", g.constant(table), index, axis=0),
-            g.node("Slice", x, g.i64(first), g.i64(width), g.i64(-1), g.i64(2)),
-        )
-        for first, table in enumerate(nibble_tables())
-    ]
-    blocks = g.i64(*outer, width // NVFP4_BLOCK, NVFP4_BLOCK // 2)
-    scaled = g.node("Mul", g.node("Reshape", g.node("Add", *products), blocks), g.node("Unsqueeze", scales, g.i64(-1)))
-    return g.node("ReduceSum", scaled, g.i64(-2, -1), keepdims=0)
+    *outer, n, width = dims
+    rank, blocks = len(outer), width // NVFP4_BLOCK
+    index, planes = places(emitter, codes), _planes(emitter, x, rank, blocks)
+    low, high = nibble_tables()
+    pairs: list[onnx.Value] = []
+    for i in range(NVFP4_BLOCK // 2):
+        byte = _at(emitter, index, i, -1)
+        upper = g.node("Div", byte, g.constant(np.array(16, np.int32)))
+        first, second = looked_up(emitter, low, byte), looked_up(emitter, high[::16], upper)
+        pairs.append(g.node("Add", g.node("Mul", first, planes[2 * i]), g.node("Mul", second, planes[2 * i + 1])))
+    product = g.node("Mul", reduce(lambda a, b: g.node("Add", a, b), pairs), scales)
+    if n % NVFP4_BLOCK:
+        return g.node("ReduceSum", product, g.i64(-1), keepdims=0)
+    grouped = g.node("Reshape", product, g.i64(*outer, n // NVFP4_BLOCK, NVFP4_BLOCK, blocks))
+    swapped = g.node("Transpose", grouped, perm=[*range(rank), rank + 1, rank, rank + 2])
+    sums = g.node("ReduceSum", swapped, g.i64(-1), keepdims=0)
+    return g.node("Reshape", g.node("Transpose", sums, perm=[*range(rank), rank + 1, rank]), g.i64(*outer, n))
+
+
+def _planes(emitter: Emitter, x: onnx.Value, rank: int, blocks: int) -> list[onnx.Value]:
+    """Return the 16 planes [..., 1, K/16] of x [..., 1, K], which has `rank` dims in front: i, i + 16, i + 32 …"""
+    g = emitter.graph
+    split = g.node("Reshape", x, g.i64(*[0] * rank, 1, blocks, NVFP4_BLOCK))
+    turned = g.node("Transpose", split, perm=[*range(rank + 1), rank + 2, rank + 1])
+    return [_at(emitter, turned, i, -2) for i in range(NVFP4_BLOCK)]
+
+
+def _at(emitter: Emitter, value: onnx.Value, place: int, axis: int) -> onnx.Value:
+    """Return `value` at one place of an axis, by a slice: a gather would set the whole kernel to single elements."""
+    g = emitter.graph
+    return g.node("Squeeze", g.node("Slice", value, g.i64(place), g.i64(place + 1), g.i64(axis)), g.i64(axis))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ HEADER = (
     "tokens/s",
     "a round",
 )
+PREDICTED = ("batch", "context", "GPU", "first token, ms", "token, ms")
 
 
 @click.command("bench", help="Measure the time to the first token and of a token with BUILD, by context and batch.")
@@ -41,9 +43,20 @@ def command(build: Path, as_json: bool, **_: Any) -> int:
         print_json(measured.as_json())
     else:
         say(format_table(HEADER, [_row(row) for row in measured.rows]))
+        if any(row.predicted for row in measured.rows):
+            say("\npredicted for the plans of this build, kernels alone (docs/engine-forms.md)\n")
+            say(format_table(PREDICTED, list(_predicted(measured.rows))))
         drafts = "with drafts" if measured.speculative else "without drafts"
         say_line(f"{measured.engine} on {measured.device} ({measured.device_name}), {drafts}; {measured.weights}")
     return ExitCode.OK
+
+
+def _predicted(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
+    for row in rows:
+        if row.predicted is not None:
+            told = row.predicted
+            first = "" if told.first_token is None else f"{told.first_token:.2f}"
+            yield str(row.batch), str(row.context), told.gpu, first, f"{told.token:.3f}"
 
 
 def _row(row: Row) -> tuple[str, ...]:

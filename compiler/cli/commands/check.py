@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,32 +11,97 @@ import click
 
 from n3c.compiler import check
 from n3c.compiler.cli import options
+from n3c.compiler.cli.annotations import github, sarif
 from n3c.compiler.cli.fits import format_fits
 from n3c.compiler.cli.output import print_diagnostics, print_json, say, say_line
 from n3c.compiler.cli.table import format_table
+from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 
 if TYPE_CHECKING:  # only asked for what a target's forms are
     from n3c.backends.onnx.forms import Form
+    from n3c.compiler.building.checks import Checked
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What was found in one SPEC."""
+
+    spec: Path
+    checked: Checked | None
+    """None where it has errors."""
+    diagnostics: tuple[Diagnostic, ...]
+    code: ExitCode
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the form of `check --json`."""
+        found = {"diagnostics": [diagnostic.as_json() for diagnostic in self.diagnostics]}
+        return (self.checked.as_json() if self.checked else {}) | {"ok": self.code is ExitCode.OK} | found
 
 
 @click.command("check", help="Find everything that would fail later, without weights, GPU or build.")
-@options.of(check)
+@options.of(check, several=True)
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["text", "github", "sarif"]),
+    default="text",
+    show_default=True,
+    help="Form of what is found: for people, as annotations of GitHub Actions, or as SARIF 2.1.0.",
+)
+@click.option("--warnings-as-errors", is_flag=True, help="Fail (exit code 3) where there are warnings.")
 @options.common
-def command(spec: Path, as_json: bool, **_: Any) -> None:
-    """Check SPEC."""
+def command(spec: tuple[Path, ...], format_: str, warnings_as_errors: bool, as_json: bool, **_: Any) -> int:
+    """Check each SPEC."""
+    if as_json and format_ != "text":
+        raise click.UsageError("--json and --format: give one of them")
     given = options.given(check)
-    checked = check(**given)
-    print_diagnostics(checked.warnings)
-    if as_json:
-        print_json(checked.as_json())
+    outcomes = [_outcome(path, given | {"spec": path}, warnings_as_errors) for path in spec]
+    diagnostics = [diagnostic for outcome in outcomes for diagnostic in outcome.diagnostics]
+    if format_ == "github":
+        say("".join(f"{line}\n" for line in github(diagnostics)), newline=False)
+    elif format_ == "sarif":
+        print_json(sarif(diagnostics))
+    else:
+        print_diagnostics(diagnostics)
+        _print_json(outcomes) if as_json else _print(
+            outcomes, shows_fits=bool({"context", "batch", "memory"} & set(given))
+        )
+    return max(outcome.code for outcome in outcomes)
+
+
+def _outcome(spec: Path, given: dict[str, Any], warnings_as_errors: bool) -> Outcome:
+    try:
+        checked = check(**given)
+    except N3CError as error:
+        if error.exit_code is ExitCode.USAGE:  # said once, not of each SPEC
+            raise
+        options.show_traceback()
+        return Outcome(spec, None, error.diagnostics, error.exit_code)
+    failed = warnings_as_errors and checked.warnings
+    return Outcome(spec, checked, checked.warnings, ExitCode.SPEC if failed else ExitCode.OK)
+
+
+def _print_json(outcomes: Sequence[Outcome]) -> None:
+    if len(outcomes) == 1:
+        print_json(outcomes[0].as_json())
         return
-    count = len(checked.warnings)
-    counted = f", {count} warning{'s' if count > 1 else ''}" if count else ""
-    say_line(f"{spec}: ok ({checked.spec.name}){counted}")
-    if checked.target == "trt":
-        say(_forms(checked.forms()))
-    if {"context", "batch"} & set(given):
-        say(format_fits([fit.as_json() for fit in checked.fits]))
+    entries = [{"file": str(outcome.spec), **outcome.as_json()} for outcome in outcomes]
+    print_json({"ok": all(entry["ok"] for entry in entries), "specs": entries})
+
+
+def _print(outcomes: Sequence[Outcome], *, shows_fits: bool) -> None:
+    for outcome in outcomes:
+        checked = outcome.checked
+        if checked is None:
+            continue
+        count = len(checked.warnings)
+        counted = f"; {count} warning{'s' if count > 1 else ''}" if count else ""
+        verdict = "ok" if outcome.code is ExitCode.OK else "FAILED"
+        say_line(f"{outcome.spec}: {verdict} ({checked.spec.name}), {checked.spec.model.pattern.summary()}{counted}")
+        if checked.target == "trt":
+            say(_forms(checked.forms()))
+        if shows_fits:
+            say(format_fits([fit.as_json() for fit in checked.fits]))
 
 
 def _forms(forms: tuple[Form, ...]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ from n3c.compiler import inspect
 from n3c.compiler.cli import options
 from n3c.compiler.cli.fits import format_fits
 from n3c.compiler.cli.output import print_diagnostics, print_json, say, say_line
-from n3c.compiler.cli.table import format_bytes, format_count, format_table
+from n3c.compiler.cli.progress import TerminalProgress
+from n3c.compiler.cli.table import format_table
+from n3c.compiler.report.units import format_bytes, format_count, format_time
+from n3c.runtime.predicted import PredictedTime
 
 
 @click.command(
@@ -21,12 +25,15 @@ from n3c.compiler.cli.table import format_bytes, format_count, format_table
 @options.common
 def command(path: Path, as_json: bool, **_: Any) -> None:
     """Inspect PATH."""
-    inspected = inspect(**options.given(inspect))
+    with TerminalProgress() as progress:
+        inspected = inspect(**options.given(inspect), progress=progress)
     print_diagnostics(inspected.warnings)
     if as_json:
         print_json(inspected.as_json())
     elif inspected.kind == "build":
         _print_build(path, inspected.figures)
+        if inspected.times:
+            _print_times(inspected.times)
     else:
         _print_spec(inspected.figures)
 
@@ -89,3 +96,20 @@ def _print_build(path: Path, manifest: dict[str, Any]) -> None:
     say(format_table(("format", "weights", "bytes"), rows))
     say("")
     say(format_table(("file", "bytes"), [(file["path"], f"{file['bytes']:,}") for file in manifest["files"]]))
+
+
+def _print_times(times: Mapping[str, Mapping[str, PredictedTime]]) -> None:
+    say("\npredicted time of a call (docs/engine-forms.md); nothing was measured\n")
+    rows = [
+        (
+            entry,
+            gpu,
+            format_time(time.microseconds),
+            format_time(time.roofline_microseconds),
+            f"{time.ratio:.2f}",
+            time.bound_by,
+        )
+        for entry, by_gpu in times.items()
+        for gpu, time in by_gpu.items()
+    ]
+    say(format_table(("entry", "GPU", "predicted", "roofline", "ratio", "bound by"), rows))

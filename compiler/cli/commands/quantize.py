@@ -10,7 +10,8 @@ from n3c.compiler import quantize
 from n3c.compiler.cli import options
 from n3c.compiler.cli.output import print_diagnostics, print_json, say, say_line
 from n3c.compiler.cli.progress import TerminalProgress
-from n3c.compiler.cli.table import format_bytes, format_peak, format_table
+from n3c.compiler.cli.table import format_peak, format_table
+from n3c.compiler.report.units import format_bytes
 
 if TYPE_CHECKING:
     from n3c.compiler.quantization.driver import Quantized

@@ -30,6 +30,8 @@ def command(build: Path, as_json: bool, **_: Any) -> int:
     print_diagnostics(verified.diagnostics)
     if as_json:
         print_json(verified.as_json())
+    elif not verified.verdicts:
+        say_line(f"ok: {build}: every file is as recorded")
     else:
         say(format_table(HEADER, [_row(verdict) for verdict in verified.verdicts]))
         for skipped in verified.not_compared:

@@ -17,13 +17,13 @@ def cpu_engine(
     served: Served,
     spec: Spec,
     names: Sequence[str],
-    batch: int,
+    batch_sizes: Sequence[int],
     checkpoint: Checkpoint,
     progress: Progress = SILENT,
 ) -> OnnxRuntimeEngine:
     """Return an engine on the CPU with the entry points `names`."""
     return OnnxRuntimeEngine(
-        [emit_entry(served.program, name, batch=batch, rendering="float32") for name in names],
+        [emit_entry(served.program, name, batch=batch, rendering="float32") for batch in batch_sizes for name in names],
         checkpoint,
         capacity=spec.serving.max_seq_len,
         in_place=[name for name, state in served.program.states.items() if state.kind == "kv"],

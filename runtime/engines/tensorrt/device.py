@@ -63,8 +63,8 @@ class Device(Protocol):
         """Copy all of `source`, on the GPU `sender`, when the work there is done; work here waits for it."""
         ...
 
-    def zero(self, memory: Memory) -> None:
-        """Fill with zeros."""
+    def zero(self, memory: Memory, offset: int, size: int) -> None:
+        """Fill `size` bytes from `offset` on with zeros."""
         ...
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
@@ -132,9 +132,9 @@ class TorchDevice:
         with self._torch.cuda.stream(sender._stream), self._torch.cuda.stream(self._stream):
             self._slice(memory, 0, memory.bytes).copy_(self._slice(source, 0, source.bytes), non_blocking=True)
 
-    def zero(self, memory: Memory) -> None:
+    def zero(self, memory: Memory, offset: int, size: int) -> None:
         with self._torch.cuda.stream(self._stream):
-            self._slice(memory, 0, memory.bytes).zero_()
+            self._slice(memory, offset, size).zero_()
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         graph = self._torch.cuda.CUDAGraph()

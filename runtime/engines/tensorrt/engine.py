@@ -19,11 +19,11 @@ from n3c.backends.onnx.bindings import Binding
 from n3c.backends.progress import SILENT, Progress
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.backends.safetensors.sources import load
-from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 from n3c.ir.program import Parameter
 from n3c.passes.state_layout import StatePlan
-from n3c.runtime.engines.interface import KEY_POSITIONS, Allocation, Array, Port, Signature, key_positions
+from n3c.runtime.engines.interface import KEY_POSITIONS, Allocation, Array, Port, Signature, Snapshot, key_positions
 
+from .contexts import Contexts, refused
 from .device import Device, Memory
 from .memory import DeviceMemory, memory_of
 
@@ -61,8 +61,22 @@ class _Loaded:
     sizes too."""
 
 
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """States of a sequence: a piece of memory on each device."""
+
+    places: range
+    """Of its caches."""
+    memories: Sequence[Memory]
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the pieces."""
+        return sum(memory.bytes for memory in self.memories)
+
+
 class TrtEngine:
-    """Runs the plans of one batch size; `prefill` may be of batch 1, and then takes sequence by sequence."""
+    """Runs plans; an entry point that has none of a call's batch size, as `prefill`, takes sequence by sequence."""
 
     def __init__(
         self,
@@ -73,7 +87,7 @@ class TrtEngine:
         checkpoint: Checkpoint,
         state_plan: StatePlan,
         *,
-        batch: int,
+        batch_sizes: Sequence[int],
         progress: Progress = SILENT,
     ) -> None:
         """Load `plans` (stages of an entry point in their order) and stream the weights to `devices`.
@@ -82,50 +96,75 @@ class TrtEngine:
         `parameters` are those of the program, by name. Raises N3CError: exit code 4 where the runtime refuses a
         plan or a device has no room, 6 where the checkpoint does not fit.
         """
-        self.batch, self._capacity = batch, state_plan.max_seq_len
+        self.batch_sizes, self._capacity = sorted(batch_sizes), state_plan.max_seq_len
+        self.batch = batch = self.batch_sizes[-1]
         self._broken = False
         self._logger = trt.Logger(trt.Logger.ERROR)
-        self._runtimes: list[Any] = []  # engines need theirs to live as long as they do
+        self._contexts: list[Contexts] = []
+        self._new = False
+        """Whether a plan has run for the first time since the kernels were saved."""
         loaded: dict[Path, _Loaded] = {}
         self._memories: list[DeviceMemory] = []
         self._parameters: dict[str, Parameter] = {}
         for device, placed in zip(devices, spread(plans, len(devices)), strict=True):
             with device.current():
-                self._runtimes.append(trt.Runtime(self._logger))
-                contexts = [_context(self._runtimes[-1], plan) for plan in placed]
+                self._contexts.append(Contexts(trt, self._logger, device, [plan.path for plan in placed]))
                 weights = {memory_of(b): b for plan in placed for b in plan.weights}
                 self._parameters |= {memory: parameters[binding.name] for memory, binding in weights.items()}
                 states = {b.source for plan in placed for b in plan.inputs if b.kind == "state"}
                 planned = [state for state in state_plan.states if state.name in states]
                 self._memories.append(DeviceMemory(device, weights.values(), planned, batch))
-            for plan, context in zip(placed, contexts, strict=True):
+            for plan, context in zip(placed, self._contexts[-1].contexts, strict=True):
                 loaded[plan.path] = _Loaded(plan, context, self._memories[-1])
         self._load(checkpoint, progress)
-        self._entries: dict[str, list[_Loaded]] = {}
+        self._entries: dict[tuple[str, int], list[_Loaded]] = {}
         for plan in plans:
-            self._entries.setdefault(plan.entry, []).append(loaded[plan.path])
+            self._entries.setdefault((plan.entry, plan.batch), []).append(loaded[plan.path])
         self.signatures: Mapping[str, Signature] = {
-            name: _signature([loaded.plan for loaded in stages], batch) for name, stages in self._entries.items()
+            name: _signature([loaded.plan for loaded in stages], batch) for (name, _), stages in self._entries.items()
         }
 
     def run(self, entry: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Run an entry point; where its plan is of batch 1, once for each sequence that has tokens in it."""
+        """Run an entry point; where its plan is of batch 1 alone, once for each sequence that has tokens in it."""
         assert not self._broken, "replacing weights failed half-way: replace them again first"
-        stages, signature = self._entries[entry], self.signatures[entry]
+        signature, rows = self.signatures[entry], len(inputs["input_ids"])
         whole = {**inputs, **key_positions(signature, inputs, self._capacity, BUCKET)}
-        if stages[0].plan.batch == self.batch:
-            return self._call(stages, whole, None)
-        outputs = {name: np.zeros(_static(port), HOST_DTYPES[port.dtype]) for name, port in signature.outputs.items()}
-        for row in np.flatnonzero(inputs["counts"]).tolist():
-            part = {name: v if name == KEY_POSITIONS else v[row : row + 1] for name, v in whole.items()}
-            for name, value in self._call(stages, part, row).items():
+        stages = self._entries.get((entry, rows))
+        if stages is not None:
+            outputs = self._call(stages, whole, None)
+        else:
+            outputs = self._one_by_one(entry, whole, np.flatnonzero(inputs["counts"]).tolist())
+        if self._new:
+            self._new = False
+            for contexts in self._contexts:
+                contexts.save()
+        return outputs
+
+    def _one_by_one(self, entry: str, inputs: Mapping[str, Array], rows: Sequence[int]) -> dict[str, Array]:
+        """Run plans of batch 1 for each of `rows`; outputs of other sequences are zeros."""
+        count, ports = len(inputs["input_ids"]), self.signatures[entry].outputs
+        outputs = {name: np.zeros((count, *_static(p)[1:]), HOST_DTYPES[p.dtype]) for name, p in ports.items()}
+        for row in rows:
+            part = {name: v if name == KEY_POSITIONS else v[row : row + 1] for name, v in inputs.items()}
+            for name, value in self._call(self._entries[entry, 1], part, row).items():
                 outputs[name][row] = value[0]
         return outputs
 
-    def reset(self) -> None:
-        """Zero all states."""
+    def reset(self, sequences: Sequence[int] | None = None) -> None:
+        """Zero the states of `sequences`, or all."""
         for memory in self._memories:
-            memory.reset()
+            memory.reset(sequences)
+
+    def snapshot(self, row: int, start: int, stop: int) -> Copied:
+        """Copy the row of every state, on its device."""
+        places = range(start, stop)
+        return Copied(places, [memory.snapshot(row, places) for memory in self._memories])
+
+    def restore(self, row: int, snapshot: Snapshot) -> None:
+        """Copy back."""
+        assert isinstance(snapshot, Copied)
+        for memory, copied in zip(self._memories, snapshot.memories, strict=True):
+            memory.restore(row, snapshot.places, copied)
 
     def replace_weights(self, checkpoint: Checkpoint) -> None:
         """Stream other weights into the same buffers."""
@@ -193,6 +232,7 @@ class TrtEngine:
                 places.append((binding.name, memory.buffer(binding, binding.shape).address))
         for name, address in places:
             _require(context.set_tensor_address(name, address), plan, f"refuses the address of `{name}`")
+        self._new |= not stage.graphs
         with memory.device.current():
             _launch(stage, tuple(address for _, address in places))
 
@@ -204,19 +244,25 @@ def spread(plans: Sequence[Plan], devices: int) -> list[list[Plan]]:
 
 
 def _launch(stage: _Loaded, key: tuple[int, ...]) -> None:
-    """Execute, by a CUDA graph where the very same call has run before: the first one may allocate."""
+    """Execute, by a CUDA graph where the very same call has run before and the runtime allows one."""
     device = stage.memory.device
 
     def execute() -> None:
         _require(stage.context.execute_async_v3(device.stream), stage.plan, "fails to execute")
 
-    if key not in stage.graphs:
+    if key not in stage.graphs or not _capturable(stage):
         execute()
         stage.graphs[key] = None
         return
     graph = stage.graphs[key] or device.capture(execute)
     stage.graphs[key] = graph
     graph()
+
+
+def _capturable(stage: _Loaded) -> bool:
+    """Whether a call may become a CUDA graph; TensorRT without that question allows it."""
+    asked = getattr(stage.context, "is_stream_capturable", None)
+    return asked is None or bool(asked(stage.memory.device.stream))
 
 
 def _received(memory: DeviceMemory, maker: _Loaded, binding: Binding) -> Memory:
@@ -235,23 +281,9 @@ def _fetch(memory: DeviceMemory, binding: Binding) -> Array:
     return np.frombuffer(data, HOST_DTYPES[binding.dtype]).reshape(binding.shape)
 
 
-def _context(runtime: Any, plan: Plan) -> Any:
-    """Return an execution context of a plan; N3CError (E0812, exit code 4) where the runtime refuses it."""
-    engine = runtime.deserialize_cuda_engine(plan.path.read_bytes())
-    context = engine.create_execution_context() if engine is not None else None
-    if context is None:
-        raise _refused(plan, "is refused by the runtime: built for another TensorRT version or GPU, or damaged")
-    return context
-
-
 def _require(done: bool, plan: Plan, what: str) -> None:
     if not done:
-        raise _refused(plan, what)
-
-
-def _refused(plan: Plan, what: str) -> N3CError:
-    help_ = "build the plan again on this machine; TensorRT has said more on stderr"
-    return N3CError(Diagnostic("E0812", f"the plan {what}", Span(str(plan.path)), help=help_), ExitCode.TARGET)
+        raise refused(plan.path, what)
 
 
 def _signature(stages: Sequence[Plan], batch: int) -> Signature:

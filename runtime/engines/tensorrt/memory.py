@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -19,6 +19,8 @@ class StateBuffers:
 
     bytes: int
     """Of one sequence."""
+    shape: tuple[int, ...]
+    """Likewise."""
     now: tuple[Memory, int]
     after: tuple[Memory, int]
 
@@ -31,6 +33,19 @@ class StateBuffers:
         else:  # the other rows are where they were, so this one comes back to them
             (memory, at), (spare, there) = self.now, self.after
             device.copy(memory, at + row * self.bytes, spare, there + row * self.bytes, self.bytes)
+
+    def parts(self, row: int, places: range) -> Iterator[tuple[Memory, int, int]]:
+        """Yield memory, offset and size of each piece of a sequence's state; of a cache [Y, C, Z] some places."""
+        memory, offset = self.now
+        offset += row * self.bytes
+        if self.now != self.after:
+            yield memory, offset, self.bytes
+            return
+        heads, capacity, _ = self.shape
+        head = self.bytes // heads
+        for index in range(heads if places else 0):
+            start = offset + index * head + head // capacity * places.start
+            yield memory, start, head // capacity * len(places)
 
 
 class DeviceMemory:
@@ -49,6 +64,7 @@ class DeviceMemory:
         self.states = {
             s.name: StateBuffers(
                 s.bytes,
+                s.shape,
                 (self.arena, at[s.name]),
                 (self.spare, spare_at[s.name]) if s.name in spare_at else (self.arena, at[s.name]),
             )
@@ -57,10 +73,35 @@ class DeviceMemory:
         self.weights = {memory_of(binding): device.allocate(bytes_of(binding, binding.shape)) for binding in weights}
         self._buffers: dict[tuple[str, int], Memory] = {}
 
-    def reset(self) -> None:
-        """Zero all states, in both of their places."""
-        self.device.zero(self.arena)
-        self.device.zero(self.spare)
+    def reset(self, sequences: Sequence[int] | None) -> None:
+        """Zero the states of `sequences`, or all, in both of their places."""
+        if sequences is None:
+            for memory in (self.arena, self.spare):
+                self.device.zero(memory, 0, memory.bytes)
+            return
+        for state in self.states.values():
+            for memory, offset in {state.now, state.after}:
+                for row in sequences:
+                    self.device.zero(memory, offset + row * state.bytes, state.bytes)
+
+    def snapshot(self, row: int, places: range) -> Memory:
+        """Return a copy of the states of a sequence in one piece; of its caches, some places."""
+        copied = self.device.allocate(sum(size for _, _, size in self._parts(row, places)))
+        at = 0
+        for memory, offset, size in self._parts(row, places):
+            self.device.copy(copied, at, memory, offset, size)
+            at += size
+        return copied
+
+    def restore(self, row: int, places: range, copied: Memory) -> None:
+        """Copy back."""
+        at = 0
+        for memory, offset, size in self._parts(row, places):
+            self.device.copy(memory, offset, copied, at, size)
+            at += size
+
+    def _parts(self, row: int, places: range) -> Iterator[tuple[Memory, int, int]]:
+        return (part for state in self.states.values() for part in state.parts(row, places))
 
     def state_address(self, name: str, row: int | None, *, after: bool) -> int:
         """Return where a call reads a state, or writes it; `row` is the sequence where the plan is for one."""

@@ -22,20 +22,20 @@ from .engine import Plan, TrtEngine
 def cuda_engine(
     build: OpenedBuild,
     names: Sequence[str],
-    batch: int,
+    batch_sizes: Sequence[int],
     checkpoint: Checkpoint,
     progress: Progress = SILENT,
     *,
     devices: Sequence[Device] | None = None,
     trt: Any = None,
 ) -> TrtEngine:
-    """Return an engine of the plans of `build` for the entry points `names` and `batch` sequences.
+    """Return an engine of the plans of `build` for the entry points `names` and calls of `batch_sizes` sequences.
 
     `devices` are the GPUs that are visible, at most one a stage, and `trt` the TensorRT module that the plans were
     built by, unless given. N3CError: exit code 4 without GPU or plans, and where GPU or TensorRT are others than the
     plans', 6 where a file is altered.
     """
-    plans = list(_plans(build, names, batch))
+    plans = list(dict.fromkeys(plan for batch in batch_sizes for plan in _plans(build, names, batch)))
     devices = devices or cuda_devices(1 + max(plan.stage for plan in plans))
     flavour = read_sidecar(plans[0].path).flavour
     trt = trt or load_trt(flavour)
@@ -44,7 +44,9 @@ def cuda_engine(
             plan.path, sm=sm, version=trt.__version__, flavour=flavour, spec_sha256=build.manifest["spec"]["sha256"]
         )
     program, states = build.served.program, build.served.plan
-    return TrtEngine(trt, devices, plans, program.parameters, checkpoint, states, batch=batch, progress=progress)
+    return TrtEngine(
+        trt, devices, plans, program.parameters, checkpoint, states, batch_sizes=batch_sizes, progress=progress
+    )
 
 
 def _plans(build: OpenedBuild, names: Sequence[str], batch: int) -> Iterator[Plan]:

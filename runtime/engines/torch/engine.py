@@ -17,17 +17,17 @@ from n3c.backends.torch.loading import load_package
 from n3c.ir.program import Parameter
 from n3c.ir.source import CacheScale
 from n3c.passes.serving import Served
-from n3c.runtime.engines.interface import KEY_POSITIONS, Allocation, Array, Port, Signature
+from n3c.runtime.engines.interface import KEY_POSITIONS, Allocation, Array, Port, Signature, Snapshot
 from n3c.runtime.engines.signature import signature_of
 from n3c.specs.dump import dump_spec
 from n3c.specs.schema import Spec
 
-from .graphs import Graphs, Outputs, Recorder
+from .graphs import Call, Graphs, Outputs, Recorder
 from .model import PackedModel, stored_parameters
 from .network import Network
 from .operations import MakeOperations
 from .plain import PlainOperations
-from .states import States
+from .states import Copied, States
 from .weights import CheckpointWeights, WeightSource
 
 HOST_TYPES = {"f32": torch.float32, "i64": torch.int64}
@@ -35,7 +35,7 @@ HOST_TYPES = {"f32": torch.float32, "i64": torch.int64}
 
 
 class TorchEngine:
-    """Runs entry points of one batch size over packed weights.
+    """Runs entry points over packed weights.
 
     All entry points are weight-only: activations have the type `dtype`, whatever the format of a weight. `prefill` is
     never recorded as a graph: it is bound by arithmetic, and reads another part of the caches each time.
@@ -46,7 +46,7 @@ class TorchEngine:
         served: Served,
         spec: Spec,
         names: Sequence[str],
-        batch: int,
+        batch_sizes: Sequence[int],
         weights: WeightSource,
         *,
         device: torch.device,
@@ -60,7 +60,8 @@ class TorchEngine:
         States are float32 where `dtype` is, else of the types that the state plan says. Raises N3CError (exit code 6)
         where the weights do not fit, torch.OutOfMemoryError where the device has no room.
         """
-        self.batch, self._device = batch, device
+        self.batch_sizes, self._device = sorted(batch_sizes), device
+        self.batch = batch = self.batch_sizes[-1]
         program = served.program
         self.signatures: Mapping[str, Signature] = {
             name: _without_reach(signature_of(program, program.entry_points[name], batch)) for name in names
@@ -68,15 +69,22 @@ class TorchEngine:
         self._graphs = Graphs(recorder)
         self._broken = False
         with self._current():
-            self._inputs = {name: _static(signature, device) for name, signature in self.signatures.items()}
-            self._staged = {name: _staged(tensors) for name, tensors in self._inputs.items()}
+            self._inputs = {
+                (name, rows): _static(_without_reach(signature_of(program, program.entry_points[name], rows)), device)
+                for name in names
+                for rows in self.batch_sizes
+            }
+            self._staged = {key: _staged(tensors) for key, tensors in self._inputs.items()}
             package = load_package(emit(spec, hashlib.sha256(dump_spec(spec).encode()).hexdigest()))
             made = operations(package, spec)
             self._model = PackedModel(package, stored_parameters(spec), made, device)
             self._scales = _cache_scales(program.parameters.values(), device)
             scales = {parameter.name: tensor for parameter, tensor in self._scales}
             self._states = States(served.plan, batch, dtype, device, scales)
-            self._network = Network(self._model.module, self._model.head, made, self._states, dtype)
+            self._networks = {
+                rows: Network(self._model.module, self._model.head, made, self._states.rows(rows), dtype)
+                for rows in self.batch_sizes
+            }
         self.refill(weights, progress)
 
     @property
@@ -85,34 +93,46 @@ class TorchEngine:
         return self._states.by_name()
 
     @property
-    def unrecorded(self) -> Mapping[str, str]:
-        """Entry points that run without a graph although there is a recorder, and why."""
+    def unrecorded(self) -> Mapping[Call, str]:
+        """Calls that run without a graph although there is a recorder, and why."""
         return self._graphs.refused
 
     def replay(self, entry: str) -> Callable[[], None] | None:
-        """Return what launches the recorded graph of an entry point on the inputs that lie there; None without one.
+        """Return what launches the recorded graph of an entry point of all rows on the inputs that lie there, if any.
 
         It moves the states on as `run` does, and copies nothing to or from the host: to measure the device alone.
         """
-        return self._graphs.replay(entry)
+        return self._graphs.replay((entry, self.batch))
 
     def run(self, entry: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run an entry point: by a graph from its second call on, where there is a recorder."""
         assert not self._broken, "replacing weights failed half-way: replace them again first"
+        key = (entry, len(inputs["input_ids"]))
         with self._current():
-            self._give(entry, inputs)
-            tensors = self._inputs[entry]
-            if entry != "prefill" and self._graphs.records(entry):
-                outputs = self._graphs.run(entry, lambda: self._network.run(entry, tensors, None))
+            self._give(key, inputs)
+            tensors, network = self._inputs[key], self._networks[key[1]]
+            if entry != "prefill" and self._graphs.records(key):
+                outputs = self._graphs.run(key, lambda: network.run(entry, tensors, None))
             else:
                 lengths = inputs["lengths"].tolist() if "lengths" in tensors else None
-                outputs = self._network.run(entry, tensors, lengths)
+                outputs = network.run(entry, tensors, lengths)
             return self._take(entry, outputs)
 
-    def reset(self) -> None:
-        """Zero all states."""
+    def reset(self, sequences: Sequence[int] | None = None) -> None:
+        """Zero the states of `sequences`, or all."""
         with self._current():
-            self._states.reset()
+            self._states.reset(sequences)
+
+    def snapshot(self, row: int, start: int, stop: int) -> Copied:
+        """Copy the row of every state, on the device."""
+        with self._current():
+            return self._states.snapshot(row, slice(start, stop))
+
+    def restore(self, row: int, snapshot: Snapshot) -> None:
+        """Copy back."""
+        assert isinstance(snapshot, Copied)
+        with self._current():
+            self._states.restore(row, snapshot)
 
     def replace_weights(self, checkpoint: Checkpoint) -> None:
         """Read other weights into the same tensors: graphs stay valid."""
@@ -138,10 +158,10 @@ class TorchEngine:
         with torch.no_grad(), self._graphs.current():
             yield
 
-    def _give(self, entry: str, inputs: Mapping[str, Array]) -> None:
+    def _give(self, key: Call, inputs: Mapping[str, Array]) -> None:
         """Copy what a caller gives to the static inputs."""
-        for name, tensor in self._inputs[entry].items():
-            staged = self._staged[entry][name]
+        for name, tensor in self._inputs[key].items():
+            staged = self._staged[key][name]
             staged.copy_(torch.as_tensor(np.ascontiguousarray(inputs[name])))
             if staged is not tensor:
                 tensor.copy_(staged, non_blocking=True)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 Outputs = dict[str, Tensor]
 Work = Callable[[], Outputs]
+Call = tuple[str, int]
+"""An entry point, and how many sequences a call of it has: what work is known by."""
 
 
 class Recorder(Protocol):
@@ -57,16 +59,16 @@ class Graphs:
     def __init__(self, recorder: Recorder | None) -> None:
         """Take None where nothing is to be recorded."""
         self._recorder = recorder
-        self._seen: set[str] = set()
-        self._replays: dict[str, tuple[Callable[[], None], Outputs]] = {}
-        self.refused: dict[str, str] = {}
+        self._seen: set[Call] = set()
+        self._replays: dict[Call, tuple[Callable[[], None], Outputs]] = {}
+        self.refused: dict[Call, str] = {}
         """Key of work that cannot be recorded, and runs as it is → the reason."""
 
-    def records(self, key: str) -> bool:
+    def records(self, key: Call) -> bool:
         """Whether work of this key is recorded, now or later: it must read nothing on the host."""
         return self._recorder is not None and key not in self.refused
 
-    def replay(self, key: str) -> Callable[[], None] | None:
+    def replay(self, key: Call) -> Callable[[], None] | None:
         """Return what launches the recorded work of a key once more; None where none is recorded."""
         recorded = self._replays.get(key)
         return None if recorded is None else recorded[0]
@@ -75,7 +77,7 @@ class Graphs:
         """Return a context in which inputs are written and work runs."""
         return nullcontext() if self._recorder is None else self._recorder.current()
 
-    def run(self, key: str, work: Work) -> Outputs:
+    def run(self, key: Call, work: Work) -> Outputs:
         """Return the outputs of `work`; those of recorded work are the same tensors each time."""
         if self._recorder is None or key in self.refused or key not in self._seen:
             self._seen.add(key)

@@ -58,6 +58,9 @@ class Gate(nn.Module):
         super().__init__()
         self.router, self._operations = router, operations
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Return experts and weights [B, S, K] of x [B, S, D], and no statistics."""
+    def forward(self, x: Tensor, batch: object) -> tuple[Tensor, Tensor, None]:
+        """Return experts and weights [B, S, K] of x [B, S, D], and no statistics.
+
+        `batch` says nothing: an entry point has no padding, as `counts` say what is real, and no given experts.
+        """
         return *self._operations.route(self.router, x), None

@@ -13,7 +13,7 @@ from torch import Tensor
 from n3c.backends.torch.loading import hidden_states
 
 from .operations import Operations
-from .states import Places, States
+from .states import Places, Rows
 
 Outputs = dict[str, Tensor]
 
@@ -36,8 +36,8 @@ class Call:
 class Network:
     """Runs a model whose linears and experts are packed. Inputs and states are on its device, results float32."""
 
-    def __init__(self, model: Any, head: Any, operations: Operations, states: States, dtype: torch.dtype) -> None:
-        """Take a generated model, the module that gives logits, and the type of activations."""
+    def __init__(self, model: Any, head: Any, operations: Operations, states: Rows, dtype: torch.dtype) -> None:
+        """Take a generated model, the module that gives logits, states, and the type of activations."""
         self._model, self._head, self._operations = model, head, operations
         self._states, self._dtype = states, dtype
         capacities = [keys.data.shape[2] for keys, _ in states.caches.values()]

@@ -22,14 +22,14 @@ def torch_engine(
     served: Served,
     spec: Spec,
     names: Sequence[str],
-    batch: int,
+    batch_sizes: Sequence[int],
     weights: WeightSource,
     device: Literal["cpu", "cuda"] = "cpu",
     progress: Progress = SILENT,
     *,
     dtype: torch.dtype | None = None,
 ) -> TorchEngine:
-    """Return an engine with the entry points `names` for `batch` sequences.
+    """Return an engine with the entry points `names` for calls of `batch_sizes` sequences.
 
     Activations are of type `dtype`; without it float32 on a CPU and where all states of the spec are float32, else
     BF16. On a GPU Triton's kernels compute where Triton is installed, and calls that come again are CUDA graphs.
@@ -38,7 +38,7 @@ def torch_engine(
     if device == "cpu":
         place = torch.device("cpu")
         return TorchEngine(
-            served, spec, names, batch, weights, device=place, dtype=dtype or torch.float32, progress=progress
+            served, spec, names, batch_sizes, weights, device=place, dtype=dtype or torch.float32, progress=progress
         )
     require_cuda()
     place = torch.device("cuda", torch.cuda.current_device())
@@ -48,7 +48,7 @@ def torch_engine(
             served,
             spec,
             names,
-            batch,
+            batch_sizes,
             weights,
             device=place,
             dtype=dtype or (torch.float32 if wide else torch.bfloat16),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +88,29 @@ def _raw(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The states of the first sequences, as mixers use them; views of those of all."""
+
+    mamba: Mapping[str, MambaState]
+    """Label of a layer, as `backbone.layers.0` → its state."""
+    caches: Mapping[str, tuple[Cache, Cache]]
+    """Label of a layer → its keys and values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """States of a sequence, those of Mamba first; of caches, some places."""
+
+    states: Sequence[Tensor]
+    places: slice
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the tensors."""
+        return sum(state.nbytes for state in self.states)
+
+
 class States:
     """The states of `batch` sequences: by layer as mixers use them, by name as the state plan lists them."""
 
@@ -102,19 +125,48 @@ class States:
         self._allocated: list[Tensor] = []
         self._planned = {state.name: state for state in plan.states}
         self.mamba = {label: self._mamba(label) for label in self._layers("conv_state")}
-        """Label of a layer, as `backbone.layers.0` → its state."""
         self.caches = {label: self._caches(label, scales) for label in self._layers("k_cache")}
-        """Label of a layer → its keys and values."""
 
     @property
     def bytes(self) -> int:
         """Bytes of all states."""
         return sum(tensor.nbytes for tensor in self._allocated)
 
-    def reset(self) -> None:
-        """Zero all states."""
+    def reset(self, sequences: Sequence[int] | None = None) -> None:
+        """Zero the states of `sequences`, or all."""
         for tensor in self._allocated:
-            tensor.zero_()
+            for rows in (tensor,) if sequences is None else map(tensor.__getitem__, sequences):
+                rows.zero_()
+
+    def rows(self, count: int) -> Rows:
+        """Return the states of the first `count` sequences."""
+        return Rows(
+            {
+                label: MambaState(
+                    state.window[:count], state.ssm[:count], None if state.pending is None else state.pending[:count]
+                )
+                for label, state in self.mamba.items()
+            },
+            {
+                label: (Cache(keys.data[:count], keys.scale), Cache(values.data[:count], values.scale))
+                for label, (keys, values) in self.caches.items()
+            },
+        )
+
+    def snapshot(self, row: int, places: slice) -> Copied:
+        """Return a copy of the states of a sequence; of its caches, some places."""
+        return Copied([part.clone() for part in self._parts(row, places)], places)
+
+    def restore(self, row: int, copied: Copied) -> None:
+        """Copy back."""
+        for part, state in zip(self._parts(row, copied.places), copied.states, strict=True):
+            part.copy_(state)
+
+    def _parts(self, row: int, places: slice) -> list[Tensor]:
+        """Return the states of a row, uncopied, caches last: of each [Y, C, Z] some places."""
+        mamba = [t for s in self.mamba.values() for t in (s.window, s.ssm, s.pending) if t is not None]
+        caches = [_raw(cache.data[row])[:, places] for pair in self.caches.values() for cache in pair]
+        return [*(tensor[row] for tensor in mamba), *caches]
 
     def by_name(self) -> dict[str, Tensor]:
         """Return every state [B, …] in the shape of the state plan, uncopied."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from n3c.backends.safetensors.imported_spec import import_checkpoint
 from n3c.ir.diagnostics import ExitCode, N3CError
 from n3c.specs.schema import Spec
 from n3c.specs.spellings import released_name
-from support.checkpoints import write_checkpoint
+from support.checkpoints import as_bytes, write_checkpoint
 from support.command import n3c
 from support.specs import small_spec
 
@@ -222,28 +223,39 @@ def test_a_tied_model_gets_its_head(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("nested", ["text_config", "llm_config"])
-def test_the_text_model_of_a_multimodal_checkpoint(folder: Path, tmp_path: Path, nested: str) -> None:
-    """Omni and VL: its config is nested, its tensors are under `language_model.`, the other models' are left out."""
-    expected = n3c("import", folder, "--json").data
+def make_multimodal(folder: Path, nested: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Turn a checkpoint into one of several models; return the others' tensors and the config."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     save_file({f"language_model.{name}": t for name, t in tensors.items()}, folder / "model-00001-of-00002.safetensors")
-    others = {"vision_model.blocks.0.weight": torch.ones(3, 3), "model.mlp1.0.weight": torch.ones(2)}
+    others = {
+        "vision_model.blocks.0.weight": torch.randn(3, 3).to(torch.bfloat16),
+        "model.mlp1.0.weight": torch.tensor([torch.nan, -0.0]),
+        "sound_encoder.steps": torch.tensor(7),
+    }
     save_file(others, folder / "model-00002-of-00002.safetensors")
     weight_map = {f"language_model.{name}": "model-00001-of-00002.safetensors" for name in tensors}
     weight_map |= dict.fromkeys(others, "model-00002-of-00002.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    text = json.loads((folder / "config.json").read_text())
-    ignored = [f"language_model.backbone.layers.{i}.mixer.experts" for i in (1, 4)]
-    outer = {
+    outer: dict[str, Any] = {
         "model_type": "NemotronH_Nano_Omni_Reasoning_V3",
         "architectures": ["NemotronH_Nano_Omni_Reasoning_V3"],
-        nested: text,
+        nested: json.loads((folder / "config.json").read_text()),
         "vision_config": {"hidden_size": 3},
         "sound_config": {},
     }
     (folder / "config.json").write_text(json.dumps(outer))
+    return others, outer
+
+
+@pytest.mark.parametrize("nested", ["text_config", "llm_config"])
+def test_the_text_model_of_a_multimodal_checkpoint(folder: Path, tmp_path: Path, nested: str) -> None:
+    """Omni and VL: its config is nested, its tensors are under `language_model.`, the other models' are left out."""
+    expected = n3c("import", folder, "--json").data
+    tensors = set(load_file(folder / "model.safetensors"))
+    _, outer = make_multimodal(folder, nested)
+    text = outer[nested]
+    ignored = [f"language_model.backbone.layers.{i}.mixer.experts" for i in (1, 4)]
 
     imported = n3c("import", folder, "--json")
     assert imported.code == 0, imported.err
@@ -251,12 +263,14 @@ def test_the_text_model_of_a_multimodal_checkpoint(folder: Path, tmp_path: Path,
     first = imported.data["diagnostics"][0]
     assert first["code"] == "W0305"
     assert (
-        first["message"] == f"the spec is that of the text model, `{nested}`; left out: `vision_config`, `sound_config`"
+        first["message"]
+        == f"the spec is that of the text model, `{nested}`; not in it: `vision_config`, `sound_config`"
     )
     result = n3c("quantize", "--weights", folder, "-o", tmp_path / "out")
     assert result.code == 0, result.err
+    assert "3 tensors of other models (34 bytes) are left out" in result.err
     made = Checkpoint(tmp_path / "out")
-    assert {name for name in made if not name.endswith(("_scale", "_scale_2"))} == set(tensors)
+    assert {name for name in made if not name.endswith(("_scale", "_scale_2"))} == tensors
     written = json.loads((tmp_path / "out/config.json").read_text())
     assert (written["model_type"], written["architectures"]) == ("nemotron_h", ["NemotronHForCausalLM"])
 
@@ -273,13 +287,37 @@ def test_the_text_model_of_a_multimodal_checkpoint(folder: Path, tmp_path: Path,
     assert json.dumps(outer, indent=1).split("\n")[error["line"] - 1].strip() == '"vocab_size": "many",'
 
 
-def test_layers_of_different_sizes_are_refused_by_name(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "nemotron_h_puzzle", "block_configs": [{"top_k": 4}]}
-    (folder / "config.json").write_text(json.dumps(config))
-    result = n3c("import", folder, "--json")
-    (error,) = (found for found in result.data["diagnostics"] if found["severity"] == "error")
-    assert (error["code"], error["message"]) == (
-        "E0304",
-        "`block_configs`: layers that differ in width or top-k are not supported",
-    )
+def test_a_multimodal_checkpoint_as_a_whole(folder: Path, tmp_path: Path) -> None:
+    """Names are those of the source, vision and audio the same bytes, formats are said once and of all."""
+    text_alone, source = tmp_path / "text", folder / "config.json"
+    assert n3c("quantize", "--weights", folder, "-o", text_alone).code == 0
+    refused = n3c("quantize", "--weights", folder, "-o", tmp_path / "out", "--multimodal", "whole", "--json")
+    assert (refused.code, refused.codes) == (2, ["E0701"])
+    others, outer = make_multimodal(folder, "text_config")
+    source.write_text(json.dumps(outer | {"quantization_config": None}))
+    result = n3c("quantize", "--weights", folder, "-o", tmp_path / "out", "--multimodal", "whole", "--json")
+    assert result.code == 0, result.err
+    told = {item["code"]: item["message"] for item in result.data["diagnostics"]}
+    assert told["W0625"] == "3 tensors of other models (34 bytes) are carried byte for byte"
+    stored = {
+        name: tensor for file in (tmp_path / "out").glob("*.safetensors") for name, tensor in load_file(file).items()
+    }
+    for name, tensor in others.items():
+        assert as_bytes(stored.pop(name)) == as_bytes(tensor)
+    expected = load_file(text_alone / "model.safetensors")
+    assert {name.removeprefix("language_model.") for name in stored} == set(expected)
+    assert all(torch.equal(stored[f"language_model.{name}"], tensor) for name, tensor in expected.items())
+
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert (config["model_type"], config["vision_config"]) == (outer["model_type"], {"hidden_size": 3})
+    assert "quantization_config" not in config["text_config"]
+    said = config["quantization_config"]
+    assert "vision_model.blocks.0" in said["ignore"]
+    assert all(name.startswith(("language_model.", "vision_model.")) for name in said["ignore"])
+    assert all(name.startswith("language_model.") for name in said["quantized_layers"])
+    again = import_checkpoint(tmp_path / "out").spec
+    assert again.quantization == import_checkpoint(text_alone).spec.quantization
+    fitting_checkpoint(again, tmp_path / "out")
+    del config["text_config"]["n3c"]  # as a reader of ours would find another tool's
+    (tmp_path / "out/config.json").write_text(json.dumps(config))
+    assert import_checkpoint(tmp_path / "out").spec.quantization is not None

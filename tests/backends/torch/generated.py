@@ -19,6 +19,9 @@ from n3c.specs.schema import Model, Mtp, Spec
 
 SHA256 = "0123456789abcdef" * 4
 
+KEPT_FLOAT32 = ("dt_bias", "A_log", ".D", "e_score_correction_bias")
+"""How the names of tensors end that stay float32 in every cast and export."""
+
 
 def generate(spec: Spec) -> Any:
     """Return the generated package of a spec, imported."""

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from n3c.specs.convert import run_import
 from n3c.specs.huggingface import export_config
 
-from .generated import generate, tiny_spec
+from .generated import KEPT_FLOAT32, generate, tiny_spec
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +312,7 @@ def test_saving_from_a_stream_holds_one_shard(module: Any, tmp_path: Path, monke
     got = {name: tensor for file in files for name, tensor in load_file(file).items()}
     assert len(files) > 5 and got.keys() == expected.keys()
     for name, tensor in got.items():
-        kind = torch.float32 if name.endswith("e_score_correction_bias") else torch.bfloat16
+        kind = torch.float32 if name.endswith(KEPT_FLOAT32) else torch.bfloat16
         assert tensor.dtype == kind and torch.equal(tensor, expected[name].to(kind))
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "bfloat16"
 

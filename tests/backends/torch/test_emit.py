@@ -20,7 +20,7 @@ from n3c.backends.torch.emit import emit
 from n3c.backends.torch.loading import write_files
 from n3c.ir.diagnostics import ExitCode, N3CError
 from n3c.ir.ops import OPS
-from n3c.specs.blocks import GENERAL_LETTERS, KINDS, Mamba
+from n3c.specs.blocks import GENERAL_LETTERS, KINDS, Mamba, MoeLayers
 from n3c.specs.load import load_spec
 from n3c.specs.pattern import Pattern
 from n3c.specs.schema import Model, Spec, Training
@@ -40,6 +40,7 @@ def variants() -> dict[str, Spec]:
     found = {
         "tiny": tiny,
         "standard": tiny_spec(latent_size=None, n_group=2, norm_topk_prob=False),
+        "layers": tiny_spec(layers=(MoeLayers("1", top_k=1), MoeLayers("mtp", intermediate_size=16))),
         "unshared": tiny_spec("ME*", "E", shared_intermediate_size=0),
         "tied": replace(tiny, model=replace(tiny.model, tie_word_embeddings=True, rescale_prenorm_residual=False)),
         "long": replace(
@@ -138,12 +139,12 @@ def test_only_what_the_spec_has() -> None:
 
 
 def test_the_model_reads_from_top_to_bottom() -> None:
-    """Config, the mixers in the order of the symbols, Block, Model: the architecture alone, in about 600 lines."""
+    """Config, the mixers in the order of the symbols, Block, Model: the architecture alone, in about 650 lines."""
     text = emit(tiny_spec(), SHA256)["tiny_test/model.py"]
     classes = [node.name for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
     wanted = ["Config", "Mamba2", "Router", "Experts", "MoE", "Attention", "MLP", "Block", "Backbone", "MTP", "Model"]
     assert [name for name in classes if name in wanted] == wanted
-    assert len(emit(load_spec(SPECS / "super.toml")[0], SHA256)[f"{SUPER}/model.py"].splitlines()) <= 610
+    assert len(emit(load_spec(SPECS / "super.toml")[0], SHA256)[f"{SUPER}/model.py"].splitlines()) <= 680
 
 
 def test_every_letter_of_a_shape_is_in_the_table() -> None:
@@ -174,17 +175,13 @@ def test_header_and_imports() -> None:
     imported = {
         (alias.name if isinstance(node, ast.Import) else str(node.module)).split(".")[0]
         for name, text in files.items()
-        if name.startswith("tiny_test/") and "modeling" not in name
+        if name.startswith("tiny_test/") and name.removeprefix("tiny_test/") not in ("modeling_n3c.py", "callbacks.py")
         for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and not node.level)
         for alias in node.names
     }
-    assert imported - set(sys.stdlib_module_names) == {
-        "rich",
-        "torch",
-        "safetensors",
-        "triton",
-    }  # two where they are installed
+    own = {"torch", "safetensors", "filelock", "jinja2"}  # two of them are torch's own
+    assert imported - set(sys.stdlib_module_names) == own | {"rich", "triton"}  # where they are installed
 
 
 def test_runs_where_there_is_no_n3c(tmp_path: Path) -> None:

@@ -103,6 +103,19 @@ def test_precision_of_rules_only() -> None:
     assert list(matchers).index("mtp.*.linear_qkv") < list(matchers).index("*.linear_qkv")
 
 
+@pytest.mark.parametrize("block", [(16, 16), (1, 16)])
+def test_megatron_is_told_the_ingredients_of_train_py(block: tuple[int, int]) -> None:
+    """What the recipe has Transformer Engine read is what the emulation beside it does."""
+    spec = load_spec(SPECS / "super.toml")[0]
+    assert spec.training is not None
+    files = emit(replace(spec, training=replace(spec.training, block=block)), SHA256)
+    (numerics,) = (text for name, text in files.items() if name.endswith("/numerics.py"))
+    told = dict(re.findall(r'"NVTE_NVFP4_(DISABLE_\w+)": (\d),', files["megatron_recipe.py"]))
+    done = dict(re.findall(r"^(DISABLE_\w+) = (\w+)", numerics, re.MULTILINE))
+    assert len(told) == 3
+    assert {name: bool(int(value)) for name, value in told.items()} == {name: done[name] == "True" for name in told}
+
+
 def test_stages_of_the_pattern() -> None:
     spec = tiny_spec()
     cut = replace(spec, model=replace(spec.model, pattern=Pattern.parse("MEM* | E-ME")))

@@ -39,6 +39,19 @@ def test_export_of_forward(model: Any, dtype: torch.dtype) -> None:
         torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 
+def test_export_of_any_length(model: Any) -> None:
+    """One graph for any batch, and for any length of more than a chunk, with labels."""
+    batch, length = torch.export.Dim("batch", max=8), torch.export.Dim("length", min=17, max=512)
+    shapes = {"input_ids": {0: batch, 1: length}, "labels": {0: batch, 1: length}}
+    exported = torch.export.export(model, (IDS, IDS), dynamic_shapes=shapes, strict=False).module()
+    for rows, tokens in ((1, 17), (3, 64), (2, 77)):
+        ids = torch.randint(97, (rows, tokens), generator=torch.Generator().manual_seed(tokens))
+        with torch.no_grad():
+            expected, got = model(ids, ids), exported(ids, ids)
+        torch.testing.assert_close(got.logits, expected.logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got.loss, expected.loss, atol=1e-5, rtol=1e-5)
+
+
 class Decode(nn.Module):
     """`Model.step` without side effects: the state's tensors go in and come out, as an exported graph needs it.
 

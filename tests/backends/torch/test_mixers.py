@@ -238,17 +238,20 @@ def test_initialisation(module: Any) -> None:
     weights = model.state_dict()
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
     mamba = {k.removeprefix("backbone.layers.0.mixer."): v for k, v in weights.items()}
-    torch.testing.assert_close(mamba["A_log"].exp(), torch.arange(1.0, 9.0))
+    A = mamba["A_log"].exp()
+    assert A.min() >= 1 and A.max() <= 16 and len(A.unique()) == 8
     assert torch.equal(mamba["D"], torch.ones(8))
     dt = torch.nn.functional.softplus(mamba["dt_bias"])
     assert dt.min() >= 0.000999 and dt.max() <= 0.1001 and len(dt.unique()) == 8
-    bound = 1 / math.sqrt(128) / math.sqrt(8)  # Kaiming, a = sqrt(5), over sqrt(blocks)
-    assert 0.95 * bound < mamba["out_proj.weight"].abs().max() <= bound
     for name in ("backbone.embeddings.weight", "lm_head.weight", "backbone.layers.0.mixer.in_proj.weight"):
         assert abs(weights[name].std().item() - 0.02) < 0.001, name
     for name, tensor in weights.items():
-        if name.endswith(("gate.weight", "experts.up_proj", "experts.down_proj", "eh_proj.weight")):
-            assert abs(tensor.std().item() - 0.02) < 0.002, name
+        if name.endswith(
+            ("out_proj.weight", "o_proj.weight", "down_proj.weight", "down_proj", "fc2_latent_proj.weight")
+        ):
+            assert tensor.std().item() == pytest.approx(0.02 / math.sqrt(8), rel=0.05), name
+        elif name.endswith(("gate.weight", "experts.up_proj", "eh_proj.weight", "fc1_latent_proj.weight")):
+            assert tensor.std().item() == pytest.approx(0.02, rel=0.05), name
         elif "norm" in name:
             assert torch.equal(tensor, torch.ones_like(tensor)), name
         elif name.endswith("e_score_correction_bias"):

@@ -141,8 +141,15 @@ def test_killed_and_resumed(folder: Path, trained: tuple[Path, dict[int, float]]
         [*TWO_OF_TWO, "--parallelism.expert-parallel-degree", "2"],
         ["--training.local-batch-size", "4", "--parallelism.tensor-parallel-degree", "2"],
         ["--training.local-batch-size", "1", "--training.global-batch-size", "4"],
+        [
+            *TWO_OF_TWO,
+            "--parallelism.data-parallel-shard-degree",
+            "1",
+            "--parallelism.data-parallel-replicate-degree",
+            "2",
+        ],
     ],
-    ids=["expert", "tensor", "accumulation"],
+    ids=["expert", "tensor", "accumulation", "replicated"],
 )
 def test_parallelism(options: list[str], folder: Path, trained: tuple[Path, dict[int, float]]) -> None:
     found = losses(finish(start_titan(folder, folder / options[-2].strip("-"), *options)))
@@ -158,3 +165,16 @@ def test_released_weights_and_nvfp4(folder: Path, trained: tuple[Path, dict[int,
     low = losses(finish(start_titan(folder, folder / "low", *start_from, config="pretrain_nvfp4")))
     assert plain[1] < trained[1][1] - 1
     assert 0 < abs(low[1] - plain[1]) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ("context-parallel-degree", "no context parallelism: a scan's state passes through the whole sequence"),
+        ("pipeline-parallel-degree", "does not support pipelining"),
+    ],
+)
+def test_what_is_refused(option: str, reason: str, folder: Path) -> None:
+    process = start_titan(folder, folder / option, *TWO_OF_TWO, f"--parallelism.{option}", "2")
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode != 0 and reason in printed, printed[-3000:]

@@ -6,6 +6,7 @@ import ast
 import bz2
 import errno
 import gzip
+import importlib.metadata
 import io
 import json
 import os
@@ -27,7 +28,7 @@ from safetensors.torch import load_file
 from n3c.backends.torch.emit import emit
 from n3c.specs.schema import Rule, Training
 
-from .generated import SHA256, imported, tiny_spec, write_generated
+from .generated import KEPT_FLOAT32, SHA256, imported, tiny_spec, write_generated
 
 TEXT = b"a small text, again and again; " * 40
 
@@ -52,6 +53,12 @@ def text(tmp_path: Path) -> Path:
 def arguments(data: Path, out: Path, *more: str) -> list[str]:
     given = ["--data", str(data), "--out", str(out), "--steps", "2", "--batch-size", "2", "--seq-len", "16"]
     return [*given, "--save-every", "1", "--val-every", "0", *more]
+
+
+def opened(train: Any, data: Path) -> Any:
+    """Return the tokens of --data, with default settings."""
+    settings = train.settings.parse_settings("", arguments(data, data / "out"))
+    return train.sources.open_tokens(data, settings)
 
 
 def npy(array: Any) -> bytes:
@@ -121,7 +128,7 @@ def test_loops_of_links(train: Any, tmp_path: Path, capsys: pytest.CaptureFixtur
     said = failure(train, capsys, 6, *arguments(tmp_path / "loop", tmp_path / "out"))
     assert "cannot be read: Too many levels of symbolic links" in said
     (tmp_path / "text").write_bytes(TEXT)
-    assert train.data.Tokens(tmp_path, 256).count == len(TEXT)
+    assert opened(train, tmp_path).count == len(TEXT)
 
 
 def test_a_sparse_giant_is_refused(train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,7 +151,7 @@ def test_texts_of_any_size(train: Any, tmp_path: Path) -> None:
     texts = [b"small", bytes(range(256)) * 4096 + b"!", b"", TEXT, bytes(1 << 20)]
     for number, text in enumerate(texts):
         (tmp_path / f"{number}.txt").write_bytes(text)
-    tokens, whole = train.data.Tokens(tmp_path, 256), b"".join(texts)
+    tokens, whole = opened(train, tmp_path), b"".join(texts)
     assert tokens.count == len(whole) and tokens.bytes_are_tokens
     for start in (0, 3, len(texts[1]) - 2, len(texts[1]) + 3, len(whole) - 4000):
         assert bytes(tokens.read(start, 4000).tolist()) == whole[start : start + 4000]
@@ -156,7 +163,7 @@ def test_more_files_than_may_be_open(train: Any, tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
     try:
-        tokens = train.data.Tokens(tmp_path, 256)
+        tokens = opened(train, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert tokens.read(4, 7).tolist() == [0, 1, 1, 1, 1, 1, 2]
@@ -183,7 +190,14 @@ def test_empty_folder(train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--seed", "-1"], "--seed -1 is not from 0"),
         (["--seed", str(1 << 63)], "is not from 0 to 9223372036854775807"),
         (["--batch-size", str(1 << 40)], "--batch-size 1099511627776 is more than 1048576"),
-        (["--warmup", "0.9"], "--warmup and --decay together"),
+        (["--warmup", "0.9"], "--warmup and --decay must fit into --steps"),
+        (["--warmup", "3"], "--warmup and --decay must fit into --steps"),
+        (["--schedule", "step"], "--schedule step is none of wsd, cosine, linear"),
+        (["--optimizer", "muon", "--numerics", "bf16-split"], "--optimizer muon cannot be combined with"),
+        (["--train", "mtp.*"], "--train mtp.*: no weight has such a role; there are attention.k_proj"),
+        (["--freeze", "moe.gate"], "--freeze moe.gate: no weight has such a role"),
+        (["--freeze", "*"], "--train and --freeze leave nothing to train"),
+        (["--ema", "1"], "--ema must be less than 1"),
         (["--document-separator", "256"], "--document-separator 256 is not from -1 to 255"),
         (
             ["--compile", "--activation-checkpointing", "--tensor-parallel", "2"],
@@ -257,7 +271,7 @@ def test_blocks_that_are_computed_twice(train: Any, text: Path, tmp_path: Path, 
 def test_an_earlier_run_is_not_mixed_in(
     train: Any, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = arguments(text, tmp_path / "out")
+    given = arguments(text, tmp_path / "out", "--keep", "1")
     assert train.train.main(given) == 0
     assert "add --resume, or choose another --out" in failure(train, capsys, 6, *given)
     assert "lr 0.001, now 0.5" in failure(train, capsys, 6, *given, "--resume", "--lr", "0.5")
@@ -284,7 +298,7 @@ def test_an_earlier_run_is_not_mixed_in(
 def test_a_checkpoint_that_is_damaged(
     train: Any, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, message: str
 ) -> None:
-    given = arguments(text, tmp_path / "out")
+    given = arguments(text, tmp_path / "out", "--keep", "1")
     assert train.train.main(given) == 0
     about = tmp_path / "out" / "checkpoints" / "step-000000002" / "train.json"
     about.write_text(about.read_text().replace(old, new, 1))
@@ -398,7 +412,7 @@ def test_reads_every_form_alike(train: Any, tmp_path: Path) -> None:
     (tmp_path / "texts" / "1").write_bytes(bytes(ids[:301].tolist()))
     (tmp_path / "texts" / "2").write_bytes(bytes(ids[301:].tolist()))
     for path in tmp_path.iterdir():
-        tokens = train.data.Tokens(path, 256)
+        tokens = opened(train, path)
         assert tokens.count == 1000
         for start, length in ((0, 1000), (299, 2), (300, 1), (990, 10)):
             assert tokens.read(start, length).tolist() == ids[start : start + length].tolist(), path
@@ -407,14 +421,14 @@ def test_reads_every_form_alike(train: Any, tmp_path: Path) -> None:
 def test_epochs_are_shuffled_windows(train: Any, tmp_path: Path) -> None:
     """Each epoch reads every window once, in an order of its own that depends on the seed alone."""
     np.save(tmp_path / "ids.npy", np.arange(64))
-    tokens = train.data.Tokens(tmp_path / "ids.npy", 256)
+    tokens = opened(train, tmp_path / "ids.npy")
     windows = train.data.Windows(tokens, 0, 64, 8, seed=3)
-    epochs = [[windows.shuffled(e * 8 + n).tolist() for n in range(8)] for e in range(2)]
+    epochs = [[windows.shuffled(e * 8 + n).ids.tolist() for n in range(8)] for e in range(2)]
     for epoch in epochs:
         assert sorted(x for window in epoch for x in window) == list(range(64))
     assert epochs[0] != epochs[1]
     other = train.data.Windows(tokens, 0, 64, 8, seed=4)
-    assert [other.shuffled(n).tolist() for n in range(8)] != epochs[0]
+    assert [other.shuffled(n).ids.tolist() for n in range(8)] != epochs[0]
 
 
 def test_groups_of_the_optimizer(train: Any) -> None:
@@ -446,27 +460,27 @@ def test_document_separator(train: Any, text: Path, tmp_path: Path) -> None:
     settings = train.settings.parse_settings("", run)
     model = train.weights.build_model(settings, train.world.World(0, 1, torch.device("cpu")), None)
     windows, held_out = train.data.open_data(settings)
-    ids = torch.stack([windows.shuffled(n) for n in range(2)])
+    ids = torch.stack([windows.shuffled(n).ids for n in range(2)])
     documents = train.data.documents_of(ids, ord(" "))
     assert documents.max() > 0
     assert line["loss"] == pytest.approx(model(ids, ids, documents).loss.item(), abs=1e-6)
     assert line["loss"] != pytest.approx(model(ids, ids).loss.item(), abs=1e-4)
     train.checkpoint.load_checkpoint(model, tmp_path / "out" / "export")
-    rows = torch.stack([held_out.read(n) for n in range(held_out.per_epoch)])
+    rows = torch.stack([held_out.read(n).ids for n in range(held_out.per_epoch)])
     documents = train.data.documents_of(rows, ord(" "))
     losses = -model(rows, None, documents).logits.log_softmax(-1)[:, :-1].gather(2, rows[:, 1:, None])[..., 0]
     assert line["val_loss"] == pytest.approx(losses[documents[:, 1:] == documents[:, :-1]].mean().item(), abs=1e-5)
 
 
 def test_export_in_bfloat16(train: Any, text: Path, tmp_path: Path) -> None:
-    """It may change when a run goes on; the bias of a router stays float32."""
+    """It may change when a run goes on; what stays float32 in a cast does so in it."""
     run = arguments(text, tmp_path / "out", "--steps", "1")
     assert train.train.main(run) == 0
     path = tmp_path / "out" / "export" / "model.safetensors"
     exact = load_file(path)
     assert train.train.main([*run, "--resume", "--export-dtype", "bfloat16"]) == 0
     for name, tensor in load_file(path).items():
-        kind = torch.float32 if name.endswith("e_score_correction_bias") else torch.bfloat16
+        kind = torch.float32 if name.endswith(KEPT_FLOAT32) else torch.bfloat16
         assert tensor.dtype == kind and torch.equal(tensor, exact[name].to(kind))
 
 
@@ -529,14 +543,14 @@ def test_one_checkpoint_at_a_time(train: Any, tmp_path: Path, monkeypatch: pytes
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     world = train.world.World(0, 1, torch.device("cpu"))
-    store = train.checkpointing.Checkpoints(tmp_path / "store", 2, world, 0, {})
+    store = train.checkpointing.Checkpoints(tmp_path / "store", 2, world, {}, {})
     for step in (1, 2):
         store.save(model, optimizer, settings, step)
         assert [path.name for path in store.all()] == [f"step-{n:09d}" for n in range(1, step)]
         assert not store.ready()
     assert log == [f"{what} .step-{n:09d}" for what, n in (("begin", 1), ("end", 1), ("begin", 2))]
     # A process that starts now, as after a kill, finds the first checkpoint only.
-    found = train.checkpointing.Checkpoints(tmp_path / "store", 2, world, 0, {}).all()
+    found = train.checkpointing.Checkpoints(tmp_path / "store", 2, world, {}, {}).all()
     assert [path.name for path in found] == ["step-000000001"]
     store.finish()
     assert len(store.all()) == 2
@@ -609,19 +623,25 @@ def test_tensorboard(
 
 
 def test_needs_torch_and_safetensors_only() -> None:
-    """What the files import at once; rich and TensorBoard only when they are used."""
+    """And what torch itself needs, at once; rich, TensorBoard and what reads data when they are used."""
     files = emit(replace(tiny_spec(), training=Training("nvfp4")), SHA256)
     roots = set[str]()
     for name in (
         "train.py",
-        *(name for name in files if name.startswith("tiny_test/") and not re.search("modeling|kernels", name)),
+        *(
+            name
+            for name in files
+            if name.startswith("tiny_test/") and not re.search("modeling|callbacks|kernels", name)
+        ),
     ):
         for node in ast.parse(files[name]).body:
             if isinstance(node, ast.Import):
                 roots |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 roots.add((node.module or "").partition(".")[0])
-    assert roots - sys.stdlib_module_names == {"tiny_test", "torch", "safetensors"}
+    assert roots - sys.stdlib_module_names == {"tiny_test", "torch", "safetensors", "filelock", "jinja2"}
+    needed = " ".join(importlib.metadata.requires("torch") or [])
+    assert "filelock" in needed and "jinja2" in needed
 
 
 class Mesh:
@@ -641,7 +661,7 @@ def test_sizes_that_do_not_divide(train: Any, monkeypatch: pytest.MonkeyPatch) -
     """All of them at once; 8 experts, 4 heads, 2 key-value heads, 8 Mamba-2 heads in 2 groups, widths 48 and 80."""
     require, meshes = train.parallelize.require_divisible, train.parallelize.Meshes
     with pytest.raises(ValueError, match="8") as error:
-        require(train.model.Config(), meshes(Mesh(3), Mesh(3), Mesh(3)))
+        require(train.model.Config(), meshes(Mesh(3), Mesh(3), Mesh(3), Mesh(3)))
     assert str(error.value).split("; ") == [
         "attention_num_heads 4 does not divide by 3 tensor-parallel processes",
         "mamba_num_heads 8 does not divide by 3 tensor-parallel processes",
@@ -650,7 +670,7 @@ def test_sizes_that_do_not_divide(train: Any, monkeypatch: pytest.MonkeyPatch) -
         "attention_num_kv_heads 2 neither divides by nor into 3 tensor-parallel processes",
         "moe_num_experts 8 does not divide by 3 expert-parallel processes",
     ]
-    require(train.model.Config(), meshes(Mesh(2), Mesh(2), Mesh(2)))
+    require(train.model.Config(), meshes(Mesh(2), Mesh(2), Mesh(2), Mesh(2)))
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 6)
     with pytest.raises(ValueError, match="6 processes do not divide into 2 expert-parallel x 2 tensor-parallel"):
         meshes.over_all("cpu", expert=2, tensor=2)

@@ -443,6 +443,15 @@ def test_preference(package: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (dispatch.kernels(x) is not None, dispatch.prefer_mamba_ssm()) == (ours, theirs)
 
 
+def test_what_mamba_ssm_does_not_reach(package: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its offsets have 32 bits: a view whose memory is longer goes elsewhere."""
+    dispatch = importlib.import_module(f"{package.__name__}.dispatch")
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    x = torch.empty(1, 2**18 + 1, 2**13, device="meta")
+    assert not dispatch.mamba_ssm_reaches(x) and not dispatch.mamba_ssm_reaches(x[..., :64])
+    assert dispatch.mamba_ssm_reaches(x[:, 1:]) and dispatch.mamba_ssm_reaches(x[..., :64].contiguous())
+
+
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
 def test_compiles(package: Any, capability: int) -> None:
     """Every kernel compiles for a GPU, which need not be there, at the sizes of Nemotron 3 Nano in bfloat16."""

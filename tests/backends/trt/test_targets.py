@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from n3c.backends.trt.module import load_trt, version
-from n3c.backends.trt.targets import PORTABLE, TARGETS, Flavour, lacking, require
-from n3c.ir.diagnostics import ExitCode, N3CError, Span
+from n3c.backends.trt.targets import PORTABLE, TARGETS, Flavour, lacking, require, sm_versions, unpublished
+from n3c.ir.diagnostics import ExitCode, N3CError, Severity, Span
 from n3c.ir.types import DType
 
 SPAN = Span("m.toml", 7, 1)
@@ -53,6 +53,13 @@ def test_what_cannot_be_built_for(sms: tuple[int, ...], flavour: Flavour, codes:
     assert all(d.span == SPAN for d in diagnostics)
 
 
+def test_what_nvidia_does_not_list_is_noted() -> None:
+    (note,) = unpublished(PORTABLE)
+    assert (note.code, note.severity) == ("W0520", Severity.NOTE)
+    assert note.message.startswith("SM 80 (Ampere, A100) is outside NVIDIA's support matrix")
+    assert unpublished((80,), "full") == unpublished((86, 89, 120, 121)) == unpublished((7,)) == []
+
+
 def test_messages_tell_what_would_work() -> None:
     (fault,) = require((75,))
     assert "SM 75 (Turing, RTX 20) has no BF16 type" in fault.message
@@ -89,3 +96,32 @@ def test_a_missing_tensorrt_is_an_error_with_the_command_that_installs_it(monkey
 
 def test_version() -> None:
     assert version(load_trt()).startswith("tensorrt_rtx 1.")
+
+
+@pytest.mark.parametrize(
+    ("given", "versions"),
+    [
+        ("sm_89", (89,)),
+        ("8.9", (89,)),
+        ("12.0", (120,)),
+        ("sm120, 8.6 ,86", (120, 86)),
+        ("native", (89, 120)),
+        ("120,native", (120, 89)),
+    ],
+)
+def test_spellings_of_an_sm_version(given: str, versions: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("n3c.backends.trt.targets.compute_capabilities", lambda: (89, 89, 120))
+    assert sm_versions(given) == versions
+
+
+@pytest.mark.parametrize("given", ["8.95", "sm_", "sm 89", "x8.9", "8.", "natives", "8.9.1", "\u0668.9"])
+def test_what_is_no_sm_version(given: str) -> None:
+    with pytest.raises(N3CError, match="is no SM version"):
+        sm_versions(given)
+
+
+def test_native_without_a_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("n3c.backends.trt.targets.compute_capabilities", tuple)
+    with pytest.raises(N3CError, match="there is no NVIDIA GPU here") as caught:
+        sm_versions("native")
+    assert caught.value.exit_code is ExitCode.TARGET

@@ -15,7 +15,7 @@ import pytest
 
 from n3c.backends.trt.plan_comparison import same_but_for_order
 from n3c.compiler import build, repro
-from n3c.ir.diagnostics import N3CError
+from n3c.ir.diagnostics import ExitCode, N3CError
 from n3c.specs.load import load_spec
 from support.checkpoints import write_checkpoint
 from support.command import n3c, n3c_program, tree, write_small
@@ -222,3 +222,7 @@ def test_plans_are_built_again(tmp_path: Path) -> None:
     replaced(out, f"trt/{plan.name}.json", json.dumps(sidecar | {"sha256": "0" * 64}, indent=1).encode())
     different = [file.path for file in repro(out).files if not file.ok]
     assert different == [f"trt/{plan.name}", f"trt/{plan.name}.json"]
+    replaced(out, f"trt/{plan.name}.json", b"[]")
+    with pytest.raises(N3CError) as caught:
+        repro(out)
+    assert (caught.value.exit_code, caught.value.diagnostics[0].code) == (ExitCode.FILE, "E0641")

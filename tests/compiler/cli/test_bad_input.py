@@ -70,6 +70,9 @@ def test_bad_specs(case: str, tmp_path: Path) -> None:
         ("moe.top_q=3", "E0102", 3),
         ("model.hidden_size.x=3", "E0114", 3),
         ("quantization.rules.7.format=bf16", "E0114", 3),
+        ("quantization.rules.x.format=bf16", "E0114", 3),
+        ("quantization.rules.²0.format=bf16", "E0114", 3),
+        ("quantization.rules.9999999999.format=bf16", "E0114", 3),
         ("moe.top_k=many", "E0105", 3),
         ("moe.top_k=9", "E0206", 3),
         ('name="]; import os', "E0111", 3),
@@ -248,7 +251,9 @@ def test_a_missing_package_is_the_machines_fault(tmp_path: Path, monkeypatch: py
 
 @contextlib.contextmanager
 def unprivileged(folder: Path) -> Generator[None]:
-    """Act as a user who may not write to `folder`, as tests may run as root, who may do anything."""
+    """Act as a user who may read `folder` but not write to it, as tests may run as root, who may do anything."""
+    for path in folder.rglob("*"):  # whatever the umask says
+        path.chmod(0o755 if path.is_dir() else 0o644)
     folder.chmod(0o555)
     root = os.geteuid() == 0
     if root:

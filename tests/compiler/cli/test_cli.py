@@ -13,6 +13,7 @@ from typing import Any
 import click
 import pytest
 
+from n3c.compiler.building.judged import Judged
 from n3c.compiler.cli import main as cli
 from n3c.ir.diagnostics import Diagnostic
 from support.command import PROGRAM, n3c, n3c_program, write_small
@@ -91,7 +92,7 @@ def test_no_command_shows_the_help_and_is_a_usage_error() -> None:
     assert "Commands:" in result.err
 
 
-@pytest.mark.parametrize("arguments", [["frob"], ["--frob"], ["check"], ["check", "a", "b"], ["check", "--frob", "a"]])
+@pytest.mark.parametrize("arguments", [["frob"], ["--frob"], ["check"], ["schema", "a"], ["check", "--frob", "a"]])
 def test_usage_errors(arguments: list[str]) -> None:
     result = n3c(*arguments)
     assert (result.code, result.out) == (2, "")
@@ -142,7 +143,7 @@ def test_warnings_are_in_json_and_on_stderr(tmp_path: Path) -> None:
     assert (result.code, result.data["ok"]) == (0, True)
     assert [(d["code"], d["severity"]) for d in result.data["diagnostics"]] == [("W0201", "warning")]
     assert "warning[W0201]" in result.err
-    assert n3c("check", spec).out == f"{spec}: ok (small), 1 warning\n"
+    assert n3c("check", spec).out == f"{spec}: ok (small), 7 layers: 3 M, 3 E, 1 *; 1 warning\n"
 
 
 def test_snake_case_is_accepted(tmp_path: Path) -> None:
@@ -168,7 +169,7 @@ def test_print_ir_after_all_shows_every_stage_once(tmp_path: Path) -> None:
 def test_overrides_reach_every_command(tmp_path: Path) -> None:
     spec = write_small(tmp_path)
     more = ("--set", "moe.num_experts=16", "--set", 'name="big"')
-    assert n3c("check", spec, *more).out == f"{spec}: ok (big)\n"
+    assert n3c("check", spec, *more).out == f"{spec}: ok (big), 8 layers: 3 M, 3 E, 1 *, 1 -\n"
     assert n3c("inspect", spec, *more, "--json").data["name"] == "big"
     assert json.loads(n3c("export-config", spec, *more).out)["n_routed_experts"] == 16
     assert n3c("build", spec, *more, "--target", "torch", "-o", tmp_path / "out").code == 0
@@ -243,11 +244,11 @@ def test_a_fault_of_n3c_is_told_as_such_and_debug_shows_where(
 
 
 def test_a_precision_that_is_not_realised_is_exit_code_5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def emit_engines(*arguments: Any) -> tuple[list[Diagnostic], dict[str, Any]]:
+    def emit_engines(*arguments: Any) -> Judged:
         folder = arguments[0].folder
         (folder / "trt").mkdir()
         (folder / "trt/audit.json").write_text("{}", encoding="utf-8")
-        return [Diagnostic("E0506", "`lm_head` is fp8 but the plan computes it as bf16")], {}
+        return Judged([Diagnostic("E0506", "`lm_head` is fp8 but the plan computes it as bf16")])
 
     monkeypatch.setattr("n3c.compiler.building.plans.emit_engines", emit_engines)
     spec, out = write_small(tmp_path), tmp_path / "out"

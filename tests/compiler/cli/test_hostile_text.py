@@ -48,11 +48,15 @@ def spec(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("command", list(COMMANDS))
 def test_paths_and_options(command: str, spec: Path, tmp_path: Path) -> None:
-    takes_nothing = command in ("passes", "schema", "doctor")
+    takes_nothing = command in ("passes", "schema", "doctor", "specs")
     outcome = shows_text_only(n3c(command, tmp_path / HOSTILE, "--json"))
-    assert outcome.code == (2 if takes_nothing or command in ("build", "quantize", "run") else outcome.code) != 0
+    if command == "init":  # which writes a file of any name
+        assert (outcome.code, (tmp_path / HOSTILE).is_file()) == (0, True)
+    else:
+        assert outcome.code == (2 if takes_nothing or command in ("build", "quantize", "run") else outcome.code) != 0
     for option in (f"--{HOSTILE}", "--json"):
-        assert shows_text_only(n3c(command, spec, option, HOSTILE)).code == 2
+        taken = command in ("check", "diff") and option == "--json"  # as a second spec
+        assert shows_text_only(n3c(command, spec, option, HOSTILE)).code == (6 if taken else 2)
 
 
 def test_commands_and_values(spec: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ CASES = [
     ("check SPEC --target onnx --trt full", "--trt", "--target trt"),
     ("inspect BUILD --context 8", "--context", "a SPEC or a CHECKPOINT"),
     ("inspect BUILD --batch 1", "--batch", "a SPEC or a CHECKPOINT"),
+    ("inspect BUILD --memory 24GB", "--memory", "a SPEC or a CHECKPOINT"),
     ("inspect BUILD --set moe.top_k=2", "--set", "a SPEC"),
     ("inspect config.json --set moe.top_k=2", "--set", "a SPEC"),
     ("import config.json --force", "--force", "--output"),

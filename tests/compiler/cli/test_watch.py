@@ -58,7 +58,10 @@ SPEC = (
 )
 LINES: dict[str, list[str]] = {
     "check": ["spec.toml --target trt --context 16"],
+    "init": ["begun.toml"],
+    "specs": [""],
     "inspect": ["spec.toml", "weights", "out"],
+    "diff": ["spec.toml tiny", "weights weights"],
     "build": ["spec.toml --target torch -o out --weights weights", "spec.toml --target onnx -o out"],
     "quantize": [
         "spec.toml --weights weights -o quantized",
@@ -81,7 +84,7 @@ LINES: dict[str, list[str]] = {
 """Command → what is run of it, one after the other; a command that is not here fails the test."""
 if find_spec("tensorrt_rtx"):
     LINES["build"].append("spec.toml --target trt --entry decode -o out")
-OUTPUTS = {"out", "quantized", "calibrated", "scales.json", "chosen.toml", "imported.toml", "config.json"}
+OUTPUTS = {"out", "quantized", "calibrated", "scales.json", "chosen.toml", "begun.toml", "imported.toml", "config.json"}
 """What the commands above are told to write."""
 PACKAGE = Path(n3c.ir.__path__[0]).resolve().parent
 
@@ -108,7 +111,8 @@ def watched(place: Path, program: list[str], *, alone: bool) -> tuple[int, list[
     environment = {
         key: value for key, value in os.environ.items() if not key.startswith(("XDG_", "ORT_", "HF_", "TORCH"))
     }
-    environment |= {"HOME": str(place / "home"), "TMPDIR": str(place / "temporary"), "PYTHONPATH": str(place / "hook")}
+    imported = os.pathsep.join([str(place / "hook"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment |= {"HOME": str(place / "home"), "TMPDIR": str(place / "temporary"), "PYTHONPATH": imported}
     environment |= {"N3C_WATCH_LOG": str(log), "N3C_COUNTERS": str(counters)}
     command = [*(OWN_NETWORK if alone else ()), *program]
     done = subprocess.run(

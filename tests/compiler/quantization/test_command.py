@@ -65,7 +65,8 @@ def test_auto_writes_a_spec_that_gives_the_same_checkpoint(folder: Path, tmp_pat
         "--activation-scales", tmp_path / "scales.json",
     )  # fmt: skip
     assert again.code == 0, again.err
-    assert tree(tmp_path / "again") == tree(tmp_path / "out")
+    one, other = tree(tmp_path / "again"), tree(tmp_path / "out")
+    assert {name for name in one if one[name] != other[name]} == {"README.md", "n3c_record.json"}  # other commands
 
     like = quantize(
         folder, tmp_path / "like", "--like", tmp_path / "out", "--activation-scales", tmp_path / "scales.json"

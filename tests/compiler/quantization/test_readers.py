@@ -1,4 +1,4 @@
-"""Quantized checkpoints as vLLM, SGLang and TensorRT Edge-LLM read them, by their own rules (`support.readers`)."""
+"""What quantized checkpoints say, by what their readers need; tests/readers runs those (docs/readers.md)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from n3c.compiler.quantization.units import find_linears
 from n3c.specs.convert import run_import
 from support.checkpoints import write_checkpoint
 from support.command import n3c
-from support.readers import EdgeLlm, Layer, Sglang, Vllm, layers_of
 from support.specs import small_spec
 
 MIXED = """
@@ -61,6 +60,12 @@ class Made:
             if re.search(r"(_proj|lm_head|conv1d)\.weight$", name)
         ]
 
+    @property
+    def scales(self) -> tuple[object, ...]:
+        """The option that it was calibrated by, if it was."""
+        path = self.folder.parent / "scales.json"
+        return ("--activation-scales", path) if path.exists() else ()
+
     def held(self, module: str) -> str | None:
         """Return the algorithm of a linear, from its tensors alone."""
         kind = self.checkpoint.info(f"{module}.weight")[0]
@@ -68,11 +73,6 @@ class Made:
             return None
         calibrated = f"{module}.input_scale" in self.checkpoint
         return "FP8" if kind == "F8_E4M3" else "NVFP4" if calibrated else "W4A16_NVFP4"
-
-    def held_of(self, layer: Layer) -> str | None:
-        """Return the algorithm of what a loader merges into one."""
-        (found,) = {self.held(module) for module in layer.modules}
-        return found
 
 
 def make(folder: Path, table: str, *, calibrated: bool) -> Made:
@@ -104,42 +104,46 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
 
 ALL = ("uniform", "mixed", "two formats", "by default", "FP8 uncalibrated")
 ALGORITHM = {
-    "uniform": "NVFP4",
-    "mixed": "MIXED_PRECISION",
-    "two formats": "MIXED_PRECISION",
-    "by default": "MIXED_PRECISION",
-    "FP8 uncalibrated": "MIXED_PRECISION",
+    "uniform": ("NVFP4", "NVFP4"),
+    "mixed": ("MIXED_PRECISION", "MIXED_PRECISION"),
+    "two formats": ("MIXED_PRECISION", "MIXED_PRECISION"),
+    "by default": ("MIXED_PRECISION", "W4A16_NVFP4"),
+    "FP8 uncalibrated": ("MIXED_PRECISION", "MIXED_PRECISION"),
 }
+"""The `quant_algo` of hf_quant_config.json, which Edge-LLM reads, and of config.json, which the others do."""
+
+
+def experts_of(module: str) -> str:
+    """Return the `….experts` that a linear belongs to, which vLLM and SGLang load as one; empty for another linear."""
+    found = re.fullmatch(r"(.+\.experts)\.\d+\.\w+", module)
+    return found[1] if found else ""
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_vllm_loads_every_layer_as_it_is_stored(made: dict[str, Made], name: str) -> None:
-    checkpoint = made[name]
-    assert checkpoint.hf["quantization"]["quant_algo"] == ALGORITHM[name]
-    assert checkpoint.hf["producer"]["name"] == "modelopt"  # by which vLLM knows the file
-    readers = [Vllm(checkpoint.config["quantization_config"]), Vllm(checkpoint.hf)]
-    layers = layers_of(checkpoint.modules)
-    assert sum(layer.experts for layer in layers) == 4
-    for layer in layers:
-        for reader in readers:
-            assert reader.format(layer) == checkpoint.held_of(layer), layer.name
+def test_several_formats_and_weight_only_have_a_key_for_each_linear(made: dict[str, Made], name: str) -> None:
+    said, config = made[name].hf["quantization"], made[name].config["quantization_config"]
+    assert (said["quant_algo"], config["quant_algo"]) == ALGORITHM[name]
+    assert made[name].hf["producer"]["name"] == "modelopt"  # by which vLLM knows the file
+    if said["quant_algo"] == "MIXED_PRECISION":
+        keys = {module: entry["quant_algo"] for module, entry in said["quantized_layers"].items()}
+        held = {module: made[name].held(module) for module in made[name].modules}
+        assert keys == {module: algorithm for module, algorithm in held.items() if algorithm is not None}
+        assert config["quantized_layers"] == said["quantized_layers"]
+    else:
+        assert {"group_size", "kv_cache_quant_algo", "exclude_modules"} <= set(said)  # vLLM wants all three
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_sglang_loads_every_layer_as_it_is_stored(made: dict[str, Made], name: str) -> None:
+def test_what_is_left_out_is_no_part_of_what_is_quantized(made: dict[str, Made], name: str) -> None:
+    """VLLM also takes a name as a part of another; SGLang leaves experts out by `….experts` only."""
     checkpoint = made[name]
-    for reader in (Sglang(checkpoint.config["quantization_config"]), Sglang(checkpoint.hf)):
-        for layer in layers_of(checkpoint.modules):
-            assert reader.format(layer) == checkpoint.held_of(layer), layer.name
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_edge_llm_loads_every_linear_as_it_is_stored(made: dict[str, Made], name: str) -> None:
-    checkpoint = made[name]
-    reader = EdgeLlm(checkpoint.hf, checkpoint.checkpoint)
-    kinds = {"NVFP4": "nvfp4", "W4A16_NVFP4": "w4a16_nvfp4", "FP8": "fp8", None: None}
-    for module in checkpoint.modules:
-        assert reader.format(module) == kinds[checkpoint.held(module)], module
+    excluded = set(checkpoint.config["quantization_config"]["ignore"])
+    assert excluded == set(checkpoint.hf["quantization"].get("exclude_modules", excluded))
+    quantized = [module for module in checkpoint.modules if checkpoint.held(module) is not None]
+    assert not [(part, module) for part in excluded for module in quantized if part in module]
+    kept = {module for module in checkpoint.modules if checkpoint.held(module) is None}
+    experts = {experts_of(module) for module in kept} - {experts_of(module) for module in quantized}
+    assert excluded == kept | (experts - {""})
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -171,7 +175,7 @@ def test_transformers_and_n3c_read_the_config(made: dict[str, Made], name: str) 
 
 def test_the_formats_are_read_from_either_file_alone(made: dict[str, Made], tmp_path: Path) -> None:
     """Without n3c's own words: an excluded `….mixer.experts` means all experts of the layer."""
-    for name in ("uniform", "mixed"):
+    for name in ("uniform", "mixed", "by default"):
         held = made[name]
         for file in ("config.json", "hf_quant_config.json"):
             folder = tmp_path / f"{name}-{file}"
@@ -185,11 +189,11 @@ def test_the_formats_are_read_from_either_file_alone(made: dict[str, Made], tmp_
             table, expected = spec.quantization, run_import(held.folder).spec.quantization
             assert table is not None
             assert expected is not None
-            assert table.format == expected.format == "nvfp4"
+            assert table.format == expected.format
             (folder / "spec.toml").write_text(run_import(folder).text)
             rebuilt = n3c(
                 "quantize", folder / "spec.toml", "--weights", held.folder.parent / "source",
-                "--activation-scales", held.folder.parent / "scales.json", "-o", folder / "again",
+                *held.scales, "-o", folder / "again",
             )  # fmt: skip
             assert rebuilt.code == 0, rebuilt.err
             again = Made(folder / "again")
@@ -201,13 +205,13 @@ def test_what_is_merged_shares_its_scales(made: dict[str, Made], name: str) -> N
     """Loaders keep one scale of a merged linear, the largest, and do not rescale the codes."""
     checkpoint = made[name].checkpoint
     shared = 0
-    for layer in layers_of(made[name].modules):
-        if layer.experts or len(layer.modules) == 1 or made[name].held_of(layer) is None:
-            continue
+    queries = [module.removesuffix("q_proj") for module in made[name].modules if module.endswith("q_proj")]
+    for parent in (parent for parent in queries if made[name].held(f"{parent}q_proj") is not None):
         for suffix in ("weight_scale_2", "weight_scale", "input_scale"):
-            scales = [checkpoint.read(n) for m in layer.modules if (n := f"{m}.{suffix}") in checkpoint]
+            names = [f"{parent}{half}_proj.{suffix}" for half in "qkv"]
+            scales = [checkpoint.read(tensor) for tensor in names if tensor in checkpoint]
             if scales and scales[0].size == 1:
-                assert len({float(np.asarray(scale)) for scale in scales}) == 1, layer.name
+                assert len({float(np.asarray(scale)) for scale in scales}) == 1, parent
                 shared += 1
     assert shared == (0 if name == "uniform" else 2)
 
@@ -219,3 +223,50 @@ def test_what_readers_cannot_merge_is_told(tmp_path: Path) -> None:
     assert result.code == 0
     (warning,) = (found for found in result.data["diagnostics"] if found["code"] == "W0623")
     assert "`backbone.layers.1.mixer.experts`" in warning["message"]
+
+
+NVFP4 = '[quantization]\nformat = "nvfp4"\nblock = [1, 16]\n'
+KEPT = '[[quantization.rules]]\nroles = ["embedding", "moe.router", "mamba.*", "mtp.*"]\nformat = "bf16"\n'
+
+
+@pytest.mark.parametrize(
+    ("rules", "told"),
+    [
+        ("", ["SGLang rounds what W4A16_NVFP4 experts read", "llama.cpp's converter refuses NVFP4 of 32 inputs"]),
+        ('[[quantization.rules]]\nroles = ["attention.*"]\nformat = "fp8"\n', ["llama.cpp may round"]),
+        ('[[quantization.rules]]\nroles = ["moe.experts.*"]\nformat = "fp8"\n', ["Edge-LLM refuses experts in FP8"]),
+        (
+            '[[quantization.rules]]\nroles = ["mamba.in_proj"]\nformat = "nvfp4"\n',
+            ["SGLang leaves four"],
+        ),
+        ('[[quantization.rules]]\nroles = ["mtp.eh_proj"]\nformat = "fp8"\n', ["Edge-LLM takes the codes"]),
+    ],
+)
+def test_what_a_reader_runs_otherwise_is_told(tmp_path: Path, rules: str, told: list[str]) -> None:
+    spec = small_spec(NVFP4 + KEPT + rules, odd=("intermediate_size = 48", "intermediate_size = 64"))
+    write_checkpoint(tmp_path / "source", spec)
+    result = n3c("quantize", "--weights", tmp_path / "source", "-o", tmp_path / "out", "--json")
+    assert result.code == 0, result.err
+    notes = [found["message"] for found in result.data["diagnostics"] if found["code"] == "W0628"]
+    for part in told:
+        assert [part in note for note in notes].count(True) == 1, notes
+
+
+def test_an_fp8_cache_is_announced_where_its_scales_are_stored(tmp_path: Path) -> None:
+    """VLLM takes 1 for scales that are missing, Edge-LLM then keeps the cache as it is."""
+    spec = small_spec(UNIFORM, odd=('kv_cache_dtype = "fp32"', 'kv_cache_dtype = "fp8"'))
+    write_checkpoint(tmp_path / "source", spec)
+    arguments = ("quantize", "--weights", tmp_path / "source", "--json")
+    without = n3c(*arguments, "-o", tmp_path / "without")
+    assert without.code == 0, without.err
+    assert [found for found in without.data["diagnostics"] if "FP8 cache" in found["message"]]
+    linears = [linear.module for linear in find_linears(spec)]
+    cached = {name: 2.0 for name in linears if name.endswith(("k_proj", "v_proj"))}
+    save_scales(tmp_path / "scales.json", entries_of(Amax(dict.fromkeys(linears, 1.0), cached)))
+    with_ = n3c(*arguments, "-o", tmp_path / "with", "--activation-scales", tmp_path / "scales.json")
+    assert with_.code == 0, with_.err
+    for folder, said in (("without", None), ("with", "FP8")):
+        read = Made(tmp_path / folder)
+        assert read.hf["quantization"]["kv_cache_quant_algo"] == said
+        assert ("kv_cache_scheme" in read.config["quantization_config"]) == (said is not None)
+        assert any(name.endswith(".k_scale") for name in read.checkpoint) == (said is not None)

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from n3c.compiler.cli.table import format_bytes, format_count, format_table
+from n3c.compiler.cli.table import format_table
+from n3c.compiler.report.units import format_bytes, format_count
 from support.command import n3c, write_small
 from support.specs import QUANTIZED, SPECS
 

@@ -49,10 +49,11 @@ from torchtitan.trainer import Trainer
 from tiny_test.checkpoint import on_disk, save_checkpoint
 from tiny_test.model import Config, Model, Output
 from tiny_test.numerics import emulate
-from tiny_test.training.data import Tokens, Windows, documents_of
+from tiny_test.training.data import Batch, Windows
 from tiny_test.training.metrics import FLOPS_PER_TOKEN, FLOPS_PER_TOKEN_OF_CONTEXT
 from tiny_test.training.parallelize import Meshes, clip_gradients, parallelize
 from tiny_test.training.settings import Settings
+from tiny_test.training.sources import open_tokens
 from tiny_test.training.weights import fresh, from_checkpoint
 
 
@@ -135,10 +136,10 @@ def distribute(
 ) -> TitanModel:
     """Fill the model and share it out as train.py does; ValueError for what it has no form of."""
     dims = parallel_dims
-    if max(dims.dp_replicate, dims.cp, dims.pp) > 1:
-        raise ValueError("there is no replicated data, context or pipeline parallelism")
+    if dims.cp > 1:
+        raise ValueError("no context parallelism: a scan's state passes through the whole sequence")
     model.activation_checkpointing_enable(ac_config is not None)
-    fill = fresh(model, model.settings.seed)
+    fill = fresh(model, model.settings.seed, Settings.init)
     if model.settings.weights:
         fill = from_checkpoint(model, model.settings.weights)
 
@@ -146,7 +147,8 @@ def distribute(
         part.to_empty(device=utils.device_type)
         fill(name, part)
 
-    meshes = Meshes.over_all(utils.device_type, expert=dims.ep, tensor=dims.tp)
+    sizes = {"expert": dims.ep, "tensor": dims.tp, "replicate": dims.dp_replicate}
+    meshes = Meshes.over_all(utils.device_type, **sizes)
     numerics = emulate if model.settings.nvfp4 else None
     parallelize(model, meshes, prepare, numerics, model.settings.bf16)
     return model
@@ -203,6 +205,9 @@ class Data(BaseDataLoader):
         seed: int = Settings.seed
         val_fraction: float = Settings.val_fraction  # kept out of training
         document_separator: int = Settings.document_separator
+        tokenizer_folder: str = ""  # --tokenizer; torchtitan has a `tokenizer` of its own
+        text_field: str = Settings.text_field
+        token_cache: str = "outputs/tokens"
 
     def __init__(
         self,
@@ -216,7 +221,16 @@ class Data(BaseDataLoader):
     ) -> None:
         if config.dataset_path is None:
             raise ValueError("--dataloader.dataset-path is missing")
-        tokens = Tokens(Path(config.dataset_path), Config().vocab_size)
+        settings = Settings(
+            data=config.dataset_path,
+            out="",
+            steps=0,
+            document_separator=config.document_separator,
+            tokenizer=config.tokenizer_folder,
+            text_field=config.text_field,
+            token_cache=config.token_cache,
+        )
+        tokens = open_tokens(Path(config.dataset_path), settings)
         stop = tokens.count - int(tokens.count * config.val_fraction) // seq_len * seq_len
         self.windows = Windows(tokens, 0, stop, seq_len, config.seed)
         if not self.windows.per_epoch:
@@ -228,11 +242,13 @@ class Data(BaseDataLoader):
 
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         while True:
-            ids = torch.stack([self.windows.shuffled(self.read + row) for row in self.mine])
+            windows = [self.windows.shuffled(self.read + row) for row in self.mine]
+            batch = Batch.of(windows, self.separator)
+            ids, documents = batch.ids, batch.documents
             self.read += self.batch_size
             labels = ids.roll(-1, dims=1)
             labels[:, -1] = IGNORE_INDEX
-            inputs, documents = {"input": ids}, documents_of(ids, self.separator)
+            inputs = {"input": ids}
             if documents is not None:
                 inputs["document_ids"] = documents
                 labels[:, :-1][documents[:, 1:] != documents[:, :-1]] = IGNORE_INDEX

@@ -9,18 +9,22 @@
 
 PATH is one of
 
-    file.npy      token ids, one-dimensional: uint8, uint16, uint32, int32 or int64; memory-mapped
-    file.bin      token ids and nothing else, little-endian: uint16, or uint32 for a vocabulary of
-                  more than 65,536; memory-mapped
-    any file      its bytes are the tokens (a vocabulary of at least 256); memory-mapped from 1 MiB
-                  on
-    a folder      its .npy and .bin files, or, where it has none, the bytes of all its files, in
-                  the order of their paths; hidden files are left out
+    file.npy      token ids, one-dimensional: uint8, uint16, uint32, int32 or int64
+    file.bin      token ids and nothing else, little-endian, of --dtype (uint16, or uint32 for a
+                  vocabulary of more than 65,536); with file.idx beside it, Megatron's
+    .jsonl, .parquet, .arrow, .jsonl.gz (.zst, .bz2, .xz), a folder of save_to_disk
+                  documents in --text-field, or conversations in --messages-field
+    other files   text, by --tokenizer; bytes with --data-format bytes, or where the vocabulary
+                  is 256
+    a folder      its files of one of these kinds, in the order of their paths
+    file.toml     a mixture: tables [[source]] with path, weight and the options above
+
+Text of every kind becomes tokens once, in --token-cache (DIR/tokens).
 
 DIR gets metrics.jsonl (a line a step), checkpoints/step-<n>/ and, at the end, export/: weights in
-the released layout. The same settings give the same run, whatever the number of processes, but
-for the order of float sums. A run that was interrupted goes on with --resume: on CPUs to the same
-bits.
+the released layout, with the tokenizer of --weights, a card and a record. The same settings give
+the same run, whatever the number of processes, but for the order of float sums. A run that was
+interrupted goes on with --resume: on CPUs to the same bits.
 Exit codes: 0 done, 2 wrong usage, 5 a loss that is not finite, 6 files, 143 stopped by a signal
 (torchrun has its own: 1 for each of them).
 """
@@ -31,14 +35,13 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
-import torch
 import torch.distributed as dist
 
 from tiny_test import CheckpointError
 from tiny_test.training.metrics import Metrics
+from tiny_test.training.profiling import tracing
 from tiny_test.training.settings import FILES, STOPPED, Settings, TrainError, parse_settings
 from tiny_test.training.trainer import Trainer
 from tiny_test.training.weights import export
@@ -47,18 +50,19 @@ from tiny_test.training.world import World
 
 def train(settings: Settings, world: World) -> int:
     """Train to the last step or to a signal, and return the exit code."""
+    trainer = Trainer(settings, world)  # which may take long: a signal ends it at once
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _frame: asked.append(received))
-    trainer = Trainer(settings, world)
     metrics = Metrics(settings, world, trainer.step)
     try:
-        return steps(trainer, metrics, asked)
+        with tracing(settings, world, trainer.step) as traced:
+            return steps(trainer, metrics, asked, traced)
     finally:
         metrics.close()
 
 
-def steps(trainer: Trainer, metrics: Metrics, asked: list[int]) -> int:
+def steps(trainer: Trainer, metrics: Metrics, asked: list[int], traced: Callable[[], None]) -> int:
     """Do the steps; stop after the one in which a signal has been `asked`."""
     settings, world, store = trainer.settings, trainer.world, trainer.store
     trainer.model.train()
@@ -66,6 +70,7 @@ def steps(trainer: Trainer, metrics: Metrics, asked: list[int]) -> int:
         if not trainer.unread:
             began = time.perf_counter()
         trainer.train_step()
+        traced()
         last = trainer.step == settings.steps
         validates = settings.val_every and (trainer.step % settings.val_every == 0 or last)
         # Signals and disks reach the processes at different times; they act after the same step.
@@ -88,8 +93,10 @@ def steps(trainer: Trainer, metrics: Metrics, asked: list[int]) -> int:
             world.say(f"stopped by a signal after step {trainer.step}; --resume goes on")
             return STOPPED
     store.finish()
-    path = Path(settings.out) / "export"
-    export(trainer.model, world, path, getattr(torch, settings.export_dtype))
+    path = export(trainer.model, world, settings, quantized=trainer.quantized)
+    if trainer.average is not None:
+        averages = trainer.average.weights
+        path = export(trainer.model, world, settings, "export_ema", averages, trainer.quantized)
     world.say(f"done: {path}")
     return 0
 

@@ -78,6 +78,88 @@ def test_an_idle_sequence_keeps_its_state_bit_for_bit(name: EngineName, small: S
     assert any((after[state][1] != before[state][1]).any() for state in after)
 
 
+def test_a_sequence_is_reset_alone(name: EngineName, small: SmallModel) -> None:
+    engine = small.engine(name, 3)
+    ids = np.random.default_rng(4).integers(0, 97, (3, 8))
+    counts, lengths = np.array([8, 5, 7]), np.zeros(3, np.int64)
+    call(engine, "prefill", input_ids=ids, following_ids=ids, counts=counts, lengths=lengths)
+    before = states_of(engine)
+    engine.reset([1])
+    for state, value in states_of(engine).items():
+        assert not value[1].any()
+        np.testing.assert_array_equal(value[[0, 2]], before[state][[0, 2]])
+    assert any(value[1].any() for value in before.values())
+    engine.reset()
+    assert not any(value.any() for value in states_of(engine).values())
+
+
+def prefilled(engine: Any, seed: int) -> None:
+    """Give each row a prompt of its own length."""
+    ids = np.random.default_rng(seed).integers(0, 97, (engine.batch, 8))
+    counts = 3 + np.arange(engine.batch) % 5
+    call(engine, "prefill", input_ids=ids, following_ids=ids, counts=counts, lengths=np.zeros(len(ids), np.int64))
+
+
+def test_a_smaller_call_is_of_the_first_rows(name: EngineName, small: SmallModel) -> None:
+    engine, alone = small.engine(name, 4, 2), small.engine(name, 2)
+    assert (engine.batch, list(engine.batch_sizes)) == (4, [2, 4])
+    ids = np.random.default_rng(6).integers(0, 97, (2, 8))
+    counts, lengths = np.array([8, 5]), np.zeros(2, np.int64)
+    for one in (engine, alone):
+        call(one, "prefill", input_ids=ids, following_ids=ids, counts=counts, lengths=lengths)
+    for tokens in (1, 2, 3):
+        given = {"input_ids": ids[:, tokens : tokens + 1], "lengths": counts + tokens - 1}
+        ours, theirs = (call(one, "decode", **given)["logits"] for one in (engine, alone))
+        np.testing.assert_array_equal(ours, theirs)
+    for state, value in states_of(alone).items():
+        np.testing.assert_array_equal(states_of(engine)[state][:2], value)
+    engine.reset([2, 3])
+    ids, lengths = np.random.default_rng(6).integers(0, 97, (4, 1)), np.array([*(counts + 3), 0, 0])
+    assert len(call(engine, "decode", input_ids=ids, lengths=lengths)["logits"]) == 4
+
+
+@pytest.mark.parametrize("rows", [(1, 2), (2, 2)])
+def test_a_copy_of_a_sequence_goes_on_in_any_row(name: EngineName, small: SmallModel, rows: tuple[int, int]) -> None:
+    """Verifying and drafting from it give what the sequence itself would have given: in its own row, the same bits."""
+    taken, given = rows
+    engine = small.engine(name, 3)
+    prefilled(engine, 7)
+    tokens = 3 + taken
+    copies = [engine.snapshot(taken, 0, 2), engine.snapshot(taken, 2, tokens)]
+    assert all(copied.bytes > 0 for copied in copies)
+
+    def continued(row: int) -> Array:
+        """Return the logits of two verifications and a step of drafting, the other rows fed whatever comes."""
+        ids = np.random.default_rng(8).integers(0, 97, (3, 3))
+        ids[row] = [5, 6, 7]
+        lengths, outputs = np.zeros(3, np.int64), list[Array]()
+        for behind, accepted in ((tokens, 0), (tokens + 2, 2)):
+            lengths[row] = behind
+            given = {"input_ids": ids, "following_ids": ids, "lengths": lengths, "accepted": np.full(3, accepted)}
+            outputs.append(call(engine, "verify", **given)["logits"][row])
+        hidden = np.ones((3, 1, small.spec.model.hidden_size), np.float32)
+        outputs.append(call(engine, "draft", input_ids=ids[:, :1], hidden=hidden, lengths=lengths)["logits"][row])
+        return np.concatenate(outputs)
+
+    expected = continued(taken)
+    engine.reset()
+    for copied in copies:
+        engine.restore(given, copied)
+    np.testing.assert_allclose(continued(given), expected, rtol=0, atol=0 if given == taken else 1e-5)
+
+
+def test_a_copy_without_caches_leaves_those_of_the_row(name: EngineName, small: SmallModel) -> None:
+    engine = small.engine(name, 2)
+    prefilled(engine, 9)
+    before, copied = states_of(engine), engine.snapshot(0, 0, 0)
+    engine.reset([0])
+    engine.restore(0, copied)
+    for state, value in states_of(engine).items():
+        expected = np.zeros_like(value[0]) if state.endswith("_cache") else before[state][0]
+        np.testing.assert_array_equal(value[0], expected)
+        np.testing.assert_array_equal(value[1], before[state][1])
+
+
 def test_padding_changes_no_bit(name: EngineName, small: SmallModel) -> None:
     """Neither of a state nor of a result, also where it sticks out of the caches."""
     ids = np.random.default_rng(3).integers(0, 97, (1, 47))
@@ -129,6 +211,6 @@ def test_other_weights_in_the_same_engine(name: EngineName, small: SmallModel, t
     before = run(engine)
     other = save_tensors(random_tensors(lower(small.spec), seed=9), tmp_path)
     engine.replace_weights(other)
-    assert run(engine) == run(small.engine(name, 1, other)) != before
+    assert run(engine) == run(small.engine(name, 1, checkpoint=other)) != before
     engine.replace_weights(small.checkpoint)
     assert run(engine) == before

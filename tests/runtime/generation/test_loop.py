@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from n3c.ir.diagnostics import ExitCode, N3CError
 from n3c.runtime.engines.interface import Array, Engine
 from n3c.runtime.generation.capacity import Capacity
+from n3c.runtime.generation.distribution import Distribution, certain
 from n3c.runtime.generation.drafter import Drafter, MtpDrafter
 from n3c.runtime.generation.loop import Generation
-from n3c.runtime.generation.sampling import Sampling, certain, distribution
+from n3c.runtime.generation.sampling import Sampling, distribution
 from n3c.runtime.generation.sequence import Options, Running
 from n3c.runtime.generation.speculative import Draft
 from n3c.runtime.generation.tokenizer import ByteTokenizer
@@ -31,7 +32,9 @@ class Adversary:
     def __init__(self, model: Logits, kind: Literal["wrong", "right", "random"], seed: int = 0) -> None:
         self.model, self.kind, self.random = model, kind, np.random.default_rng(seed)
 
-    def propose(self, engine: Engine, sequences: Sequence[Running | None], count: int) -> list[list[Draft]]:
+    def propose(
+        self, engine: Engine, sequences: Sequence[Running | None], lengths: Array, count: int
+    ) -> list[list[Draft]]:
         return [self._drafts(list(s.tokens), count) if s is not None else [] for s in sequences]
 
     def _drafts(self, tokens: list[int], count: int) -> list[Draft]:
@@ -41,7 +44,7 @@ class Adversary:
             wrong = (best + 1 + int(self.random.integers(VOCAB - 1))) % VOCAB
             token = {"right": best, "wrong": wrong, "random": best if self.random.random() < 0.6 else wrong}[self.kind]
             tokens.append(token)
-            drafts.append(Draft(token, certain(token, VOCAB)))
+            drafts.append(Draft(token, certain(token)))
         return drafts
 
 
@@ -250,7 +253,7 @@ def test_sampling_with_speculation_keeps_the_distribution(kind: str, sampling: S
         for b in range(size):
             for c in range(size):
                 first, second, third = (
-                    distribution(model(prefix), sampling)[token]
+                    distribution(model(prefix), sampling).probability(token)
                     for prefix, token in (([1, 2], a), ([1, 2, a], b), ([1, 2, a, b], c))
                 )
                 expected[a, b, c] = first * second * third * rounds * batch
@@ -263,19 +266,21 @@ class _Fixed:
     def __init__(self, size: int, kind: str) -> None:
         self.random, self.kind, self.size = np.random.default_rng(9), kind, size
 
-    def propose(self, engine: Engine, sequences: Sequence[Running | None], count: int) -> list[list[Draft]]:
+    def propose(
+        self, engine: Engine, sequences: Sequence[Running | None], lengths: Array, count: int
+    ) -> list[list[Draft]]:
         skewed = np.array([0.7, 0.1, 0.1, 0.1])
         return [[self._draft(skewed) for _ in range(count)] if s is not None else [] for s in sequences]
 
     def _draft(self, skewed: Array) -> Draft:
         if self.kind == "wrong":
-            return Draft(3, certain(3, self.size))
-        return Draft(int(self.random.choice(self.size, p=skewed)), skewed)
+            return Draft(3, certain(3))
+        return Draft(int(self.random.choice(self.size, p=skewed)), Distribution(None, skewed))
 
 
 def test_a_wrong_rule_would_be_noticed() -> None:
     """The statistic has power: accepting every draft of the fixed drafter leaves any bound far behind."""
-    counts, expected = np.zeros(4), distribution(table(4, 5, 1.0)([1, 2]), Sampling(1.0)) * 1920
+    counts, expected = np.zeros(4), distribution(table(4, 5, 1.0)([1, 2]), Sampling(1.0)).dense(4) * 1920
     counts[3] = 1920
     assert chi_square(counts, expected) > 500
 
@@ -287,12 +292,14 @@ def test_an_interrupt_leaves_what_there_is_and_an_engine_that_serves_on() -> Non
     calls = 0
 
     class Interrupting(MtpDrafter):
-        def propose(self, engine: Engine, sequences: Sequence[Running | None], count: int) -> list[list[Draft]]:
+        def propose(
+            self, engine: Engine, sequences: Sequence[Running | None], lengths: Array, count: int
+        ) -> list[list[Draft]]:
             nonlocal calls
             calls += 1
             if calls == 4:
                 raise KeyboardInterrupt
-            return super().propose(engine, sequences, count)
+            return super().propose(engine, sequences, lengths, count)
 
     generation.drafter = Interrupting()
     with pytest.raises(KeyboardInterrupt):

@@ -16,7 +16,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from n3c.runtime.manifest import sha256_file
+from n3c.backends.hashing import sha256_file
 from n3c.runtime.verification.run import Verified, verify
 from support.checkpoints import write_checkpoint
 from support.command import n3c

@@ -13,7 +13,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from n3c.runtime.manifest import sha256_file
+from n3c.backends.hashing import sha256_file
 from support.checkpoints import write_checkpoint
 from support.command import n3c
 from support.specs import QUANTIZED, SMALL, spec_from_text
@@ -90,7 +90,7 @@ JOINED = "torch.cat([self.enorm(embedding), self.hnorm(x)]"
 @pytest.mark.parametrize(
     ("file", "old", "new", "layer"),
     [
-        ("model.py", "self.D.float()[:, None]", "-self.D.float()[:, None]", "backbone.layers.0"),
+        ("model.py", "self.D[:, None]", "-self.D[:, None]", "backbone.layers.0"),
         ("state.py", "<= position[:, None, :, None]", "< position[:, None, :, None]", "backbone.layers.3"),
         ("model.py", JOINED, "torch.cat([self.hnorm(x), self.enorm(embedding)]", "mtp.layers.0"),
     ],

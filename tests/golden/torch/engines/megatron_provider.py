@@ -10,7 +10,7 @@ accepts these values, and all names are those of Megatron-Bridge in August 2026 
 
 Weights are exchanged with model.py by way of the released layout: train.py's export/ and the
 config.json beside this file are what `megatron.bridge.AutoBridge` imports. NOT RUN either.
-Fresh weights are Megatron's own, with the same standard deviation.
+Fresh weights are Megatron's own, by the rule that model.py follows, too.
 """
 
 from __future__ import annotations

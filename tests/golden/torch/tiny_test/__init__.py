@@ -6,6 +6,7 @@
 
 from .checkpoint import CheckpointError, load_checkpoint, named_tensors, save_checkpoint
 from .model import Config, Model, Output
+from .routing import recorded_experts
 from .state import State
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "State",
     "load_checkpoint",
     "named_tensors",
+    "recorded_experts",
     "save_checkpoint",
 ]

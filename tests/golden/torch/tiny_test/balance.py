@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,19 +19,45 @@ class RouterStatistics(NamedTuple):
     tokens_per_expert: Tensor  # [E] int64
 
 
-def router_statistics(scores: Tensor, experts: Tensor) -> RouterStatistics:
+def router_statistics(
+    scores: Tensor, experts: Tensor, real: Tensor | None = None
+) -> RouterStatistics:
     """Return the load and the sequence-level balance loss (DeepSeek-V3, section 2.1.2).
 
         loss = sum_i f_i P_i    f_i = E / (K S) * (tokens that chose expert i)
                                 P_i = mean over the tokens of s_i / (sum of s over all experts)
 
     It is 1 where the load is even. scores [B, S, E], experts [B, S, K]; the mean over sequences.
+    Only the tokens of `real` [B, S] count.
     """
     chosen = torch.zeros_like(scores).scatter(-1, experts, 1.0)  # [B, S, E]
-    share = chosen.mean(1) * (scores.shape[-1] / experts.shape[-1])  # f [B, E]
-    probability = (scores / (scores.sum(-1, keepdim=True) + 1e-20)).mean(1)  # P [B, E]
+    part = scores / (scores.sum(-1, keepdim=True) + 1e-20)  # [B, S, E]
+    if real is None:
+        share, probability = chosen.mean(1), part.mean(1)  # [B, E]
+    else:
+        chosen, part = chosen * real[..., None], part * real[..., None]
+        length = real.sum(1, keepdim=True).clamp(min=1)  # [B, 1]
+        share, probability = chosen.sum(1) / length, part.sum(1) / length
+    share = share * (scores.shape[-1] / experts.shape[-1])  # f [B, E]
     loss = (share * probability).sum(-1).mean()
     return RouterStatistics(loss, chosen.sum((0, 1)).long())
+
+
+class WithLoss(torch.autograd.Function):
+    """x, whose backward pass is also that of a loss: it adds `factor` times its gradient.
+
+    So the balance loss is trained whatever a trainer makes of the outputs (Megatron-LM,
+    moe_utils.py).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor, factor: float) -> Tensor:
+        ctx.factor, ctx.dtype = factor, loss.dtype
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, Tensor, None]:
+        return dx, torch.full((), ctx.factor, dtype=ctx.dtype, device=dx.device), None
 
 
 def total_statistics(

@@ -10,10 +10,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,24 +35,36 @@ READABLE_TYPES = {"F32", "F16", "BF16", *SCALES_OF}
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the values of FP4 codes; bit 3 is the sign
 TENSORS_AT_ONCE = 64  # then a file is opened anew, which frees what was mapped of it
 MAX_JSON_BYTES = 1 << 26  # the index of a 550B checkpoint has 2e7
+CONFIGS = ("config.json", "hf_quant_config.json")
 INDEX_FILE = "model.safetensors.index.json"
+CARD, RECORD = "README.md", "n3c_record.json"
+SMALL_FILES = (  # of a model, whatever its weights are trained to
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
+    *("chat_template.json", "generation_config.json"),
+)
 # What transformers runs with trust_remote_code.
 CODE = (
     "activation.py",
     "attention.py",
     "autocast.py",
     "balance.py",
+    "callbacks.py",
     "convolution.py",
     "dispatch.py",
+    "float32.py",
     "grouped.py",
     "loss.py",
     "model.py",
     "modeling_n3c.py",
     "norm.py",
     "recompute.py",
+    "routing.py",
+    "sequences.py",
     "ssd.py",
     "state.py",
 )
+WRITTEN = (*CONFIGS, CARD, RECORD, *SMALL_FILES, *CODE)
 
 
 def on_disk(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -231,13 +243,28 @@ def tensor_headers(path: Path) -> dict[str, tuple[list[int], str]]:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
+class Packing(Protocol):
+    """How tensors are stored otherwise than they are, and what is said of it: see quantized.py."""
+
+    files: Mapping[str, object]  # beside config.json
+    config: Mapping[str, object]  # in config.json
+
+    def __call__(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield tensors as they are stored."""
+
+
 def save_checkpoint(
-    model: Model, directory: str | Path, stream: Iterator[tuple[str, Tensor]] | None = None
+    model: Model,
+    directory: str | Path,
+    stream: Iterator[tuple[str, Tensor]] | None = None,
+    packing: Packing | None = None,
+    describe: Callable[[Path], None] | None = None,
 ) -> None:
     """Write config.json and safetensors in the released layout, in shards of at most 5 GB.
 
     The tensors are those of `stream`, if it is given, in the order of `named_tensors(model)` and
     cast to its types; the model may then be on the meta device. No more than a shard is held.
+    `describe` is called with the folder, to put SMALL_FILES, CARD and RECORD into it.
 
     They are written to a temporary folder, which then replaces `directory`: that must not exist, or
     be empty, or hold an earlier checkpoint and nothing else.
@@ -253,14 +280,26 @@ def save_checkpoint(
         folder.mkdir()  # with the permissions that the umask gives, which mkdtemp does not
         tensors = named_tensors(model)
         stream = iter(tensors.items()) if stream is None else stream
+        if packing is not None:
+            tensors, stream = dict(packing(tensors.items())), packing(stream)
         write_shards(folder, tensors, stream)
         config = huggingface_config(model)
+        if packing is not None:
+            config |= packing.config
+            for name, content in packing.files.items():
+                (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         code = [path for name in CODE if (path := Path(__file__).with_name(name)).is_file()]
         if len(code) == len(CODE):
-            config["auto_map"] = {"AutoModelForCausalLM": "modeling_n3c.N3CForCausalLM"}
+            config["auto_map"] = {
+                "AutoConfig": "modeling_n3c.N3CConfig",
+                "AutoModel": "modeling_n3c.N3CModel",
+                "AutoModelForCausalLM": "modeling_n3c.N3CForCausalLM",
+            }
             for path in code:
                 shutil.copyfile(path, folder / path.name)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if describe is not None:
+            describe(folder)
         replace_folder(directory, folder)
     finally:
         shutil.rmtree(outer, ignore_errors=True)
@@ -273,7 +312,7 @@ def require_replaceable(directory: Path) -> None:
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a folder")
     for path in directory.iterdir():
-        if path.name not in ("config.json", *CODE) and not path.match("model*.safetensors*"):
+        if path.name not in WRITTEN and not path.match("model*.safetensors*"):
             raise CheckpointError(f"{directory} holds {path.name}, which would be lost")
 
 

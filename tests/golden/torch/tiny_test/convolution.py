@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .autocast import float32_products
-from .dispatch import allowed
+from .dispatch import mamba_ssm_reaches
+from .float32 import widened
 
 
 def cuda_kernel() -> Callable[..., Any] | None:
@@ -66,25 +67,25 @@ def causal_conv1d(
     """
     channels, taps = weight.shape
     supported = channels % 8 == 0 and x.stride(1) % 8 == 0 and taps <= 4  # by the kernel
-    if conv_kernel is not None and x.is_cuda and supported and allowed("mamba_ssm"):
+    if conv_kernel is not None and supported and mamba_ssm_reaches(x):
         out: Tensor = conv_kernel(
             x.transpose(1, 2), weight, bias, seq_idx=documents, activation="silu"
         )
         return out.transpose(1, 2)
-    by_tap = weight.float().t().contiguous()  # [W, X]
-    return F.silu(ShiftedSum.apply(x, by_tap, bias.float(), documents)).to(x.dtype)
+    by_tap = widened(weight).t().contiguous()  # [W, X]
+    return F.silu(ShiftedSum.apply(x, by_tap, widened(bias), documents)).to(x.dtype)
 
 
 def causal_conv1d_update(x: Tensor, weight: Tensor, bias: Tensor, window: Tensor) -> Tensor:
     """Return y [B, S, X] of the tokens that follow `window` [B, W - 1, X], and move that on."""
-    length, by_tap = x.shape[1], weight.float().t().contiguous()  # [W, X]
+    length, by_tap = x.shape[1], widened(weight).t().contiguous()  # [W, X]
     x = torch.cat([window, x], dim=1)  # [B, W - 1 + S, X]
     window.copy_(x[:, length:])
     y: Tensor
     if length == 1:
-        y = (x * by_tap).sum(1, keepdim=True) + bias.float()
+        y = (x * by_tap).sum(1, keepdim=True) + widened(bias)
     else:
-        y = ShiftedSum.apply(x, by_tap, bias.float(), None)
+        y = ShiftedSum.apply(x, by_tap, widened(bias), None)
         y = y[:, -length:]
     return F.silu(y).to(x.dtype)
 

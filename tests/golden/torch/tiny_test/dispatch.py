@@ -40,6 +40,12 @@ def allowed(name: str) -> bool:
     return name in PREFERENCE
 
 
+def mamba_ssm_reaches(x: Tensor) -> bool:
+    """Return whether mamba_ssm's kernels may take x: their offsets within a call are of 32 bits."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.is_cuda and allowed("mamba_ssm") and last < 2**31
+
+
 def prefer_mamba_ssm() -> bool:
     """Return whether mamba_ssm and causal_conv1d come before the kernels of this package."""
     names = [name for name in PREFERENCE if name in ("triton", "mamba_ssm")]

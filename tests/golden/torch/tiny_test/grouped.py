@@ -48,7 +48,7 @@ def weighted_sum(rows: Tensor, position: Tensor, weights: Tensor) -> Tensor:
 
     rows [rows, L] and position [M], the row of each choice, are sorted as by `sort_by_expert`.
     """
-    chosen = rows.index_select(0, position).view(*weights.shape, -1)  # [..., K, L]
+    chosen = rows.index_select(0, position).view(*weights.shape, rows.shape[-1])  # [..., K, L]
     return (weights[..., None] * chosen).sum(-2)
 
 
@@ -73,6 +73,8 @@ def grouped_linear(x: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tens
         expert = torch.searchsorted(tokens_per_expert.cumsum(0), rows, right=True)  # [M]
         return torch.bmm(weight[expert], x[:, :, None])[:, :, 0]
     used = [(e, rows) for e, rows in enumerate(tokens_per_expert.tolist()) if rows]
+    if not used:
+        return x @ weight[0].mT
     parts = torch.split(x, [rows for _, rows in used])
     return torch.cat([F.linear(part, weight[e]) for (e, _), part in zip(used, parts, strict=True)])
 
@@ -80,13 +82,15 @@ def grouped_linear(x: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tens
 def grouped_gemm_supports(x: Tensor, weight: Tensor) -> bool:
     """Return whether a grouped GEMM can be used for x [..., in] and weight [E, out, in].
 
-    It needs rows of a multiple of 16 bytes in bfloat16 or, on a CPU, in any type; `torch.export`
+    It needs rows of a multiple of 16 bytes in bfloat16 or, on a CPU, in float32; `torch.export`
     must have nothing but plain operators, of which it is one in bfloat16 only.
     """
     align = 16 // x.element_size()
     aligned = x.shape[-1] % align == 0 and weight.shape[1] % align == 0
-    plain = x.dtype == torch.bfloat16
-    return aligned and (plain or (x.device.type == "cpu" and not torch.compiler.is_exporting()))
+    if x.dtype == torch.bfloat16 or not aligned:
+        return aligned
+    known = x.dtype in (torch.float32, torch.float16) and x.device.type == "cpu"
+    return known and not torch.compiler.is_exporting()
 
 
 def grouped_kernels(x: Tensor, weight: Tensor) -> Any | None:

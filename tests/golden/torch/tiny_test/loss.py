@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from .dispatch import kernels
+from .float32 import widened
 
 IGNORED = -100  # a target that does not count
 MIN_CHUNK = 256  # tokens
@@ -37,9 +39,25 @@ def targets_of(labels: Tensor, ahead: int, documents: Tensor | None) -> Tensor:
     return F.pad(targets, (0, 1), value=IGNORED)
 
 
+def check_labels(labels: Tensor, vocab_size: int) -> None:
+    """Raise ValueError where labels are neither tokens nor IGNORED.
+
+    On a GPU, and in a graph, that is an assertion on the device, which nothing waits for.
+    """
+    valid = ((labels >= 0) & (labels < vocab_size)) | (labels == IGNORED)
+    if labels.is_cuda or torch.compiler.is_compiling():
+        torch._assert_async(valid.all(), f"a label is neither {IGNORED} nor below {vocab_size}")
+    elif not valid.all():
+        wrong = labels[~valid]
+        raise ValueError(
+            f"{len(wrong)} labels are neither {IGNORED} nor a token below {vocab_size}: "
+            f"the first is {int(wrong[0])}"
+        )
+
+
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the sum [] of the cross-entropies of logits [..., V] and targets [...], in float32."""
-    rows = logits.float().flatten(0, -2)
+    rows = widened(logits).flatten(0, -2)
     return F.cross_entropy(rows, targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
@@ -72,6 +90,23 @@ def linear_cross_entropy(
     return LinearCrossEntropy.apply(
         x.flatten(0, -2), weight, targets.flatten(), first, log_softmax, torch.is_grad_enabled()
     )
+
+
+def chunked_cross_entropy(head: Callable[[Tensor], Tensor], x: Tensor, targets: Tensor) -> Tensor:
+    """Return `cross_entropy` [] of the logits head(x), of any head: x [..., D], targets [...].
+
+    The logits of a chunk are computed again in the backward pass.
+    """
+    rows, targets = x.flatten(0, -2), targets.flatten()
+    total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
+    for chunk in chunks_of(rows, MIN_CHUNK):
+        total = total + checkpoint(
+            lambda x, targets: cross_entropy(head(x), targets),
+            rows[chunk],
+            targets[chunk],
+            use_reentrant=False,
+        )
+    return total
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -122,20 +157,21 @@ def by_operators(
     owned = (column >= 0) & (column < count)  # [tokens, 1]
     column = column.clamp(0, count - 1)
     scored = (targets != IGNORED)[:, None].to(dtype)  # [tokens, 1]
-    total = rows.new_zeros((), dtype=torch.float32)
+    wide = torch.promote_types(dtype, torch.float32)
+    total = rows.new_zeros((), dtype=wide)
     dx = torch.empty_like(rows if differentiate else total)
-    dweight = torch.zeros_like(matrix if differentiate else total, dtype=torch.float32)
+    dweight = torch.zeros_like(matrix if differentiate else total, dtype=wide)
     for chunk in chunks_of(rows, rows.numel() // count):
-        p = F.linear(rows[chunk], matrix).float()  # [size, V]
+        p = widened(F.linear(rows[chunk], matrix))  # [size, V]
         p = p.log_softmax(-1) if log_softmax is None else log_softmax(p)
         total -= p.gather(1, column[chunk]).masked_fill(~owned[chunk], 0).sum()
         if not differentiate:
             continue
         # The gradient of the logits, in the same memory.
-        p.exp_().scatter_add_(1, column[chunk], -owned[chunk].float())
+        p.exp_().scatter_add_(1, column[chunk], -owned[chunk].to(p.dtype))
         dlogits = p.to(dtype)
         dx[chunk] = (dlogits @ matrix) * scored[chunk]
-        if dtype == torch.float32:
+        if dtype == wide:
             dweight.addmm_(dlogits.mT, rows[chunk] * scored[chunk])
         else:
             dweight += dlogits.mT @ (rows[chunk] * scored[chunk])

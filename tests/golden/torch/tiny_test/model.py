@@ -26,7 +26,7 @@ In equations A, B, C and D are tensors of Mamba-2, as in its paper.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,14 +37,23 @@ from torch import Tensor, nn
 from .activation import squared_relu
 from .attention import causal_attention
 from .autocast import float32_products
-from .balance import RouterStatistics, router_statistics, total_statistics
+from .balance import RouterStatistics, WithLoss, router_statistics, total_statistics
 from .convolution import CausalConv1d
+from .float32 import KeepsFloat32, widened
 from .grouped import grouped_kernels, grouped_linear, sort_by_expert, weighted_sum
-from .loss import IGNORED, combined_loss, cross_entropy, linear_cross_entropy, targets_of
+from .loss import (
+    IGNORED,
+    check_labels,
+    combined_loss,
+    cross_entropy,
+    linear_cross_entropy,
+    targets_of,
+)
 from .norm import GatedRMSNorm, RMSNorm
 from .recompute import Recomputable, recompute
+from .sequences import WHOLE, Batch, arranged, batch_of, restored
 from .ssd import mixer_kernels, scan
-from .state import State
+from .state import State, state_of
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,11 @@ class Config:
     mtp_loss_scaling_factor: float = 0.3  # weight of the mean loss over depths
 
     @property
+    def output_range(self) -> float:
+        """Standard deviation of fresh projections at the end of a mixer: less in deep models."""
+        return self.initializer_range / math.sqrt(len(self.pattern))
+
+    @property
     def mamba_inner_size(self) -> int:
         """Width of x and z: H * P."""
         return self.mamba_num_heads * self.mamba_head_dim
@@ -98,7 +112,7 @@ class Config:
         return self.mamba_inner_size + 2 * self.mamba_n_groups * self.mamba_state_size
 
 
-class Mamba2(nn.Module):
+class Mamba2(KeepsFloat32):
     """Mamba-2 (Dao and Gu, arXiv 2405.21060; layout of Nemotron-H, arXiv 2504.03624).
 
         z, xBC, dt = in_proj(input)
@@ -107,8 +121,10 @@ class Mamba2(nn.Module):
         y = SSD(x, dt, A, B, C) + D x
         output = out_proj(GatedRMSNorm(y, z))
 
-    dt has no lower bound, in training and decoding alike.
+    dt has no lower bound, in training and decoding alike. dt_bias, A_log and D are always float32.
     """
+
+    kept = ("dt_bias", "A_log", "D")
 
     def __init__(self, config: Config, index: int) -> None:
         super().__init__()
@@ -118,9 +134,9 @@ class Mamba2(nn.Module):
         heads = config.mamba_num_heads
         self.in_proj = nn.Linear(config.hidden_size, inner + channels + heads, bias=False)
         self.conv1d = CausalConv1d(channels, config.mamba_conv_kernel)
-        self.dt_bias = nn.Parameter(torch.empty(heads))
-        self.A_log = nn.Parameter(torch.empty(heads))
-        self.D = nn.Parameter(torch.empty(heads))
+        self.dt_bias = nn.Parameter(torch.empty(heads, dtype=torch.float32))
+        self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32))
+        self.D = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         self.norm = GatedRMSNorm(inner, config.mamba_n_groups, config.norm_eps)
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
@@ -130,17 +146,15 @@ class Mamba2(nn.Module):
         dt = torch.empty_like(self.dt_bias, dtype=torch.float32).uniform_(low, high).exp()
         dt = dt.clamp(min=config.mamba_time_step_floor)
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-        self.A_log.copy_(torch.arange(1, config.mamba_num_heads + 1).log())
+        self.A_log.copy_(torch.empty_like(dt).uniform_(1, 16).log())
         nn.init.ones_(self.D)
-        nn.init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
-        self.out_proj.weight.div_(math.sqrt(len(config.pattern)))  # GPT-2: 1 / sqrt(blocks)
 
     def allocate(self, state: State) -> None:
         config, batch = self.config, len(state.lengths)
         window = (batch, config.mamba_conv_kernel - 1, config.mamba_conv_size)
         shape = (batch, config.mamba_num_heads, config.mamba_head_dim, config.mamba_state_size)
         state.conv[self.index] = self.in_proj.weight.new_zeros(window)
-        state.ssm[self.index] = self.in_proj.weight.new_zeros(shape, dtype=torch.float32)
+        state.ssm[self.index] = widened(self.in_proj.weight.new_zeros(shape))
 
     def forward(
         self, x: Tensor, state: State | None = None, documents: Tensor | None = None
@@ -161,16 +175,16 @@ class Mamba2(nn.Module):
         u = u.view(batch, length, heads, -1)  # [B, S, H, P]
         B = B.view(batch, length, groups, -1)  # [B, S, G, N]
         C = C.view(batch, length, groups, -1)  # [B, S, G, N]
-        dt = F.softplus(dt.float() + self.dt_bias.float())  # [B, S, H]
-        A = -self.A_log.float().exp()  # [H]
+        dt = F.softplus(widened(dt) + self.dt_bias)  # [B, S, H]
+        A = -self.A_log.exp()  # [H]
         y, after = scan(u, dt, A, B, C, config.mamba_chunk_size, h, documents)  # [B, S, H, P]
         if h is not None:
             h.copy_(after)
-        y = torch.addcmul(y, self.D.float()[:, None], u)
+        y = torch.addcmul(y, self.D[:, None], u)
         return self.out_proj(self.norm(y.flatten(-2), z))
 
 
-class Router(nn.Module):
+class Router(KeepsFloat32):
     """Choose K experts for each token, in float32 and from the full hidden width.
 
         s = sigmoid(W x)
@@ -181,6 +195,8 @@ class Router(nn.Module):
     (Wang et al., arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437).
     """
 
+    kept = ("e_score_correction_bias",)
+    balance_factor = 0.0  # with which gradients are also those of the balance loss
     e_score_correction_bias: Tensor
 
     def __init__(self, config: Config) -> None:
@@ -194,29 +210,32 @@ class Router(nn.Module):
         nn.init.normal_(self.weight, std=self.config.initializer_range)
         nn.init.zeros_(self.e_score_correction_bias)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        # The bias stays float32 in `model.to(torch.bfloat16)`: its steps of 1e-3 would be lost.
-        bias = self.e_score_correction_bias
-        super()._apply(fn, recurse)
-        if self.e_score_correction_bias.dtype != bias.dtype:
-            self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
-        return self
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, RouterStatistics | None]:
+    def forward(
+        self, x: Tensor, batch: Batch = WHOLE
+    ) -> tuple[Tensor, Tensor, RouterStatistics | None]:
         """Return the experts [B, S, K] int64 of x [B, S, D], their weights [B, S, K] float32.
 
         In training also the statistics of the router.
         """
-        config = self.config
         with float32_products(x):
-            scores = F.linear(x.float(), self.weight.float()).sigmoid()  # [B, S, E]
-        choice = scores + self.e_score_correction_bias
-        experts = choice.topk(config.moe_top_k, sorted=False).indices
+            scores = F.linear(widened(x), widened(self.weight)).sigmoid()  # [B, S, E]
+        experts = self.choose(scores) if batch.experts is None else batch.experts
         weights = scores.gather(-1, experts)
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        training = self.training and torch.is_grad_enabled()
-        statistics = router_statistics(scores, experts) if training else None
-        return experts, weights * config.moe_routed_scaling_factor, statistics
+        weights = weights * self.config.moe_routed_scaling_factor
+        if not (self.training and torch.is_grad_enabled()):
+            return experts, weights, None
+        real = None if batch.padding is None else batch.padding.real
+        statistics = router_statistics(scores, experts, real)
+        if self.balance_factor:
+            weights = WithLoss.apply(weights, statistics.balance_loss, self.balance_factor)
+        return experts, weights, statistics
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """Return the experts [B, S, K] int64 that are chosen by scores [B, S, E]."""
+        config = self.config
+        choice = scores + self.e_score_correction_bias
+        return choice.topk(config.moe_top_k, sorted=False).indices
 
     @torch.no_grad()
     def update_bias(self, tokens_per_expert: Tensor, rate: float) -> None:
@@ -235,7 +254,7 @@ class Experts(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.std = config.initializer_range
+        self.std, self.output_std = config.initializer_range, config.output_range
         count, inner = config.moe_num_experts, config.moe_intermediate_size
         width = config.moe_latent_size
         self.up_proj = nn.Parameter(torch.empty(count, inner, width))  # [E, I, L]
@@ -243,11 +262,11 @@ class Experts(nn.Module):
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.up_proj, std=self.std)
-        nn.init.normal_(self.down_proj, std=self.std)
+        nn.init.normal_(self.down_proj, std=self.output_std)
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """Return [B, S, L] for x [B, S, L], experts and weights [B, S, K]."""
-        if type(self) is Experts and (fast := grouped_kernels(x, self.up_proj)) is not None:
+        if type(self).up is Experts.up and (fast := grouped_kernels(x, self.up_proj)) is not None:
             return fast.experts.experts(x, self.up_proj, self.down_proj, experts, weights)
         rows, counts, position = sort_by_expert(x, experts, len(self.up_proj), self.multiple)
         inner = squared_relu(self.up(rows, counts))  # [rows, I]
@@ -278,11 +297,23 @@ class MoE(nn.Module):
         self.fc2_latent_proj = nn.Linear(config.moe_latent_size, config.hidden_size, bias=False)
         self.shared_experts = MLP(config.hidden_size, config.moe_shared_intermediate_size)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, RouterStatistics | None]:
+    def forward(self, x: Tensor, batch: Batch = WHOLE) -> tuple[Tensor, RouterStatistics | None]:
         """Return y [B, S, D] of x [B, S, D] and, in training, the router's statistics."""
-        experts, weights, statistics = self.gate(x)  # [B, S, K] each
-        y = self.fc2_latent_proj(self.experts(self.fc1_latent_proj(x), experts, weights))
+        experts, weights, statistics = self.gate(x, batch)  # [B, S, K] each
+        x_latent = self.fc1_latent_proj(x)  # [B, S, L]
+        y = self.fc2_latent_proj(self.routed(x_latent, experts, weights, batch))
         return y + self.shared_experts(x), statistics
+
+    def routed(self, x: Tensor, experts: Tensor, weights: Tensor, batch: Batch) -> Tensor:
+        """Return the sum over the experts [B, S, L] for x [B, S, L]; zeros for padding."""
+        padding = batch.padding
+        if padding is None or padding.places is None:
+            y: Tensor = self.experts(x, experts, weights)
+            return y if padding is None else y * padding.real[..., None]
+        real = [t.flatten(0, 1)[padding.places] for t in (x, experts, weights)]
+        y = self.experts(*(t[None] for t in real))[0]  # [T, L]
+        rows = y.new_zeros(padding.real.numel(), y.shape[-1])
+        return rows.index_copy(0, padding.places, y).view_as(x)
 
 
 class Attention(nn.Module):
@@ -347,14 +378,14 @@ MIXERS: dict[str, Callable[[Config, int], nn.Module]] = {
 
 
 def apply_mixer(
-    mixer: nn.Module, x: Tensor, state: State | None, documents: Tensor | None
+    mixer: nn.Module, x: Tensor, state: State | None, batch: Batch
 ) -> tuple[Tensor, RouterStatistics | None]:
     """Return what a mixer makes of x [B, S, D] and, of an MoE in training, its statistics."""
     if isinstance(mixer, MoE):
-        return mixer(x)
+        return mixer(x, batch)
     if isinstance(mixer, MLP):
         return mixer(x), None
-    return mixer(x, state, documents), None
+    return mixer(x, state, batch.documents), None
 
 
 class Block(Recomputable):
@@ -366,10 +397,22 @@ class Block(Recomputable):
         self.mixer = MIXERS[symbol](config, index)
 
     def compute(
-        self, x: Tensor, state: State | None = None, documents: Tensor | None = None
+        self, x: Tensor, state: State | None = None, batch: Batch = WHOLE
     ) -> tuple[Tensor, RouterStatistics | None]:
-        y, statistics = apply_mixer(self.mixer, self.norm(x), state, documents)
+        y, statistics = apply_mixer(self.mixer, self.norm(x), state, batch)
         return x + y, statistics
+
+
+def run_blocks(
+    blocks: nn.ModuleList, x: Tensor, state: State | None, batch: Batch
+) -> Iterator[tuple[Tensor, RouterStatistics | None]]:
+    """Yield x [B, S, D] after each block and, of an MoE in training, its statistics."""
+    given = None if batch.experts is None else iter(batch.experts.unbind(2))
+    for block in blocks:
+        if given is not None and isinstance(block.mixer, MoE):
+            batch = batch._replace(experts=next(given))
+        x, statistics = block(x, state, batch)
+        yield x, statistics
 
 
 class Backbone(nn.Module):
@@ -382,15 +425,20 @@ class Backbone(nn.Module):
         self.norm_f = RMSNorm(config.hidden_size, config.norm_eps)
 
     def forward(
-        self, input_ids: Tensor, state: State | None = None, documents: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        state: State | None = None,
+        batch: Batch = WHOLE,
+        embedded: Tensor | None = None,
     ) -> tuple[Tensor, list[RouterStatistics]]:
         """Return the hidden states [B, S, D], after the last norm, of `input_ids` [B, S].
 
-        In training also the statistics of each router.
+        In training also the statistics of each router. `embedded` [B, S, D] are the embeddings of
+        the tokens, where there are some already.
         """
-        x, routers = self.embeddings(input_ids), []
-        for block in self.layers:
-            x, statistics = block(x, state, documents)
+        x, routers = self.embeddings(input_ids) if embedded is None else embedded, []
+        for h, statistics in run_blocks(self.layers, x, state, batch):
+            x = h
             if statistics is not None:
                 routers.append(statistics)
         return self.norm_f(x), routers
@@ -413,12 +461,12 @@ class MTPBlock(Recomputable):
             self.final_layernorm = RMSNorm(size, eps)
 
     def compute(
-        self, x: Tensor, embedding: Tensor, documents: Tensor | None = None
+        self, x: Tensor, embedding: Tensor, batch: Batch = WHOLE
     ) -> tuple[Tensor, RouterStatistics | None]:
         if self.first:
             joined = torch.cat([self.enorm(embedding), self.hnorm(x)], dim=-1)  # [B, S, 2 * D]
             x = self.eh_proj(joined)
-        y, statistics = apply_mixer(self.mixer, self.norm(x), None, documents)
+        y, statistics = apply_mixer(self.mixer, self.norm(x), None, batch)
         x = x + y
         return self.final_layernorm(x) if self.last else x, statistics
 
@@ -437,13 +485,14 @@ class MTP(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         pattern, start = config.mtp_pattern, len(config.pattern)
+        self.depth = config.mtp_depth
         self.layers = nn.ModuleList(
             MTPBlock(config, symbol, start + i, first=i == 0, last=i == len(pattern) - 1)
             for i, symbol in enumerate(pattern)
         )
 
     def forward(
-        self, h: Tensor, embedding: Tensor, documents: Tensor | None = None
+        self, h: Tensor, embedding: Tensor, batch: Batch = WHOLE
     ) -> tuple[Tensor, list[RouterStatistics]]:
         """Return the next h_t for this one and the embeddings of tokens t + k, [B, S, D] each.
 
@@ -451,10 +500,21 @@ class MTP(nn.Module):
         """
         routers: list[RouterStatistics] = []
         for block in self.layers:
-            h, statistics = block(h, embedding, documents)
+            h, statistics = block(h, embedding, batch)
             if statistics is not None:
                 routers.append(statistics)
         return h, routers
+
+    def steps(
+        self, h: Tensor, embedded: Tensor, batch: Batch = WHOLE
+    ) -> Iterator[tuple[int, Tensor, list[RouterStatistics]]]:
+        """Yield k = 1, 2, ... up to the depth, its h_t [B, S - k, D], and routers' statistics.
+
+        h [B, S, D] is the backbone's, `embedded` [B, S, D] are the embeddings of the tokens.
+        """
+        for k in range(1, min(self.depth, h.shape[1] - 1) + 1):
+            h, routers = self(h[:, :-1], embedded[:, k:], batch.ahead(k))
+            yield k, h, routers
 
 
 class Output(NamedTuple):
@@ -481,6 +541,9 @@ class Head(nn.Linear):
         return linear_cross_entropy(x, self.weight, targets)
 
 
+OUTPUTS = ("out_proj", "o_proj", "down_proj", "fc2_latent_proj")  # what ends a mixer
+
+
 class Model(nn.Module):
     """The language model. `Model()` is the spec, with fresh weights."""
 
@@ -493,16 +556,23 @@ class Model(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Fill every parameter and buffer, also after `to_empty`, as the published models were."""
-        self.apply(self.init_module)  # children first, so that a mixer may refill its projections
+        """Fill every parameter and buffer, also after `to_empty`, as the published models were.
+
+        Matrices are normal, with `initializer_range` as their standard deviation; those that end a
+        mixer with `output_range` (Megatron-core's hybrid models).
+        """
+        self.apply(self.init_module)
 
     @torch.no_grad()
     def init_module(self, module: nn.Module) -> None:
-        """Fill what belongs to a module itself, not to its children."""
+        """Fill what belongs to a module itself, and its output projection; children come before."""
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         elif callable(reset := getattr(module, "reset_parameters", None)):
             reset()
+        for name, child in module.named_children():
+            if name in OUTPUTS and isinstance(child, nn.Linear):
+                nn.init.normal_(child.weight, std=self.config.output_range)
 
     def routers(self) -> list[Router]:
         """Return the routers, in the order of the blocks."""
@@ -522,6 +592,8 @@ class Model(nn.Module):
         document_ids: Tensor | None = None,
         *,
         return_logits: bool = True,
+        attention_mask: Tensor | None = None,
+        routed_experts: Tensor | None = None,
     ) -> Output:
         """Run whole sequences [B, S]. `labels` [B, S] are `input_ids`, or -100 to ignore.
 
@@ -531,26 +603,34 @@ class Model(nn.Module):
         another document begins, and nothing passes from the one to the other, neither state nor
         attention nor loss: each document gives what it would alone.
         `mtp_logits` mean nothing where token t + k is one of another document.
+
+        Where `attention_mask` [B, S] is 0 there is padding, anywhere: the others give what they
+        would without it, and it reaches no expert, no load and no loss. Its logits mean nothing.
+
+        `routed_experts` [B, S, routers, K] are used as if the backbone's routers had chosen them:
+        see routing.py.
         """
-        documents = None  # [B, S] int32, 0 for the first of a sequence, 1 for the next, ...
-        if document_ids is not None:
-            starts = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))
-            documents = starts.cumsum(1, dtype=torch.int32)
-        h, routers = self.backbone(input_ids, documents=documents)  # [B, S, D]
+        if labels is not None:
+            check_labels(labels, self.config.vocab_size)
+            if attention_mask is not None:
+                labels = labels.masked_fill(attention_mask == 0, IGNORED)
+        order, batch = batch_of(attention_mask, document_ids, routed_experts)
+        labels = None if labels is None else arranged(labels, order)
+        input_ids, documents = arranged(input_ids, order), batch.documents
+        embedded = self.backbone.embeddings(input_ids)  # [B, S, D]
+        h, routers = self.backbone(input_ids, None, batch, embedded)  # [B, S, D]
         config, predicted = self.config, [self.predict(h, labels, 1, documents, return_logits)]
         mtp_routers: list[list[RouterStatistics]] = []  # of each depth
-        for k in range(1, min(config.mtp_depth, input_ids.shape[1] - 1) + 1):
-            embedding = self.backbone.embeddings(input_ids[:, k:])  # [B, S - k, D]
-            shorter = None if documents is None else documents[:, :-k]
-            h, statistics = self.mtp(h[:, :-1], embedding, shorter)  # [B, S - k, D]
-            mtp_routers.append(statistics)
-            predicted.append(self.predict(h, labels, k + 1, documents, return_logits))
-        logits, *mtp_logits = [logits for logits, _ in predicted]
+        for k, ahead, of_depth in self.mtp.steps(h, embedded, batch):
+            mtp_routers.append(of_depth)
+            predicted.append(self.predict(ahead, labels, k + 1, documents, return_logits))
+        logits, *rest = [logits for logits, _ in predicted]
         losses = tuple(loss for _, loss in predicted if loss is not None)
         loss, mtp_loss = combined_loss(losses, config.mtp_depth, config.mtp_loss_scaling_factor)
-        ahead = tuple(logits for logits in mtp_logits if logits is not None)
+        logits = None if logits is None else restored(logits, order)
+        mtp_logits = tuple(logits for logits in rest if logits is not None)
         statistics = total_statistics(routers, mtp_routers)
-        return Output(logits, loss, mtp_loss, ahead, losses, *statistics)
+        return Output(logits, loss, mtp_loss, mtp_logits, losses, *statistics)
 
     def predict(
         self,
@@ -575,17 +655,11 @@ class Model(nn.Module):
 
     def head(self, h: Tensor) -> Tensor:
         """Return logits [B, S, V] float32 for h [B, S, D]."""
-        return self.lm_head(h).float()
+        return widened(self.lm_head(h))
 
     def allocate_state(self, batch_size: int, max_seq_len: int) -> State:
         """Return the state before the first token, on the device and in the type of the weights."""
-        device = self.backbone.embeddings.weight.device
-        lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        state = State(lengths, max_seq_len)
-        for module in self.backbone.modules():
-            if isinstance(module, Mamba2 | Attention):
-                module.allocate(state)
-        return state
+        return state_of(self.backbone, batch_size, max_seq_len)
 
     @torch.no_grad()
     def step(self, input_ids: Tensor, state: State) -> Tensor:

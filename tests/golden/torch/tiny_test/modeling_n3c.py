@@ -13,23 +13,67 @@ multi-token prediction and leaves `mtp.*` unread.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, NemotronHConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .model import Config, Model
-from .state import State
+from .balance import RouterStatistics, total_statistics
+from .callbacks import RouterBalance
+from .float32 import widened
+from .loss import (
+    IGNORED,
+    check_labels,
+    chunked_cross_entropy,
+    combined_loss,
+    targets_of,
+)
+from .model import (
+    MTP,
+    Backbone,
+    Config,
+    Experts,
+    Head,
+    Model,
+    run_blocks,
+)
+from .routing import Recording, recorded_experts
+from .sequences import WHOLE, Batch, arranged, batch_of, numbered, restored
+from .state import State, state_of
+
+# What trainers pass, and what this model does with it: nothing, as it follows from the rest.
+UNUSED = {"cu_seq_lens_k", "max_length_q", "max_length_k", "output_attentions", "return_dict"}
 
 
-def model_config(config: NemotronHConfig) -> Config:
+class N3CConfig(NemotronHConfig):
+    """`nemotron_h` on disk, by a name of its own in memory.
+
+    PEFT knows models by that name, and refuses adapters in Mamba-2's `out_proj` for transformers'
+    own, which does not call it as a module.
+    """
+
+    model_type = "n3c"
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        config, rest = super().get_config_dict(*args, **kwargs)
+        return config | {"model_type": cls.model_type}, rest
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"model_type": NemotronHConfig.model_type}
+
+
+def model_config(config: N3CConfig) -> Config:
     """Return the architecture that a config.json of `save_checkpoint` describes."""
     return Config(
         vocab_size=config.vocab_size,
@@ -115,100 +159,372 @@ class StateCache(Cache):
         return {name: value for name, value in values.items() if isinstance(value, dict)}
 
 
+def sequences(
+    x: Tensor,
+    attention_mask: Tensor | None,
+    seq_idx: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seq_lens: Tensor | None,
+    routed_experts: Tensor | None,
+) -> tuple[Tensor | None, Batch]:
+    """Return `batch_of` embeddings x [B, S, D]; ValueError for a mask that does not fit them."""
+    shape = x.shape[:2]
+    if attention_mask is not None and attention_mask.shape != shape:
+        raise ValueError(f"attention_mask {list(attention_mask.shape)} is not [B, S] {list(shape)}")
+    order, batch = batch_of(attention_mask, seq_idx, routed_experts)
+    documents = batch.documents
+    if documents is None and position_ids is not None:  # they begin again where a document begins
+        position = arranged(position_ids.expand(shape), order)
+        starts = F.pad(position[:, 1:] <= position[:, :-1], (1, 0))
+        starts = starts if batch.padding is None else starts & batch.padding.real
+        if torch.compiler.is_compiling() or starts.any():
+            documents = starts.cumsum(1, dtype=torch.int32)
+    elif documents is None and cu_seq_lens is not None:
+        place = torch.arange(shape[1], device=x.device)
+        ids = torch.searchsorted(cu_seq_lens.to(place.dtype), place, right=True)
+        documents = numbered(ids.expand(shape))
+    return order, batch._replace(documents=documents)
+
+
+def refuse_unknown(options: dict[str, Any]) -> None:
+    """Raise ValueError for options that would change the result, and cannot."""
+    if options.pop("output_router_logits", False):
+        raise ValueError("no output_router_logits: model.router_balance() has the balance loss")
+    if options.pop("output_attentions", False):
+        raise ValueError("attention weights are never computed: no output_attentions")
+    if unknown := sorted(options.keys() - UNUSED):
+        raise ValueError(f"unknown arguments: {', '.join(unknown)}")
+
+
+@dataclass
+class N3CModelOutput(BaseModelOutputWithPast):
+    """`last_hidden_state` is that after the last norm."""
+
+    routers: list[RouterStatistics] | None = None  # in training
+
+
 @dataclass
 class N3COutput(CausalLMOutputWithPast):
-    """`loss` is that of `Model.forward`, with the MTP loss in it, without the balance loss."""
+    """`loss` is that of the next token and, in training, of MTP, without the balance loss."""
 
-    mtp_loss: Tensor | None = None
+    mtp_loss: Tensor | None = None  # mean over depths, before its factor
     balance_loss: Tensor | None = None
-    tokens_per_expert: Tensor | None = None
+    tokens_per_expert: Tensor | None = None  # [routers, E] int64
 
 
-class N3CForCausalLM(PreTrainedModel, GenerationMixin):
-    """`Model` with the interface of transformers; its parameters have the released names."""
+class N3CPreTrainedModel(PreTrainedModel):
+    """What the model and its backbone have in common; parameters have the released names."""
 
-    config_class = NemotronHConfig
+    config_class = N3CConfig
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _input_embed_layer = "embeddings"
     _no_split_modules: ClassVar[list[str]] = ["Block", "MTPBlock"]
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["e_score_correction_bias"]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = [
+        "e_score_correction_bias",
+        "dt_bias",
+        "A_log",
+        "mixer.D",
+    ]
     _is_stateful = True
-
-    def __init__(self, config: NemotronHConfig) -> None:
-        super().__init__(config)
-        model = Model(model_config(config))
-        # A tuple hides it: its modules, which it shares, are registered by their own names.
-        self.whole = (model,)
-        self.backbone = model.backbone
-        self.lm_head = model.lm_head
-        self.mtp = model.mtp
-        self.post_init()
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # `forward` makes a StateCache
+        return False  # the backbone makes a StateCache
+
+    @cached_property
+    def fresh(self) -> Model:
+        """Return the model without memory: it knows how modules are filled."""
+        with torch.device("meta"):
+            return Model(model_config(self.config))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Fill what a checkpoint lacks."""
         parameters = list(module.parameters(recurse=False))
         if not any(getattr(parameter, "_is_hf_initialized", False) for parameter in parameters):
-            self.whole[0].init_module(module)
+            self.fresh.init_module(module)
+
+
+class N3CModel(N3CPreTrainedModel):
+    """`Backbone` with the interface of transformers."""
+
+    def __init__(self, config: N3CConfig) -> None:
+        super().__init__(config)
+        backbone = Backbone(model_config(config))
+        self.embeddings = backbone.embeddings
+        self.layers = backbone.layers
+        self.norm_f = backbone.norm_f
+        self.post_init()
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        past_key_values: StateCache | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
         seq_idx: Tensor | None = None,
-        cache: StateCache | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        routed_experts: Tensor | None = None,
+        cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> N3CModelOutput:
+        """Return the hidden states of sequences [B, S]; arguments are those of N3CForCausalLM."""
+        refuse_unknown(kwargs)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected input_ids or inputs_embeds, and not both")
+        x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = past_key_values if cache is None else cache
+        hidden: list[Tensor] | None = [] if output_hidden_states else None
+        if cache is not None or use_cache:
+            cache = StateCache(state_of(self, len(x), x.shape[1])) if cache is None else cache
+            if not isinstance(cache, StateCache):
+                raise TypeError(f"{type(cache).__name__}: this model's cache is a StateCache")
+            last = self.step(x, attention_mask, cache, hidden)
+            return N3CModelOutput(
+                last_hidden_state=last,
+                hidden_states=None if hidden is None else tuple(hidden),
+                **{CACHE: cache},
+            )
+        order, batch = sequences(
+            x, attention_mask, seq_idx, position_ids, cu_seq_lens_q, routed_experts
+        )
+        last, routers = self.run(arranged(x, order), None, batch, hidden)
+        if hidden is not None:
+            hidden = [restored(h, order) for h in hidden]
+        return N3CModelOutput(
+            last_hidden_state=restored(last, order),
+            hidden_states=None if hidden is None else tuple(hidden),
+            routers=routers or None,
+        )
+
+    def run(
+        self, x: Tensor, state: State | None, batch: Batch, hidden: list[Tensor] | None
+    ) -> tuple[Tensor, list[RouterStatistics]]:
+        """Return the last hidden states of x [B, S, D] and, in training, routers' statistics.
+
+        `hidden`, if it is a list, gets the embeddings, what follows each block but the last, and
+        the last hidden states.
+        """
+        routers: list[RouterStatistics] = []
+        for h, statistics in run_blocks(self.layers, x, state, batch):
+            if statistics is not None:
+                routers.append(statistics)
+            if hidden is not None:
+                hidden.append(x)
+            x = h
+        last = self.norm_f(x)
+        if hidden is not None:
+            hidden.append(last)
+        return last, routers
+
+    @torch.no_grad()
+    def step(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        cache: StateCache,
+        hidden: list[Tensor] | None,
+    ) -> Tensor:
+        """Take in embeddings [B, S, D]; return the last hidden states, zeros for padding."""
+        length = x.shape[1]
+        cache.reserve(length)
+        cache.seen += length
+        kept = None if attention_mask is None else attention_mask[:, -length:].bool()
+        if kept is None or kept.all():
+            return self.advance(x, cache.state, hidden)
+        if hidden is not None:
+            raise ValueError("no output_hidden_states for padded rows with a cache")
+        # No state takes padding in, so each row goes by itself.
+        last = torch.zeros_like(x)
+        for index, row in enumerate(kept):
+            if row.any():
+                last[index, row] = self.advance(x[index, row][None], cache.row(index), None)[0]
+        cache.state.longest = int(cache.state.lengths.max())
+        return last
+
+    def advance(self, x: Tensor, state: State, hidden: list[Tensor] | None) -> Tensor:
+        """Return the last hidden states of what follows on `state`, and move that on."""
+        last, _ = self.run(x, state, WHOLE, hidden)
+        state.lengths += x.shape[1]
+        state.longest += x.shape[1]
+        return last
+
+
+class N3CForCausalLM(N3CPreTrainedModel, GenerationMixin):
+    """`Model` with the interface of transformers."""
+
+    def __init__(self, config: N3CConfig) -> None:
+        super().__init__(config)
+        self.backbone = N3CModel(config)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
+        self.mtp = MTP(model_config(config))
+        for module in self.modules():
+            if isinstance(module, Experts):
+                module.register_load_state_dict_pre_hook(take_experts)
+        self.post_init()
+
+    def router_balance(
+        self, bias_rate: float = 1e-3, balance_factor: float = 1e-4
+    ) -> RouterBalance:
+        """Return the callback of a trainer that keeps the load of the experts even."""
+        return RouterBalance(bias_rate, balance_factor)
+
+    def recorded_experts(self) -> AbstractContextManager[Recording]:
+        """Record what the backbone's routers choose: see routing.py."""
+        return recorded_experts(self)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        return_logits: bool | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        routed_experts: Tensor | None = None,
+        cache: Cache | None = None,
+        **kwargs: Any,
     ) -> N3COutput:
         """Run sequences [B, S]; with `use_cache`, those that follow on `cache`.
 
         Before transformers 5.24 that is `past_key_values`, of the output, too.
 
-        `attention_mask` [B, S and what was before]: 0 is padding, on either side. `labels` [B, S]
-        are `input_ids`, or -100 to ignore. `seq_idx` [B, S] are the documents of packed sequences,
-        by the name that DataCollatorWithFlattening gives them.
+        `attention_mask` [B, S and what was before]: 0 is padding, anywhere. `labels` [B, S] are
+        `input_ids`, or -100 to ignore; their loss is the sum over the tokens by
+        `num_items_in_batch`, or their mean. Logits are left out where there are labels in
+        training, unless `return_logits`; `logits_to_keep` are the last ones, or those of indices.
+
+        Documents of packed sequences are told apart by `seq_idx` [B, S], by `position_ids` [B, S],
+        which begin again, or by `cu_seq_lens_q`: the collators of transformers and TRL have them.
+
+        `routed_experts` [B, S, routers, K] are used as if the backbone's routers had chosen them:
+        see routing.py.
         """
-        model = self.whole[0]
-        cache = past_key_values if cache is None else cache
-        if cache is not None or (use_cache and labels is None):
-            if cache is None:
-                cache = StateCache(model.allocate_state(len(input_ids), input_ids.shape[1]))
-            logits = self.step(input_ids, attention_mask, cache)
-            return N3COutput(logits=logits, **{CACHE: cache})
+        refuse_unknown(kwargs)
+        options: dict[str, Any] = {"output_hidden_states": output_hidden_states}
+        if labels is None:
+            options |= {"past_key_values": past_key_values, "cache": cache, "use_cache": use_cache}
+            options |= {"position_ids": position_ids, "cu_seq_lens_q": cu_seq_lens_q}
+            out = self.backbone(
+                input_ids,
+                attention_mask,
+                inputs_embeds=inputs_embeds,
+                seq_idx=seq_idx,
+                routed_experts=routed_experts,
+                **options,
+            )
+            return N3COutput(
+                logits=self.logits(out.last_hidden_state, logits_to_keep),
+                hidden_states=out.hidden_states,
+                **{CACHE: getattr(out, CACHE)},
+            )
+
+        check_labels(labels, self.config.vocab_size)
+        x = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        order, batch = sequences(
+            x, attention_mask, seq_idx, position_ids, cu_seq_lens_q, routed_experts
+        )
         if attention_mask is not None:
-            seq_idx = attention_mask if seq_idx is None else seq_idx
-            labels = None if labels is None else labels.masked_fill(attention_mask == 0, -100)
-        out = model(input_ids, labels, seq_idx)
+            labels = labels.masked_fill(attention_mask == 0, IGNORED)
+        x, labels = arranged(x, order), arranged(labels, order)
+        out = self.backbone(
+            attention_mask=None if batch.padding is None else batch.padding.real,
+            inputs_embeds=x,
+            seq_idx=batch.documents,
+            routed_experts=batch.experts,
+            **options,
+        )
+        logits = None
+        if return_logits or (return_logits is None and not self.training):
+            logits = self.logits(restored(out.last_hidden_state, order), logits_to_keep)
+        hidden = out.hidden_states
+        if hidden is not None:
+            hidden = tuple(restored(h, order) for h in hidden)
         return N3COutput(
-            loss=out.loss,
-            logits=out.logits,
-            mtp_loss=out.mtp_loss,
-            balance_loss=out.balance_loss,
-            tokens_per_expert=out.tokens_per_expert,
+            logits=logits,
+            hidden_states=hidden,
+            **self.losses(out, x, batch, labels, num_items_in_batch),
         )
 
-    def step(self, input_ids: Tensor, attention_mask: Tensor | None, cache: StateCache) -> Tensor:
-        """Take in tokens [B, S] and return their logits [B, S, V]; those of padding are zeros."""
-        model, length = self.whole[0], input_ids.shape[1]
-        cache.reserve(length)
-        cache.seen += length
-        kept = None if attention_mask is None else attention_mask[:, -length:].bool()
-        if kept is None or kept.all():
-            return model.step(input_ids, cache.state)
-        # No state takes padding in, so each row goes by itself.
-        logits = input_ids.new_zeros(*input_ids.shape, model.config.vocab_size, dtype=torch.float32)
-        for index, row in enumerate(kept):
-            if row.any():
-                tokens = input_ids[index, row][None]
-                logits[index, row] = model.step(tokens, cache.row(index))[0]
-        cache.state.longest = int(cache.state.lengths.max())
-        return logits
+    def logits(self, h: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+        """Return logits [B, kept, V] float32 for h [B, S, D]."""
+        kept = logits_to_keep
+        return widened(self.lm_head(h[:, -kept:] if isinstance(kept, int) else h[:, kept]))
+
+    def losses(
+        self,
+        out: N3CModelOutput,
+        embedded: Tensor,
+        batch: Batch,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None,
+    ) -> dict[str, Tensor | None]:
+        """Return the losses, by their names in the output.
+
+        With `num_items_in_batch` all are sums by that number, those of MTP too: the gradients of
+        the parts of a step then add up to those of the whole.
+        """
+
+        def mean(h: Tensor, ahead: int) -> Tensor:
+            targets = targets_of(labels, ahead, batch.documents)
+            count = num_items_in_batch
+            if count is None:
+                count = (targets != IGNORED).sum().clamp(min=1)
+            return self.loss_sum(h, targets) / count
+
+        h = out.last_hidden_state
+        loss = mean(h, 1)
+        if not self.training or not self.config.mtp_loss_scaling_factor:
+            return {"loss": loss}
+        losses = [loss]
+        mtp_routers: list[list[RouterStatistics]] = []  # of each depth
+        for k, ahead, routers in self.mtp.steps(h, embedded, batch):
+            mtp_routers.append(routers)
+            losses.append(mean(ahead, k + 1))
+        balance_loss, tokens_per_expert = total_statistics(out.routers or [], mtp_routers)
+        factor = self.config.mtp_loss_scaling_factor
+        loss, mtp_loss = combined_loss(tuple(losses), self.mtp.depth, factor)
+        return {
+            "loss": loss,
+            "mtp_loss": mtp_loss,
+            "balance_loss": balance_loss,
+            "tokens_per_expert": tokens_per_expert,
+        }
+
+    def loss_sum(self, h: Tensor, targets: Tensor) -> Tensor:
+        """Return the sum of the losses [], never with all logits: h [B, S, D], targets [B, S]."""
+        if type(self.lm_head) is Head:
+            total: Tensor = self.lm_head(h, targets)
+            return total
+        return chunked_cross_entropy(self.lm_head, h, targets)
+
+
+def take_experts(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Fill stacked experts from tensors that have the released names, one each.
+
+    So checkpoints of a Trainer have them, in several files perhaps, of which each has some.
+    """
+    for name in ("up_proj", "down_proj"):
+        stacked = getattr(module, name).data  # [E, out, in]
+        for expert, weight in enumerate(stacked):
+            own = state_dict.pop(f"{prefix}{expert}.{name}.weight", None)
+            if own is not None:
+                weight.copy_(own)
+                state_dict[prefix + name] = stacked
 
 
 # On disk each expert has its tensors; in memory they are stacked.

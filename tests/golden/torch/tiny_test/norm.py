@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .dispatch import kernels
+from .float32 import widened
 
 
 class RMSNorm(nn.Module):
@@ -27,7 +28,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if (fast := kernels(x)) is not None:
             return fast.norm.rms_norm(x, self.weight, self.eps)
-        return F.rms_norm(x.float(), [x.shape[-1]], self.weight.float(), self.eps).to(x.dtype)
+        return F.rms_norm(widened(x), [x.shape[-1]], widened(self.weight), self.eps).to(x.dtype)
 
 
 class GatedRMSNorm(nn.Module):
@@ -43,7 +44,7 @@ class GatedRMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        y = y.float() * F.silu(z.float())
+        y = widened(y) * F.silu(widened(z))
         y = y.view(*z.shape[:-1], self.groups, -1)  # [B, S, G, R * P]
         y = F.rms_norm(y, [y.shape[-1]], eps=self.eps).flatten(-2)  # [B, S, H * P]
-        return (self.weight.float() * y).to(z.dtype)
+        return (widened(self.weight) * y).to(z.dtype)

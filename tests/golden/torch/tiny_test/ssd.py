@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .autocast import float32_products
-from .dispatch import allowed, kernels, prefer_mamba_ssm
+from .dispatch import kernels, mamba_ssm_reaches, prefer_mamba_ssm
+from .float32 import widened
 
 CPU_CHUNK = 64  # tokens; larger chunks give the same y and are slower without the CUDA kernel
 LOG_RESET = -1e4  # log of a decay that leaves nothing
@@ -77,7 +78,7 @@ def scan(
     """
     whole = state is None or x.shape[1] > 1
     fast = kernels(x) if whole and measured(x, x.shape[-1], B.shape[-1]) else None
-    theirs = scan_kernel if whole and x.is_cuda and allowed("mamba_ssm") else None
+    theirs = scan_kernel if whole and mamba_ssm_reaches(x) else None
     if theirs is not None and (fast is None or prefer_mamba_ssm()):
         options = {"initial_states": state, "seq_idx": documents, "return_final_states": True}
         y, h = theirs(x, dt, A, B, C, chunk_size, **options)
@@ -85,7 +86,7 @@ def scan(
     if fast is not None:
         y, h = fast.mamba2.scan(x, dt, A, B, C, state, documents)
         return y, h
-    x, B, C = x.float(), B.float(), C.float()
+    x, B, C = widened(x), widened(B), widened(C)
     with float32_products(x):
         if state is not None and x.shape[1] == 1:
             return ssd_step(x, dt, A, B, C, state), state
@@ -113,12 +114,14 @@ def ssd(
     batch, length, heads, channels = x.shape
     groups, state_size = B.shape[2:]
     by_group = (groups, heads // groups)  # [G, R]
-    size = min(chunk_size, length)
-    pad = -length % size  # padded tokens have dt = 0: they neither decay nor add
+    graph = torch.compiler.is_exporting()  # which is for any length
+    size = chunk_size if graph else min(chunk_size, length)
+    count = (length + size - 1) // size
+    pad = count * size - length  # padded tokens have dt = 0: they neither decay nor add
 
     def chunks(t: Tensor, *shape: int) -> Tensor:  # [B, S, ...] -> [B, S/Q, Q, *shape]
-        t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) if pad else t
-        return t.reshape(batch, -1, size, *shape)
+        t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) if graph or pad else t
+        return t.reshape(batch, count, size, *shape)
 
     log_decay = dt * A  # [B, S, H]
     if documents is not None:
@@ -133,6 +136,9 @@ def ssd(
         chunks(C, groups, state_size),
         state.view(batch, *by_group, channels, state_size),
     )
+    if graph:  # a slice would ask whether anything was padded
+        token = torch.arange(length, device=y.device)
+        return y[:, token // size, token % size].flatten(2, 3), h.flatten(1, 2)
     return y.flatten(3, 4).flatten(1, 2)[:, :length], h.flatten(1, 2)
 
 
@@ -161,10 +167,13 @@ class ChunkedScan(torch.autograd.Function):
 
         # 3. The state before each chunk, in the memory of what the chunk adds, and after the last:
         # the only sequential part.
-        for c in range(h.shape[1]):
-            after = torch.addcmul(h[:, c], state, whole[:, c])
-            h[:, c] = state
-            state = after
+        if torch.compiler.is_exporting():
+            h, state = between_chunks(h, a.double().sum(2), state)
+        else:
+            for c in range(h.shape[1]):
+                after = torch.addcmul(h[:, c], state, whole[:, c])
+                h[:, c] = state
+                state = after
 
         # 4. What the state before the chunk gives to each of its tokens.
         carried = C @ h.flatten(3, 4).mT  # [B, S/Q, G, Q, R * P]
@@ -228,6 +237,20 @@ def decays(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     within = between.clamp_(MIN_LOG_DECAY, 0).exp_().tril_()
     to_end = (total[:, :, -1:] - total).to(a.dtype).clamp_(min=MIN_LOG_DECAY).exp_()
     return within, to_end, total.to(a.dtype).clamp_(min=MIN_LOG_DECAY).exp_()
+
+
+def between_chunks(h: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the state before each chunk and after the last, for a graph that cannot loop.
+
+    h [B, S/Q, G, R, P, N] is what each chunk adds, log_decay [B, S/Q, G, R] float64 its decay, and
+    state [B, G, R, P, N] h_0, which is put before the chunks as if one had added it.
+    """
+    added = torch.cat([state[:, None], h], dim=1).movedim(1, 3)  # [B, G, R, 1 + S/Q, P, N]
+    total = F.pad(log_decay.movedim(1, -1).cumsum(-1), (1, 0))  # [B, G, R, 1 + S/Q]
+    between = (total[..., :, None] - total[..., None, :]).to(h.dtype)
+    within = between.clamp(MIN_LOG_DECAY, 0).exp().tril()
+    after = (within @ added.flatten(4)).view_as(added).movedim(3, 1)  # after each, from h_0 on
+    return after[:, :-1].contiguous(), after[:, -1]
 
 
 def by_head(t: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass
@@ -35,3 +35,13 @@ class State:
         end = self.longest + length
         mask = torch.arange(end, device=k.device) <= position[:, None, :, None]  # [B, 1, S, end]
         return keys[:, :, :end], values[:, :, :end], mask
+
+
+def state_of(backbone: nn.Module, batch_size: int, max_seq_len: int) -> State:
+    """Return the state before the first token, on the device and in the type of the weights."""
+    device = backbone.get_parameter("norm_f.weight").device
+    state = State(torch.zeros(batch_size, dtype=torch.int64, device=device), max_seq_len)
+    for module in backbone.modules():
+        if callable(allocate := getattr(module, "allocate", None)):  # a mixer's
+            allocate(state)
+    return state

@@ -19,6 +19,7 @@ from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.ir.diagnostics import ExitCode, N3CError
 from n3c.passes.lower.model import lower
 from n3c.passes.serving import Served, serve
+from n3c.runtime.engines.interface import Array, call
 from n3c.runtime.engines.onnxruntime.engine import OnnxRuntimeEngine
 from n3c.runtime.engines.onnxruntime.open import cpu_engine
 from n3c.runtime.engines.tensorrt.device import cuda_devices
@@ -49,11 +50,11 @@ class Small:
     def engine(self, *devices: HostDevice, trt: FakeTrt | None = None) -> TrtEngine:
         parameters = {p.name: p for entry in self.entries for p in entry.parameters}
         trt = trt or FakeTrt()
-        return TrtEngine(trt, devices, self.plans, parameters, self.checkpoint, self.served.plan, batch=BATCH)
+        return TrtEngine(trt, devices, self.plans, parameters, self.checkpoint, self.served.plan, batch_sizes=[BATCH])
 
     def cpu(self, checkpoint: Checkpoint | None = None) -> OnnxRuntimeEngine:
         names = list(self.served.program.entry_points)
-        return cpu_engine(self.served, self.spec, names, BATCH, checkpoint or self.checkpoint)
+        return cpu_engine(self.served, self.spec, names, [BATCH], checkpoint or self.checkpoint)
 
     def generate(self, engine: Any, *, speculate: bool = True) -> list[list[int]]:
         drafter = MtpDrafter() if speculate else None
@@ -145,7 +146,11 @@ def test_a_replay_with_other_addresses_or_shapes_fails(small: Small) -> None:
     model = onnx.load_from_string(next(e for e in small.entries if e.name.startswith("draft")).to_bytes())
     memory = {value.name: device.allocate(1 << 16) for value in (*model.graph.input, *model.graph.output)}
     with device.current():
-        context = FakeTrt().Runtime(None).deserialize_cuda_engine(model.SerializeToString()).create_execution_context()
+        engine = FakeTrt().Runtime(None).deserialize_cuda_engine(model.SerializeToString())
+        config = engine.create_runtime_config()
+        config.allocation, config.dynamic_shapes_kernel_specialization_strategy = "USER_MANAGED", "NONE"
+        context, scratch = engine.create_execution_context(config), device.allocate(1024)
+        context.set_device_memory(scratch.address, 1024)
         for name, piece in memory.items():
             context.set_tensor_address(name, piece.address)
         context.set_input_shape("key_positions", (4,))
@@ -178,7 +183,7 @@ def test_other_weights_reset_all_states(small: Small, tmp_path: Path) -> None:
     device = HostDevice()
     engine = small.engine(device)
     small.generate(engine)
-    arena, spare = device.memories[:2]
+    arena, spare = device.memories[1:3]  # after the scratch
     assert arena.data.any() and spare.data.any()
     engine.replace_weights(save_tensors(random_tensors(lower(small.spec), seed=5), tmp_path))
     assert not arena.data.any() and not spare.data.any()
@@ -215,13 +220,13 @@ def test_states_take_what_the_plan_says(small: Small) -> None:
     plan = small.served.plan
     engine = small.engine(device)
     held = engine.allocated()
-    assert held.states == BATCH * plan.total_bytes == device.memories[0].bytes
+    assert held.states == BATCH * plan.total_bytes == device.memories[1].bytes  # after the scratch
     assert held.weights == sum(p.type.bytes for p in {p.name: p for e in small.entries for p in e.parameters}.values())
     alone = sum(BATCH * -(-s.bytes // 256) * 256 for s in plan.states if s.kind != "kv")
     assert held.spare_states == alone
     small.generate(engine, speculate=False)
     caches = next(s for s in plan.states if s.kind == "kv")
-    part = device.memories[0].data[BATCH * caches.offset :][: caches.bytes].view(np.float32).reshape(caches.shape)
+    part = device.memories[1].data[BATCH * caches.offset :][: caches.bytes].view(np.float32).reshape(caches.shape)
     assert np.abs(part[:, : len(PROMPTS[0]) + 7]).min() > 0
     assert not part[:, len(PROMPTS[0]) + 8 :].any()
 
@@ -237,6 +242,94 @@ def test_a_reset_forgets_and_other_weights_need_no_plan(small: Small, tmp_path: 
     assert small.generate(engine) == before
 
 
+def test_contexts_of_a_gpu_share_one_scratch(small: Small) -> None:
+    trt = FakeTrt()
+    devices = [HostDevice(0), HostDevice(1)]
+    small.engine(*devices, trt=trt)
+    needed = [trt.scratch[len(onnx.load(plan.path).graph.node) % 3] for plan in small.plans]
+    assert all(device.memories[0].bytes in needed for device in devices)
+    assert max(device.memories[0].bytes for device in devices) == max(needed)
+
+
+def test_kernels_are_compiled_once_and_kept_beside_the_plans(small: Small) -> None:
+    kept = small.plans[0].path.with_name("sm120.runtime-cache")
+    kept.unlink(missing_ok=True)
+    first, second = FakeTrt(), FakeTrt()
+    expected = small.generate(small.engine(HostDevice(), trt=first))
+    assert first.compiled and kept.is_file()
+    assert small.generate(small.engine(HostDevice(), trt=second)) == expected
+    assert not second.compiled
+    kept.write_bytes(b"of another GPU")
+    assert small.generate(small.engine(HostDevice(), trt=second)) == expected
+    assert second.compiled == first.compiled
+    assert kept.read_bytes().startswith(b"sm120")
+
+
+def test_a_folder_that_cannot_be_written_keeps_no_kernels(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, data: bytes) -> int:
+        raise OSError("no space left")
+
+    expected = small.generate(small.cpu())
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert small.generate(small.engine(HostDevice())) == expected
+
+
+def test_what_cannot_be_captured_runs_without_graphs(small: Small) -> None:
+    trt, device = FakeTrt(), HostDevice()
+    trt.capturable = False
+    engine = small.engine(device, trt=trt)
+    assert small.generate(engine) == small.generate(engine) == small.generate(small.cpu())
+    assert device.captured == 0
+
+
+def test_a_copy_of_a_sequence_goes_on_in_any_row(small: Small) -> None:
+    """On several devices, whichever of its places a state is in, as on a CPU."""
+    prompt, following = [4, 9, 2, 7, 1], [3, 8, 5]
+    for engine in (small.engine(HostDevice(0), HostDevice(1)), small.cpu()):
+        logits: list[Array] = []
+        small.generate(engine, speculate=False)
+        engine.reset()
+        given: dict[str, Array] = {name: np.zeros(BATCH, np.int64) for name in ("counts", "lengths")}
+        given |= {name: np.zeros((BATCH, 4), np.int64) for name in ("input_ids", "following_ids")}
+        for begin in (0, 4):
+            chunk = prompt[begin : begin + 4]
+            given["input_ids"][0, : len(chunk)], given["counts"][0] = chunk, len(chunk)
+            given["lengths"][0] = begin
+            call(engine, "prefill", **given)
+        copies = [engine.snapshot(0, 0, 3), engine.snapshot(0, 3, len(prompt))]
+        for row in (0, 1):
+            if row:
+                engine.reset()
+                for copied in copies:
+                    engine.restore(row, copied)
+            for i, token in enumerate(following):
+                ids, lengths = np.zeros((BATCH, 1), np.int64), np.zeros(BATCH, np.int64)
+                ids[row, 0], lengths[row] = token, len(prompt) + i
+                logits.append(call(engine, "decode", input_ids=ids, lengths=lengths)["logits"][row])
+        np.testing.assert_allclose(np.stack(logits[3:]), np.stack(logits[:3]), atol=1e-6)
+        assert copies[0].bytes < engine.allocated().states
+
+
+def test_a_sequence_is_reset_alone(small: Small) -> None:
+    """In whichever of its two places a state is."""
+    device = HostDevice()
+    engine = small.engine(device)
+    (arena, spare), plan = device.memories[1:3], small.served.plan  # after the scratch
+    for _ in range(2):
+        small.generate(engine)
+        engine.reset([0])
+        at = {arena.address: 0, spare.address: 0}
+        second: list[Array] = []
+        for state in plan.states:
+            for memory in (arena,) if state.kind == "kv" else (arena, spare):
+                rows = memory.data[at[memory.address] :][: BATCH * state.bytes].reshape(BATCH, -1)
+                at[memory.address] += BATCH * -(-state.bytes // 256) * 256
+                assert not rows[0].any(), state.name
+                second.append(rows[1])
+        assert any(row.any() for row in second)
+        engine.reset()
+
+
 def refused(work: Any) -> tuple[str, ExitCode, str]:
     with pytest.raises(N3CError) as error:
         work()
@@ -249,7 +342,9 @@ def test_a_plan_that_the_runtime_refuses(small: Small, tmp_path: Path) -> None:
     damaged.write_bytes(small.plans[0].path.read_bytes()[:100])
     plans: Sequence[Plan] = [Plan(damaged, "decode", BATCH, (), (), ())]
     code, exit_code, message = refused(
-        lambda: TrtEngine(FakeTrt(), [HostDevice()], plans, {}, small.checkpoint, small.served.plan, batch=BATCH)
+        lambda: TrtEngine(
+            FakeTrt(), [HostDevice()], plans, {}, small.checkpoint, small.served.plan, batch_sizes=[BATCH]
+        )
     )
     assert (code, exit_code) == ("E0812", ExitCode.TARGET)
     assert "refused by the runtime" in message

@@ -72,7 +72,7 @@ def made(
         small.served,
         small.spec,
         names,
-        batch,
+        [batch],
         weights,
         device=CPU,
         dtype=dtype,
@@ -141,10 +141,10 @@ def test_weights_are_held_as_they_are_stored(mixed: SmallModel, tmp_path: Path) 
     export_config(mixed.spec, output=mixed.checkpoint.directory / "config.json", force=True)
     quantize(mixed.spec, weights=mixed.checkpoint.directory, output=tmp_path / "packed")
     packed = fitting_checkpoint(mixed.spec, tmp_path / "packed")
-    engine = mixed.engine("torch", 2, packed)
+    engine = mixed.engine("torch", 2, checkpoint=packed)
     stored = sum(packed.bytes(name) for name in packed if not name.endswith("input_scale"))
     assert engine.allocated().weights == stored
-    assert_near(session(engine), session(mixed.engine("reference", 2, packed)), 1e-5)
+    assert_near(session(engine), session(mixed.engine("reference", 2, checkpoint=packed)), 1e-5)
 
 
 def test_experts_are_read_one_by_one(mixed: SmallModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +202,7 @@ def test_replayed_graphs_read_weights_that_were_replaced(mixed: SmallModel, tmp_
     before = generated(engine, mixed.spec, [[1, 2, 3]], 8, MtpDrafter())
     other = save_tensors(random_tensors(lower(mixed.spec), seed=9), tmp_path)
     engine.replace_weights(other)
-    expected = generated(mixed.engine("torch", 1, other), mixed.spec, [[1, 2, 3]], 8, MtpDrafter())
+    expected = generated(mixed.engine("torch", 1, checkpoint=other), mixed.spec, [[1, 2, 3]], 8, MtpDrafter())
     assert generated(engine, mixed.spec, [[1, 2, 3]], 8, MtpDrafter()) == expected != before
     assert recorder.recorded == 2  # verify and draft, of the old weights' time
 
@@ -238,8 +238,8 @@ def test_what_cannot_be_recorded_runs_as_it_is(mixed: SmallModel, monkeypatch: p
     monkeypatch.setattr(Network, "run", waits)
     engine = made(mixed, 1, recorder=FakeRecorder())
     assert generated(engine, mixed.spec, [[1, 2, 3]], 12, MtpDrafter()) == expected
-    assert engine.unrecorded.keys() == {"verify"}
-    assert "not permitted when stream is capturing" in engine.unrecorded["verify"]
+    assert engine.unrecorded.keys() == {("verify", 1)}
+    assert "not permitted when stream is capturing" in engine.unrecorded["verify", 1]
 
 
 def test_fp8_caches(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_fp8_caches(tmp_path: Path) -> None:
     tensors |= {f"{name}.{name[-6]}_scale": torch.tensor(0.01) for name in attention}
     checkpoint, served = save_tensors(tensors, tmp_path), serve(spec)
     small = SmallModel(spec, served, checkpoint)
-    reference = ReferenceEngine(served.program, checkpoint, batch=2, capacity=48)
+    reference = ReferenceEngine(served.program, checkpoint, batch_sizes=[2], capacity=48)
     engine = made(small, 2, torch.bfloat16)
     exact, narrow = session(reference), session(engine)
     assert_near(narrow, exact, 0.1)
@@ -291,7 +291,7 @@ def test_random_weights_of_every_format(mixed: SmallModel) -> None:
 
     def engine(seed: int) -> TorchEngine:
         weights = RandomWeights(parameters, seed)
-        return torch_engine(mixed.served, mixed.spec, names, 2, weights)
+        return torch_engine(mixed.served, mixed.spec, names, [2], weights)
 
     first = session(engine(0))
     assert all(np.isfinite(value).all() for outputs in first for value in outputs.values())
@@ -325,5 +325,5 @@ def test_no_gpu(mixed: SmallModel) -> None:
         pytest.skip("there is one")
     weights = CheckpointWeights(mixed.checkpoint)
     with pytest.raises(N3CError) as error:
-        torch_engine(mixed.served, mixed.spec, ["decode"], 1, weights, "cuda")
+        torch_engine(mixed.served, mixed.spec, ["decode"], [1], weights, "cuda")
     assert (error.value.diagnostics[0].code, error.value.exit_code) == ("E0801", ExitCode.TARGET)

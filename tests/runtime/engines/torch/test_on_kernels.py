@@ -38,7 +38,7 @@ def test_kernels_compute_what_pytorch_does(tmp_path: Path) -> None:
 
     def engine(operations: MakeOperations) -> TorchEngine:
         cpu, wide = torch.device("cpu"), torch.float32
-        return TorchEngine(served, spec, names, 2, weights, device=cpu, dtype=wide, operations=operations)
+        return TorchEngine(served, spec, names, [2], weights, device=cpu, dtype=wide, operations=operations)
 
     assert kernel_operations() is not PlainOperations
     expected = outputs(engine(PlainOperations))

@@ -23,9 +23,11 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from ..checkpoint import read_json
 from ..model import Config, Model
+from .average import Average
 from .settings import FILES, FREE_TO_CHANGE, Settings, TrainError
 from .world import World
 
+FORMAT = 1  # of what `finish` writes beside the distributed checkpoint
 SHOWN = 8  # differences that a message lists
 ERRORS = (OSError, ValueError, KeyError, RuntimeError, CheckpointException)
 
@@ -51,13 +53,12 @@ class Checkpoints:
         folder: Path,
         keep: int,
         world: World,
-        train_tokens: int,
+        data: Mapping[str, Any],
         rules: Mapping[str, str | bool],
     ) -> None:
         self.folder, self.keep, self.world = folder, keep, world
         self.rules = dict(rules)  # of the spec's training numerics; none where they are not used
-        # How many there are decides the order of the data, and settings of validation decide it.
-        self.data = {"train_tokens": train_tokens}
+        self.data = dict(data)  # what the order of the data follows from
         self.unfinished: Unfinished | None = None
         # Of its own: its messages must not meet those of the steps that run meanwhile.
         self.group = dist.new_group(backend="gloo") if world.many else None
@@ -80,14 +81,18 @@ class Checkpoints:
         return f"the last good checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
 
     def save(
-        self, model: Model, optimizer: torch.optim.Optimizer, settings: Settings, step: int
+        self,
+        model: Model,
+        optimizer: torch.optim.Optimizer,
+        settings: Settings,
+        step: int,
+        average: Average | None = None,
     ) -> None:
         """Begin to write step-<step>, if it is not there; `finish` ends it."""
         self.finish()
         if self.path(step).exists():
             return
-        weights, moments = get_state_dict(model, optimizer)
-        state = {"model": weights, "optimizer": moments}
+        state = state_of(model, optimizer, average)
         written = self.write(state, self.path(step, hidden=True), settings.async_checkpoints)
         self.unfinished = Unfinished(step, settings, written)
         if written.done():
@@ -127,7 +132,7 @@ class Checkpoints:
         try:
             now.written.result()
             if self.world.rank == 0:
-                about: dict[str, object] = {"step": now.step, "data": self.data}
+                about: dict[str, object] = {"format": FORMAT, "step": now.step, "data": self.data}
                 about["rules"] = self.rules
                 about |= {"config": asdict(Config()), "settings": asdict(now.settings)}
                 (hidden / "train.json").write_text(json.dumps(about, indent=1), "utf-8")
@@ -145,19 +150,55 @@ class Checkpoints:
                 shutil.rmtree(old.rename(old.with_name(f".{old.name}")))
         self.world.wait()
 
-    def load(self, model: Model, optimizer: torch.optim.Optimizer, settings: Settings) -> int:
-        """Fill model and optimizer from the last checkpoint and return its step; 0 without one."""
-        if not self.all():
-            return 0
-        path = self.all()[-1]
-        try:
-            about = read_about(path / "train.json")
-            require_same(path, about, settings, self.data, self.rules)
-            weights, moments = get_state_dict(model, optimizer)
-            state: dict[str, Any] = {"model": weights, "optimizer": moments}
-            load(state, checkpoint_id=path, no_dist=not self.world.many)
-        except ERRORS as error:
-            raise TrainError(f"{path} cannot be read: {reason(error)}", FILES) from error
+    def load(
+        self,
+        model: Model,
+        optimizer: torch.optim.Optimizer,
+        settings: Settings,
+        average: Average | None = None,
+    ) -> int:
+        """Fill model, optimizer and average from a checkpoint and return its step; 0 without one.
+
+        It is that of `resume_step`, or the last that can be read; later ones are set aside. All
+        processes call it.
+        """
+        found = self.all()
+        if settings.resume_step:
+            wanted = self.path(settings.resume_step)
+            if wanted not in found:
+                there = ", ".join(path.name for path in found) or "none"
+                raise TrainError(f"{wanted} is no checkpoint; there are: {there}", FILES)
+            found = [wanted]
+        for path in reversed(found):
+            problem = ""
+            try:
+                step = self.read(path, model, optimizer, settings, average)
+            except ERRORS as error:
+                problem = reason(error)
+            problem = next(filter(None, self.world.gather(problem)), "")
+            if not problem:
+                self.set_aside_after(step)
+                self.world.say(f"going on from {path}")
+                return step
+            if path == found[0]:
+                raise TrainError(f"{path} cannot be read: {problem}", FILES)
+            self.world.say(f"{path} cannot be read: {problem}; trying the one before it")
+        self.world.say(f"{self.folder} has no checkpoint: the run begins at step 0")
+        return 0
+
+    def read(
+        self,
+        path: Path,
+        model: Model,
+        optimizer: torch.optim.Optimizer,
+        settings: Settings,
+        average: Average | None,
+    ) -> int:
+        """Fill model, optimizer and average from one checkpoint and return its step."""
+        about = read_about(path / "train.json")
+        require_same(path, about, settings, self.data, self.rules)
+        state = state_of(model, optimizer, average)
+        load(state, checkpoint_id=path, no_dist=not self.world.many)
         groups = state["optimizer"]["param_groups"]
         for group, ours in zip(groups, optimizer.param_groups, strict=True):
             if "fused" in ours:  # it depends on how the processes share the model
@@ -165,17 +206,40 @@ class Checkpoints:
         set_state_dict(
             model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
-        self.world.say(f"going on from {path}")
         return int(about["step"])
+
+    def set_aside_after(self, step: int) -> None:
+        """Rename the checkpoints after `step`, which the run will write again."""
+        later = [path for path in self.all() if path > self.path(step)]
+        self.world.wait()
+        for path in later:
+            aside = path.with_name(f"unused-{path.name}")
+            self.world.say(f"{path} is kept as {aside.name}")
+            if self.world.rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+        self.world.wait()
 
     def path(self, step: int, hidden: bool = False) -> Path:
         """Return the folder of a step's checkpoint, or the one in which it is written."""
         return self.folder / f"{'.' if hidden else ''}step-{step:09d}"
 
 
+def state_of(
+    model: Model, optimizer: torch.optim.Optimizer, average: Average | None
+) -> dict[str, Any]:
+    """Return what a checkpoint holds, uncopied."""
+    weights, moments = get_state_dict(model, optimizer)
+    state: dict[str, Any] = {"model": weights, "optimizer": moments}
+    return state if average is None else state | {"average": average.weights}
+
+
 def read_about(path: Path) -> Any:
     """Return what `finish` has written of a checkpoint; ValueError where it is something else."""
     about = read_json(path)
+    if isinstance(about, dict) and about.get("format", FORMAT) != FORMAT:
+        what = f"has format {about['format']}; this program reads and writes format {FORMAT}"
+        raise TrainError(f"{path.parent} {what}", FILES)
     tables = ("config", "settings", "data", "rules")
     if not isinstance(about, dict) or not all(isinstance(about.get(key), dict) for key in tables):
         raise ValueError(f"{path.name} is not what train.py writes")
@@ -188,12 +252,13 @@ def require_same(
     path: Path,
     about: dict[str, Any],
     settings: Settings,
-    data: dict[str, int],
+    data: dict[str, Any],
     rules: dict[str, str | bool],
 ) -> None:
     """Raise TrainError where a checkpoint is of another architecture or of another run."""
+    spec = asdict(Config())
     pairs = (
-        ("is of another spec", about["config"], asdict(Config()), set[str]()),
+        ("is of another spec", about["config"], spec, set[str]()),
         ("is of other settings", about["settings"], asdict(settings), FREE_TO_CHANGE),
         ("is of other data", about["data"], data, set[str]()),
         ("is of other rules of [training]", about["rules"], rules, set[str]()),

@@ -2,228 +2,67 @@
 # spec: tiny-test
 # sha256: 0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef
 # mypy: no-warn-return-any, allow-untyped-calls
-"""Tokens to train on: memory-mapped files, cut into windows, shuffled anew for each epoch."""
+"""What a step reads: streams of tokens, cut into windows, shuffled anew for each epoch, mixed.
+
+All of it follows from the seed and the number of a sequence alone: a run that goes on, on however
+many processes, reads what it would have.
+"""
 
 from __future__ import annotations
 
-import ast
-import bisect
 import functools
-import itertools
-import stat
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..model import Config
-from .settings import FILES, Settings, TrainError
+from .settings import FILES, USAGE, Settings, TrainError, checked, read_settings
+from .sources import open_tokens
+from .tokens import Tokens, Window
 
-
-class Tokens:
-    """Files of tokens, one behind the other; read where a window lies."""
-
-    def __init__(self, path: Path, vocab_size: int) -> None:
-        self.path, self.vocab_size = path, vocab_size
-        self.bytes_are_tokens = False
-        try:
-            self.parts = self._open(path)
-        except OSError as error:
-            raise TrainError(f"{path} cannot be read: {error.strerror}", FILES) from error
-        self.ends = list(itertools.accumulate(len(part) for part in self.parts))
-        self.count = self.ends[-1] if self.ends else 0
-        if self.count == 0:
-            raise TrainError(f"{path} holds no tokens", FILES)
-        limit = 1 << 28  # then each batch is still checked
-        for start in range(0, min(self.count, limit), 1 << 24):
-            self.read(start, min(1 << 24, self.count - start))
-
-    def _open(self, path: Path) -> list[Tensor]:
-        if not path.is_dir():
-            return [self._open_file(path)]
-        files = [
-            file
-            for file in sorted(path.rglob("*"))
-            if file.is_file() and not any(p.startswith(".") for p in file.relative_to(path).parts)
-        ]
-        packed = [file for file in files if file.suffix in (".npy", ".bin")]
-        return [self._open_file(file) for file in packed or files]
-
-    def _open_file(self, path: Path) -> Tensor:
-        if not stat.S_ISREG(path.stat().st_mode):  # a device or a pipe may never end
-            raise TrainError(f"{path} is not a regular file", FILES)
-        if path.suffix == ".bin":
-            return mapped(path, 0, torch.uint16 if self.vocab_size <= 65_536 else torch.uint32)
-        if path.suffix == ".npy":
-            return mapped(path, *npy_header(path))
-        return self._text(path)
-
-    def _text(self, path: Path) -> Tensor:
-        if self.vocab_size < 256:
-            vocabulary = f"a vocabulary of {self.vocab_size}"
-            raise TrainError(f"{self.path} is read as bytes, and the model has {vocabulary}", FILES)
-        self.bytes_are_tokens = True
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(min(size, 512))
-            for kind, (at, mark) in ARCHIVES.items():
-                if start.startswith(mark, at):
-                    raise TrainError(f"{path} is a {kind} archive, and no text: unpack it", FILES)
-            if size >= SMALL:
-                return mapped(path, 0, torch.uint8)
-            data = bytearray(start + file.read(size - len(start)))
-        return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0)
-
-    def read(self, start: int, length: int) -> Tensor:
-        """Return the tokens [length] int64 from `start` on; TrainError beyond the vocabulary."""
-        pieces: list[Tensor] = []
-        part = bisect.bisect_right(self.ends, start)
-        while length > 0:
-            offset = start - (self.ends[part - 1] if part else 0)
-            piece = self.parts[part][offset : offset + length].to(torch.int64)
-            pieces.append(piece)
-            start, length, part = start + len(piece), length - len(piece), part + 1
-        tokens = torch.cat(pieces)
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self.vocab_size:
-            bad = low if low < 0 else high
-            raise TrainError(
-                f"{self.path} holds token {bad}, and the vocabulary has {self.vocab_size} "
-                f"(the first wrong one is token {self._first_wrong(start - len(tokens), tokens)})",
-                FILES,
-            )
-        return tokens
-
-    def _first_wrong(self, start: int, tokens: Tensor) -> int:
-        wrong = (tokens < 0) | (tokens >= self.vocab_size)
-        return start + int(wrong.nonzero()[0])
-
-
-SMALL = 1 << 20  # bytes of a text that is read; a process has no more than 65,530 mappings
-ARCHIVES = {  # where its first bytes are, and what they are
-    "gzip": (0, b"\x1f\x8b\x08"),
-    "zip": (0, b"PK\x03\x04"),
-    "zstd": (0, b"\x28\xb5\x2f\xfd"),
-    "xz": (0, b"\xfd7zXZ\x00"),
-    "bzip2": (4, b"1AY&SY"),
-    "tar": (257, b"ustar"),
-}
-
-
-def mapped(path: Path, offset: int, dtype: torch.dtype) -> Tensor:
-    """Return the elements [n] of a file from byte `offset` on, mapped into memory."""
-    size = path.stat().st_size - offset
-    if size % dtype.itemsize or offset % dtype.itemsize:
-        raise TrainError(f"{path} is no file of {dtype}: {size} bytes", FILES)
-    if size <= 0:
-        return torch.empty(0, dtype=dtype)
-    with path.open("rb"):  # whose error says why; the mapping keeps no file open
-        pass
-    try:
-        data = torch.from_file(str(path), size=offset + size, dtype=torch.uint8)
-    except RuntimeError as error:  # larger than the system lets a process map
-        raise TrainError(f"{path} cannot be mapped into memory: {size} bytes", FILES) from error
-    return data[offset:].view(dtype)
-
-
-NPY_TYPES = {
-    "|u1": torch.uint8,
-    "<u2": torch.uint16,
-    "<u4": torch.uint32,
-    "<i4": torch.int32,
-    "<i8": torch.int64,
-}
-NPY_HEADER = 10_000  # most bytes of a header, as numpy has it
-
-
-def npy_header(path: Path) -> tuple[int, torch.dtype]:
-    """Return where the data of a .npy file begins, and its type (NEP 1)."""
-    with path.open("rb") as file:
-        start = file.read(12)
-        width = 2 if start[6:7] == b"\x01" else 4
-        length = int.from_bytes(start[8 : 8 + width], "little")
-        file.seek(8 + width)
-        text = file.read(min(length, NPY_HEADER + 1))
-    try:
-        if start[:6] != b"\x93NUMPY" or length > NPY_HEADER:
-            raise ValueError
-        header = ast.literal_eval(text.decode("latin-1"))
-        (count,), dtype = header["shape"], NPY_TYPES[header["descr"]]
-        if type(count) is not int or count < 0:
-            raise ValueError
-        size = 8 + width + length + count * dtype.itemsize
-    except (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError) as error:
-        kinds = ", ".join(NPY_TYPES)
-        raise TrainError(f"{path} is no one-dimensional .npy file of {kinds}", FILES) from error
-    if path.stat().st_size != size:
-        raise TrainError(f"{path} is not as long as the {count} tokens of its header", FILES)
-    return 8 + width + length, dtype
+MOST_WINDOWS = 1 << 30  # the order of an epoch is held in memory, 8 bytes each
+BLOCK = 10_000  # sequences, of which each source of a mixture has its part exactly
+SOURCE_KEYS = {"path", "weight", "data_format", "text_field", "messages_field", "dtype"}
 
 
 @dataclass(frozen=True)
-class Windows:
-    """Tokens `start` to `stop`, cut into windows of `length` tokens: what a step reads of them."""
+class Batch:
+    """Sequences that a process runs at once."""
 
-    tokens: Tokens
-    start: int
-    stop: int
-    length: int
-    seed: int = 0
+    ids: Tensor  # [B, S] int64
+    labels: Tensor  # [B, S] int64: the ids, or IGNORED where the loss does not count
+    documents: Tensor | None  # [B, S] int32: another number, another document; None: one
 
-    @property
-    def per_epoch(self) -> int:
-        """Windows that do not overlap."""
-        return (self.stop - self.start) // self.length
+    @staticmethod
+    def of(windows: Sequence[Window], separator: int = -1) -> Batch:
+        """Return the batch of some windows; a token `separator` ends a document, too."""
+        ids = labels = torch.stack([window.ids for window in windows])
+        if any(window.labels is not window.ids for window in windows):
+            labels = torch.stack([window.labels for window in windows])
+        documents = documents_of(ids, separator)
+        if any(window.documents is not None for window in windows):
+            one = torch.zeros(ids.shape[1], dtype=torch.int32)
+            known = torch.stack([one if w.documents is None else w.documents for w in windows])
+            # Both only rise, so their sum changes where either does.
+            documents = known if documents is None else known + documents
+        return Batch(ids, labels, documents)
 
-    def shuffled(self, index: int) -> Tensor:
-        """Return window [length] number `index` of an endless sequence of shuffled epochs.
-
-        It depends on the seed and the index alone, so a run that goes on reads what it would have.
-        """
-        epoch, position = divmod(index, self.per_epoch)
-        order, shift = epoch_order(self.seed, epoch, self.per_epoch, self.length)
-        spare = self.stop - self.start - self.per_epoch * self.length
-        return self.read(int(order[position]), min(shift, spare))
-
-    def read(self, window: int, shift: int = 0) -> Tensor:
-        """Return a window by its number in the order of the data."""
-        return self.tokens.read(self.start + shift + window * self.length, self.length)
-
-
-MOST_WINDOWS = 1 << 30  # the order of an epoch is held in memory, 8 bytes each
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
+        ids = moved(self.ids, device)
+        labels = ids if self.labels is self.ids else moved(self.labels, device)
+        return Batch(ids, labels, None if self.documents is None else moved(self.documents, device))
 
 
-@functools.lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, count: int, length: int) -> tuple[Tensor, int]:
-    """Return the order of an epoch's windows, and by how many tokens they are shifted."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    order = torch.randperm(count, generator=generator)
-    return order, int(torch.randint(length, (), generator=generator))
-
-
-def open_data(settings: Settings) -> tuple[Windows, Windows | None]:
-    """Return the windows to train and to validate on; TrainError where there is not one."""
-    vocab_size, length = Config().vocab_size, settings.seq_len
-    tokens = Tokens(Path(settings.data), vocab_size)
-    held_out = 0
-    if settings.val_every and not settings.val_data:
-        held_out = int(tokens.count * settings.val_fraction) // length * length
-    split = tokens.count - held_out
-    train = Windows(tokens, 0, split, length, settings.seed)
-    if train.per_epoch == 0:
-        raise too_short(tokens.path, split, length)
-    if train.per_epoch > MOST_WINDOWS:
-        windows = f"{train.per_epoch} sequences of {length} tokens, more than {MOST_WINDOWS}"
-        raise TrainError(f"{tokens.path} holds {windows}: take a longer --seq-len", FILES)
-    if not settings.val_every:
-        return train, None
-    if not settings.val_data:
-        return train, Windows(tokens, split, tokens.count, length) if held_out else None
-    other = Tokens(Path(settings.val_data), vocab_size)
-    if other.count < length:
-        raise too_short(other.path, other.count, length)
-    return train, Windows(other, 0, other.count, length)
+def moved(values: Tensor, device: torch.device) -> Tensor:
+    """Return values on a device, whose work goes on meanwhile."""
+    if device.type == "cuda":
+        values = values.pin_memory()  # else the copy would wait for all work before it
+    return values.to(device, non_blocking=True)
 
 
 def documents_of(ids: Tensor, separator: int) -> Tensor | None:
@@ -237,6 +76,195 @@ def documents_of(ids: Tensor, separator: int) -> Tensor | None:
     return ends.cumsum(1, dtype=torch.int32) - ends
 
 
-def too_short(path: Path, tokens: int, length: int) -> TrainError:
-    """Return the error of data that is not one sequence long."""
-    return TrainError(f"{path} holds {tokens} tokens, and one sequence has {length}", FILES)
+@dataclass(frozen=True)
+class Windows:
+    """Tokens `start` to `stop`, cut into windows of `length` tokens."""
+
+    tokens: Tokens
+    start: int
+    stop: int
+    length: int
+    seed: int = 0
+    order: Any = field(init=False, compare=False)  # of an epoch: see epoch_order
+
+    def __post_init__(self) -> None:
+        order = functools.partial(epoch_order, self.seed, count=self.per_epoch, length=self.length)
+        object.__setattr__(self, "order", functools.lru_cache(maxsize=2)(order))
+
+    @property
+    def per_epoch(self) -> int:
+        """Windows that do not overlap."""
+        return (self.stop - self.start) // self.length
+
+    def shuffled(self, index: int) -> Window:
+        """Return window number `index` of an endless sequence of shuffled epochs."""
+        epoch, position = divmod(index, self.per_epoch)
+        order, shift = self.order(epoch)
+        spare = self.stop - self.start - self.per_epoch * self.length
+        return self.read(int(order[position]), min(shift, spare))
+
+    def read(self, window: int, shift: int = 0) -> Window:
+        """Return a window by its number in the order of the data."""
+        return self.tokens.window(self.start + shift + window * self.length, self.length)
+
+
+def epoch_order(seed: int, epoch: int, count: int, length: int) -> tuple[Tensor, int]:
+    """Return the order of an epoch's windows, and by how many tokens they are shifted."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    order = torch.randperm(count, generator=generator)
+    return order, int(torch.randint(length, (), generator=generator))
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Windows of one or more sources, each in shuffled epochs of its own."""
+
+    sources: Sequence[Windows]
+    counts: Sequence[int] = (BLOCK,)  # sequences of each source in every BLOCK
+    seed: int = 0
+    block: Any = field(init=False, compare=False)  # by its number: see block_order
+
+    def __post_init__(self) -> None:
+        order = functools.partial(block_order, self.seed, tuple(self.counts))
+        object.__setattr__(self, "block", functools.lru_cache(maxsize=2)(order))
+
+    def shuffled(self, index: int) -> Window:
+        """Return sequence number `index` of the run."""
+        if len(self.sources) == 1:
+            return self.sources[0].shuffled(index)
+        number, position = divmod(index, BLOCK)
+        source, earlier = (int(row[position]) for row in self.block(number))
+        return self.sources[source].shuffled(number * self.counts[source] + earlier)
+
+    def opened(self) -> list[str]:
+        """Return a line on each source: what it is and, of a mixture, how much is read of it."""
+        lines = [windows.tokens.opened for windows in self.sources]
+        if len(lines) == 1:
+            return lines
+        shares = [count / BLOCK for count in self.counts]
+        return [f"{share:.2%} of {line}" for share, line in zip(shares, lines, strict=True)]
+
+    @property
+    def signature(self) -> dict[str, Any]:
+        """What the order and the content of the data follow from, beside the settings."""
+        result: dict[str, Any] = {"train_tokens": sum(w.stop - w.start for w in self.sources)}
+        if len(self.sources) > 1:
+            sizes = [windows.stop - windows.start for windows in self.sources]
+            result["sources"] = [[*pair] for pair in zip(sizes, self.counts, strict=True)]
+        if any(contents := [windows.tokens.content for windows in self.sources]):
+            result["contents"] = contents
+        return result
+
+
+def block_order(seed: int, counts: tuple[int, ...], number: int) -> tuple[Tensor, Tensor]:
+    """Return of each sequence of a block [BLOCK] its source, and how many before it are of that."""
+    generator = torch.Generator().manual_seed((seed * 999_983 + number) % 2**63)
+    sources = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    order = sources[torch.randperm(BLOCK, generator=generator)]
+    earlier = torch.empty_like(order)
+    for source, count in enumerate(counts):
+        earlier[order == source] = torch.arange(count)
+    return order, earlier
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Windows to validate on, in the order of the data."""
+
+    sources: Sequence[Windows]
+
+    @property
+    def per_epoch(self) -> int:
+        """How many there are."""
+        return sum(windows.per_epoch for windows in self.sources)
+
+    @property
+    def bytes_are_tokens(self) -> bool:
+        """Whether a loss in bits a token is one in bits a byte."""
+        return all(windows.tokens.bytes_are_tokens for windows in self.sources)
+
+    def read(self, number: int) -> Window:
+        """Return a window by its number."""
+        for windows in self.sources:
+            if number < windows.per_epoch:
+                return windows.read(number)
+            number -= windows.per_epoch
+        raise IndexError(number)
+
+
+def open_data(settings: Settings) -> tuple[Mixture, HeldOut | None]:
+    """Return what to train and to validate on; TrainError where that is not one sequence."""
+    parts, weights = sources_of(settings)
+    counts = counts_of(weights)
+    holds_out = settings.val_every > 0 and not settings.val_data
+    train: list[Windows] = []
+    held_out: list[Windows] = []
+    for number, part in enumerate(parts):
+        tokens, length = open_tokens(Path(part.data), part), settings.seq_len
+        kept = int(tokens.count * settings.val_fraction) // length * length if holds_out else 0
+        split = tokens.count - kept
+        windows = Windows(tokens, 0, split, length, settings.seed + number)
+        require_windows(windows)
+        train.append(windows)
+        held_out += [Windows(tokens, split, tokens.count, length)] if kept else []
+    if settings.val_every and settings.val_data:
+        for part in sources_of(replace(settings, data=settings.val_data))[0]:
+            tokens = open_tokens(Path(part.data), part)
+            held_out.append(Windows(tokens, 0, tokens.count, settings.seq_len))
+            require_windows(held_out[-1])
+    return Mixture(train, counts, settings.seed), HeldOut(held_out) if held_out else None
+
+
+def require_windows(windows: Windows) -> None:
+    """Raise TrainError where there is no window, or are more than an order in memory has."""
+    path, length = windows.tokens.path, windows.length
+    if windows.per_epoch == 0:
+        count = windows.stop - windows.start
+        raise TrainError(f"{path} holds {count} tokens, and one sequence has {length}", FILES)
+    if windows.per_epoch > MOST_WINDOWS:
+        many = f"{windows.per_epoch} sequences of {length} tokens, more than {MOST_WINDOWS}"
+        raise TrainError(f"{path} holds {many}: take a longer --seq-len", FILES)
+
+
+def sources_of(settings: Settings) -> tuple[list[Settings], list[float]]:
+    """Return settings of each source of --data, and its weight: one, or those of a mixture's TOML.
+
+    TrainError where the TOML is not as docs/training.md has it.
+    """
+    path = Path(settings.data)
+    if path.suffix != ".toml" or settings.data_format != "auto" or path.is_dir():
+        return [settings], [1.0]
+    try:
+        tables = read_settings(path).get("source")
+    except (OSError, ValueError, RecursionError) as error:
+        raise TrainError(f"{path} cannot be read: {error}", FILES) from error
+    if not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables):
+        raise TrainError(f"{path} has no [[source]]: a .toml is a mixture of sources", USAGE)
+    parts: list[Settings] = []
+    for number, table in enumerate(tables, start=1):
+        what = f"{path}, source {number}"
+        if unknown := sorted(table.keys() - SOURCE_KEYS):
+            keys = ", ".join(sorted(SOURCE_KEYS))
+            raise TrainError(f"{what}: {', '.join(unknown)} is none of {keys}", USAGE)
+        weight, texts = table.get("weight"), {k: v for k, v in table.items() if k != "weight"}
+        if type(weight) not in (int, float) or not (math.isfinite(weight) and weight > 0):
+            raise TrainError(f"{what}: weight = {weight!r} is no number above 0", USAGE)
+        if "path" not in table or not all(isinstance(value, str) for value in texts.values()):
+            raise TrainError(f"{what}: path is missing, or a value is no string", USAGE)
+        parts.append(checked(asdict(settings) | {"data": texts.pop("path")} | texts))
+    return parts, [float(table["weight"]) for table in tables]
+
+
+def counts_of(weights: Sequence[float]) -> list[int]:
+    """Return how many sequences of a BLOCK each source has, by largest remainders.
+
+    TrainError where a source has less than one.
+    """
+    shares = [BLOCK * weight / sum(weights) for weight in weights]
+    if min(shares) < 1:
+        raise TrainError(f"a weight of a mixture is less than 1/{BLOCK} of their sum", USAGE)
+    counts = [int(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda n: counts[n] - shares[n])
+    for number in by_remainder[: BLOCK - sum(counts)]:
+        counts[number] += 1
+    return counts

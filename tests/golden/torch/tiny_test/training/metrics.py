@@ -2,7 +2,7 @@
 # spec: tiny-test
 # sha256: 0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef
 # mypy: no-warn-return-any, allow-untyped-calls
-"""What a run reports: metrics.jsonl, the terminal and, if wanted, TensorBoard."""
+"""What a run reports: metrics.jsonl, the terminal and, if wanted, TensorBoard and wandb."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from .settings import USAGE, Settings, TrainError
+from .boards import Board, open_boards
+from .settings import Settings
 from .world import World
 
 # FLOPs of one token's forward pass, a multiply-add being two, and what each token of context adds
@@ -22,8 +23,39 @@ from .world import World
 FLOPS_PER_TOKEN = 0
 FLOPS_PER_TOKEN_OF_CONTEXT = 0
 
-# Dense bfloat16 products of one device, in TFLOP/s, as its maker states them.
-PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "GB200": 2500.0}
+# Dense bfloat16 products of one device, in TFLOP/s, as its maker states them, by words of its name.
+PEAK_TFLOPS = {
+    "RTX 5060": 38.4,
+    "RTX 4060": 30.2,
+    "RTX 5070": 61.7,
+    "RTX 4070": 58.3,
+    "RTX 3060": 25.5,
+    "RTX 5080": 112.6,
+    "RTX 5060 Ti": 47.4,
+    "RTX 4060 Ti": 44.1,
+    "L4": 121.0,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71.0,
+    "RTX 5090": 209.5,
+    "L40S": 362.0,
+    "RTX 6000 Ada": 364.2,
+    "H100": 989.4,
+    "A100": 312.0,
+    "RTX PRO 6000": 503.8,
+    "GB10": 119.0,
+    "H200": 989.4,
+    "B200": 2250.0,
+    "A30": 165.0,
+    "A10": 125.0,
+    "L40": 181.0,
+    "H100 NVL": 835.0,
+    "H100 PCIe": 756.0,
+    "GH200": 989.0,
+    "GB200": 2500.0,
+    "B300": 2250.0,
+    "GB300": 2500.0,
+}
+OTHER_CHIPS = {"Ti", "SUPER", "Laptop", "Max", "D", "NVL", "PCIe", "PCIE"}  # words of a name
 
 
 class Metrics:
@@ -33,7 +65,7 @@ class Metrics:
         self.settings, self.world = settings, world
         self.path = Path(settings.out) / "metrics.jsonl"
         self.peak = settings.peak_tflops or peak_of_device(world)
-        self.board: Any = None
+        self.boards: list[Board] = []
         self.bar: Any = None
         if world.rank:
             return
@@ -43,8 +75,7 @@ class Metrics:
             shorter = self.path.with_name(".metrics.jsonl")
             shorter.write_text("".join(f"{line}\n" for line in kept), "utf-8")
             shorter.replace(self.path)
-        if settings.tensorboard:
-            self.board = tensorboard(Path(settings.out) / "tensorboard", done)
+        self.boards = open_boards(settings, done)
         if sys.stderr.isatty():
             self.bar = progress_bar(settings.steps, done)
 
@@ -67,10 +98,8 @@ class Metrics:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
         step, last = metrics["step"], metrics["step"] == self.settings.steps
-        if self.board is not None:
-            for name, value in metrics.items():
-                if isinstance(value, float):
-                    self.board.add_scalar(name, value, step)
+        for board in self.boards:
+            board.write(numbers_of(metrics), step)
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=step, metrics=shown(metrics))
         elif step % self.settings.log_every == 0 or step == 1 or last or "val_loss" in metrics:
@@ -80,8 +109,19 @@ class Metrics:
         """Leave the terminal as it was, and the files whole."""
         if self.bar is not None:
             self.bar.stop()
-        if self.board is not None:
-            self.board.close()
+        for board in self.boards:
+            board.close()
+
+
+def numbers_of(metrics: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of a step by their names; those of a list as name/0, name/1, ..."""
+    numbers: dict[str, float] = {}
+    for name, value in metrics.items():
+        if isinstance(value, list):
+            numbers |= {f"{name}/{index}": item for index, item in enumerate(value)}
+        elif name != "step":
+            numbers[name] = value
+    return numbers
 
 
 def shown(metrics: dict[str, Any]) -> str:
@@ -109,17 +149,10 @@ def peak_of_device(world: World) -> float:
     if world.device.type != "cuda":
         return 0.0
     words = torch.cuda.get_device_name(world.device).replace("-", " ").split()
-    return next((PEAK_TFLOPS[word] for word in words if word in PEAK_TFLOPS), 0.0)
-
-
-def tensorboard(folder: Path, done: int) -> Any:
-    """Return a writer of TensorBoard's files; TrainError where it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        what = "--tensorboard needs the package tensorboard"
-        raise TrainError(f"{what}: {error}", USAGE) from error
-    return SummaryWriter(str(folder), purge_step=done + 1)
+    named = [name for name in PEAK_TFLOPS if set(name.split()) <= set(words)]
+    known = max(named, key=len, default="")
+    other = OTHER_CHIPS & set(words) - set(known.split())
+    return 0.0 if other else PEAK_TFLOPS.get(known, 0.0)
 
 
 def progress_bar(steps: int, done: int) -> Any:

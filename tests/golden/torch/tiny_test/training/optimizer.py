@@ -20,41 +20,60 @@ from torch.distributed.tensor import DTensor
 
 from ..dispatch import kernels
 from ..model import Model
+from .muon import MuonWithAdamW, by_muon
+from .roles import chosen_by, role_of
 from .settings import Settings
 
 
 def learning_rate(settings: Settings, step: int) -> float:
-    """Return the rate of step 0, 1, ...: warm-up, stable, decay to final_lr (MiniCPM, 2404.06395).
+    """Return the rate of step 0, 1, ...: it rises, and falls to `final_lr` in the last step.
 
-    The decay goes with minus the square root of its progress (Haegele et al., arXiv 2405.18392).
+    `wsd` keeps it until the last `decay` steps (MiniCPM, arXiv 2404.06395), in which it falls with
+    the square root of their progress (Haegele et al., arXiv 2405.18392); the others begin to fall
+    after the warm-up.
     """
-    warmup, decay = settings.warmup * settings.steps, settings.decay * settings.steps
+    warmup, decay = settings.in_steps(settings.warmup), settings.in_steps(settings.decay)
     if step + 1 < warmup:
         return settings.lr * (step + 1) / warmup
-    progress = (step + 1 - (settings.steps - decay)) / decay if decay else 0.0
-    low = settings.lr * settings.final_lr
-    return settings.lr - (settings.lr - low) * math.sqrt(min(max(progress, 0.0), 1.0))
+    falling = decay if settings.schedule == "wsd" else settings.steps - warmup
+    progress = (step + 1 - (settings.steps - falling)) / falling if falling else 0.0
+    progress = min(max(progress, 0.0), 1.0)
+    lost = {
+        "wsd": math.sqrt(progress),
+        "cosine": (1 - math.cos(math.pi * progress)) / 2,
+        "linear": progress,
+    }[settings.schedule]
+    return settings.lr * (1 - (1 - settings.final_lr) * lost)
 
 
 def build_optimizer(model: Model, settings: Settings) -> torch.optim.Optimizer:
-    """Return AdamW (Loshchilov and Hutter, arXiv 1711.05101); matrices decay, and taps."""
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    """Return AdamW (Loshchilov and Hutter, arXiv 1711.05101), or Muon beside it.
+
+    Matrices decay, and taps, but for those of the roles `no_decay`; weights that are not trained
+    are left out.
+    """
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}  # by Muon or not, and weight decay
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        role = role_of(name)
         # Norms, biases, A_log, D and dt_bias are vectors.
-        matrix = parameter.dim() > 1 and not name.endswith("embeddings.weight")
-        (decayed if matrix else others).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        decays = parameter.dim() > 1 and not chosen_by(settings.no_decay, role)
+        muon = settings.optimizer == "muon" and by_muon(parameter, role)
+        decay = settings.weight_decay if decays else 0.0
+        groups.setdefault((muon, decay), []).append(parameter)
+    options: list[dict[str, Any]] = [
+        {"params": groups[muon, decay], "weight_decay": decay, "muon": muon}
+        for muon, decay in sorted(groups, reverse=True)
     ]
     betas, eps = (settings.beta1, settings.beta2), settings.eps
     if settings.numerics == "bf16-split":
-        return SplitAdamW(groups, lr=settings.lr, betas=betas, eps=eps)
+        return SplitAdamW(options, lr=settings.lr, betas=betas, eps=eps)
     # One kernel takes them all, but not those of several meshes, as experts and shares have them.
-    meshes = {p.device_mesh if isinstance(p, DTensor) else None for p in [*decayed, *others]}
-    fused = len(meshes) == 1
-    return torch.optim.AdamW(groups, settings.lr, betas, eps, foreach=False, fused=fused)
+    parameters = [parameter for members in groups.values() for parameter in members]
+    meshes = {p.device_mesh if isinstance(p, DTensor) else None for p in parameters}
+    kind = MuonWithAdamW if settings.optimizer == "muon" else torch.optim.AdamW
+    return kind(options, settings.lr, betas, eps, foreach=False, fused=len(meshes) == 1)
 
 
 class SplitAdamW(torch.optim.Optimizer):

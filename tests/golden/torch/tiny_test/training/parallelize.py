@@ -5,7 +5,8 @@
 """The model over many processes, with public interfaces of torch alone.
 
     data       every process has sequences of its own; parameters, gradients and optimizer state
-               lie in equal parts on all of them, block by block (FSDP2: arXiv 2304.11277)
+               lie in equal parts on all of them, block by block (FSDP2: arXiv 2304.11277), or on
+               each of several groups of them (HSDP)
     tensor     several processes work on the same sequences, each with a part of the heads, groups
                and inner widths of every block (Megatron-LM: arXiv 1909.08053)
     expert     several of the data processes have a part of the experts of every MoE each, and send
@@ -52,23 +53,32 @@ class Meshes:
     """Which processes work together."""
 
     data: DeviceMesh  # 1-D: processes with sequences of their own
+    shards: DeviceMesh  # the same, over whose last axis parameters lie in parts: 1-D or 2-D
     tensor: DeviceMesh | None = None  # 1-D: processes that share out the products of a block
     # The same processes as the experts see them: "replica" x "expert", and x "tensor" if any.
     expert: DeviceMesh | None = None
 
     @staticmethod
-    def over_all(device: str, *, expert: int = 1, tensor: int = 1) -> Meshes:
-        """Lay out all processes, tensor-parallel ones side by side; ValueError if uneven."""
+    def over_all(device: str, *, expert: int = 1, tensor: int = 1, replicate: int = 1) -> Meshes:
+        """Lay out all processes, tensor-parallel ones side by side; ValueError if uneven.
+
+        `replicate` groups of data processes have all parameters each.
+        """
         world = dist.get_world_size()
         if world % (expert * tensor):
             wanted = f"{expert} expert-parallel x {tensor} tensor-parallel"
             raise ValueError(f"{world} processes do not divide into {wanted}")
-        shape, names = [world // tensor, tensor], ["data", "tensor"]
-        mesh = init_device_mesh(device, tuple(shape), mesh_dim_names=tuple(names))
-        meshes = Meshes(mesh["data"], mesh["tensor"] if tensor > 1 else None)
+        data = world // tensor
+        if data % replicate:
+            raise ValueError(f"{data} data processes do not divide into {replicate} groups")
+        shape, names = (replicate, data // replicate, tensor), ("group", "shard", "tensor")
+        mesh = init_device_mesh(device, shape, mesh_dim_names=names)
+        flat = mesh["group", "shard"]._flatten("data")
+        shards = mesh["group", "shard"] if replicate > 1 else mesh["shard"]
+        meshes = Meshes(flat, shards, mesh["tensor"] if tensor > 1 else None)
         if expert > 1:
-            shape, names = [shape[0] // expert, expert, tensor], ["replica", "expert", "tensor"]
-            mesh = init_device_mesh(device, tuple(shape), mesh_dim_names=tuple(names))
+            shape, names = (data // expert, expert, tensor), ("replica", "expert", "tensor")
+            mesh = init_device_mesh(device, shape, mesh_dim_names=names)
             meshes = replace(meshes, expert=mesh)
         return meshes
 
@@ -105,8 +115,8 @@ def parallelize(
                 cast = autocast and bool(cast_by_autocast(module))
                 shard(module, meshes.expert["replica"], BFLOAT16 if cast else FLOAT32)
         if name.rpartition(".")[0].endswith("layers"):
-            shard_block(part, meshes.data, autocast)
-    shard(model, meshes.data)
+            shard_block(part, meshes.shards, autocast)
+    shard(model, meshes.shards)
 
 
 def parts(model: Model) -> Iterator[tuple[str, nn.Module]]:
@@ -156,12 +166,13 @@ def shard(
     policy: MixedPrecisionPolicy = FLOAT32,
     ignored: set[nn.Parameter] | None = None,
 ) -> None:
-    """Shard what is left of a module's parameters over the processes of `mesh`."""
+    """Shard what is left of a module's parameters over the last axis of `mesh`."""
 
     def dimension(parameter: nn.Parameter) -> Shard:
         # The first, unless there are fewer experts on this process than parts to be made.
-        few = parameter.dim() == 3 and len(local_part(parameter)) < mesh.size()
-        return Shard(1 if few and parameter.shape[1] % mesh.size() == 0 else 0)
+        parts = mesh.size(-1)
+        few = parameter.dim() == 3 and len(local_part(parameter)) < parts
+        return Shard(1 if few and parameter.shape[1] % parts == 0 else 0)
 
     fully_shard(
         module, mesh=mesh, shard_placement_fn=dimension, mp_policy=policy, ignored_params=ignored
@@ -299,8 +310,10 @@ def share_of(name: str, module: nn.Module, config: Config, meshes: Meshes) -> Sh
     """Return the forward pass of a module that several processes share; None for all others."""
     if isinstance(module, Experts) and meshes.expert is not None:
         tensor, expert = meshes.expert["tensor"].size(), meshes.expert["expert"].size()
-        inner, count = config.moe_intermediate_size // tensor, config.moe_num_experts // expert
-        smaller = replace(config, moe_intermediate_size=inner, moe_num_experts=count)
+        count, inner, _ = module.up_proj.shape
+        smaller = replace(
+            config, moe_intermediate_size=inner // tensor, moe_num_experts=count // expert
+        )
         with torch.device("meta"):
             return ExpertShare(module, Experts(smaller), meshes.expert)
     if meshes.tensor is None:
@@ -349,7 +362,7 @@ def share_of(name: str, module: nn.Module, config: Config, meshes: Meshes) -> Sh
             cuts = {"up_proj.weight": rows, "down_proj.weight": columns}
             return Share(module, MLP(width, inner // count), mesh, cuts)
         if isinstance(module, Experts):
-            smaller = replace(config, moe_intermediate_size=config.moe_intermediate_size // count)
+            smaller = replace(config, moe_intermediate_size=module.up_proj.shape[1] // count)
             cuts = {"up_proj": (Shard(1),), "down_proj": (Shard(2),)}
             return Share(module, Experts(smaller), mesh, cuts)
     return None

@@ -20,7 +20,16 @@ import torch
 
 from ..model import Config
 
-NUMERICS = ("float32", "bf16", "bf16-split", "nvfp4")
+CHOICES = {
+    "numerics": ("float32", "bf16", "bf16-split", "nvfp4"),
+    "init": ("published", "transformers"),
+    "activations": ("stored", "rows", "none"),
+    "optimizer": ("adamw", "muon"),
+    "schedule": ("wsd", "cosine", "linear"),
+    "data_format": ("auto", "tokens", "jsonl", "parquet", "arrow", "text", "bytes"),
+    "dtype": ("", "uint8", "uint16", "uint32", "int32", "int64"),
+    "export_dtype": ("float32", "bfloat16"),
+}
 KINDS = ["mamba2", "moe", "attention", "mlp"]  # of mixers
 MOST_SETTINGS = 1 << 16  # bytes
 MOST_SEQUENCES = 1 << 20  # of a step
@@ -31,7 +40,9 @@ class TrainError(Exception):
     """What the user should know, and the exit code."""
 
     def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
+        # Names in it may come from data: no control character of theirs reaches the terminal.
+        shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+        super().__init__("".join(shown))
         self.code = code
 
 
@@ -44,26 +55,48 @@ def option(default: Any, text: str) -> Any:
 class Settings:
     """One command-line option each, `--batch-size` for `batch_size`; --settings reads a TOML."""
 
-    data: str = option(MISSING, "tokens or text to learn: see below")
+    data: str = option(MISSING, "tokens, text or a mixture to learn: see below")
     out: str = option(MISSING, "folder of metrics, checkpoints and the exported weights")
     steps: int = option(MISSING, "optimizer steps in all")
     batch_size: int = option(16, "sequences of a step, over all processes")
     seq_len: int = option(256, "tokens of a sequence")
     accumulation: int = option(1, "parts of a step's batch that are run one after the other")
     document_separator: int = option(-1, "token that ends a document; nothing passes it (-1: none)")
+
+    tokenizer: str = option("", "folder of the checkpoint's tokenizer.json, for text of any kind")
+    data_format: str = option("auto", "of --data: tokens, jsonl, parquet, arrow, text, or bytes")
+    text_field: str = option("text", "field of JSON lines, Parquet and Arrow that is learned")
+    messages_field: str = option("", "field of conversations; the assistant's tokens are learned")
+    dtype: str = option("", "type of a .bin: uint8, uint16, uint32, int32, int64")
+    document_boundaries: bool = option(True, "nothing passes the ends of documents that data know")
+    token_cache: str = option("", "folder of the tokens made of text, which runs may share")
+    token_cache_gb: float = option(100.0, "most that it holds; what is not used for longest goes")
+
     seed: int = option(0, "seed of the fresh weights and of the order of the data")
-    weights: str = option("", "released checkpoint to start from, instead of fresh weights")
     numerics: str = option("", "float32, bf16 (autocast), bf16-split (see optimizer.py) or nvfp4")
 
+    weights: str = option("", "released checkpoint to start from, instead of fresh weights")
+    init: str = option("published", "fresh weights: published, or transformers (see model.py)")
+    teacher: str = option("", "released checkpoint to distil into the formats of --quantized")
+    quantized: str = option("", "checkpoint of n3c quantize, or ModelOpt: formats and scales")
+    activations: str = option("stored", "how --quantized's are rounded: stored, rows or none")
+    frozen_scales: bool = option(False, "keep the scales of its weights; else they follow these")
+    train: str = option("*", "roles of the weights that are trained, with commas: mtp.*,lm_head")
+    freeze: str = option("", "roles of those that are not: embedding,moe.router")
+
+    optimizer: str = option("adamw", "adamw, or muon for the matrices of the blocks")
     lr: float = option(1e-3, "learning rate after the warm-up")
     final_lr: float = option(0.01, "learning rate at the end, as a part of lr")
-    warmup: float = option(0.02, "part of the steps in which the rate rises to lr")
-    decay: float = option(0.2, "part of the steps, at the end, in which it falls")
-    weight_decay: float = option(0.1, "of matrices; not of norms, biases, embeddings, SSM vectors")
+    schedule: str = option("wsd", "wsd (stable, then minus a square root), cosine, linear")
+    warmup: float = option(0.02, "steps in which the rate rises to lr; below 1: part of all")
+    decay: float = option(0.2, "steps at the end in which it falls, for wsd; below 1: part of all")
+    weight_decay: float = option(0.1, "of matrices; not of norms, biases and SSM vectors")
+    no_decay: str = option("embedding", "roles of matrices that do not decay, either")
     beta1: float = option(0.9, "AdamW")
     beta2: float = option(0.95, "AdamW")
     eps: float = option(1e-8, "AdamW: added to the root of the second moment")
     clip: float = option(1.0, "largest norm of the gradient")
+    ema: float = option(0.0, "decay of an average of the weights, in export_ema/ (0: none)")
     bias_rate: float = option(1e-3, "step of the routers' bias towards idle experts")
     balance: float = option(1e-4, "factor of the routers' sequence-level balance loss")
 
@@ -76,6 +109,7 @@ class Settings:
     keep: int = option(2, "checkpoints that are kept")
     async_checkpoints: bool = option(True, "write checkpoints while the next steps run")
     resume: bool = option(False, "go on from the last checkpoint of --out, if it has one")
+    resume_step: int = option(0, "go on from the checkpoint of this step (0: the last)")
     val_data: str = option("", "tokens or text to validate on, instead of the end of --data")
     val_fraction: float = option(0.05, "part of --data, at its end, that is kept for validation")
     export_dtype: str = option("float32", "type of the exported weights: float32 or bfloat16")
@@ -83,17 +117,34 @@ class Settings:
     val_sequences: int = option(32, "most sequences to validate on")
     log_every: int = option(10, "steps from line to line, where the output is no terminal")
     tensorboard: bool = option(False, "write the metrics for TensorBoard, too")
+    wandb: str = option("", "project of wandb to log to, offline unless WANDB_MODE is set")
+    profile_step: int = option(0, "step from which PyTorch's profiler traces three (0: none)")
     peak_tflops: float = option(0.0, "of one device, for the metric mfu (0: by its name, if known)")
 
+    def in_steps(self, phase: float) -> float:
+        """Return the length of a phase of the schedule in steps; below 1 it is a part of all."""
+        return phase if phase >= 1 else phase * self.steps
+
+
+# The first option of each group of --help.
+GROUPS = {
+    "data": "the run",
+    "weights": "weights",
+    "optimizer": "optimizer",
+    "expert_parallel": "processes and memory",
+    "save_every": "checkpoints",
+    "val_data": "validation, metrics and export",
+}
 
 # What may differ when a run goes on. It changes neither the arithmetic of a step, but for the order
 # of sums and the learning rate that follows from `steps`, nor the data: that val_* keep back as
 # many tokens as before is checked by their number.
 FREE_TO_CHANGE = {
-    *("data", "out", "steps", "weights", "resume", "save_every", "keep", "async_checkpoints"),
-    "export_dtype",
+    *("data", "out", "steps", "weights", "init", "resume", "resume_step"),
+    *("save_every", "keep", "async_checkpoints", "export_dtype"),
+    *("tokenizer", "token_cache", "token_cache_gb"),  # whose tokens are compared
     *("expert_parallel", "tensor_parallel", "activation_checkpointing", "compile"),
-    "tensorboard",
+    *("tensorboard", "wandb", "profile_step"),
     *(name for name in Settings.__dataclass_fields__ if name.startswith(("val_", "log_", "peak_"))),
 }
 
@@ -109,20 +160,23 @@ def parse_settings(text: str, arguments: Sequence[str] | None = None) -> Setting
     )
     parser.add_argument("--settings", help="TOML file of settings, with the names of these options")
     kinds = {"str": str, "int": int, "float": float}
+    group: argparse._ArgumentGroup | argparse.ArgumentParser = parser
     for item in fields(Settings):
+        if item.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[item.name])
         name, words = "--" + item.name.replace("_", "-"), item.metadata["help"]
+        words += "" if item.default in (MISSING, "") else f" ({item.default})"
+        words = words.replace("%", "%%")
         if item.name == "activation_checkpointing":  # without kinds: of all
-            parser.add_argument(name, nargs="?", const="all", metavar="KINDS", help=words)
+            group.add_argument(name, nargs="?", const="all", metavar="KINDS", help=words)
             negative = "--no-activation-checkpointing"
-            parser.add_argument(negative, dest=item.name, action="store_const", const="none")
-            continue
-        if item.type == "bool":
+            group.add_argument(negative, dest=item.name, action="store_const", const="none")
+        elif item.type == "bool":
             action = argparse.BooleanOptionalAction
-            parser.add_argument(name, action=action, default=None, help=words)
-            continue
-        shown = "" if item.default in (MISSING, "") else f" ({item.default})"
-        metavar = str(item.type).upper()
-        parser.add_argument(name, type=kinds[str(item.type)], metavar=metavar, help=words + shown)
+            group.add_argument(name, action=action, default=None, help=words)
+        else:
+            metavar = str(item.type).upper()
+            group.add_argument(name, type=kinds[str(item.type)], metavar=metavar, help=words)
     given = vars(parser.parse_args(arguments))
     path = given.pop("settings")
     try:
@@ -163,7 +217,9 @@ def checked(values: dict[str, Any]) -> Settings:
     if problems:
         raise TrainError("; ".join(problems), USAGE)
     if not values.get("numerics"):
-        values["numerics"] = default_numerics(values.get("accumulation", 1))
+        alone = values.get("accumulation", 1) == 1 and values.get("optimizer") != "muon"
+        alone = alone and not values.get("teacher")
+        values["numerics"] = default_numerics(alone)
     settings = Settings(**values)
     problems = impossible(settings)
     if problems:
@@ -171,12 +227,15 @@ def checked(values: dict[str, Any]) -> Settings:
     return settings
 
 
-def default_numerics(accumulation: int) -> str:
-    """Return the numerics of a run that names none: those that suit the device."""
+def default_numerics(alone: bool) -> str:
+    """Return the numerics of a run that names none: those that suit the device.
+
+    `alone` says that a step has one part, AdamW, and no teacher. Gradients of several parts, or
+    processes, are better summed in float32.
+    """
     if not torch.cuda.is_available():
         return "float32"
-    # Gradients of several parts, or processes, are better summed in float32.
-    return "bf16-split" if accumulation == 1 and "RANK" not in os.environ else "bf16"
+    return "bf16-split" if alone and "RANK" not in os.environ else "bf16"
 
 
 def impossible(settings: Settings) -> list[str]:
@@ -196,15 +255,30 @@ def impossible(settings: Settings) -> list[str]:
     if not -1 <= settings.document_separator < config.vocab_size:
         separator = f"--document-separator {settings.document_separator}"
         problems.append(f"{separator} is not from -1 to {config.vocab_size - 1}")
-    if settings.numerics not in NUMERICS:
-        problems.append(f"--numerics {settings.numerics} is none of {', '.join(NUMERICS)}")
     if settings.numerics == "bf16-split" and "RANK" in os.environ:
         problems.append("--numerics bf16-split is for one process without torchrun")
     if twice := set(settings.activation_checkpointing.split(",")) - {"all", "none"} - set(KINDS):
         names = f"{', '.join(sorted(twice))} is none of all, none, {', '.join(KINDS)}"
         problems.append(f"--activation-checkpointing: {names}")
-    if settings.export_dtype not in ("float32", "bfloat16"):
-        problems.append(f"--export-dtype {settings.export_dtype} is none of float32, bfloat16")
+    for name, choices in CHOICES.items():
+        if (value := getattr(settings, name)) not in choices:
+            given = f"--{name.replace('_', '-')} {value}"
+            problems.append(f"{given} is none of {', '.join(filter(None, choices))}")
+    if bool(settings.teacher) != bool(settings.quantized):
+        problems.append("--teacher and --quantized need each other")
+    others_of_teacher = {
+        "--numerics": settings.numerics not in ("float32", "bf16"),
+        "--compile": settings.compile,
+    }
+    if settings.teacher and any(others_of_teacher.values()):
+        names = ", ".join(name for name, given in others_of_teacher.items() if given)
+        problems.append(f"--teacher cannot be combined with {names}, but with float32 and bf16")
+    if settings.teacher and "RANK" in os.environ:
+        problems.append("--teacher is for one process without torchrun")
+    if settings.frozen_scales and not settings.quantized:
+        problems.append("--frozen-scales needs --quantized")
+    if settings.optimizer == "muon" and settings.numerics == "bf16-split":
+        problems.append("--optimizer muon cannot be combined with --numerics bf16-split")
     others = {
         "--activation-checkpointing": settings.activation_checkpointing != "none",
         "--numerics nvfp4": settings.numerics == "nvfp4",
@@ -216,10 +290,13 @@ def impossible(settings: Settings) -> list[str]:
         problems.append(f"--compile cannot be combined with {', '.join(refused)}")
     if not (settings.lr > 0 and settings.clip > 0 and settings.eps > 0):
         problems.append("--lr, --clip and --eps must be more than 0")
-    if max(settings.beta1, settings.beta2, settings.val_fraction) >= 1:
-        problems.append("--beta1, --beta2 and --val-fraction must be less than 1")
-    if settings.warmup + settings.decay > 1 or settings.final_lr > 1:
-        problems.append("--warmup and --decay together, and --final-lr, must be at most 1")
+    if max(settings.beta1, settings.beta2, settings.val_fraction, settings.ema) >= 1:
+        problems.append("--beta1, --beta2, --val-fraction and --ema must be less than 1")
+    phases = settings.in_steps(settings.warmup) + settings.in_steps(settings.decay)
+    if phases > settings.steps or settings.final_lr > 1:
+        problems.append("--warmup and --decay must fit into --steps, --final-lr be at most 1")
+    if min(settings.resume_step, settings.profile_step) < 0:
+        problems.append("--resume-step and --profile-step must be at least 0")
     if settings.val_every < 0 or settings.val_sequences < 1:
         problems.append("--val-every must be at least 0, --val-sequences at least 1")
     return problems

@@ -7,13 +7,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..blackwell import low_precision
@@ -26,14 +26,18 @@ from ..numerics import (
     FORMATS,
     emulate,
 )
+from ..quantized import Quantized
 from ..recompute import Recomputable
+from .average import Average
 from .checkpointing import Checkpoints
-from .data import documents_of, open_data
+from .data import Batch, open_data
+from .distillation import Distillation
 from .faults import finite, first_fault
 from .optimizer import SplitAdamW, build_optimizer, learning_rate
 from .parallelize import clip_gradients, norm_of_gradients
+from .roles import choose_trained
 from .settings import FILES, NOT_FINITE, USAGE, Settings, TrainError
-from .weights import build_model
+from .weights import build_model, build_teacher
 from .world import World
 
 
@@ -50,11 +54,19 @@ class Trainer:
                 USAGE,
             )
         self.share = int(share)  # sequences that a process runs at once
-        self.train_windows, self.val_windows = open_data(settings)
-        folder, tokens = Path(settings.out) / "checkpoints", self.train_windows.stop
+        self.train_data, self.val_data = open_data(settings)
+        for line in self.train_data.opened():
+            world.say(line)
+        folder, data = Path(settings.out) / "checkpoints", self.train_data.signature
         rules = training_rules() if settings.numerics == "nvfp4" else {}
-        self.store = Checkpoints(folder, settings.keep, world, tokens, rules)
-        numerics = None
+        self.store = Checkpoints(folder, settings.keep, world, data, rules)
+        self.quantized: Quantized | None = None
+        if settings.quantized:
+            frozen, activations = settings.frozen_scales, settings.activations
+            self.quantized = Quantized(settings.quantized, frozen, activations)
+        numerics: Callable[[nn.Module, str], None] | None = None
+        if self.quantized is not None:
+            numerics = self.quantized.apply
         if settings.numerics == "nvfp4":
             numerics = low_precision(world.device)
             world.say("nvfp4: " + ("emulated" if numerics is emulate else "by Transformer Engine"))
@@ -62,16 +74,21 @@ class Trainer:
             self.model = build_model(settings, world, numerics)
         except ValueError as error:
             raise TrainError(f"--numerics {settings.numerics}: {error}", USAGE) from error
+        self.distillation: Distillation | None = None
+        if settings.teacher:
+            self.distillation = Distillation(self.model, build_teacher(settings, world))
+        choose_trained(self.model, settings)
         kinds = settings.activation_checkpointing
         self.model.activation_checkpointing_enable(kinds != "none", kinds)
         if settings.compile:
             compile_blocks(self.model)
         self.optimizer = build_optimizer(self.model, settings)
+        self.average = Average(self.model, settings.ema) if settings.ema else None
         self.step = 0  # optimizer steps done
         self.unread: list[tuple[int, float, Tensor]] = []  # steps: number, rate, measurements
         self.good = torch.ones((), dtype=torch.bool, device=world.device)  # all steps were finite
-        if settings.resume:
-            self.step = self.store.load(self.model, self.optimizer, settings)
+        if settings.resume or settings.resume_step:
+            self.step = self.store.load(self.model, self.optimizer, settings, self.average)
             if self.step > settings.steps:
                 done = f"the checkpoint has done {self.step} steps"
                 raise TrainError(f"--steps {settings.steps}: {done}", USAGE)
@@ -79,11 +96,12 @@ class Trainer:
             found = self.store.all()[-1]
             raise TrainError(f"{found} is there: add --resume, or choose another --out", FILES)
 
-    def forward(self, ids: Tensor) -> Output:
-        """Return the losses of sequences [B, S]."""
-        documents = documents_of(ids, self.settings.document_separator)
+    def forward(self, batch: Batch) -> Output:
+        """Return the losses of sequences."""
         with self.autocast():
-            out: Output = self.model(ids, ids, documents, return_logits=False)
+            if self.distillation is not None and self.model.training:
+                self.distillation.teach(batch.ids, batch.labels, batch.documents)
+            out: Output = self.model(batch.ids, batch.labels, batch.documents, return_logits=False)
         return out
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -94,17 +112,14 @@ class Trainer:
         # (the head has one for each step of prediction), and outlive the block that was gathered.
         return torch.autocast(self.world.device.type, torch.bfloat16, cache_enabled=False)
 
-    def micro_batches(self, step: int) -> Iterator[Tensor]:
-        """Yield the sequences [share, S] that this process runs in a step."""
+    def micro_batches(self, step: int) -> Iterator[Batch]:
+        """Yield the sequences that this process runs in a step, `share` at a time."""
         settings, world = self.settings, self.world
         first = step * settings.batch_size + world.data_rank * self.share
         for part in range(settings.accumulation):
             start = first + part * world.data_size * self.share
-            rows = [self.train_windows.shuffled(start + row) for row in range(self.share)]
-            ids = torch.stack(rows)
-            if world.device.type == "cuda":
-                ids = ids.pin_memory()  # else the copy would wait for all work before it
-            yield ids.to(world.device, non_blocking=True)
+            rows = [self.train_data.shuffled(start + row) for row in range(self.share)]
+            yield Batch.of(rows, settings.document_separator).to(world.device)
 
     def train_step(self) -> None:
         """Do one optimizer step, whose numbers `read` returns.
@@ -131,6 +146,8 @@ class Trainer:
         numbers = torch.cat([numbers, self.balance_experts(tokens_per_expert)])
         optimizer.step()
         optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update()
         self.step += 1
         self.unread.append((self.step, rate, numbers))
 
@@ -148,10 +165,10 @@ class Trainer:
         shares = self.shares_of_loss(batches)
         sums = torch.zeros(3, dtype=torch.float64, device=world.device)
         tokens_per_expert = torch.zeros((), dtype=torch.int64, device=world.device)
-        for number, (ids, share) in enumerate(zip(batches, shares, strict=True), start=1):
+        for number, (batch, share) in enumerate(zip(batches, shares, strict=True), start=1):
             if isinstance(model, FSDPModule):
                 model.set_requires_gradient_sync(number == settings.accumulation)
-            out = self.forward(ids)
+            out = self.forward(batch)
             loss = share[0] * out.losses[0]
             sums[0] += loss.detach()
             ahead = (share[1:] * torch.stack(out.losses[1:])).sum() / model.config.mtp_depth
@@ -202,42 +219,44 @@ class Trainer:
         what = f"step {step + 1}: loss {numbers[0]}, norm of the gradient {numbers[3]}: {where}"
         raise TrainError(f"{what}; {self.store.last_good()}", NOT_FINITE)
 
-    def shares_of_loss(self, batches: Sequence[Tensor]) -> Tensor:
+    def shares_of_loss(self, batches: Sequence[Batch]) -> Tensor:
         """Return the part of all tokens that each batch predicts, in a step of all processes.
 
         [batches, 1 + depth] float32: of the next token, and of each depth. Means weighted by it
         add up to the mean of the step. All are alike, unless ends of documents leave some batches
         fewer tokens to predict.
         """
-        counts = torch.stack([self.targets(ids) for ids in batches])
+        counts = torch.stack([self.targets(batch) for batch in batches])
         return (counts / self.world.sum(counts.sum(0)).clamp(min=1)).float()
 
-    def targets(self, ids: Tensor) -> Tensor:
-        """Return how many tokens are predicted of sequences [B, S]: [1 + depth] float64."""
-        documents = documents_of(ids, self.settings.document_separator)
-        farthest = 1 + min(self.model.config.mtp_depth, ids.shape[1] - 1)
-        targets = [targets_of(ids, ahead, documents) for ahead in range(1, 1 + farthest)]
+    def targets(self, batch: Batch) -> Tensor:
+        """Return how many tokens are predicted of sequences: [1 + depth] float64."""
+        labels, documents = batch.labels, batch.documents
+        farthest = 1 + min(self.model.config.mtp_depth, labels.shape[1] - 1)
+        targets = [targets_of(labels, ahead, documents) for ahead in range(1, 1 + farthest)]
         return torch.stack([(t != IGNORED).sum() for t in targets]).double()
 
     def run_again(self, step: int) -> None:
         """Run the forward passes of a step once more."""
-        for ids in self.micro_batches(step):
-            self.forward(ids)
+        for batch in self.micro_batches(step):
+            self.forward(batch)
 
     def balance_experts(self, tokens_per_expert: Tensor) -> Tensor:
-        """Update the routers' biases by the loads [routers, E] of this process's tokens.
+        """Update the trained routers' biases by the loads [routers, E] of this process's tokens.
 
         Returns each router's largest load over its mean load, [routers] float64.
         """
         load = self.world.sum(tokens_per_expert)
         for router, counts in zip(self.model.routers(), load, strict=True):
+            if not router.weight.requires_grad:
+                continue
             router.update_bias(counts, self.settings.bias_rate)
         return load.amax(1) / load.double().mean(1)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Return the mean losses over validation windows, in nats; for bytes also in bits."""
-        windows, settings, world = self.val_windows, self.settings, self.world
+        windows, settings, world = self.val_data, self.settings, self.world
         if windows is None:
             return {}
         count = min(settings.val_sequences, windows.per_epoch)
@@ -248,16 +267,17 @@ class Trainer:
             at = start + world.data_rank * self.share
             rows = chosen[at : at + self.share]
             # Every process runs every batch: a last one without rows of its own runs unscored.
-            ids = torch.stack([windows.read(row) for row in rows or chosen[:1]]).to(world.device)
-            losses = torch.stack(self.forward(ids).losses).double()  # [1 + depth]
-            scored = self.targets(ids) * bool(rows)
+            read = [windows.read(row) for row in rows or chosen[:1]]
+            batch = Batch.of(read, settings.document_separator).to(world.device)
+            losses = torch.stack(self.forward(batch).losses).double()  # [1 + depth]
+            scored = self.targets(batch) * bool(rows)
             sums.append(torch.stack([losses * scored, scored]))
         self.model.train()
         total, scored = world.sum(torch.stack(sums).sum(0))
         means = (total / scored.clamp(min=1)).tolist()
         result = {"val_loss": means[0]}
         result["val_mtp_loss"] = sum(means[1:]) / self.model.config.mtp_depth
-        if windows.tokens.bytes_are_tokens:
+        if windows.bytes_are_tokens:
             result["val_bits_per_byte"] = result["val_loss"] / math.log(2)
         return result
 
@@ -268,7 +288,7 @@ class Trainer:
             self.store.finish()
             what = f"step {self.step} made weights that are not finite"
             raise TrainError(f"{what}; {self.store.last_good()}", NOT_FINITE)
-        self.store.save(self.model, self.optimizer, self.settings, self.step)
+        self.store.save(self.model, self.optimizer, self.settings, self.step, self.average)
 
 
 def compile_blocks(model: Model) -> None:

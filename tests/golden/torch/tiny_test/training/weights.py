@@ -11,7 +11,9 @@ tensor, and the first process writes what fills a file.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +22,9 @@ from torch.distributed.tensor import DTensor
 
 from ..checkpoint import copy_tensors, find_tensors, named_tensors, on_disk, save_checkpoint
 from ..model import Experts, Model
+from ..quantized import Packing, Quantized
+from .card import copy_small_files, write_card
+from .initialization import init_as_transformers
 from .parallelize import parallelize, parts
 from .settings import Settings
 from .world import World
@@ -36,9 +41,9 @@ def build_model(
     """
     with torch.device("meta"):
         model = Model()
-    fill = fresh(model, settings.seed)
-    if settings.weights:
-        fill = from_checkpoint(model, settings.weights)
+    fill = fresh(model, settings.seed, settings.init)
+    if first := settings.weights or settings.teacher:
+        fill = from_checkpoint(model, first)
 
     def prepare(name: str, part: nn.Module) -> None:
         part.to_empty(device=world.device)
@@ -57,6 +62,12 @@ def build_model(
     return model
 
 
+def build_teacher(settings: Settings, world: World) -> Model:
+    """Return the model of --teacher; its matrices are bfloat16 where the student runs in that."""
+    numerics = "float32" if settings.numerics == "float32" else "bf16-split"
+    return build_model(replace(settings, weights=settings.teacher, numerics=numerics), world, None)
+
+
 def matrices_to_bfloat16(part: nn.Module) -> None:
     """Cast what products read; norms, A_log, D, dt_bias, convolutions and routers stay float32."""
     for module in part.modules():
@@ -64,13 +75,15 @@ def matrices_to_bfloat16(part: nn.Module) -> None:
             module.to(torch.bfloat16)
 
 
-def fresh(model: Model, seed: int) -> Callable[[str, nn.Module], None]:
+def fresh(model: Model, seed: int, rule: str) -> Callable[[str, nn.Module], None]:
     """Return what fills a part with fresh weights: each part has a seed of its own."""
 
     def fill(name: str, part: nn.Module) -> None:
         digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8], "little"))
         part.apply(model.init_module)
+        if rule == "transformers":
+            part.apply(partial(init_as_transformers, config=model.config))
 
     return fill
 
@@ -85,20 +98,41 @@ def from_checkpoint(model: Model, directory: str) -> Callable[[str, nn.Module], 
     return fill
 
 
-def export(model: Model, world: World, path: Path, dtype: torch.dtype) -> None:
-    """Write the weights in the released layout; all of `dtype`, but for the routers' biases."""
+def export(
+    model: Model,
+    world: World,
+    settings: Settings,
+    name: str = "export",
+    average: Mapping[str, Tensor] | None = None,
+    quantized: Quantized | None = None,
+) -> Path:
+    """Write the weights in the released layout, with a card, to the folder `name`; return its path.
+
+    They are of the type that the settings say, but for the routers' biases. Those of which there is
+    an `average` are replaced by it; those that were trained as `quantized` are stored so.
+    """
+    path = Path(settings.out) / name
+    tensors = model.state_dict() | dict(average or {})
     if world.rank == 0:
         with torch.device("meta"):
-            released = Model().to(dtype)
-        save_checkpoint(released, path, gathered(model))
+            released = Model().to(getattr(torch, settings.export_dtype))
+
+        def describe(folder: Path) -> None:
+            for name in copy_small_files(settings.weights, folder) if settings.weights else ():
+                world.say(f"not exported: {name} of --weights is a Git LFS pointer, not the file")
+            write_card(folder, settings)
+
+        stored = None if quantized is None else Packing(quantized, tensors)
+        save_checkpoint(released, path, gathered(tensors), stored, describe)
     else:
-        for _ in gathered(model):
+        for _ in gathered(tensors):
             pass
     world.wait()
+    return path
 
 
-def gathered(model: Model) -> Iterator[tuple[str, Tensor]]:
+def gathered(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield each tensor as a whole, by its name on disk; all processes together."""
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors.items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         yield from on_disk(name, whole)

@@ -1,0 +1,37 @@
+"""n3c init: a spec to start from."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import click
+
+import n3c.compiler
+from n3c.compiler.cli import options
+from n3c.compiler.cli.output import print_json, say_line
+from n3c.specs.files import read_text, require_new, write_text
+from n3c.specs.schema import NAME
+from n3c.specs.shipped import spec_file
+
+STARTER = Path(n3c.compiler.__file__).with_name("starter.toml")
+
+
+@click.command("init", help="Write a commented spec to start from; its name is that of FILE.")
+@click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
+@click.option("--from", "source", metavar="SPEC", help="Begin with a copy of this spec, as super (`n3c specs`).")
+@click.option("--force", is_flag=True, help="Overwrite a file that is there.")
+@options.common
+def command(file: Path, source: str | None, force: bool, as_json: bool) -> None:
+    """Write FILE."""
+    begun = STARTER if source is None else spec_file(source)
+    require_new(file, begun, force=force)
+    text = read_text(begun)
+    if re.fullmatch(NAME, file.stem):
+        text = re.sub(r'^name = ".*"', f'name = "{file.stem}"', text, count=1, flags=re.MULTILINE)
+    write_text(file, text)
+    if as_json:
+        print_json({"out": str(file), "spec": text})
+    else:
+        say_line(f"{file}: {'a small model of every common block' if source is None else f'a copy of {source}'}")
+        say_line(f"next: n3c check {file}")

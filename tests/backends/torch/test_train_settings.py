@@ -1,0 +1,88 @@
+"""What `train.py` refuses before it begins: each condition at its boundary, and one step beyond."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from .generated import imported, tiny_spec, write_generated
+
+GIVEN = {"data": "d", "out": "o", "steps": 1, "numerics": "float32"}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Return the generated module of settings."""
+    folder = tmp_path_factory.mktemp("settings")
+    write_generated(tiny_spec("MEM*E", mtp="*E"), folder)
+    with imported(folder) as found:
+        yield found.settings
+
+
+def problems(settings: Any, values: dict[str, Any]) -> list[str]:
+    found: list[str] = settings.impossible(settings.Settings(**GIVEN | values))
+    return found
+
+
+LONGEST, VOCABULARY = tiny_spec().model.max_position_embeddings, tiny_spec().model.vocab_size
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"steps": 1, "batch_size": 1, "accumulation": 1, "save_every": 1, "keep": 1, "log_every": 1},
+        {"seq_len": 2},
+        {"seq_len": LONGEST},
+        {"seed": 2**63 - 1},
+        {"batch_size": 1 << 20},
+        {"document_separator": -1},
+        {"document_separator": VOCABULARY - 1},
+        {"beta1": 0.999, "beta2": 0.999, "val_fraction": 0.999},
+        {"warmup": 0.5, "decay": 0.5},
+        {"final_lr": 1.0},
+        {"val_every": 0, "val_sequences": 1},
+        {"compile": True, "activation_checkpointing": "none", "tensor_parallel": 1},
+        {"activation_checkpointing": "all"},
+        {"activation_checkpointing": "mamba2,moe"},
+    ],
+    ids=str,
+)
+def test_what_is_possible(settings: Any, values: dict[str, Any]) -> None:
+    assert problems(settings, values) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        *(({name: 0}, f"--{name.replace('_', '-')} must be at least 1")
+          for name in ("steps", "batch_size", "accumulation", "save_every", "keep", "log_every", "tensor_parallel",
+                       "expert_parallel")),
+        ({"seq_len": 1}, f"--seq-len 1 is not from 2 to {LONGEST}"),
+        ({"seq_len": LONGEST + 1}, f"--seq-len {LONGEST + 1} is not from 2 to {LONGEST}"),
+        ({"seed": -1}, f"--seed -1 is not from 0 to {2**63 - 1}"),
+        ({"seed": 2**63}, f"--seed {2**63} is not from 0 to {2**63 - 1}"),
+        ({"batch_size": (1 << 20) + 1}, f"--batch-size {(1 << 20) + 1} is more than {1 << 20}"),
+        ({"document_separator": -2}, f"--document-separator -2 is not from -1 to {VOCABULARY - 1}"),
+        ({"document_separator": VOCABULARY}, f"--document-separator {VOCABULARY} is not from -1 to {VOCABULARY - 1}"),
+        ({"numerics": "fp4"}, "--numerics fp4 is none of float32, bf16, bf16-split"),
+        ({"activation_checkpointing": "mamba2,gru"}, "--activation-checkpointing: gru is none of all, none, mamba2"),
+        ({"export_dtype": "float16"}, "--export-dtype float16 is none of float32, bfloat16"),
+        ({"compile": True, "tensor_parallel": 2}, "--compile cannot be combined with --tensor-parallel"),
+        ({"compile": True, "expert_parallel": 2}, "--compile cannot be combined with --expert-parallel"),
+        ({"compile": True, "activation_checkpointing": "all"},
+         "--compile cannot be combined with --activation-checkpointing"),
+        *(({name: 0.0}, "--lr, --clip and --eps must be more than 0") for name in ("lr", "clip", "eps")),
+        *(({name: 1.0}, "--beta1, --beta2, --val-fraction and --ema must be less than 1")
+          for name in ("beta1", "beta2", "val_fraction", "ema")),
+        ({"warmup": 0.5, "decay": 0.51}, "--warmup and --decay must fit into --steps, --final-lr be at most 1"),
+        ({"final_lr": 1.01}, "--warmup and --decay must fit into --steps, --final-lr be at most 1"),
+        ({"val_every": -1}, "--val-every must be at least 0, --val-sequences at least 1"),
+        ({"val_sequences": 0}, "--val-every must be at least 0, --val-sequences at least 1"),
+    ],
+)  # fmt: skip
+def test_what_is_not(settings: Any, values: dict[str, Any], problem: str) -> None:
+    (found,) = problems(settings, values)
+    assert found.startswith(problem)

@@ -1,0 +1,208 @@
+"""What kernels do, and the time that it takes on a GPU of round numbers, by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from n3c.backends.gpus import GPUS, Gpu
+from n3c.backends.onnx.emit import OnnxEntry, emit_entry
+from n3c.backends.trt.build import build_plan
+from n3c.backends.trt.layers import Kernel, TensorInfo
+from n3c.backends.trt.module import load_trt
+from n3c.backends.trt.needs import Choice
+from n3c.backends.trt.timing import (
+    LAUNCH,
+    MEMORY_SHARE,
+    PRODUCT_SHARE,
+    Bound,
+    Prediction,
+    duration,
+    parts_of,
+    predict,
+    times_json,
+)
+from n3c.backends.trt.traffic import traffic
+from n3c.backends.trt.work import Repeated, Work
+from n3c.ir.types import DType
+from n3c.passes.serving import Served, serve
+from support.specs import QUANTIZED, small_spec
+
+CONTEXT = 20
+GPU = Gpu("round", 120, 10**10, 1e12, 1000, 1, 1e9, 1e12, 2e12, 4e12, 100, "")
+"""A TB/s, 1000 bytes of L2, one multiprocessor at a GHz: each second 4e9 instructions, 1e9 wavefronts, 16e9 of L2."""
+
+
+@pytest.fixture(scope="module")
+def served() -> Served:
+    return serve(small_spec(QUANTIZED))
+
+
+def tensor(name: str, dtype: str, *dims: int) -> TensorInfo:
+    return TensorInfo(name, dims, (), dtype)
+
+
+def kernel(inputs: list[TensorInfo], outputs: list[TensorInfo], *nodes: str, type: str = "kgen") -> Kernel:
+    label = "backbone.layers.0"
+    return Kernel("k", type, "", tuple(inputs), tuple(outputs), (), tuple(f"{label}/{node}" for node in nodes))
+
+
+def predicted(served: Served, batch: int, *kernels: Kernel, gpu: Gpu = GPU) -> Prediction:
+    entry_point = served.program.entry_points["decode"]
+    entry = emit_entry(served.program, "decode", batch=batch)
+    moved = traffic(served.program, entry_point, entry, kernels, context=CONTEXT)
+    return predict(served.program, entry_point, entry, kernels, moved, [gpu])[gpu.name]
+
+
+def work(served: Served, batch: int, *kernels: Kernel) -> Work:
+    return predicted(served, batch, *kernels).kernels[-1].work
+
+
+def in_proj(served: Served) -> tuple[str, int, int]:
+    name = "backbone.layers.0.mixer.in_proj.weight"
+    n, k = served.program.parameters[name].type.static_dims
+    return name, n, k
+
+
+def summed(served: Served, batch: int, *nodes: str, transposed: bool = False) -> Kernel:
+    """The sum of in_proj, FP8, over `batch` rows."""
+    name, n, k = in_proj(served)
+    result = tensor("y", "Float", n, batch) if transposed else tensor("y", "Float", batch, 1, n, 1)
+    return kernel([tensor(name, "FP8", n, k), tensor("x", "Float", batch, 1, k)], [result], "Mul", "ReduceSum", *nodes)
+
+
+def test_a_sum_decodes_a_weight_for_every_row_and_reads_it_again(served: Served) -> None:
+    _, n, k = in_proj(served)
+    one, four = work(served, 1, summed(served, 1)), work(served, 4, summed(served, 4))
+    assert (one.form, one.stored) == ("sum", n * k)
+    assert one.instructions == n * k * 5.5
+    assert four.instructions == 4 * one.instructions
+    assert four.repeated == (Repeated(n * k, 4),)
+    assert four.repeated[0].further == 3 * n * k
+    assert four.repeated[0].missed(1000) == 3 * (n * k - 1000)
+    assert four.repeated[0].missed(n * k) == 0
+
+
+def test_neighbouring_rows_share_what_they_read(served: Served) -> None:
+    name, n, k = in_proj(served)
+    found = work(served, 4, summed(served, 4, transposed=True))
+    assert (found.repeated, found.sectors) == ((), 3 * n * k), name
+
+
+def test_a_norm_in_front_and_single_elements_cost_more(served: Served) -> None:
+    _, n, k = in_proj(served)
+    assert work(served, 1, summed(served, 1, "RMSNormalization")).instructions == pytest.approx(n * k * 8.9)
+    assert work(served, 1, summed(served, 1, "Relu")).instructions == pytest.approx(n * k * 16.5)
+    assert work(served, 1, summed(served, 1, "Gather")).instructions == pytest.approx(n * k * 14)
+
+
+def test_experts_are_read_again_where_the_cache_has_lost_them(served: Served) -> None:
+    """3 of 8 experts a token, [48, 32] in NVFP4, as bytes through tables of 256 entries."""
+    name = "backbone.layers.1.mixer.experts.*.up_proj.weight"
+    codes, scales = tensor(name, "Int8", 8, 48, 16), tensor(f"{name}_scale", "FP8", 8, 48, 2)
+    gathered = kernel([codes, scales], [tensor("y", "Float", 4, 1, 3, 48)], "GatherND", "Mul", "ReduceSum")
+    gathered = replace(gathered, constants=(tensor("table", "Float", 256),))
+    found = work(served, 4, gathered)
+    assert found.instructions == pytest.approx(4 * 3 * 48 * 32 * 15.5)
+    expert = 48 * (16 + 2)
+    (again,) = found.repeated
+    assert again == Repeated(3 * expert, 4, Choice(8, 3, 4))
+    assert again.further == pytest.approx((12 - Choice(8, 3, 4).distinct) * expert)
+    assert again.missed(0) == pytest.approx(again.further)
+    assert again.missed(4 * 3 * expert) == pytest.approx(0, abs=1e-6)
+
+
+def test_scores_and_values(served: Served) -> None:
+    """4 query heads, 2 key/value heads of 16, 20 of 32 positions: 4 x 20 x 16 products each, values by sectors."""
+    cache = tensor("backbone.layers.3.k_cache.next", "Float", 1, 2, 32, 16)
+    scores = kernel([cache], [tensor("scores", "Float", 1, 2, 2, -1, 1)], "Mul", "ReduceSum")
+    found = work(served, 1, scores)
+    assert (found.form, found.instructions, found.sectors) == ("sum", 4 * 20 * 16 * 3.0, 4 * 20 * 16 * 4)
+    values = kernel([cache, tensor("p", "Float", 1, 2, 2, -1)], [tensor("y", "Float", 1, 2, 2, 1, 16)], "ReduceSum")
+    found = work(served, 1, values)
+    assert (found.sectors, found.wavefronts) == (4 * 20 * 16 * 32, 4 * 20 * 16 * 32.0)
+
+
+@pytest.mark.parametrize(
+    ("types", "dtype"),
+    [
+        (("FP8", "FP8"), DType.F8E4M3),
+        (("FP4E2M1", "FP4E2M1"), DType.F4E2M1),
+        (("BFloat16", "FP8"), DType.BF16),
+        (("Float", "Float"), DType.F32),
+    ],
+)
+def test_products_are_rounded_up_to_tiles(types: tuple[str, str], dtype: DType, served: Served) -> None:
+    left, right = tensor("x", types[0], 2, 20, 64), tensor("w", types[1], 2, 64, 100)
+    found = work(served, 1, kernel([left, right], [tensor("y", "Float", 2, 20, 100)], "MatMul", type="gemm"))
+    assert (found.form, found.flops) == ("product", {dtype: 2 * 2 * 32 * 112 * 64})
+
+
+def test_attention_of_many_tokens_is_a_product(served: Served) -> None:
+    fused = replace(kernel([], [tensor("y", "BFloat16", 4, 8, 16)], "Attention"), name="_gemm_mha_v2_myl0_7")
+    assert work(served, 1, fused).flops == {DType.BF16: 4 * CONTEXT * 4 * 8 * 16}
+
+
+def test_bytes_and_arithmetic_hide_behind_each_other_by_half() -> None:
+    parts: dict[Bound, float] = {"memory": 4, "L2": 3, "instructions": 7, "L1": 6, "products": 0, "launch": 3}
+    assert duration(parts) == (3 + 7 + 4 / 2, "instructions")
+    parts["L2"] = 9
+    assert duration(parts) == (3 + 9 + 7 / 2, "L2")
+    parts["launch"] = 10
+    assert duration(parts)[1] == "launch"
+
+
+def test_the_times_of_a_kernel() -> None:
+    done = Work("sum", 9000, (400, 600), (Repeated(5000, 3),), 100, 1.28e6, 3.2e4, {DType.F8E4M3: 1e6, DType.F32: 1e6})
+    assert parts_of(done, GPU) == pytest.approx(
+        {
+            "memory": (9000 + 600 + 2 * (5000 - 1000)) / (MEMORY_SHARE * 1e12),
+            "L2": (9000 + 1000 + 100 + 2 * 5000) / 16e9,
+            "instructions": 1e-5,
+            "L1": 1e-6,
+            "products": (1e6 / 2e12 + 1e6 / 5e11) / PRODUCT_SHARE,
+            "launch": LAUNCH,
+        }
+    )
+
+
+def test_the_roofline_is_of_the_least_bytes_or_operations(served: Served) -> None:
+    card = GPUS["RTX 3090"]
+    nothing = predicted(served, 1, gpu=card).total
+    assert nothing.predicted == 0
+    assert nothing.roofline == nothing.memory > nothing.products > 0
+    weak = predicted(served, 1, gpu=replace(card, bf16=card.bf16 / 1000)).total
+    assert weak.roofline == weak.products == pytest.approx(1000 * nothing.products)
+    assert predicted(served, 1, gpu=replace(card, fp8=2 * card.bf16)).total.products < nothing.products
+
+
+def test_ops_of_all_layers_are_named_together(served: Served) -> None:
+    found = predicted(served, 4, summed(served, 4), summed(served, 4), kernel([], [tensor("y", "Float", 4)], "Sigmoid"))
+    worst, other = found.worst()
+    assert (worst["op"], worst["kind"], worst["kernels"]) == ("sum: mixer.in_proj", "mamba2", 2)
+    assert worst["layer"] == "backbone.layers.0"
+    assert (other["op"], other["bound_by"]) == ("other: Sigmoid", "launch")
+    assert worst["predicted_us"] == pytest.approx(2e6 * found.kernels[0].seconds, abs=0.01)
+
+
+def test_of_a_real_plan_on_every_gpu(served: Served, tmp_path: Path) -> None:
+    entry: OnnxEntry = emit_entry(served.program, "decode", batch=2)
+    entry_point = served.program.entry_points["decode"]
+    result = build_plan(entry.to_bytes(), tmp_path / "x.plan", load_trt(), sms=(120,), ranges=entry.dynamic_inputs)
+    moved = traffic(served.program, entry_point, entry, result.kernels, context=CONTEXT)
+    found = predict(served.program, entry_point, entry, result.kernels, moved, GPUS.values())
+    assert list(found) == list(GPUS)
+    for prediction in found.values():
+        kinds = [time.predicted for time in prediction.by_kind.values()]
+        assert prediction.total.predicted == pytest.approx(sum(kinds))
+        assert prediction.total.predicted == pytest.approx(sum(kernel.seconds for kernel in prediction.kernels))
+        assert sum(prediction.total.by_bound.values()) == pytest.approx(prediction.total.predicted)
+        assert {kernel.work.form for kernel in prediction.kernels} == {"sum", "other"}
+    json = times_json({"a.s0.plan": found, "a.s1.plan": found}, {"a.s0.plan": "a", "a.s1.plan": "a"})
+    one, two = found["RTX 5090"].as_json(), json["a"]["RTX 5090"]
+    assert two["kernels"] == 2 * one["kernels"]
+    assert two["predicted_us"] == pytest.approx(2 * one["predicted_us"], abs=0.02)
+    assert two["ratio"] == pytest.approx(one["ratio"], abs=0.001)
+    assert {"predicted_us", "roofline_us", "ratio", "bound_by", "by_kind", "worst"} <= set(two)

@@ -1,0 +1,139 @@
+"""`make mutants`: what it changes in code and in templates, and which tests it runs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def part(name: str) -> Any:
+    """Import a module of the driver, which is beside the packages that are installed."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        return importlib.import_module(f"benchmarks.mutants.{name}")
+    finally:
+        sys.path.remove(str(ROOT))
+
+
+Calls, Coverage = part("calls").Calls, part("coverage").Coverage
+Change, Mutant, changes_of, mutants_of = (
+    getattr(part("points"), name) for name in ("Change", "Mutant", "changes_of", "mutants_of")
+)
+mutants_of_template, scores = part("templates").mutants_of_template, part("__main__").scores
+
+
+@pytest.mark.parametrize(
+    ("text", "changed"),
+    [
+        ("a < b\n", ["a <= b"]),
+        ("a not in b and not c\n", ["a in b and not c", "a not in b or not c", "a not in b and c"]),
+        ("1 <= a < 3\n", ["2 <= a < 3", "1 < a < 3", "1 <= a <= 3", "1 <= a < 4"]),
+        ("(a) * (b + 2.5)\n", ["(a) / (b + 2.5)", "(a) * (b - 2.5)", "(a) * (b + 3.5)"]),
+        ("x = 1 if f(a) else -2\n", ["x = 2 if f(a) else -2", "x = 1 if (not f(a)) else -2",
+                                     "x = 1 if f(a) else 2", "x = 1 if f(a) else -3"]),
+        ("ä = 'ö' + b - True\n", ["ä = 'ö' + b + True", "ä = 'ö' + b - False"]),
+        ("def f(a: 1 = 0) -> 2:\n    return f'{a + 1}'\n", ["def f(a: 1 = 1) -> 2:\n    return f'{a + 1}'"]),
+        ("@dataclass(frozen=True)\nclass A: ...\nzip(a, b, strict=False, c=True)\n",
+         ["@dataclass(frozen=True)\nclass A: ...\nzip(a, b, strict=False, c=False)"]),
+    ],
+)  # fmt: skip
+def test_the_changes_of_a_text(text: str, changed: list[str]) -> None:
+    found = [change.applied(text).removesuffix("\n") for change in changes_of(text)]
+    assert sorted(found) == sorted(changed)
+
+
+def test_the_function_around_a_change() -> None:
+    text = "A = 1\n\n\n@b(2)\ndef f():\n    return 3\n"
+    assert {text[change.start]: change.function for change in changes_of(text)} == {"1": 1, "2": 4, "3": 4}
+
+
+TEMPLATE = '''{# 1 + 1 #}
+{% if a == 2 %}
+def f(x):
+    """The sum of 1 and 2."""
+    y = x * {{ size + 3 }}  # not 4
+{% endif %}
+    if x:
+        return [
+            y + 5,
+        ]
+    return y
+
+LIMIT = {{ limit }} + 6
+'''
+
+
+def test_the_statements_of_a_template(tmp_path: Path) -> None:
+    """Jinja's own expressions, comments and docstrings are left alone."""
+    path = tmp_path / "a.py.jinja"
+    path.write_text(TEMPLATE, encoding="utf-8")
+    mutants = mutants_of_template(tmp_path, path)
+    assert [mutant.described(TEMPLATE).partition(": ")[2] for mutant in mutants] == [
+        "y = x [* → /] {{ size + 3 }}  # not 4",
+        "if [x → (not x)]:",
+        "y [+ → -] 5,",
+        "y + [5 → 6],",
+        "LIMIT = {{ limit }} [+ → -] 6",
+        "LIMIT = {{ limit }} + [6 → 7]",
+    ]
+    assert [(mutant.line, mutant.function_name) for mutant in mutants] == [
+        (5, "f"), (7, "f"), (9, "f"), (9, "f"), (13, None), (13, None),
+    ]  # fmt: skip
+
+
+def test_a_mutant_meets_the_tests_of_its_function() -> None:
+    """Its folder's tests come first, and what else stands in their files last; a budget cuts the list."""
+    callers = ["tests/compiler/test_api.py::a", "tests/ir/test_ops.py::b", "tests/ir/test_verify.py::c"]
+    seconds = dict(zip(callers, (1.0, 3.0, 2.0), strict=True)) | {"tests/ir/test_ops.py::d": 1.0, "other.py::e": 0.1}
+    coverage = Coverage(seconds, {"ir/ops.py:7": callers})
+    mutant = Mutant("ir/ops.py", 9, Change(0, 1, "", 7))
+    ordered = [callers[1], callers[2], callers[0], "tests/ir/test_ops.py::d"]
+    assert coverage.of_mutant(mutant, 100) == ordered
+    assert coverage.of_mutant(mutant, 5.5) == ordered[:2]
+    assert coverage.of_mutant(mutant, 0) == ordered[:1]
+    assert coverage.of_mutant(Mutant("ir/ops.py", 1, Change(0, 1, "", 1)), 100) == ordered  # outside of functions
+    assert coverage.of_mutant(Mutant("ir/types.py", 1, Change(0, 1, "", 1)), 100)[0] == ordered[3]  # of the folder
+
+
+def test_text_of_a_template_is_not_what_notices() -> None:
+    golden, other = "tests/backends/torch/test_emit.py::test_golden", "tests/backends/torch/test_numerics.py::x"
+    tests = {"model.py::forward": [golden, other], "tests/support/golden.py:11": [golden]}
+    coverage = Coverage({golden: 1.0, other: 1.0}, tests)
+    mutant = Mutant("backends/torch/templates/package/model.py.jinja", 9, Change(0, 1, "", 1), "forward")
+    assert coverage.of_mutant(mutant, 100) == [other]
+
+
+def test_the_names_of_functions() -> None:
+    """n3c is imported by links; a generated package lies anywhere; what others wrote has no name."""
+    calls = Calls()
+    files = ("/t/import/n3c/ir/ops.py", "/t/tests/support/a.py", "/tmp/x/model.py", "/v/site-packages/b.py", "<string>")
+    for file in files:
+        module = compile("\n\ndef f(): ...", file, "exec")
+        (code,) = (constant for constant in module.co_consts if isinstance(constant, CodeType))
+        calls.seen[id(code)] = code
+    assert calls.names(Path("/t")) == {"ir/ops.py:3", "tests/support/a.py:3", "model.py::f"}
+
+
+def test_scores() -> None:
+    path = "backends/torch/templates/config.jinja"
+    mutants = [Mutant(name, 1, Change(0, 1, "", 1)) for name in ("ir/a.py", "ir/b.py", path)]
+    found = scores(dict(zip(mutants, (False, True, None), strict=True)))
+    assert (found["tried"], found["noticed"], found["undecided"]) == (3, 1, 1)
+    assert found["folders"] == {
+        "ir": {"tried": 2, "noticed": 1, "undecided": 0},
+        "templates": {"tried": 1, "noticed": 0, "undecided": 1},
+    }
+
+
+def test_every_file_of_the_code_has_mutants_that_are_python() -> None:
+    for path in sorted((ROOT / "ir").glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        for mutant in mutants_of(ROOT, path)[:5]:
+            compile(mutant.change.applied(text), str(path), "exec")

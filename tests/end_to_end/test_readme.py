@@ -1,0 +1,35 @@
+"""The README's first spec goes all the way: its commands are run as they stand, with a few steps of training."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.command import n3c
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_first_spec_goes_all_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## A first spec\n")[2].partition("\n## ")[0]
+    (block,) = re.findall(r"^```\n(n3c .*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
+    commands = [shlex.split(line, comments=True) for line in block.splitlines()]
+    assert {words[1] for words in commands} >= {"check", "build", "quantize", "verify", "run"}
+    monkeypatch.chdir(tmp_path)
+    Path("my-texts").mkdir()
+    Path("my-texts/a.txt").write_text("The model says what it was told. " * 200, encoding="utf-8")
+    assert n3c("init", "my-model.toml").code == 0
+    for words in commands:
+        if words[0] == "n3c":
+            result = n3c(*words[1:])
+            assert result.code == 0, f"{' '.join(words)}\n{result.err}"
+            continue
+        few = [re.sub("^200$", "4", word) for word in words[1:]] + ["--batch-size", "2", "--seq-len", "64"]
+        done = subprocess.run([sys.executable, *few], capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+    assert Path("build/my-model/trt/decode.b1.plan").is_file()
