@@ -109,7 +109,7 @@ def _bits_a_weight(tensor: TensorInfo, linear: Linear) -> int | None:
 
     Told by the number of elements, as the builder lays copies out as it likes. Where the linear is applied
     to so many rows that its input [rows, K] or its result, [rows, N] or [N, rows], may have as many, by the dims of the
-    matrix.
+    matrix; where a result has those too, as at K rows, a copy cannot be told from it.
     """
     if linear.rows >= min(linear.shape):
         n, k = linear.shape
