@@ -88,7 +88,9 @@ def _judge(linear: Linear, readers: Mapping[str, Sequence[Kernel]], engine_outpu
             copies = [
                 (t, bits)
                 for t in kernel.outputs
-                if t.name not in engine_outputs and (bits := _bits_a_weight(t, linear))
+                if t.name not in engine_outputs
+                and not _is_transposed_result(t, kernel, linear)
+                and (bits := _bits_a_weight(t, linear))
             ]
             wider = next((t for t, bits in copies if bits > width), None)
             if wider is not None:
@@ -108,19 +110,28 @@ def _bits_a_weight(tensor: TensorInfo, linear: Linear) -> int | None:
     """Return how many bits a weight has in `tensor`, if that holds the weight or the chosen part of it.
 
     Told by the number of elements, as the builder lays copies out as it likes. Where the linear is applied
-    to so many rows that its input [rows, K] or its result, [rows, N] or [N, rows], may have as many, by the dims of the
-    matrix; where a result has those too, as at K rows, a copy cannot be told from it.
+    to so many rows that its input [rows, K] or its result [rows, N] may have as many, by the dims of the matrix.
     """
     if linear.rows >= min(linear.shape):
         n, k = linear.shape
         dims = tuple(d for d in tensor.dims if d != 1)
-        if dims not in ((n, k), (k, n)) or dims in ((linear.rows, n), (n, linear.rows), (linear.rows, k)):
+        if dims not in ((n, k), (k, n)) or dims in ((linear.rows, n), (linear.rows, k)):
             return None
     packings = _PACKED.get(tensor.dtype, (1,)) if _has_fp4_codes(linear) else (1,)
     for codes in packings:
         if tensor.elements * codes in (linear.selected, linear.total):
             return BITS[tensor.dtype] // codes
     return None
+
+
+def _is_transposed_result(tensor: TensorInfo, kernel: Kernel, linear: Linear) -> bool:
+    """Whether an output is the result as [N, rows]: at K rows it has the dims of the matrix.
+
+    Its kernel reads the input, of rows times K elements, beside the weight; one that widens a weight does not.
+    """
+    dims = tuple(d for d in tensor.dims if d != 1)
+    reads_input = any(t.name != linear.weight and t.elements == linear.rows * linear.shape[1] for t in kernel.inputs)
+    return reads_input and dims == (linear.shape[0], linear.rows)
 
 
 def _has_fp4_codes(linear: Linear) -> bool:

@@ -98,12 +98,14 @@ def test_unpacked_bytes_are_a_copy() -> None:
 def test_a_result_with_as_many_elements_as_the_weight_is_no_copy() -> None:
     """At 32 rows and an input width of 32 the result, [32, 64] or [64, 32], is as large as the weight [64, 32].
 
-    Then a copy could not be told from it; at any other number of rows it is.
+    What has the dims of the weight is its result where the kernel reads the input, too; else a copy.
     """
     linear = Linear("l", "bf16", "w", 64 * 32, 64 * 32, (64, 32), 32)
     w = tensor("w", "BFloat16", 64, 32)
     assert judge(linear, kernel("k", [w], [tensor("y", "Float", 32, 1, 64)])) == ("bf16", "k")
-    assert judge(linear, kernel("k", [w], [tensor("y", "Float", 64, 32)])) == ("bf16", "k")
+    assert judge(linear, kernel("k", [w], [tensor("d", "Float", 64, 32)])) == ("fp32", "k")
+    x = tensor("x", "Float", 32, 32)
+    assert judge(linear, kernel("k", [w, x], [tensor("y", "Float", 64, 32)])) == ("bf16", "k")
     more = Linear("l", "bf16", "w", 64 * 32, 64 * 32, (64, 32), 33)
     assert judge(more, kernel("k", [w], [tensor("d", "Float", 64, 32)])) == ("fp32", "k")
     assert judge(more, kernel("k", [w], [tensor("d", "Float", 32, 64)])) == ("fp32", "k")
