@@ -39,6 +39,8 @@ class ConfigKey:
     """That of transformers' NemotronHConfig."""
     aliases: tuple[str, ...] = ()
     """Other names in use."""
+    also: str | None = None
+    """The one of `aliases` that is written, too, since a reader knows no other."""
 
 
 @dataclass(frozen=True, eq=False)

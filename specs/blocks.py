@@ -85,7 +85,7 @@ MAMBA = BlockKind(
         ConfigKey("num_heads", "mamba_num_heads", 128),
         ConfigKey("head_dim", "mamba_head_dim", 64),
         ConfigKey("state_size", "ssm_state_size", 128, ("mamba_state_dim",)),
-        ConfigKey("n_groups", "n_groups", 8, ("mamba_n_groups", "mamba_num_groups")),
+        ConfigKey("n_groups", "n_groups", 8, ("mamba_n_groups", "mamba_num_groups"), "mamba_n_groups"),  # SGLang
         ConfigKey("conv_kernel", "conv_kernel", 4, ("mamba_d_conv",)),
         ConfigKey("chunk_size", "chunk_size", 128, ("mamba_chunk_size",)),
         ConfigKey("conv_bias", "use_conv_bias", True, ("mamba_conv_bias",)),

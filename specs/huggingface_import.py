@@ -20,6 +20,7 @@ from .huggingface_names import (
     PATTERNS,
     SILENT,
     STATE_DTYPES,
+    TIME_STEP_MIN,
     UNSUPPORTED,
 )
 from .json_places import JsonPlaces
@@ -276,10 +277,9 @@ class _Importer:
     def value(self, path: Path, value: Any, own: Mapping[str, Any]) -> Any:
         """Return the value of a spec's key for that of the config: they mean the same but for three keys."""
         match path:
-            case ("mamba", "time_step_min") if "time_step_min" in own:
-                # Weights that n3c saved: transformers' key then keeps it from bounding dt.
-                self.places.names[path] = ("n3c", "time_step_min")
-                return own["time_step_min"]
+            case ("mamba", "time_step_min") if TIME_STEP_MIN in own:  # weights that n3c saved
+                self.places.names[path] = ("n3c", TIME_STEP_MIN)
+                return own[TIME_STEP_MIN]
             case ("attention", "num_kv_heads") if value is None:
                 return self.raw["attention"].get("num_heads")
             case ("model", "eos_token_ids"):

@@ -31,6 +31,9 @@ FIELDS: dict[Path, tuple[str, Any, tuple[str, ...]]] = {
     },
 }
 
+WRITTEN_TWICE = {config.name: config.also for kind in KINDS for config in kind.config_keys if config.also}
+"""Field → the second name under which it is written."""
+
 # Features that a spec cannot say: name → the values that mean "not used"
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "use_bias": (False,),
@@ -78,4 +81,6 @@ MTP = (
     "mtp_loss_scaling_factor",
 )
 STATE_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-N3C_KEYS = ("name", "pipeline_cuts", "quantization", "training", "serving", "time_step_min", "moe_layers")
+TIME_STEP_MIN = "time_step_min"
+"""Key of `n3c`: the smallest fresh time step, where the field of that name keeps transformers from bounding dt."""
+N3C_KEYS = ("name", "pipeline_cuts", "quantization", "training", "serving", TIME_STEP_MIN, "moe_layers")

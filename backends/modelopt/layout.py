@@ -20,7 +20,7 @@ from typing import Any
 
 from n3c.backends.safetensors.layout import KEEP, Weight
 from n3c.ir.formats import FORMATS, FP8, NVFP4_BLOCK, W4A16_NVFP4
-from n3c.specs.huggingface_names import MTP, MTP_PATTERN_LISTS, PATTERN_LISTS
+from n3c.specs.huggingface_names import MTP, MTP_PATTERN_LISTS, PATTERN_LISTS, TIME_STEP_MIN, WRITTEN_TWICE
 from n3c.specs.roles import ROUTERS
 
 PRODUCER = "modelopt"
@@ -35,6 +35,7 @@ _SHAPE_KEYS = (
     "num_hidden_layers",
     "hybrid_override_pattern",
     "mtp_hybrid_override_pattern",
+    *WRITTEN_TWICE.values(),
 )
 _NOT_KEPT = {QUANTIZATION, "n3c", *PATTERN_LISTS, *MTP_PATTERN_LISTS}
 """Of the source's config.json: what is written anew, and lists of block types (see `export_config`)."""
@@ -156,7 +157,8 @@ def config_json(
 ) -> dict[str, Any]:
     """Return config.json: that of the source, with what it lacks of `exported` (the spec's config), and its formats.
 
-    Lists of block types are left out: the patterns and the number of layers say the same.
+    Lists of block types are left out: the patterns and the number of layers say the same. Of `n3c` the source's smallest
+    fresh time step is kept, as its field of that name is.
     """
     config = {key: value for key, value in source.items() if key not in _NOT_KEPT}
     for key in _SHAPE_KEYS:
@@ -166,7 +168,8 @@ def config_json(
         config = {key: value for key, value in config.items() if key not in MTP} | {"num_nextn_predict_layers": 0}
     if is_quantized(weights):
         config[QUANTIZATION] = quantization_config(weights, kv_cache)
-    return config | {"n3c": exported["n3c"]}
+    kept = {key: value for key, value in (source.get("n3c") or {}).items() if key == TIME_STEP_MIN}
+    return config | {"n3c": exported["n3c"] | kept}
 
 
 def multimodal_config(outer: Mapping[str, Any], name: str, text: Mapping[str, Any]) -> dict[str, Any]:

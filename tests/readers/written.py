@@ -1,7 +1,7 @@
 """The checkpoints that n3c writes for the readers: three kinds of model in each format.
 
-The sizes are the smallest that all readers can load: llama.cpp packs 64 weights of an input together, SGLang reads
-the number of Mamba groups under another name than everybody else and otherwise takes 8.
+The sizes are the smallest that all readers can load: llama.cpp packs 64 weights of an input together. They are none
+of the defaults that a reader takes for a key that it does not find.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ initializer_range = 0.1
 num_heads = 8
 head_dim = 16
 state_size = 16
-n_groups = 8
+n_groups = 4
 chunk_size = 8
 [attention]
 num_heads = 4
