@@ -59,7 +59,7 @@ def main(version: str, read: Callable[[Path], Reading]) -> None:
         found: dict[str, object] = {"version": version}
         try:
             reading = read(folder)
-        except Exception as error:  # what a reader refuses is a result
+        except (Exception, SystemExit) as error:  # what a reader refuses is a result
             traceback.print_exc()
             found["refused"] = f"{type(error).__name__}: {error}"
         else:

@@ -96,6 +96,8 @@ FORMATS = {
     "fp8-cache": _MIXED + _FP8_CACHE,
 }
 """What the checkpoint is stored in → the tables of the spec that say so."""
+CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+"""Edge-LLM exports no model without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,7 @@ def write(kind: str, format_: str, folder: Path) -> Written:
     write_checkpoint(folder / "sources" / name, spec)
     save_scales(folder / "sources" / f"{name}.json", entries_of(_ranges(spec)))
     source, scales = folder / "sources" / name, folder / "sources" / f"{name}.json"
+    (source / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     result = n3c("quantize", "--weights", source, "--activation-scales", scales, "-o", folder / name, "--json")
     assert result.code == 0, result.err
     return Written(folder / name, result.data["diagnostics"])
