@@ -157,8 +157,8 @@ def config_json(
 ) -> dict[str, Any]:
     """Return config.json: that of the source, with what it lacks of `exported` (the spec's config), and its formats.
 
-    Lists of block types are left out: the patterns and the number of layers say the same. Of `n3c` the source's smallest
-    fresh time step is kept, as its field of that name is.
+    Lists of block types are left out: the patterns and the number of layers say the same. Of the source's `n3c` the
+    smallest fresh time step is kept, as its field of that name is.
     """
     config = {key: value for key, value in source.items() if key not in _NOT_KEPT}
     for key in _SHAPE_KEYS:

@@ -23,6 +23,7 @@ from .reading import Reading, dequantized, main, tensors_of
 
 ROOT = "_model."
 KINDS_OF_SCALES = ("input_scale", "weight_scale", "weight_scale_2")
+CACHE_SCALES = {"k_scale": 1, "v_scale": 2}
 OPERANDS = {"up_proj": (2, 8), "down_proj": (5, 9)}
 """Of the plugin of experts: the first of codes, scales of blocks and scale of a weight; the scale of its input."""
 
@@ -56,9 +57,10 @@ class Graph:
 
     def __init__(self, graph: Any) -> None:
         self.constants: Mapping[str, Any] = {constant.name: constant for constant in graph.initializer}
-        self.makers = {output: node for node in graph.node for output in node.output}
+        self.nodes = list(graph.node)
+        self.makers = {output: node for node in self.nodes for output in node.output}
         self.takers: dict[str, list[Any]] = {}
-        for node in graph.node:
+        for node in self.nodes:
             for taken in node.input:
                 self.takers.setdefault(taken, []).append(node)
 
@@ -78,6 +80,9 @@ class Graph:
         if kind == "A_log":
             (step,) = (node for node in self.takers[f"{ROOT}{module}.D"] if node.op_type == "update_ssm_state")
             return (-self.constant(step.input[1])).log()
+        if kind in CACHE_SCALES:  # of the one attention block that these models have
+            (scales,) = (a.floats for node in self.nodes for a in node.attribute if a.name == "qkv_scales")
+            return torch.tensor(scales[CACHE_SCALES[kind]])
         kind = {"e_score_correction_bias": "_e_score_correction_bias_fp32"}.get(kind, kind)
         module = module.removesuffix(".gate") if kind.startswith("_e_score") else module
         name = f"{ROOT}{module}.{kind}"

@@ -81,7 +81,7 @@ def test_export_says_what_each_reader_needs() -> None:
     assert not {*PATTERN_LISTS, *MTP_PATTERN_LISTS} & set(config)
     assert config["mtp_hybrid_override_pattern"] == "*E"
     assert (config["num_nextn_predict_layers"], config["mtp_num_layers"]) == (1, 2)
-    assert (config["n_groups"], config["n_group"]) == (8, 1)
+    assert (config["n_groups"], config["mamba_n_groups"], config["n_group"]) == (8, 8, 1)
     assert config["eos_token_id"] == [2, 11]
     assert config["n_shared_experts"] == 1
 
