@@ -80,7 +80,8 @@ class Graph:
         if kind == "A_log":
             (step,) = (node for node in self.takers[f"{ROOT}{module}.D"] if node.op_type == "update_ssm_state")
             return (-self.constant(step.input[1])).log()
-        if kind in CACHE_SCALES:  # of the one attention block that these models have
+        if kind in CACHE_SCALES and f"{ROOT}{module}.weight" in self.constants:
+            # that of the one attention block that these models have
             (scales,) = (a.floats for node in self.nodes for a in node.attribute if a.name == "qkv_scales")
             return torch.tensor(scales[CACHE_SCALES[kind]])
         kind = {"e_score_correction_bias": "_e_score_correction_bias_fp32"}.get(kind, kind)
