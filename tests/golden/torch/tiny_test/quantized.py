@@ -272,11 +272,22 @@ class Quantized:
         return Format(rows, scale, formats[0].by_row, stacks)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor as a whole; all processes together, where it lies in parts on them."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 class Packing:
-    """Weights as they are stored in the formats of a checkpoint; `weights` by their names."""
+    """Weights as they are stored in the formats of a checkpoint.
+
+    Of `weights`, by their names, it takes the largest values that some share a scale by. Where they
+    lie in parts on several processes, all of these make the packing, and one of them calls it.
+    """
 
     def __init__(self, quantized: Quantized, weights: Mapping[str, Tensor]) -> None:
-        self.quantized, self.weights = quantized, weights
+        self.quantized = quantized
+        sharing = [module for module in quantized.formats if quantized.sharing(module)]
+        self.largest = {m: largest(whole(weights[f"{m}.weight"])) for m in sharing}
         self.files: Mapping[str, object] = {CONFIG: quantized.about}
         self.config: Mapping[str, object] = {"quantization_config": quantized.config}
 
@@ -293,9 +304,7 @@ class Packing:
             if not scales:
                 top = largest(tensor)
                 for other in quantized.sharing(module):
-                    its = largest(self.weights[f"{other}.weight"])
-                    its = its.full_tensor() if isinstance(its, DTensor) else its
-                    top = torch.maximum(top, its.to(tensor.device))
+                    top = torch.maximum(top, self.largest[other].to(tensor.device))
                 scales = scales_of(tensor, format_.rows, top)
             parts = parts_of(tensor, scales)
             stored = zip(("", "_scale", "_scale_2"), parts, strict=True)
