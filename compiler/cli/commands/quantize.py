@@ -34,6 +34,8 @@ def _print(quantized: Quantized, part: str) -> None:
         say_line(f"ok: part {part.replace('/', ' of ')} of {outcome.out} in {quantized.seconds:.1f} s")
         say("when all parts are done, run the same command without --part and with --resume: it joins and checks them")
         return
+    for line in quantized.prepared.opened:
+        say_line(f"calibrated on {line}")
     rows = [
         (name, f"{entry['weights']:,}", format_bytes(entry["bytes"])) for name, entry in quantized.formats().items()
     ]

@@ -30,6 +30,8 @@ CASES = [
     ("quantize SPEC --weights W -o OUT --auto-mtp", "--auto-mtp", "--auto"),
     ("quantize SPEC --weights W -o OUT --calibration-samples 128", "--calibration-samples", "--calibration"),
     ("quantize SPEC --weights W -o OUT --calibration-length 9", "--calibration-length", "--calibration"),
+    ("quantize SPEC --weights W -o OUT --tokenizer T", "--tokenizer", "--calibration"),
+    ("quantize SPEC --weights W -o OUT --text-field body", "--text-field", "--calibration"),
     ("quantize SPEC --weights W -o OUT --save-activation-scales s.json", "--save-activation-scales", "--calibration"),
     ("quantize SPEC --weights W -o OUT --like L --fmt fp8", "--fmt", "--like gives all formats"),
     ("quantize PLAIN --weights W -o OUT --fmt fp8 --block 1x16", "--block", "a weight in nvfp4"),
