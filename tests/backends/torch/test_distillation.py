@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ml_dtypes import float8_e4m3fn
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from n3c.backends.safetensors.checkpoint import Checkpoint
@@ -275,3 +277,15 @@ def test_bad_usage(made: Made, given: list[str], message: str) -> None:
 def test_a_checkpoint_without_quantized_weights_is_refused(made: Made) -> None:
     with pytest.raises(made.modules.checkpoint.CheckpointError, match="holds no quantized weight"):
         made.trainer(quantized="teacher", out="none")
+
+
+def test_a_checkpoint_of_another_model_is_refused(made: Made) -> None:
+    """Before the first step, not in the export."""
+    other = made.folder / "other_model"
+    shutil.copytree(made.folder / "ptq", other)
+    tensors = load_file(other / "model.safetensors")
+    name = "backbone.layers.3.mixer.q_proj.weight"
+    moved = {key.replace(".layers.3.", ".layers.30.") if key.startswith(name) else key: t for key, t in tensors.items()}
+    save_file(moved, other / "model.safetensors")
+    with pytest.raises(made.modules.checkpoint.CheckpointError, match=r"quantizes .*layers.30.* and 0 others"):
+        made.trainer(quantized=other.name, out="none")

@@ -24,9 +24,16 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .checkpoint import E2M1, CheckpointError, checkpoint_files, read_json, released_name
+from .checkpoint import (
+    E2M1,
+    CheckpointError,
+    checkpoint_files,
+    named_tensors,
+    read_json,
+    released_name,
+)
 from .grouped import grouped_linear
-from .model import Experts
+from .model import Experts, Model
 
 FP8_MAX, FP4_MAX, BLOCK = 448.0, 6.0, 16
 LEAST_SCALE = 2.0**-9  # that e4m3 holds
@@ -199,7 +206,12 @@ class Quantized:
         for path in checkpoint_files(self.directory):
             with safe_open(path, framework="pt") as file:
                 self.files |= {released_name(name): (path, name) for name in file.keys()}
+        with torch.device("meta"):
+            names = named_tensors(Model())
         weights = [name for name in self.files if name + "_scale" in self.files]
+        if unknown := [name for name in weights if name not in names]:
+            what = f"quantizes {unknown[0]} and {len(unknown) - 1} others, which the model has not"
+            raise CheckpointError(f"{directory} {what}")
         self.formats = {name.removesuffix(".weight"): self.format_of(name) for name in weights}
         if not self.formats:
             raise CheckpointError(f"{directory} holds no quantized weight")
