@@ -18,7 +18,6 @@ from n3c.compiler.quantization.calibration.activation_scales import (
 )
 from n3c.compiler.quantization.calibration.calibrate import calibrate
 from n3c.compiler.quantization.calibration.streamed_model import StreamedModel
-from n3c.compiler.quantization.calibration.tokens import read_tokens
 from n3c.compiler.quantization.search.sensitivity import Chosen, measure
 from n3c.ir.diagnostics import Diagnostic
 from n3c.ir.formats import FORMATS
@@ -27,6 +26,7 @@ from n3c.specs.files import write_text
 from n3c.specs.layer_tables import moe_tables
 from n3c.specs.schema import Spec
 
+from .calibration.tokens import read_tokens
 from .checkpoint_formats import spec_like
 from .request import QuantizeRequest
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from n3c.compiler.quantization.request import CalibrationData
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 from n3c.specs.schema import Spec
 
+from ..request import CalibrationData
 from .streamed_model import StreamedModel
 
 if TYPE_CHECKING:
