@@ -61,7 +61,9 @@ def scripted_served(folder: Path, model: Logits, *, drafts: bool = True, limits:
     """Return a served stand-in with the tokenizer in `folder`; any function of the tokens is its model."""
     tokenizer, template = find_tokenizer([folder], VOCAB), find_chat_template(folder)
     assert tokenizer is not None
-    return served_engine(FakeEngine(model, batch_sizes=(1, 2, 4), chunk=16), tokenizer, folder, template, drafts, limits)
+    return served_engine(
+        FakeEngine(model, batch_sizes=(1, 2, 4), chunk=16), tokenizer, folder, template, drafts, limits
+    )
 
 
 def served_engine(

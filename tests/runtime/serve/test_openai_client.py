@@ -115,7 +115,11 @@ def test_stops(client: OpenAI) -> None:
 
 def test_penalties_biases_and_cuts(client: OpenAI, server: HttpServer) -> None:
     def text(**options: Any) -> str:
-        return client.completions.create(model=MODEL, prompt="You", max_tokens=16, temperature=0, **options).choices[0].text
+        return (
+            client.completions.create(model=MODEL, prompt="You", max_tokens=16, temperature=0, **options)
+            .choices[0]
+            .text
+        )
 
     held = server.served.tokenizer.encode("w", special=False)[0]
     assert text(logit_bias={str(held): 100}) == "w" * 16
@@ -175,7 +179,7 @@ def test_json_that_fits_a_schema(client: OpenAI, temperature: float) -> None:
     for choice in answer.choices:
         assert choice.finish_reason == "stop"
         jsonschema.validate(json.loads(choice.message.content or ""), SCHEMA)
-        assert cast(Any, choice.message).reasoning_content
+        assert cast("Any", choice.message).reasoning_content
     plain: Any = {"type": "json_object"}
     told = client.chat.completions.create(
         model=MODEL,

@@ -78,9 +78,9 @@ def test_reasoning_calls_and_the_answer_to_their_results(client: openai.OpenAI) 
     answer = client.chat.completions.create(model="small", messages=ASKED, tools=[WEATHER])
     choice = answer.choices[0]
     assert choice.finish_reason == "tool_calls"
-    assert cast(Any, choice.message).reasoning_content == "I must look.\n"
+    assert cast("Any", choice.message).reasoning_content == "I must look.\n"
     assert (choice.message.content or "").strip() == "One moment."
-    calls = cast(Any, choice.message.tool_calls)
+    calls = cast("Any", choice.message.tool_calls)
     assert [json.loads(call.function.arguments)["city"] for call in calls] == ["Paris", "Rome"]
     assert json.loads(calls[0].function.arguments) == {"city": "Paris", "days": 3}
     assert len({call.id for call in calls}) == 2
@@ -108,7 +108,9 @@ def test_the_same_as_a_stream(client: openai.OpenAI) -> None:
 
 def test_without_tools_their_text_is_text(client: openai.OpenAI) -> None:
     for options in ({}, {"tools": [WEATHER], "tool_choice": "none"}):
-        message = client.chat.completions.create(model="small", messages=ASKED, **cast(Any, options)).choices[0].message
+        message = (
+            client.chat.completions.create(model="small", messages=ASKED, **cast("Any", options)).choices[0].message
+        )
         assert not message.tool_calls and "<function=weather>" in (message.content or "")
 
 
@@ -131,7 +133,7 @@ def test_langchain(server: HttpServer) -> None:
     model = ChatOpenAI(base_url=f"{server.url}/v1", api_key=SecretStr("none"), model="small", max_retries=0)
     bound = model.bind_tools([weather])
     message = bound.invoke("What is the weather in Paris?")
-    assert [call["args"]["city"] for call in cast(Any, message).tool_calls] == ["Paris", "Rome"]
+    assert [call["args"]["city"] for call in cast("Any", message).tool_calls] == ["Paris", "Rome"]
     streamed: Any = None
     for chunk in bound.stream("What is the weather in Paris?"):
         streamed = chunk if streamed is None else streamed + chunk
@@ -147,7 +149,10 @@ SCHEMAS = {"f": {"properties": {"s": {"type": "string"}, "n": {"type": "integer"
     [
         ("<function=f></function>", {}),
         ("<function=f><parameter=s>1</parameter></function>", {"s": "1"}),
-        ("\n<function=f>\n<parameter=s>\na\n\nb\n</parameter>\n<parameter=n>\n7\n</parameter>\n</function>\n", {"s": "a\n\nb", "n": 7}),
+        (
+            "\n<function=f>\n<parameter=s>\na\n\nb\n</parameter>\n<parameter=n>\n7\n</parameter>\n</function>\n",
+            {"s": "a\n\nb", "n": 7},
+        ),
         ("<function=f><parameter=n>seven</parameter></function>", {"n": "seven"}),
         ("<function=f><parameter=o>\n{\"a\": [1]}\n</parameter></function>", {"o": {"a": [1]}}),
         ("<function=f><parameter=s>\n</function>\n</parameter></function>", {"s": "</function>"}),
