@@ -26,6 +26,20 @@ _MAX_BYTES = 1 << 22
 """Largest template; those of released models have some thousand bytes."""
 _TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names that clients and templates give the reasoning of a message."""
+_FAULTS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    RecursionError,
+    MemoryError,
+)
+"""What a template may raise."""
+
 Message = Mapping[str, object]
 
 
@@ -44,8 +58,8 @@ class ChatTemplate:
         """
         given = {"tools": None, "documents": None, "add_generation_prompt": True, **self.tokens, **variables}
         try:
-            return self._compiled.render(messages=messages, **given)
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+            return self._compiled.render(messages=[_with_reasoning(message) for message in messages], **given)
+        except _FAULTS as error:
             raise _refused(error) from error
 
     @cached_property
@@ -108,8 +122,15 @@ def _named(template: object) -> str | None:
     return template if isinstance(template, str) else None
 
 
+def _with_reasoning(message: Message) -> Message:
+    """Return a message whose reasoning has the names that templates read."""
+    reasoning = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
 def _refused(error: Exception) -> N3CError:
-    return N3CError(Diagnostic("E0840", f"the chat template refuses the messages: {error}"), ExitCode.USAGE)
+    reason = str(error) or type(error).__name__
+    return N3CError(Diagnostic("E0840", f"the chat template refuses the messages: {reason}"), ExitCode.USAGE)
 
 
 class _Dict:

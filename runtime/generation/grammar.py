@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 
-from .tokenizer import FILE, FileTokenizer, Tokenizer
+from .tokenizer import Tokenizer
 
 ANY_OBJECT: Mapping[str, object] = {"type": "object"}
 """The schema of OpenAI's `json_object`."""
@@ -29,18 +28,14 @@ class Grammars:
     """Tokens that end a sequence: allowed where a text may end."""
 
     @staticmethod
-    def of(tokenizer: Tokenizer, weights: Path, vocab_size: int, ends: frozenset[int]) -> Grammars:
-        """Return the grammars of a checkpoint; takes a second for a large vocabulary.
+    def of(tokenizer: Tokenizer, vocab_size: int, ends: frozenset[int]) -> Grammars:
+        """Return the grammars of a tokenizer; takes a second for a large vocabulary.
 
         Raises ModuleNotFoundError without llguidance.
         """
-        from llguidance import LLTokenizer
+        from llguidance import LLTokenizer, TokenizerWrapper
 
-        if isinstance(tokenizer, FileTokenizer):
-            text = (weights / FILE).read_text(encoding="utf-8")
-            eos = sorted(ends) or [0]  # the library wants one; `Grammar` asks `ends`, whatever it is
-            return Grammars(LLTokenizer(text, n_vocab=vocab_size, eos_token=eos), ends)
-        return Grammars(LLTokenizer("byte"), ends)
+        return Grammars(LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer, vocab_size))), ends)
 
     def schema(self, schema: Mapping[str, object]) -> Grammar:
         """Return the grammar of the JSON texts that fit a schema. N3CError (E0841, exit code 2) for a bad schema."""
@@ -64,6 +59,23 @@ class Grammars:
         if matcher.is_error():
             raise _refused(matcher.get_error())
         return Grammar(_Matcher(matcher, self.ends))
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance wants it. No text has an added token, as `</think>`: not in a schema's string either."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self.special_token_ids = [tokenizer.encode(token, special=False)[0] for token in tokenizer.added]
+        self.special_token_ids.append(vocab_size)
+        self.tokens = [*map(tokenizer.token_bytes, range(vocab_size)), b"<end>"]
+        self.eos_token_id = vocab_size
+        """A token of its own, which nothing draws: `Grammar` has the ends, of which there may be several or none."""
+        self.bos_token_id = None
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        """Return the ids of a text, which is not yet complete where it is bytes."""
+        return self._tokenizer.encode_plain(text if isinstance(text, str) else text.decode())
 
 
 @dataclass(slots=True)

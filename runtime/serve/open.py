@@ -97,7 +97,7 @@ def open_served(
         eos_ids=runner.eos_ids,
         metrics=metrics,
         renderer=None if template is None else Renderer(template, limits.template_seconds, limits.template_bytes),
-        grammars=_grammars(runner.tokenizer, folder, vocabulary, runner.eos_ids),
+        grammars=_grammars(runner.tokenizer, vocabulary, runner.eos_ids),
         parse_special=parse_special,
         api_key=api_key or os.environ.get(API_KEY) or None,
         limits=limits,
@@ -114,10 +114,10 @@ def require_packages() -> None:
         raise N3CError(Diagnostic("E0509", message, help="pip install 'n3c[serve]'"), ExitCode.TARGET)
 
 
-def _grammars(tokenizer: "Tokenizer", weights: Path, vocabulary: int, ends: frozenset[int]) -> "Grammars | None":
+def _grammars(tokenizer: "Tokenizer", vocabulary: int, ends: frozenset[int]) -> "Grammars | None":
     """Return what compiles schemas, or None without llguidance: then `response_format` is refused."""
     from importlib.util import find_spec
 
     from n3c.runtime.generation.grammar import Grammars
 
-    return None if find_spec("llguidance") is None else Grammars.of(tokenizer, weights, vocabulary, ends)
+    return None if find_spec("llguidance") is None else Grammars.of(tokenizer, vocabulary, ends)

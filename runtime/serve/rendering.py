@@ -85,8 +85,6 @@ def _serve(pipe: Connection, template: ChatTemplate, memory: int) -> None:
             pipe.send((template.render(messages, variables), None))
         except N3CError as error:
             pipe.send((None, error.diagnostics[0].message))
-        except (MemoryError, RecursionError) as error:
-            pipe.send((None, f"the chat template fails: {type(error).__name__}"))
 
 
 def _failed(message: str) -> N3CError:

@@ -77,7 +77,7 @@ def served_engine(
     metrics.watch(service.scheduler, lambda: service.waiting)
     ends = frozenset(tokenizer.encode("<|im_end|>", special=False))
     renderer = None if template is None else Renderer(template, limits.template_seconds, limits.template_bytes)
-    grammars = Grammars.of(tokenizer, folder, VOCAB, ends)
+    grammars = Grammars.of(tokenizer, VOCAB, ends)
     return ServedModel("small", service, tokenizer, VOCAB, ends, metrics, renderer, grammars, limits=limits)
 
 

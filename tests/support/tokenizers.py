@@ -12,6 +12,8 @@ MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 """Added, and not special."""
 VOCAB = 320
 END = SPECIAL.index("<|im_end|>")
+EOS = {"__type": "AddedToken", "content": "<|im_end|>", "special": True}
+"""As tokenizer_config.json writes a token that is more than a text."""
 SAMPLE = "You are helpful. What is the weather in Paris? system user assistant\n" * 3
 
 
@@ -29,7 +31,7 @@ def write_tokenizer(folder: Path, template: str | None = None) -> None:
     tokenizer.train_from_iterator([SAMPLE], trainer)
     tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in MARKS])
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": {"content": "<|im_end|>"}}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": EOS}
     if template is not None:
         config["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
