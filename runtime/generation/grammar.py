@@ -62,7 +62,7 @@ class Grammars:
 
 
 class _Vocabulary:
-    """A tokenizer as llguidance wants it. No text has an added token, as `</think>`: not in a schema's string either."""
+    """A tokenizer as llguidance wants it. No text has an added token, as `</think>`, not even a schema's string."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer = tokenizer

@@ -33,7 +33,6 @@ from support.fake_engine import FakeEngine, Logits
 from support.specs import SMALL, spec_from_text
 from support.tokenizers import VOCAB, write_tokenizer
 
-CONTEXT = 511
 TEMPLATE = (Path(__file__).parents[1] / "runtime/generation/templates/nemotron_3_nano.jinja").read_text()
 TEXT = (
     SMALL.replace('"MEM*E-ME"', '"M*E"')
@@ -71,7 +70,7 @@ def served_engine(
 ) -> ServedModel:
     """Return an engine as a served model."""
     limits = limits or Limits()
-    batch = Batch(engine, Capacity(CONTEXT, VOCAB), MtpDrafter() if drafts else None, PrefixCache(1 << 20, drafts))
+    batch = Batch(engine, Capacity(1 << 16, VOCAB), MtpDrafter() if drafts else None, PrefixCache(1 << 20, drafts))
     metrics = Metrics()
     service = Service(Scheduler(batch, tokenizer, limits.queue, metrics)).start()
     metrics.watch(service.scheduler, lambda: service.waiting)

@@ -198,7 +198,7 @@ def limited(built: Any) -> Iterator[HttpServer]:
 
 
 def test_the_key(limited: HttpServer) -> None:
-    for key in ("", "Bearer", "Bearer ", "Bearer wrong", "Bearer secretx", "secret", "Basic secret"):
+    for key in ("", "Bearer", "Bearer wrong", "Bearer secretx", "secret", "Basic secret"):
         for path in ("/v1/models", "/metrics", "/openapi.json"):
             answer = httpx.get(limited.url + path, headers={"Authorization": key})
             assert (answer.status_code, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
@@ -215,7 +215,7 @@ def test_a_thousand_at_once(limited: HttpServer) -> None:
         limits = httpx.Limits(max_connections=200)
         headers = {"Authorization": "Bearer secret"}
         async with httpx.AsyncClient(base_url=limited.url, timeout=120, limits=limits, headers=headers) as client:
-            body = COMPLETION | {"max_tokens": 30}
+            body = COMPLETION | {"max_tokens": 8}
             return list(await asyncio.gather(*(client.post("/v1/completions", json=body) for _ in range(1000))))
 
     answers = asyncio.run(ask())

@@ -34,8 +34,12 @@ def serving(built: Path, *arguments: object) -> Iterator[tuple[subprocess.Popen[
     )
     try:
         assert program.stdout is not None
-        told = json.loads(program.stdout.readline())
-        yield program, told["url"]
+        told = ""
+        while not told.endswith("}\n") or told.count("{") != told.count("}"):
+            line = program.stdout.readline()
+            assert line, program.communicate()
+            told += line
+        yield program, json.loads(told)["url"]
     finally:
         program.kill()
         program.communicate()
@@ -45,7 +49,9 @@ def serving(built: Path, *arguments: object) -> Iterator[tuple[subprocess.Popen[
 def test_a_signal_ends_it_when_streams_are_done(built: Path, number: int) -> None:
     with serving(built, "--name", "small") as (program, url):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-        chunks = client.completions.create(model="small", prompt="You", max_tokens=200, stream=True, temperature=0)
+        chunks = client.completions.create(
+            model="small", prompt="You", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
+        )
         next(chunks)
         program.send_signal(number)
         assert list(chunks)[-1].choices[0].finish_reason == "length"
@@ -87,7 +93,7 @@ def test_what_it_refuses(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def commands() -> list[str]:
     """Return the commands of docs/serving.md that ask a server."""
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs/serving.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line for block in blocks for line in re.split(r"\n(?=curl )", "\n" + block)]
     return [line for line in lines if line.startswith("curl ")]
 
 

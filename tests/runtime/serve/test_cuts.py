@@ -16,21 +16,35 @@ import pytest
 
 from n3c.runtime.engines.interface import Array
 from n3c.runtime.serve.http_server import HttpServer
+from n3c.runtime.serve.served_model import ServedModel
 from support.serving_http import listening, scripted_served
 from support.tokenizers import VOCAB
 
 
 def endless(tokens: Sequence[int]) -> Array:
-    """A model that takes its time and never ends."""
-    time.sleep(0.002)
+    """A model that never ends a text."""
     logits = np.zeros(VOCAB, np.float32)
     logits[100 + len(tokens) % 7] = 9
     return logits
 
 
+def slow_served(built: Path) -> ServedModel:
+    """Return a stand-in whose calls take two milliseconds, so that there is time to go away."""
+    served = scripted_served(built / "weights", endless)
+    engine: Any = served.service.scheduler.batch.engine
+    run = engine.run
+
+    def slowly(entry: str, inputs: Any) -> Any:
+        time.sleep(0.002)
+        return run(entry, inputs)
+
+    engine.run = slowly
+    return served
+
+
 @pytest.fixture(scope="module")
 def server(built: Path) -> Iterator[HttpServer]:
-    with listening(scripted_served(built / "weights", endless)) as running:
+    with listening(slow_served(built)) as running:
         yield running
 
 
@@ -49,10 +63,6 @@ def read(chunks: int) -> Callable[[socket.socket], None]:
             seen += connection.recv(65536)
 
     return wait
-
-
-def running(connection: socket.socket) -> None:
-    """Wait for what the test sets: the request runs."""
 
 
 PATHS = ("/v1/completions", "/v1/chat/completions")
@@ -130,7 +140,7 @@ def test_while_it_is_read(server: HttpServer, path: str, chunks: int, reset: boo
 
 def test_a_client_that_reads_nothing_holds_no_row(built: Path) -> None:
     """Its answer is made and waits; the rows are free for others."""
-    with listening(scripted_served(built / "weights", endless), grace=0) as server, socket.socket() as connection:
+    with listening(slow_served(built), grace=0) as server, socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         connection.connect(server.socket.getsockname()[:2])
         connection.sendall(request("/v1/completions", stream=True))
@@ -141,7 +151,7 @@ def test_a_client_that_reads_nothing_holds_no_row(built: Path) -> None:
 def test_an_end_while_streams_run_is_told(built: Path) -> None:
     """A stream that breaks off must not look like a whole answer: there is an error, and no [DONE]."""
     answers: list[bytes] = []
-    with listening(scripted_served(built / "weights", endless), grace=0) as server:
+    with listening(slow_served(built), grace=0) as server:
         connection = socket.create_connection(server.socket.getsockname()[:2])
         connection.sendall(request("/v1/completions", stream=True))
         read(3)(connection)
@@ -156,7 +166,7 @@ def test_an_end_while_streams_run_is_told(built: Path) -> None:
 
 
 def test_what_runs_is_finished_within_the_grace(built: Path) -> None:
-    with listening(scripted_served(built / "weights", endless), grace=60) as server:
+    with listening(slow_served(built), grace=60) as server:
         connection = socket.create_connection(server.socket.getsockname()[:2])
         connection.sendall(request("/v1/completions", stream=True))
         read(3)(connection)

@@ -130,7 +130,9 @@ def weather(city: str) -> str:
 
 def test_langchain(server: HttpServer) -> None:
     """A second client, with tools of its own and a stream."""
-    model = ChatOpenAI(base_url=f"{server.url}/v1", api_key=SecretStr("none"), model="small", max_retries=0)
+    model = ChatOpenAI(
+        base_url=f"{server.url}/v1", api_key=SecretStr("none"), model="small", max_retries=0, stream_usage=True
+    )
     bound = model.bind_tools([weather])
     message = bound.invoke("What is the weather in Paris?")
     assert [call["args"]["city"] for call in cast("Any", message).tool_calls] == ["Paris", "Rome"]
