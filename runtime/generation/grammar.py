@@ -89,7 +89,8 @@ class _Matcher:
     def move(self, place: Grammar) -> None:
         """Take back tokens up to where the paths of the last place and of `place` part, and go on from there."""
         tokens: list[int] = []
-        left, right = self.at, place
+        left: Grammar | None = self.at
+        right: Grammar | None = place
         back = 0
         while left is not right:
             if right is not None and (left is None or right.depth > left.depth):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -117,7 +118,7 @@ def run(scheduler: Scheduler, asked: Sequence[Asked]) -> None:
     while now == 0 or not scheduler.idle or any(each.ticket is None for each in asked):
         for each in asked:
             if each.ticket is None and each.arrives <= now:
-                each.ticket = scheduler.ticket(each.work, lambda update, each=each: deliver(each, update))
+                each.ticket = scheduler.ticket(each.work, partial(deliver, each))
                 scheduler.submit(each.ticket)
             if each.ticket is not None and each.patience is not None and each.updates >= each.patience:
                 scheduler.cancel(each.ticket)
