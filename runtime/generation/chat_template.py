@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import jinja2
 import jinja2.ext
@@ -166,7 +166,7 @@ def _require_public(name: object) -> None:
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}…{% endgeneration %}`, with which training marks what the assistant says: the text in it."""
 
-    tags: ClassVar = {"generation"}
+    tags = {"generation"}  # noqa: RUF012, as its base declares it
 
     def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
         line = next(parser.stream).lineno

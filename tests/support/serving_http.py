@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,9 @@ def small_served(folder: Path, **options: Any) -> ServedModel:
     return open_served(folder / "out", folder / "weights", name="small", **options)
 
 
-def scripted_served(folder: Path, model: Logits, *, drafts: bool = True, limits: Limits | None = None) -> ServedModel:
+def scripted_served(
+    folder: Path, model: Logits, *, drafts: bool = True, limits: Limits | None = None, context: int = 4096
+) -> ServedModel:
     """Return a served stand-in with the tokenizer in `folder`; any function of the tokens is its model."""
     tokenizer, template = find_tokenizer([folder], VOCAB), find_chat_template(folder)
     assert tokenizer is not None
@@ -66,11 +68,16 @@ def scripted_served(folder: Path, model: Logits, *, drafts: bool = True, limits:
 
 
 def served_engine(
-    engine: Any, tokenizer: Tokenizer, folder: Path, template: ChatTemplate | None, drafts: bool, limits: Limits | None
+    engine: Any,
+    capacity: Capacity,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    drafts: bool,
+    limits: Limits | None,
 ) -> ServedModel:
     """Return an engine as a served model."""
     limits = limits or Limits()
-    batch = Batch(engine, Capacity(1 << 16, VOCAB), MtpDrafter() if drafts else None, PrefixCache(1 << 20, drafts))
+    batch = Batch(engine, capacity, MtpDrafter() if drafts else None, PrefixCache(1 << 20, drafts))
     metrics = Metrics()
     service = Service(Scheduler(batch, tokenizer, limits.queue, metrics)).start()
     metrics.watch(service.scheduler, lambda: service.waiting)
@@ -100,7 +107,7 @@ def saying(tokenizer: Tokenizer, answers: Sequence[str]) -> Logits:
 
 
 @contextlib.contextmanager
-def listening(served: ServedModel, *, grace: float = 5.0) -> Iterator[HttpServer]:
+def listening(served: ServedModel, *, grace: float = 5.0) -> Generator[HttpServer]:
     """Run a server on a thread; it has ended when the block is left."""
     server, ready = HttpServer(served, "127.0.0.1", 0, grace=grace), threading.Event()
     thread = threading.Thread(target=server.run, args=(ready.set,))

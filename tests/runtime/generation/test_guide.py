@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jsonschema
 import numpy as np
@@ -48,7 +48,8 @@ def test_repetition_penalty_is_that_of_transformers(
     for token in new:
         guide = guide.after(token)
     processor = RepetitionPenaltyLogitsProcessor(penalty=penalty)
-    expected = processor(torch.tensor([[*prompt, *new]]), torch.tensor(values)[None])[0]
+    ids: Any = torch.tensor([[*prompt, *new]])
+    expected = processor(ids, cast("Any", torch.tensor(values)[None]))[0]
     np.testing.assert_allclose(np.exp(changed(guide, values)), expected.softmax(-1).numpy(), rtol=1e-4, atol=1e-6)
 
 
@@ -75,9 +76,10 @@ def test_min_p_is_that_of_transformers(
     logits: list[float], min_p: float, top_k: int, top_p: float, temperature: float
 ) -> None:
     """After top-k and top-p; where rounding decides whether a token is kept, both are right."""
-    values = torch.tensor(logits)[None] / temperature
+    values: Any = torch.tensor(logits)[None] / temperature
+    unused: Any = torch.zeros(1, 1, dtype=torch.long)
     for warper in (TopKLogitsWarper(top_k), TopPLogitsWarper(top_p), MinPLogitsWarper(min_p)):
-        values = warper(torch.zeros(1, 1, dtype=torch.long), values)
+        values = warper(unused, values)
     expected = values[0].softmax(-1).double().numpy()
     found = distribution(np.array(logits, np.float32), Sampling(temperature, top_k, top_p, min_p=min_p)).dense(SIZE)
     different = (expected > 0) != (found > 0)

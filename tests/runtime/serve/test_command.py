@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[3]
 
 
 @contextmanager
-def serving(built: Path, *arguments: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def serving(built: Path, *arguments: object) -> Generator[tuple[subprocess.Popen[str], str]]:
     """Run the program; yield it and its address."""
     command = [*PROGRAM, "serve", built / "out", "--weights", built / "weights", "--port", 0, "--json", *arguments]
     program = subprocess.Popen(
@@ -84,7 +84,11 @@ def test_what_it_refuses(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (result.code, result.codes) == (2, ["E0844"])
     assert n3c("serve", *where, "--cache-memory", "much").codes == ["E0701"]
     assert n3c("serve", built / "out", "--json").codes == ["E0808"]
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "uvicorn" else name)
+
+    def found(name: str) -> str | None:
+        return None if name == "uvicorn" else name
+
+    monkeypatch.setattr("importlib.util.find_spec", found)
     missing = n3c("serve", *where)
     assert (missing.code, missing.codes) == (4, ["E0509"])
     assert missing.data["diagnostics"][0]["help"] == "pip install 'n3c[serve]'"

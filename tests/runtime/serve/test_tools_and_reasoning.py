@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def saying_server(folder: Path, *answers: str) -> Iterator[HttpServer]:
+def saying_server(folder: Path, *answers: str) -> Generator[HttpServer]:
     tokenizer = find_tokenizer([folder], VOCAB)
     assert tokenizer is not None
     with listening(scripted_served(folder, saying(tokenizer, answers))) as server:
