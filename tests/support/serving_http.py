@@ -62,9 +62,8 @@ def scripted_served(
     """Return a served stand-in with the tokenizer in `folder`; any function of the tokens is its model."""
     tokenizer, template = find_tokenizer([folder], VOCAB), find_chat_template(folder)
     assert tokenizer is not None
-    return served_engine(
-        FakeEngine(model, batch_sizes=(1, 2, 4), chunk=16), tokenizer, folder, template, drafts, limits
-    )
+    engine = FakeEngine(model, batch_sizes=(1, 2, 4), chunk=16)
+    return served_engine(engine, Capacity(context, VOCAB), tokenizer, template, drafts, limits)
 
 
 def served_engine(
