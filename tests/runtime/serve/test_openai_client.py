@@ -59,8 +59,9 @@ def test_a_completion_is_that_of_the_library(client: OpenAI, server: HttpServer,
 def test_prompts_of_every_form_and_n(client: OpenAI, server: HttpServer) -> None:
     ids = server.served.tokenizer.encode("What is")
     one = client.completions.create(model=MODEL, prompt="What is", max_tokens=6, temperature=0)
-    for prompt in (ids, ["What is", "You are"], [ids, [1, 2, 3]]):
-        answer = client.completions.create(model=MODEL, prompt=prompt, max_tokens=6, temperature=0, n=2)  # type: ignore[arg-type]
+    several: Any = (ids, ["What is", "You are"], [ids, [1, 2, 3]])
+    for prompt in several:
+        answer = client.completions.create(model=MODEL, prompt=prompt, max_tokens=6, temperature=0, n=2)
         assert len(answer.choices) == (2 if prompt is ids else 4)
         assert [choice.index for choice in answer.choices] == list(range(len(answer.choices)))
         assert answer.choices[0].text == answer.choices[1].text == one.choices[0].text
