@@ -116,11 +116,8 @@ def test_stops(client: OpenAI) -> None:
 
 def test_penalties_biases_and_cuts(client: OpenAI, server: HttpServer) -> None:
     def text(**options: Any) -> str:
-        return (
-            client.completions.create(model=MODEL, prompt="You", max_tokens=16, temperature=0, **options)
-            .choices[0]
-            .text
-        )
+        told = client.completions.create(model=MODEL, prompt="You", max_tokens=16, temperature=0, **options)
+        return str(told.choices[0].text)
 
     held = server.served.tokenizer.encode("w", special=False)[0]
     assert text(logit_bias={str(held): 100}) == "w" * 16
