@@ -108,6 +108,6 @@ def test_the_server_keeps_to_its_description(server: HttpServer) -> None:
         limits = settings(max_examples=40, deadline=None, suppress_health_check=CHECKS)
         limits(given(case=operation.ok().as_strategy())(check))()
     print(dict(statuses))
-    assert statuses[200] > 20 and statuses[400] > 20
+    assert statuses[200] > 5 and statuses[400] > 5
     assert httpx.get(f"{server.url}/health").status_code == 200
     assert server.served.service.scheduler.idle
