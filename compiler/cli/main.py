@@ -28,6 +28,7 @@ COMMANDS = {
     "repro": "Build again what a build was made of, and compare every file.",
     "run": "Generate text with a build and the weights of a checkpoint.",
     "bench": "Measure how fast an engine runs a build.",
+    "simulate": "Say what a service of many GPUs would do, on paper.",
     "import": "Turn a Hugging Face config into a spec.",
     "export-config": "Turn a spec into a Hugging Face config.json.",
     "passes": "List the passes.",
