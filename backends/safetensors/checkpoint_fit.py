@@ -49,7 +49,16 @@ def fitting_checkpoint(spec: Spec, directory: Path, *, unquantized: bool = False
     Weights are stored in the formats of `spec` or not quantized yet; with `unquantized` none may be. Only headers
     and config.json are read.
     """
-    checkpoint, program = Checkpoint(directory), lower(spec)
+    checkpoint = Checkpoint(directory)
+    require_fit(spec, checkpoint, unquantized=unquantized)
+    if (directory / "config.json").is_file():
+        _raise(_other_values(spec, directory), checkpoint)
+    return checkpoint
+
+
+def require_fit(spec: Spec, checkpoint: Checkpoint, *, unquantized: bool = False) -> None:
+    """Raise N3CError (exit code 6) with all tensors that do not fit `spec`, wherever they come from."""
+    program = lower(spec)
     parameters = list(program.parameters.values())
     _raise(misfits(spec, parameters, checkpoint), checkpoint)
     if unquantized:
@@ -57,9 +66,6 @@ def fitting_checkpoint(spec: Spec, directory: Path, *, unquantized: bool = False
     else:
         quantize_pass(spec).run(program)
         _raise(other_formats(program.parameters.values(), checkpoint), checkpoint)
-    if (directory / "config.json").is_file():
-        _raise(_other_values(spec, directory), checkpoint)
-    return checkpoint
 
 
 def _other_values(spec: Spec, directory: Path) -> Iterator[Diagnostic]:

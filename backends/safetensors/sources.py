@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -95,23 +96,37 @@ def _nvfp4(checkpoint: Checkpoint, name: str, part: str, block_rows: int) -> Arr
     stored = NVFP4.part_names(name)
     if stored["scale_2"] in checkpoint:
         return checkpoint.read(stored[part])
+    return nvfp4_parts(name, checkpoint.read(name), block_rows, checkpoint.directory)[stored[part]]
+
+
+def nvfp4_parts(name: str, weight: Array, block_rows: int, place: Path) -> dict[str, Array]:
+    """Return the tensors in which NVFP4 stores the matrix `name`, by their names; N3CError for one that it cannot.
+
+    `place` is what the error names.
+    """
     try:
-        matrix = nvfp4.quantize(checkpoint.read(name), block_rows)
+        matrix = nvfp4.quantize(weight, block_rows)
     except ValueError as error:
-        raise file_error("E0607", f"tensor `{name}`: {error}", checkpoint.directory) from error
-    return np.asarray(getattr(matrix, part))
+        raise file_error("E0607", f"tensor `{name}`: {error}", place) from error
+    return {stored: np.asarray(getattr(matrix, part)) for part, stored in NVFP4.part_names(name).items()}
 
 
 def _fp8(checkpoint: Checkpoint, name: str, part: str) -> Array:
     stored = FP8.part_names(name)
     if stored["scale"] in checkpoint:
         return checkpoint.read(stored[part])
-    weight = checkpoint.read(name).astype(np.float32)
-    amax = np.abs(weight).max(initial=np.float32(0))
+    return fp8_parts(name, checkpoint.read(name), checkpoint.directory)[stored[part]]
+
+
+def fp8_parts(name: str, weight: Array, place: Path) -> dict[str, Array]:
+    """Return the tensors in which FP8 stores the matrix `name`, as `nvfp4_parts` does."""
+    values = weight.astype(np.float32)
+    amax = np.abs(values).max(initial=np.float32(0))
     if not np.isfinite(amax):
-        raise file_error("E0607", f"tensor `{name}`: the weight holds NaN or infinity", checkpoint.directory)
+        raise file_error("E0607", f"tensor `{name}`: the weight holds NaN or infinity", place)
     scale = amax / np.float32(E4M3_MAX) if amax > 0 else np.float32(1)
-    return np.asarray(scale) if part == "scale" else (weight / scale).astype(ml_dtypes.float8_e4m3fn)
+    parts = {"codes": (values / scale).astype(ml_dtypes.float8_e4m3fn), "scale": np.asarray(scale)}
+    return {stored: parts[part] for part, stored in FP8.part_names(name).items()}
 
 
 def _dequantized_nvfp4(checkpoint: Checkpoint, name: str, block_rows: int) -> Array:

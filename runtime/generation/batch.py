@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.runtime.engines.interface import Array, Engine, Snapshot, call
 
 from .capacity import Capacity
@@ -62,12 +63,22 @@ class Batch:
         row = len(self.rows)
         assert row < self.engine.batch
         self.engine.reset([row])
-        if self.cache is not None:
-            sequence.cached = self.cache.longest(sequence.prompt)
-            for snapshot in self.cache.path(sequence.cached):
-                self.engine.restore(row, snapshot)
-            sequence.read = sequence.cached.tokens
+        self._find(row, sequence)
         self.rows.append(sequence)
+
+    def replace_weights(self, checkpoint: Checkpoint) -> None:
+        """Take other weights. Sequences that run go on with them, as prompts of the tokens that they have.
+
+        N3CError (exit code 6) where they do not fit.
+        """
+        self._leave()
+        self.engine.replace_weights(checkpoint)
+        if self.cache is not None:
+            self.cache.clear()
+        self._suspended.clear()
+        for row, sequence in enumerate(self.rows):
+            sequence.again()
+            self._find(row, sequence)
 
     def drop(self, sequence: Running) -> None:
         """Let a sequence leave where it is."""
@@ -100,6 +111,14 @@ class Batch:
         taken, self._taken = self._taken, []
         self._leave()
         return taken
+
+    def _find(self, row: int, sequence: Running) -> None:
+        """Begin a sequence where the cache has the longest part of its prompt."""
+        if self.cache is not None:
+            sequence.cached = self.cache.longest(sequence.prompt)
+            for snapshot in self.cache.path(sequence.cached):
+                self.engine.restore(row, snapshot)
+            sequence.read = sequence.cached.tokens
 
     def _read(self, rows: Sequence[int]) -> None:
         """Feed a chunk of each prompt; a sequence gets its first token from the chunk in which its prompt ends."""

@@ -53,6 +53,8 @@ class Running:
     reasoning: Reasoning | None = None
     tokens: list[int] = field(default_factory=list[int])
     ending: Ending | None = None
+    answered: int = 0
+    """Tokens at the end of the prompt that are new: with other weights it was begun again since they were drawn."""
     read: int = 0
     """Tokens of the prompt that the engine has read."""
     held: int = 0
@@ -81,13 +83,20 @@ class Running:
 
     @property
     def new(self) -> list[int]:
-        """The tokens after the prompt, the one that stopped it too."""
-        return self.tokens[len(self.prompt) :]
+        """The tokens after the prompt that was given, the one that stopped it too."""
+        return self.tokens[len(self.prompt) - self.answered :]
 
     @property
     def text(self) -> str | None:
         """The text of the new tokens as far as it is certain, which is all of it at the end; None without tokenizer."""
         return self.growing.text if self.growing is not None else None
+
+    def again(self) -> None:
+        """Be read again, the tokens so far as its prompt: the engine's states of them are gone."""
+        self.answered += len(self.tokens) - len(self.prompt)
+        self.prompt = tuple(self.tokens)
+        self.read = self.held = self.pending = 0
+        self.cached = self.hidden = None
 
     def interrupt(self) -> None:
         """End a sequence that runs where it is; text that was kept back is its text now."""

@@ -28,7 +28,7 @@ class Counted:
 
 
 @dataclass(slots=True)
-class Clock:
+class VirtualClock:
     """The time of a simulated machine."""
 
     now: float = 0.0
@@ -46,7 +46,7 @@ class SimulatedEngine:
     times: CallTimes
     acceptance: float = 0.0
     """Probability with which a draft stands whose predecessors stand."""
-    clock: Clock = field(default_factory=Clock)
+    clock: VirtualClock = field(default_factory=VirtualClock)
     seed: int = 0
     busy: float = field(default=0.0, init=False)
     """Seconds of calls and copies, without the host's."""

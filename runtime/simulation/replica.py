@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from n3c.passes.state_layout import StatePlan
 from n3c.runtime.generation.batch import Batch
@@ -15,7 +16,7 @@ from n3c.runtime.generation.sequence import Options, Running
 from n3c.specs.schema import Serving
 
 from .call_times import CallTimes
-from .engine import VOCABULARY, Clock, SimulatedEngine, standing
+from .engine import VOCABULARY, SimulatedEngine, VirtualClock, standing
 from .workload import Request
 
 
@@ -54,12 +55,21 @@ class Round:
     """Seconds that the engine has computed since the start."""
 
 
+class Clock(Protocol):
+    """Tells the time; where nothing is to be done it is set to when there will be."""
+
+    now: float
+    """Seconds from the start."""
+
+
 @dataclass(slots=True)
 class Replica:
-    """A batch over an engine that computes nothing, as `Serving` sizes it."""
+    """A batch that answers requests as they come by its clock: that of its engine, where that computes nothing."""
 
-    engine: SimulatedEngine
     batch: Batch
+    clock: Clock
+    busy: Callable[[], float]
+    """Returns the seconds that the engine has computed."""
     answered: list[Answered] = field(default_factory=list[Answered], init=False)
     """In the order in which they came."""
     rounds: list[Round] = field(default_factory=list[Round], init=False)
@@ -76,23 +86,25 @@ class Replica:
         cache_memory: int | None,
         seed: int = 0,
     ) -> Replica:
-        """Return an idle replica.
+        """Return an idle replica on paper, as `serving` sizes it.
 
         `acceptance` are the tokens of a round, from 1 to 1 + draft tokens; None: no drafts. `cache_memory` is in bytes;
         None: no prefix is kept.
         """
         stands = 0.0 if acceptance is None else standing(acceptance, plan.draft_tokens)
-        engine = SimulatedEngine(plan, serving.batch_sizes, serving.prefill_chunk, times, stands, Clock(), seed=seed)
+        clock = VirtualClock()
+        engine = SimulatedEngine(plan, serving.batch_sizes, serving.prefill_chunk, times, stands, clock, seed=seed)
         drafts = acceptance is not None
         capacity = Capacity(serving.max_seq_len + min(0, 1 - plan.draft_tokens), VOCABULARY)
         cache = None if cache_memory is None else PrefixCache(cache_memory, drafts)
-        return Replica(engine, Batch(engine, capacity, MtpDrafter() if drafts else None, cache))
+        batch = Batch(engine, capacity, MtpDrafter() if drafts else None, cache)
+        return Replica(batch, clock, lambda: engine.busy)
 
     def run(self, requests: Iterable[Request]) -> None:
         """Answer requests, which come in the order of their times."""
         coming, waiting = deque(requests), deque[tuple[Running, Answered]]()
         running: dict[int, Answered] = {}
-        clock, batch = self.engine.clock, self.batch
+        clock, batch = self.clock, self.batch
         while coming or waiting or batch.rows:
             if not (waiting or batch.rows):
                 clock.now = max(clock.now, coming[0].at)
@@ -112,7 +124,7 @@ class Replica:
                     answered.first = clock.now
                 answered.last = clock.now
                 answered.tokens += 1
-            self.rounds.append(Round(clock.now, len(taken), len(batch.rows), self.engine.busy))
+            self.rounds.append(Round(clock.now, len(taken), len(batch.rows), self.busy()))
 
     def _begin(self, request: Request) -> tuple[Running, Answered]:
         answered = Answered(request)

@@ -95,5 +95,5 @@ def load_of(replicas: Sequence[Replica]) -> Load | None:
         busy=min(1.0, busy / seconds),
         running=sum(each.running for each in rounds) / len(rounds),
         acceptance_length=sum(replica.batch.decoded for replica in replicas) / drafted if drafted else 1.0,
-        saturated=any(replica.waiting_at_end > replica.engine.batch for replica in replicas),
+        saturated=any(replica.waiting_at_end > replica.batch.engine.batch for replica in replicas),
     )
