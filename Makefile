@@ -27,7 +27,7 @@ venv: $(STAMP) ## Create .venv with everything that build and test need.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "n3c needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[torch,trt,run,auto,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[torch,trt,run,serve,auto,dev]'
 	$(BIN)/python -m compileall -q backends compiler ir passes runtime specs
 	@touch $@
 

@@ -27,6 +27,7 @@ COMMANDS = {
     "verify": "Compare all implementations of a model, layer by layer.",
     "repro": "Build again what a build was made of, and compare every file.",
     "run": "Generate text with a build and the weights of a checkpoint.",
+    "serve": "Serve a build by OpenAI's interface over HTTP.",
     "bench": "Measure how fast an engine runs a build.",
     "simulate": "Say what a service of many GPUs would do, on paper.",
     "import": "Turn a Hugging Face config into a spec.",

@@ -60,11 +60,13 @@ def open_runner(
     device: Device = "cpu",
     engine: EngineName | None = None,
     sequences: int = 1,
+    continuous: bool = False,
     speculate: bool = True,
     progress: Progress = SILENT,
 ) -> Runner:
     """Load `weights` for at most `sequences` sequences at once. `speculate` has effect where the spec has [mtp].
 
+    With `continuous` smaller batches of them run too, for sequences that join and leave.
     Without `engine` it is the usual one of the device. N3CError: exit code 2 for no sequences or an engine that does
     not run on the device, 4 where the device is not there, 6 where the weights do not fit.
     """
@@ -75,7 +77,8 @@ def open_runner(
     speculate = speculate and {"draft", "verify"} <= set(build.served.program.entry_points)
     names = ("prefill", "draft", "verify") if speculate else ("prefill", "decode")
     checkpoint = fitting_checkpoint(spec, weights)
-    opened = open_engine(chosen, build, names, [batch], checkpoint, device, progress)
+    sizes = [size for size in spec.serving.batch_sizes if size < batch and continuous]
+    opened = open_engine(chosen, build, names, [*sizes, batch], checkpoint, device, progress)
     tokenizer = find_tokenizer([weights], spec.model.vocab_size)
     eos = eos_token_ids(weights) or frozenset(spec.model.eos_token_ids)
     return Runner(build, opened, tokenizer, eos, MtpDrafter() if speculate else None, device, chosen)
