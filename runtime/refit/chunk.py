@@ -33,8 +33,8 @@ _MOST_DIMS, _MOST_ELEMENTS = 8, 1 << 48
 
 
 def update_error(message: str, help: str | None = None) -> N3CError:
-    """Return the error (E0840, exit code 2) about an update that is not as it must be."""
-    return N3CError(Diagnostic("E0840", f"weight update: {message}", help=help), ExitCode.USAGE)
+    """Return the error (E0855, exit code 2) about an update that is not as it must be."""
+    return N3CError(Diagnostic("E0855", f"weight update: {message}", help=help), ExitCode.USAGE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Described:
 
 
 def described(names: object, dtypes: object, shapes: object) -> tuple[Described, ...]:
-    """Return the tensors of parallel lists, element types by PyTorch's or safetensors' names; N3CError (E0840)."""
+    """Return the tensors of parallel lists, element types by PyTorch's or safetensors' names; N3CError (E0855)."""
     lists = [value for value in (names, dtypes, shapes) if isinstance(value, Sequence) and not isinstance(value, str)]
     if len(lists) < 3 or len({len(each) for each in lists}) > 1:
         raise update_error("`names`, `dtype_names` and `shapes` are to be lists of one length")

@@ -21,7 +21,7 @@ class Collective:
     """A member of a group of trainers and engines, over gloo; the trainer of rank 0 sends."""
 
     def __init__(self, address: str, port: int, world_size: int, rank: int, *, timeout: float = TIMEOUT) -> None:
-        """Meet the others at a store that rank 0 keeps at `address`; N3CError (E0840) where they do not come."""
+        """Meet the others at a store that rank 0 keeps at `address`; N3CError (E0855) where they do not come."""
         import torch.distributed as dist
 
         wait = timedelta(seconds=timeout)

@@ -50,7 +50,7 @@ class WeightUpdates:
     def update_weights(self, update_info: Mapping[str, Any]) -> None:
         """Receive a chunk: `names`, `dtype_names`, `shapes`, from `shared_memory`, or else from the collective.
 
-        N3CError (E0840, exit code 2) outside of an update or for what describes no tensors, exit code 6 for tensors
+        N3CError (E0855, exit code 2) outside of an update or for what describes no tensors, exit code 6 for tensors
         that are not as described; the update then goes on without those of the chunk that did not come.
         """
         tensors = described(*(update_info.get(key) for key in ("names", "dtype_names", "shapes")))

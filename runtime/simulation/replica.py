@@ -1,23 +1,26 @@
-"""One replica of a service on a virtual clock: requests wait, run in the batch of serving, and end."""
+"""One replica of a service on a virtual clock: requests wait, run and end by the scheduler of the server."""
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from n3c.ir.diagnostics import N3CError
 from n3c.passes.state_layout import StatePlan
 from n3c.runtime.generation.batch import Batch
 from n3c.runtime.generation.capacity import Capacity
 from n3c.runtime.generation.drafter import MtpDrafter
 from n3c.runtime.generation.prefix_cache import PrefixCache
-from n3c.runtime.generation.sequence import Options, Running
+from n3c.runtime.generation.sequence import Options
+from n3c.runtime.serve.scheduler import Scheduler, Ticket, Update, Work
 from n3c.specs.schema import Serving
 
 from .call_times import CallTimes
-from .engine import VOCABULARY, SimulatedEngine, VirtualClock, standing
-from .workload import Request
+from .engine import SimulatedEngine, VirtualClock, standing
+from .workload import TOKENS, Request
 
 
 @dataclass(slots=True)
@@ -25,12 +28,25 @@ class Answered:
     """What happened to a request; times in seconds from the start."""
 
     request: Request
-    first: float = 0.0
-    """When its first token was there."""
-    last: float = 0.0
+    ticket: Ticket | None = None
     tokens: int = 0
-    found: int = 0
-    """Tokens of its prompt that the cache had."""
+
+    @property
+    def first(self) -> float:
+        """When its first token was there."""
+        assert self.ticket is not None and self.ticket.first_token is not None
+        return self.ticket.first_token
+
+    @property
+    def last(self) -> float:
+        """When its last token was there."""
+        assert self.ticket is not None and self.ticket.last_token is not None
+        return self.ticket.last_token
+
+    @property
+    def found(self) -> int:
+        """Tokens of its prompt that the cache had."""
+        return 0 if self.ticket is None else self.ticket.cached_tokens
 
     @property
     def to_first(self) -> float:
@@ -75,6 +91,9 @@ class Replica:
     rounds: list[Round] = field(default_factory=list[Round], init=False)
     waiting_at_end: int = field(default=0, init=False)
     """Requests that had no row yet when the last one came."""
+    _tokens: int = field(default=0, init=False)
+    """New ones since the last round that was noted."""
+    _failure: N3CError | None = field(default=None, init=False)
 
     @staticmethod
     def of(
@@ -95,39 +114,41 @@ class Replica:
         clock = VirtualClock()
         engine = SimulatedEngine(plan, serving.batch_sizes, serving.prefill_chunk, times, stands, clock, seed=seed)
         drafts = acceptance is not None
-        capacity = Capacity(serving.max_seq_len + min(0, 1 - plan.draft_tokens), VOCABULARY)
+        capacity = Capacity(serving.max_seq_len + min(0, 1 - plan.draft_tokens), TOKENS)
         cache = None if cache_memory is None else PrefixCache(cache_memory, drafts)
         batch = Batch(engine, capacity, MtpDrafter() if drafts else None, cache)
         return Replica(batch, clock, lambda: engine.busy)
 
     def run(self, requests: Iterable[Request]) -> None:
-        """Answer requests, which come in the order of their times."""
-        coming, waiting = deque(requests), deque[tuple[Running, Answered]]()
-        running: dict[int, Answered] = {}
-        clock, batch = self.clock, self.batch
-        while coming or waiting or batch.rows:
-            if not (waiting or batch.rows):
+        """Answer requests, which come in the order of their times.
+
+        N3CError: exit code 2 for a prompt that the model has no room for, else what the engine fails with.
+        """
+        coming, clock, batch = deque(requests), self.clock, self.batch
+        scheduler = Scheduler(batch, None, sys.maxsize - batch.engine.batch, clock=lambda: clock.now)
+        while coming or not scheduler.idle:
+            if scheduler.idle:
                 clock.now = max(clock.now, coming[0].at)
             while coming and coming[0].at <= clock.now:
-                waiting.append(self._begin(coming.popleft()))
+                self._submit(scheduler, coming.popleft())
                 if not coming:
-                    self.waiting_at_end = max(0, len(waiting) - batch.free)
-            while waiting and batch.free:
-                sequence, answered = waiting.popleft()
-                batch.add(sequence)
-                answered.found = sequence.read
-                running[id(sequence)] = answered
-            taken = batch.round()
-            for each in taken:
-                answered = running[id(each.sequence)]
-                if not answered.tokens:
-                    answered.first = clock.now
-                answered.last = clock.now
-                answered.tokens += 1
-            self.rounds.append(Round(clock.now, len(taken), len(batch.rows), self.busy()))
+                    self.waiting_at_end = max(0, len(scheduler.waiting) - batch.free)
+            scheduler.step()
+            if self._failure is not None:
+                raise self._failure
+            self.rounds.append(Round(clock.now, self._tokens, len(batch.rows), self.busy()))
+            self._tokens = 0
 
-    def _begin(self, request: Request) -> tuple[Running, Answered]:
+    def _submit(self, scheduler: Scheduler, request: Request) -> None:
         answered = Answered(request)
         self.answered.append(answered)
         options = Options(max_new_tokens=request.output_tokens)
-        return Running.begin(request.prompt, len(self.answered), options, None), answered
+        work = Work(request.prompt, options, len(self.answered))
+
+        def told(update: Update) -> None:
+            answered.tokens += len(update.tokens)
+            self._tokens += len(update.tokens)
+            self._failure = update.failure or self._failure
+
+        answered.ticket = scheduler.ticket(work, told)
+        scheduler.submit(answered.ticket)

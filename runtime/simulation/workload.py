@@ -14,6 +14,8 @@ from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 from n3c.ir.json_file import is_count, parse_json
 from n3c.runtime.options import usage_error
 
+TOKENS = 1 << 62
+"""Tokens of simulated prompts are below this."""
 BLOCK = 512
 """Tokens of a block of a trace (Mooncake, arXiv 2407.00079)."""
 _LINE_MOST = 1 << 20
@@ -66,7 +68,7 @@ def poisson(
 ) -> Iterator[Request]:
     """Yield `count` requests that come independently, `rate` a second; prompts begin with `shared` common tokens."""
     at = 0.0
-    common = tuple(range(-shared, 0))
+    common = tuple(range(shared))
     for index in range(count):
         at += float(random.exponential(1 / rate))
         own = max(1, prompt(random) - shared)
@@ -103,12 +105,12 @@ def _traced(line: bytes, number: int, path: Path) -> Request:
         raise _bad(path, number, "`timestamp` is no number of milliseconds")
     if not (is_count(length) and is_count(output) and length > 0 and output > 0):
         raise _bad(path, number, "`input_length` and `output_length` are to be whole numbers above 0")
-    if not (isinstance(hashes, list) and all(is_count(value) for value in cast("list[Any]", hashes))):
+    if not (isinstance(hashes, list) and all(is_count(value, 1 << 48) for value in cast("list[Any]", hashes))):
         raise _bad(path, number, "`hash_ids` is no list of whole numbers")
     blocks = cast("list[int]", hashes)
     shared = [token for block in blocks for token in range(block * BLOCK, (block + 1) * BLOCK)][:length]
-    # behind all blocks' tokens, and of this line alone
-    own = -(number << 24)
+    # of this line alone
+    own = TOKENS - ((number + 1) << 24)
     return Request(at / 1000, (*shared, *range(own, own + length - len(shared))), output)
 
 
