@@ -15,9 +15,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.made
 ORACLES := .venv-oracles
 READERS := .venv-oracles-readers
+RAY := .venv-oracles-ray
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test test-slow test-oracles test-readers test-browser fuzz mutants gpu check lint types golden bench ablations demo clean
+.PHONY: help venv build test test-slow test-oracles test-readers test-browser test-ray fuzz mutants gpu check lint types golden bench ablations demo clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -75,6 +76,15 @@ $(ORACLES)/.made: pyproject.toml constraints-oracles.txt
 test-browser: venv ## Try the pages of inspect and diff in CHROMIUM (/usr/bin/chromium), headless.
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[browser]'
 	CHROMIUM=$(CHROMIUM) $(BIN)/pytest -q -m browser tests/compiler/report
+
+test-ray: $(RAY)/.made ## Serve with Ray: two replicas, one of which is killed under load (makes .venv-oracles-ray, 1.3 GB).
+	$(RAY)/bin/pytest -q -m ray tests/ray_serve
+
+$(RAY)/.made: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[torch,run,serve,ray]' pytest pytest-timeout
+	@touch $@
 
 fuzz: venv ## Fuzz READER (spec; all of tests/support/file_readers.py in turn: all) for SECONDS (60) with SEED (1).
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[fuzz]'

@@ -20,6 +20,7 @@ from .errors import ApiError, draining, from_n3c, internal
 from .guards import Guard
 from .openapi import openapi
 from .served_model import ServedModel
+from .weight_routes import weight_routes
 
 
 def create_app(served: ServedModel, routes: Sequence[BaseRoute] = ()) -> Starlette:
@@ -52,6 +53,7 @@ def create_app(served: ServedModel, routes: Sequence[BaseRoute] = ()) -> Starlet
             Route("/v1/models/{model:path}", model),
             Route("/v1/completions", _bound(completions, served), methods=["POST"]),
             Route("/v1/chat/completions", _bound(chat_completions, served), methods=["POST"]),
+            *weight_routes(served),
             *routes,
         ],
         middleware=[Middleware(Guard, served.api_key, served.limits)],

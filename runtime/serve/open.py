@@ -8,7 +8,7 @@ from n3c.backends.progress import SILENT, Progress
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 from n3c.runtime.build_folder import open_build
 from n3c.runtime.engines.choice import ENGINE_HELP, Device, EngineName, require_device
-from n3c.runtime.options import Argument, Option, checked, size_of
+from n3c.runtime.options import Argument, Option, checked, size_of, usage_error
 
 if TYPE_CHECKING:  # these load numpy and the web server
     from n3c.runtime.generation.grammar import Grammars
@@ -39,6 +39,9 @@ def open_served(
     api_key: Annotated[
         str | None, Option(f"Key that clients must send; better in the environment, as {API_KEY}.", metavar="KEY")
     ] = None,
+    allow_weight_updates: Annotated[
+        bool, Option("Let clients with the key replace the weights, as reinforcement learning does.")
+    ] = False,
     progress: Progress = SILENT,
 ) -> "ServedModel":
     """Open a build to be served; its service runs until `close` is called.
@@ -49,6 +52,9 @@ def open_served(
     require_packages()
     if engine is not None:
         require_device(engine, device)
+    key = api_key or os.environ.get(API_KEY) or None
+    if allow_weight_updates and key is None:
+        raise usage_error(f"--allow-weight-updates needs --api-key, or {API_KEY} in the environment")
     memory, body = size_of("--cache-memory", cache_memory), size_of("--max-body", max_body)
     from n3c.backends.safetensors.locate import checkpoint_directory
     from n3c.runtime.generation.batch import Batch
@@ -56,6 +62,7 @@ def open_served(
     from n3c.runtime.generation.chat_template import find_chat_template
     from n3c.runtime.generation.prefix_cache import PrefixCache
     from n3c.runtime.generation.runner import open_runner, require_weights
+    from n3c.runtime.refit.update import WeightUpdates
 
     from .limits import Limits
     from .metrics import Metrics
@@ -99,7 +106,8 @@ def open_served(
         renderer=None if template is None else Renderer(template, limits.template_seconds, limits.template_bytes),
         grammars=_grammars(runner.tokenizer, folder, vocabulary, runner.eos_ids),
         parse_special=parse_special,
-        api_key=api_key or os.environ.get(API_KEY) or None,
+        api_key=key,
+        weight_updates=WeightUpdates(opened.spec) if allow_weight_updates else None,
         limits=limits,
     )
 

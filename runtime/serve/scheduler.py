@@ -167,6 +167,12 @@ class Scheduler:
             self.cancel(ticket)
         self.sweep()
 
+    def end_running(self) -> None:
+        """End the sequences that run; those that wait stay."""
+        for ticket in self.running.values():
+            self.cancel(ticket)
+        self.sweep()
+
     def sweep(self) -> None:
         """Let sequences leave that were cancelled."""
         for ticket in [each for each in self.waiting if each.cancelled]:

@@ -11,6 +11,7 @@ from n3c.runtime.generation.control_tokens import control_tokens, encode_marked,
 from n3c.runtime.generation.grammar import Grammars
 from n3c.runtime.generation.reasoning import Reasoning, Tags
 from n3c.runtime.generation.tokenizer import Tokenizer
+from n3c.runtime.refit.update import WeightUpdates
 
 from .errors import ApiError
 from .limits import Limits
@@ -36,6 +37,8 @@ class ServedModel:
     parse_special: bool = False
     """Whether special tokens in a user's text are those tokens."""
     api_key: str | None = None
+    weight_updates: WeightUpdates | None = None
+    """None: clients may not replace the weights."""
     limits: Limits = field(default_factory=Limits)
     created: int = field(default_factory=lambda: int(time.time()))
 

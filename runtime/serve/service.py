@@ -44,6 +44,11 @@ class Service:
         return self._thread.is_alive() and not self.draining
 
     @property
+    def paused(self) -> bool:
+        """Whether no round is done."""
+        return self._paused
+
+    @property
     def waiting(self) -> int:
         """Sequences that were submitted and do not run yet."""
         return max(0, self._alive - len(self.scheduler.running))

@@ -1,9 +1,9 @@
 """The time of entry points on a GPU by their ops: a kernel each, by the model of time of the audits.
 
 `n3c.backends.trt.timing` says what bytes, instructions and products take on a card. The audit asks it for the kernels
-of plans; a spec alone has ops, each a kernel that reads its weights and states once. Instructions of weight-only products
-were fitted to kernels of the PyTorch engine that were measured on an H100, and so were the shares of the scan and of
-experts over many rows (docs/hardware.md); docs/capacity.md compares whole steps.
+of plans; a spec alone has ops, each a kernel that reads its weights and states once. Instructions of weight-only
+products were fitted to kernels of the PyTorch engine that were measured on an H100, and so were the shares of the scan
+and of experts over many rows (docs/hardware.md); docs/capacity.md compares whole steps.
 """
 
 from __future__ import annotations
