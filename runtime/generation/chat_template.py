@@ -37,7 +37,7 @@ class ChatTemplate:
     tokens: Mapping[str, str]
     """`bos_token`, `eos_token`, … → the token."""
 
-    def render(self, messages: Sequence[Message], **variables: object) -> str:
+    def render(self, messages: Sequence[Message], variables: Mapping[str, object]) -> str:
         """Return the prompt; `variables` are `tools`, `add_generation_prompt` and whatever else the template reads.
 
         N3CError (E0840, exit code 2) where the template refuses the messages, or is none.

@@ -7,7 +7,7 @@ these are encoded as text, and the special tokens that the template writes are e
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, cast
 
@@ -67,6 +67,22 @@ def encode_text(tokenizer: Tokenizer, text: str, *, parse_special: bool) -> list
     if parse_special or not any(token in text for token in control_tokens(tokenizer)):
         return tokenizer.encode(text)
     return tokenizer.encode("") + encode_marked(tokenizer, marked(text, control_tokens(tokenizer)))
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, object]],
+    variables: Mapping[str, object],
+    literals: str,
+    render: Callable[[Sequence[Mapping[str, object]], Mapping[str, object]], str],
+    *,
+    parse_special: bool,
+) -> list[int]:
+    """Return the ids of a chat, by a template that writes `literals`; `render` makes the text."""
+    if parse_special:
+        return tokenizer.encode(render(messages, variables), special=False)
+    tokens = control_tokens(tokenizer, literals)
+    return encode_marked(tokenizer, render(marked(list(messages), tokens), marked(dict(variables), tokens)))
 
 
 def _inner(tokenizer: Tokenizer, piece: str, plain: bool) -> list[int]:

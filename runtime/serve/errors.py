@@ -34,6 +34,8 @@ class ApiError(Exception):
     def response(self) -> JSONResponse:
         """Return the answer."""
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        if self.status in (408, 413):
+            headers["Connection"] = "close"  # what remains of the body is not read
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse(self.body(), self.status, headers)

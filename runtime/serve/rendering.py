@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -24,7 +24,7 @@ class Renderer:
         self._process: Any = None
         self._pipe: Connection | None = None
 
-    def render(self, messages: Sequence[Message], variables: dict[str, object]) -> str:
+    def render(self, messages: Sequence[Message], variables: Mapping[str, object]) -> str:
         """Return the prompt, after at most the time that is allowed. N3CError (E0840, exit code 2)."""
         with self._lock:
             pipe = self._ready()
@@ -82,7 +82,7 @@ def _serve(pipe: Connection, template: ChatTemplate, memory: int) -> None:
         except EOFError:
             return
         try:
-            pipe.send((template.render(messages, **variables), None))
+            pipe.send((template.render(messages, variables), None))
         except N3CError as error:
             pipe.send((None, error.diagnostics[0].message))
         except (MemoryError, RecursionError) as error:

@@ -1,6 +1,6 @@
 """The requests of a server on one engine, without threads and without HTTP: who waits, who runs, who gets what.
 
-`step` does one round. Whoever calls it decides when: the thread of a `Service`, or a simulation with a clock of its own.
+`step` does one round. Whoever calls it decides when: the thread of a `Service`, or a simulation with its own clock.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from n3c.runtime.generation.control_tokens import control_tokens, encode_marked, encode_text, marked
+from n3c.runtime.generation.control_tokens import encode_chat, encode_text
 from n3c.runtime.generation.grammar import Grammars
 from n3c.runtime.generation.reasoning import Reasoning, Tags
 from n3c.runtime.generation.tokenizer import Tokenizer
@@ -70,11 +70,10 @@ class ServedModel:
         """
         if self.renderer is None:
             raise ApiError(400, "this model has no chat template; use /v1/completions", code="no_chat_template")
-        if self.parse_special:
-            return self.tokenizer.encode(self.renderer.render(messages, dict(variables)), special=False)
-        tokens = control_tokens(self.tokenizer, self.renderer.literals)
-        text = self.renderer.render(marked(list(messages), tokens), marked(dict(variables), tokens))
-        return encode_marked(self.tokenizer, text)
+        renderer = self.renderer
+        return encode_chat(
+            self.tokenizer, messages, variables, renderer.literals, renderer.render, parse_special=self.parse_special
+        )
 
     def opens_reasoning(self, prompt: Sequence[int]) -> bool:
         """Whether a prompt ends between the thinking tags."""
