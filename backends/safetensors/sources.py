@@ -31,6 +31,7 @@ from n3c.ir.types import DType
 from . import nvfp4
 from .checkpoint import DTYPES, Checkpoint, file_error
 from .header import ELEMENT_NAMES
+from .packing import fp8_scale, largest, pack_fp8_rows
 
 Array = NDArray[np.generic]
 
@@ -120,12 +121,11 @@ def _fp8(checkpoint: Checkpoint, name: str, part: str) -> Array:
 
 def fp8_parts(name: str, weight: Array, place: Path) -> dict[str, Array]:
     """Return the tensors in which FP8 stores the matrix `name`, as `nvfp4_parts` does."""
-    values = weight.astype(np.float32)
-    amax = np.abs(values).max(initial=np.float32(0))
+    amax = largest(weight)
     if not np.isfinite(amax):
         raise file_error("E0607", f"tensor `{name}`: the weight holds NaN or infinity", place)
-    scale = amax / np.float32(E4M3_MAX) if amax > 0 else np.float32(1)
-    parts = {"codes": (values / scale).astype(ml_dtypes.float8_e4m3fn), "scale": np.asarray(scale)}
+    scale = fp8_scale(amax)
+    parts = {"codes": pack_fp8_rows(weight, scale).codes.view(ml_dtypes.float8_e4m3fn), "scale": np.asarray(scale)}
     return {stored: parts[part] for part, stored in FP8.part_names(name).items()}
 
 

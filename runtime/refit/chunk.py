@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from multiprocessing import resource_tracker
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
@@ -110,7 +113,7 @@ def of_shared_memory(segment: object, tensors: Sequence[Described]) -> Iterator[
     if not isinstance(segment, str) or not _SEGMENT.fullmatch(segment):
         raise update_error(f"{segment!r} is no name of shared memory")
     try:
-        memory = SharedMemory(segment, track=False) if _TRACKS else SharedMemory(segment)
+        memory = _opened(segment)
     except (OSError, ValueError) as error:
         raise update_error(f"no shared memory {segment!r}: {error}") from error
     try:
@@ -121,12 +124,20 @@ def of_shared_memory(segment: object, tensors: Sequence[Described]) -> Iterator[
             yield each, np.frombuffer(memory.buf, np.uint8, each.bytes, start).copy()
             start += each.bytes
     finally:
-        if not _TRACKS:  # else the end of this process would remove what is another's
-            from multiprocessing import resource_tracker
-
-            resource_tracker.unregister(f"/{segment.lstrip('/')}", "shared_memory")
         memory.close()
 
 
-_TRACKS = "track" in (SharedMemory.__init__.__kwdefaults__ or {})
-"""Whether this Python (3.13) can open shared memory without taking responsibility for it."""
+def _opened(segment: str) -> SharedMemory:
+    """Open shared memory without taking responsibility for it: else the end of this process would remove it."""
+    if sys.version_info >= (3, 13):
+        return SharedMemory(segment, track=False)
+    with _OPENING:
+        register = resource_tracker.register
+        resource_tracker.register = lambda *_: None
+        try:
+            return SharedMemory(segment)
+        finally:
+            resource_tracker.register = register
+
+
+_OPENING = threading.Lock()

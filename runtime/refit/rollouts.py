@@ -46,8 +46,8 @@ class Rollouts:
     def generate(self, data: Mapping[str, Tensor], greedy: bool) -> dict[str, Tensor]:
         """Continue `input_ids` [N, S], of which `input_lengths` [N] count, however many there are.
 
-        Returns `output_ids` [N, T], `generation_lengths` and `unpadded_sequence_lengths` [N], `logprobs` [N, T] (float32,
-        of the model itself, 0 where a token was given) and `truncated` [N]. N3CError: exit code 2 for prompts that the
+        Returns `output_ids` [N, T], `generation_lengths` and `unpadded_sequence_lengths` [N], `logprobs` [N, T] (the
+        model's own, float32, 0 where a token was given) and `truncated` [N]. N3CError: exit code 2 for prompts that the
         build cannot take, 5 where logits are not finite.
         """
         lengths: list[int] = data["input_lengths"].tolist()

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, cast
 
-BEGINNING = 2048
+BEGINNING = 512
 """Characters of a prompt that decide."""
 
 

@@ -129,12 +129,10 @@ class _Forward:
                 return
 
 
-_held: list[Any] = []
-"""The handle of the replicas, in the process of the entry."""
-
-
 def _replicas() -> Any:
-    return _held[0].options(stream=True)
+    """Return the handle of the replicas of this application."""
+    handle = serve.get_deployment_handle("Replica", serve.get_replica_context().app_name)
+    return handle.options(stream=True)
 
 
 @serve.deployment(num_replicas=1, max_ongoing_requests=10_000)
@@ -143,7 +141,7 @@ class Entry:
     """Takes HTTP requests."""
 
     def __init__(self, replicas: Any) -> None:
-        _held[:] = [replicas]
+        """`replicas` are those that `_Forward` gives requests to: they are started with this."""
 
 
 def application(

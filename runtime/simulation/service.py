@@ -92,7 +92,7 @@ class Service:
             done.append(replica)
         return load_of(done)
 
-    def needed(self, level: ServiceLevel) -> tuple[int, Load | None] | None:
+    def needed(self, level: ServiceLevel) -> tuple[int, Load] | None:
         """Return the fewest replicas that keep a service level, within 2 %, and their load; None where none do."""
 
         def kept(replicas: int) -> Load | None:
@@ -100,10 +100,13 @@ class Service:
             return load if load is not None and level.holds(load) else None
 
         alone = self.load(1)
-        if alone is None or level.holds(alone):
+        if alone is not None and level.holds(alone):
             return 1, alone
         # what comes over what one answers while it is overloaded is about the least that can do
-        below, above = 1, max(2, int(alone.requests_per_second * alone.output_tokens / alone.tokens_per_second / 2))
+        answered = 0.0 if alone is None else alone.tokens_per_second / alone.output_tokens
+        below, above = 1, 2
+        if alone is not None and answered:
+            above = max(above, int(alone.requests_per_second / answered / 2))
         while (found := kept(above)) is None:
             below, above = above, -(-above * 3 // 2)
             if above > MOST_REPLICAS:
