@@ -8,11 +8,14 @@ import signal
 import threading
 import time
 import urllib.request
+import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+MARK = f"n3c-{uuid.uuid4().hex}"
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
@@ -36,6 +39,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     write_checkpoint(folder / "weights", spec_from_text(text), shards=1)
     (folder / "weights" / "tokenizer.json").unlink()
     build(folder / "spec.toml", target="torch", output=folder / "out")
+    os.environ["N3C_TEST_MARK"] = MARK
     ray.init(num_cpus=4, include_dashboard=False, logging_level="error")
     serve.start(http_options={"port": 18765})
     options = {"build": str(folder / "out"), "weights": str(folder / "weights"), "name": "small", "engine": "torch"}
@@ -54,10 +58,16 @@ def completed(url: str, prompt: str, **more: Any) -> dict[str, Any]:
 
 
 def pids() -> set[int]:
-    from ray.util.state import list_actors
-
-    return {int(actor.pid) for actor in list_actors() if "Replica" in actor.class_name and actor.state == "ALIVE"
-            and "Entry" not in actor.class_name}  # fmt: skip
+    """Return the processes of the replicas, which have our mark in their environment."""
+    found: set[int] = set()
+    for folder in Path("/proc").iterdir():
+        try:
+            title, environment = ((folder / name).read_bytes() for name in ("cmdline", "environ"))
+        except OSError:  # no process, one that has ended, or another user's
+            continue
+        if title.startswith(b"ray::ServeReplica:default:Replica") and MARK.encode() in environment:
+            found.add(int(folder.name))
+    return found
 
 
 def test_requests_of_one_beginning_find_it_in_the_cache(url: str) -> None:

@@ -39,6 +39,9 @@ CASES = [
     ("run BUILD --weights W --prompt a --temperature 0 --top-p 0.5", "--top-p", "--temperature above 0"),
     ("run BUILD --weights W --prompt a --thinking-tags a b", "--thinking-tags", "--reasoning-budget"),
     ("run BUILD --weights W --prompt-ids 1 --stop a", "--stop", "a tokenizer.json"),
+    ("simulate SPEC --gpu B200 --trace t.jsonl --prompt-tokens 9", "--prompt-tokens", "--rate"),
+    ("simulate SPEC --gpu B200 --trace t.jsonl --shared-tokens 9", "--shared-tokens", "--rate"),
+    ("simulate BUILD --gpu B200 --rate 1 --set moe.top_k=2", "--set", "a SPEC"),
 ]
 
 

@@ -75,6 +75,7 @@ LINES: dict[str, list[str]] = {
         "out --weights weights --prompt ab --max-new-tokens 2 --engine torch",
     ],
     "bench": ["out --engine torch --context 4 --new-tokens 2 --runs 1"],
+    "simulate": ["spec.toml --gpu L4 --rate 9 --prompt-tokens 9 --output-tokens 4 --acceptance 1.5 --requests 20"],
     "import": ["weights -o imported.toml"],
     "export-config": ["spec.toml -o config.json"],
     "passes": [""],
