@@ -87,7 +87,7 @@ def _check(requests: int) -> Iterator[str]:
     served = serve(spec)
     checkpoint = RandomCheckpoint(lower(spec), 0)
     yield (
-        f"\n{spec.name}, the PyTorch engine on one thread, {requests} requests: prompts of 90 to 200 tokens, 80 of them in"
+        f"\n{spec.name}, the PyTorch engine on one thread, {requests} requests: prompts of 90 to 200 tokens, 80 in"
         " common, 8 to 60 new tokens.\n"
     )
     yield f"| {' | '.join(CHECKED)} |"
@@ -179,8 +179,8 @@ SERVICE = (
 def _services() -> Iterator[str]:
     """Yield what a service of 100 requests a second takes, of each model on each card."""
     yield (
-        "\n100 requests a second, prompts lognormal:1000,8000, answers exponential:400; 99 of 100 get the first token within"
-        " 5 s and further ones within 100 ms each. Batches of 1, 8, 16 and 32, chunks of 1,024, up to 16,384 tokens a"
+        "\n100 requests a second, prompts lognormal:1000,8000, answers exponential:400; 99 of 100 get their first token"
+        " in 5 s and further ones in 100 ms. Batches of 1, 8, 16 and 32, chunks of 1,024, 16,384 tokens a"
         " request. Super and Ultra draft 3 tokens, of which a round gives 3.45; Nano has no drafter.\n"
     )
     yield f"| {' | '.join(SERVICE)} |"

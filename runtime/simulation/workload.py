@@ -16,6 +16,8 @@ from n3c.runtime.options import usage_error
 
 TOKENS = 1 << 62
 """Tokens of simulated prompts are below this."""
+LONGEST = 1 << 24
+"""Tokens of a prompt or an answer: more than any model's context."""
 BLOCK = 512
 """Tokens of a block of a trace (Mooncake, arXiv 2407.00079)."""
 _LINE_MOST = 1 << 20
@@ -42,10 +44,10 @@ def lengths_of(option: str, text: str) -> Lengths:
     """Return what draws the lengths that `text` describes; N3CError (E0701, exit code 2) for anything else.
 
     `512`; `uniform:100,2000`; `exponential:500`, by the mean; `lognormal:500,4000`, by median and 99th percentile.
-    All are whole numbers of at least 1.
+    All are whole numbers from 1 to `LONGEST`.
     """
-    fixed = re.fullmatch(r"\d{1,9}", text)
-    if fixed and int(text) > 0:
+    fixed = re.fullmatch(r"\d{1,8}", text)
+    if fixed and 0 < int(text) <= LONGEST:
         return lambda _: int(text)
     found = re.fullmatch(rf"(uniform|lognormal):{_NUMBER},{_NUMBER}|(exponential):{_NUMBER}", text)
     if found is None:
@@ -53,14 +55,14 @@ def lengths_of(option: str, text: str) -> Lengths:
         raise usage_error(f"{option}: {text!r} is no length; give {forms}")
     if found[4]:
         mean = float(found[5])
-        return lambda random: max(1, round(random.exponential(mean)))
+        return lambda random: min(LONGEST, max(1, round(random.exponential(mean))))
     low, high = float(found[2]), float(found[3])
-    if not 1 <= low <= high:
+    if not 1 <= low <= high <= LONGEST:
         raise usage_error(f"{option}: {text!r}: the first number is at least 1 and at most the second")
     if found[1] == "uniform":
         return lambda random: int(random.integers(round(low), round(high) + 1))
     deviation = np.log(high / low) / 2.3263478740408408  # the 99th percentile of the normal distribution
-    return lambda random: max(1, round(low * float(np.exp(deviation * random.standard_normal()))))
+    return lambda random: min(LONGEST, max(1, round(low * float(np.exp(deviation * random.standard_normal())))))
 
 
 def poisson(
@@ -72,7 +74,7 @@ def poisson(
     for index in range(count):
         at += float(random.exponential(1 / rate))
         own = max(1, prompt(random) - shared)
-        begin = (index + 1) << 24
+        begin = (index + 1) * LONGEST
         yield Request(at, (*common, *range(begin, begin + own)), output(random))
 
 
@@ -99,18 +101,21 @@ def _traced(line: bytes, number: int, path: Path) -> Request:
     except ValueError as error:
         raise _bad(path, number, str(error)) from error
     row = cast("dict[str, Any]", data) if isinstance(data, dict) else {}
-    at, length, output = row.get("timestamp"), row.get("input_length"), row.get("output_length")
-    hashes = row.get("hash_ids", [])
+    at: Any = row.get("timestamp")
+    length: Any = row.get("input_length")
+    output: Any = row.get("output_length")
+    hashes: Any = row.get("hash_ids", [])
     if not (isinstance(at, (int, float)) and not isinstance(at, bool) and at >= 0):
         raise _bad(path, number, "`timestamp` is no number of milliseconds")
-    if not (is_count(length) and is_count(output) and length > 0 and output > 0):
-        raise _bad(path, number, "`input_length` and `output_length` are to be whole numbers above 0")
-    if not (isinstance(hashes, list) and all(is_count(value, 1 << 48) for value in cast("list[Any]", hashes))):
+    if not all(is_count(value, LONGEST) and value > 0 for value in (length, output)):
+        raise _bad(path, number, f"`input_length` and `output_length` are to be whole numbers from 1 to {LONGEST:,}")
+    if not (isinstance(hashes, list) and all(is_count(value, 1 << 48) for value in cast("list[object]", hashes))):
         raise _bad(path, number, "`hash_ids` is no list of whole numbers")
-    blocks = cast("list[int]", hashes)
-    shared = [token for block in blocks for token in range(block * BLOCK, (block + 1) * BLOCK)][:length]
+    shared = [token for block in cast("list[int]", hashes) for token in range(block * BLOCK, (block + 1) * BLOCK)][
+        :length
+    ]
     # of this line alone
-    own = TOKENS - ((number + 1) << 24)
+    own = TOKENS - (number + 1) * LONGEST
     return Request(at / 1000, (*shared, *range(own, own + length - len(shared))), output)
 
 

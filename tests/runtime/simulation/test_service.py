@@ -145,6 +145,7 @@ LINE = '{"timestamp": 0, "input_length": 1, "output_length": 1}'
         ("{", "line"),
         ('{"timestamp": -1, "input_length": 1, "output_length": 1}', "timestamp"),
         ('{"timestamp": 0, "input_length": 0, "output_length": 1}', "input_length"),
+        ('{"timestamp": 0, "input_length": 4000000000, "output_length": 1}', "input_length"),
         ('{"timestamp": 0, "input_length": 1, "output_length": 1, "hash_ids": [-1]}', "hash_ids"),
         (f"{LINE.replace('0', '9', 1)}\n{LINE}", "before"),
     ],
@@ -160,7 +161,9 @@ def test_a_bad_line_is_named(line: str, said: str, tmp_path: Path) -> None:
     assert said == "line" or said in found.message
 
 
-@pytest.mark.parametrize("text", ["", "0", "-3", "uniform:5", "uniform:9,2", "normal:1,2", "lognormal:0,4", "1e3"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "-3", "uniform:5", "uniform:9,2", "normal:1,2", "lognormal:0,4", "1e3", "99999999"]
+)
 def test_lengths_that_are_none(text: str) -> None:
     with pytest.raises(N3CError, match="--prompt-tokens"):
         lengths_of("--prompt-tokens", text)
