@@ -121,6 +121,7 @@ def of_shared_memory(segment: object, tensors: Sequence[Described]) -> Iterator[
             raise update_error(f"{segment!r} has {memory.size:,} bytes, fewer than its tensors")
         start = 0
         for each in tensors:
+            assert memory.buf is not None
             yield each, np.frombuffer(memory.buf, np.uint8, each.bytes, start).copy()
             start += each.bytes
     finally:

@@ -22,8 +22,9 @@ class Collective:
 
     def __init__(self, address: str, port: int, world_size: int, rank: int, *, timeout: float = TIMEOUT) -> None:
         """Meet the others at a store that rank 0 keeps at `address`; N3CError (E0855) where they do not come."""
-        import torch.distributed as dist
+        from torch import distributed
 
+        dist: Any = distributed  # what it has of gloo is not declared
         wait = timedelta(seconds=timeout)
         try:
             store = dist.TCPStore(address, port, world_size, is_master=rank == SENDER, timeout=wait)
@@ -44,11 +45,11 @@ class Collective:
 
     def _broadcast(self, data: NDArray[np.uint8]) -> None:
         import torch
-        import torch.distributed as dist
+        from torch import distributed
 
         if not data.nbytes:
             return
-        options = dist.BroadcastOptions()
+        options: Any = distributed.BroadcastOptions()
         options.rootRank = SENDER
         try:
             self._group.broadcast([torch.as_tensor(data)], options).wait()
