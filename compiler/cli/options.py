@@ -8,32 +8,38 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
+from click.shell_completion import CompletionItem
 
 from n3c.runtime.options import Argument, Option, Parameter, flag, parameters_of
 
-from .output import tell
+from .output import chosen, keep, tell
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-_DEBUG = "n3c.debug"
-
-
-def _keep_debug(context: click.Context, _: click.Parameter, value: bool) -> None:
-    context.meta[_DEBUG] = value
-
-
-debug = click.option("--debug", is_flag=True, expose_value=False, callback=_keep_debug, help="Show tracebacks.")
+_COMMON = (
+    click.option("--json", "as_json", is_flag=True, callback=keep("json"), help="Print one JSON object on stdout."),
+    click.option(
+        "-q", "--quiet", is_flag=True, expose_value=False, callback=keep("quiet"),
+        help="Print results, warnings and errors only: no progress, no next command.",
+    ),
+    click.option(
+        "-v", "--verbose", is_flag=True, expose_value=False, callback=keep("verbose"),
+        help="Print every step on a line of its own, and time and peak memory in the end.",
+    ),
+    click.option("--debug", is_flag=True, expose_value=False, callback=keep("debug"), help="Show tracebacks."),
+)  # fmt: skip
 
 
 def common(command: F) -> F:
-    """Add --json and --debug, which every command has."""
-    return as_json(debug(command))
+    """Add --json, --quiet, --verbose and --debug, which every command has."""
+    for option in reversed(_COMMON):
+        command = option(command)
+    return command
 
 
 def show_traceback() -> None:
     """Print the traceback of the error that is handled, where --debug asks for it."""
-    if click.get_current_context().meta.get(_DEBUG):
+    if chosen("debug"):
         import traceback
 
         tell(traceback.format_exc())
@@ -69,7 +75,10 @@ def _decorator(parameter: Parameter, several: bool) -> Callable[[F], F]:
     if isinstance(described, Argument):
         kind, _ = _click_type(parameter.hint, Option(""))
         metavar, count = (f"{described.metavar}...", -1) if several else (described.metavar, 1)
-        return click.argument(parameter.name, metavar=metavar, type=kind, required=parameter.required, nargs=count)
+        completed = {"shell_complete": complete_spec} if "SPEC" in described.metavar else {}
+        return click.argument(
+            parameter.name, metavar=metavar, type=kind, required=parameter.required, nargs=count, **completed
+        )
     kind, more = _click_type(parameter.hint, described)
     shown = parameter.default is not inspect.Parameter.empty and parameter.default not in ((), None)
     shown = shown and parameter.default is not False
@@ -80,7 +89,7 @@ def _decorator(parameter: Parameter, several: bool) -> Callable[[F], F]:
         flag(parameter.name),
         parameter.name,
         type=kind,
-        metavar=described.metavar,
+        metavar=described.metavar or ("N" if isinstance(kind, (click.IntRange, click.FloatRange)) else None),
         required=parameter.required,
         help=described.help,
         **more,
@@ -106,6 +115,14 @@ def _click_type(hint: Any, option: Option) -> tuple[click.ParamType[Any] | None,
     if get_origin(hint) is tuple:
         return _click_type(members[0], option)[0], {"nargs": len(members)}
     return click.STRING, {}
+
+
+def complete_spec(_: click.Context, __: click.Parameter, begun: str) -> list[CompletionItem[str]]:
+    """Return the shipped specs that a word may become, and that it may be a file."""
+    from n3c.specs.shipped import shipped_specs
+
+    names = [CompletionItem(name) for name in shipped_specs() if name.startswith(begun)]
+    return [CompletionItem(begun, type="file"), *names]
 
 
 def _whole(bound: float | None) -> int | None:

@@ -7,15 +7,18 @@ import inspect
 import sys
 from typing import Any
 
-import click
-
 from n3c.compiler.cli import options
+from n3c.compiler.cli.command import n3c_command
 from n3c.compiler.cli.output import print_json, say
 from n3c.passes.lower import model as lowering
 from n3c.passes.pipelines import ELSEWHERE, SERVING, STAGES
 
 
-@click.command("passes", help="List the passes in the order in which they run.")
+@n3c_command(
+    "passes",
+    "List the passes in the order in which they run.",
+    examples=(("in the order in which they run", "n3c passes"),),
+)
 @options.common
 def command(as_json: bool) -> None:
     """List the passes."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import click
-
 from n3c.compiler.cli import options
+from n3c.compiler.cli.command import n3c_command
 from n3c.compiler.cli.output import print_json
 from n3c.specs.json_schema import json_schema
 
 
-@click.command("schema", help="Print the JSON Schema of specs.")
+@n3c_command(
+    "schema",
+    "Print the JSON Schema of specs.",
+    examples=(("for an editor", "n3c schema > n3c.schema.json"),),
+)
 @options.common
 def command(as_json: bool) -> None:
     """Print the schema; it is JSON with and without --json."""

@@ -79,6 +79,7 @@ LINES: dict[str, list[str]] = {
     "export-config": ["spec.toml -o config.json"],
     "passes": [""],
     "schema": [""],
+    "completion": ["bash", "zsh", "fish"],
     "doctor": [""],
 }
 """Command → what is run of it, one after the other; a command that is not here fails the test."""
