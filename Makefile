@@ -17,7 +17,7 @@ ORACLES := .venv-oracles
 READERS := .venv-oracles-readers
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test test-slow test-oracles test-readers test-browser fuzz mutants gpu check lint types golden bench ablations demo clean
+.PHONY: help venv build test test-slow test-oracles test-readers test-browser docs fuzz mutants gpu check lint types golden bench ablations demo clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -75,6 +75,10 @@ $(ORACLES)/.made: pyproject.toml constraints-oracles.txt
 test-browser: venv ## Try the pages of inspect and diff in CHROMIUM (/usr/bin/chromium), headless.
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[browser]'
 	CHROMIUM=$(CHROMIUM) $(BIN)/pytest -q -m browser tests/compiler/report
+
+docs: venv ## Build the site of docs/ into build/site, strictly: a link to nothing fails.
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/zensical build --strict
 
 fuzz: venv ## Fuzz READER (spec; all of tests/support/file_readers.py in turn: all) for SECONDS (60) with SEED (1).
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[fuzz]'

@@ -44,13 +44,17 @@ def devices() -> tuple[Device, ...]:
     if driver is None or driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
         return ()
 
+    def attribute(which: int, device: int) -> int:
+        value = ctypes.c_int()
+        driver.cuDeviceGetAttribute(ctypes.byref(value), which, device)
+        return value.value
+
     def described(device: int) -> Device:
-        name, memory, version = ctypes.create_string_buffer(256), ctypes.c_size_t(), (ctypes.c_int * 2)()
+        name, memory = ctypes.create_string_buffer(256), ctypes.c_size_t()
         driver.cuDeviceGetName(name, len(name), device)
         driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
-        for i, attribute in enumerate((major, minor)):
-            driver.cuDeviceGetAttribute(ctypes.byref(version, i * ctypes.sizeof(ctypes.c_int)), attribute, device)
-        return Device(name.value.decode(errors="replace"), 10 * version[0] + version[1], memory.value)
+        sm = 10 * attribute(major, device) + attribute(minor, device)
+        return Device(name.value.decode(errors="replace"), sm, memory.value)
 
     return tuple(map(described, range(count.value)))
 
