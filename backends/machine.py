@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import ctypes
 
 
 def usable_cores() -> int:
@@ -31,6 +34,8 @@ class Device:
 
 
 def _library(linux: str, windows: str) -> ctypes.CDLL | None:
+    import ctypes  # here, as `n3c check` starts faster without
+
     try:
         return ctypes.CDLL(windows if sys.platform == "win32" else linux)
     except OSError:
@@ -39,6 +44,8 @@ def _library(linux: str, windows: str) -> ctypes.CDLL | None:
 
 def devices() -> tuple[Device, ...]:
     """Return the NVIDIA GPUs of this machine. Nothing without a driver."""
+    import ctypes
+
     major, minor = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of cuda.h
     driver, count = _library("libcuda.so.1", "nvcuda.dll"), ctypes.c_int()
     if driver is None or driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
@@ -61,6 +68,8 @@ def devices() -> tuple[Device, ...]:
 
 def driver_version() -> str | None:
     """Return the version of NVIDIA's driver, as `580.95.05`; None without one."""
+    import ctypes
+
     management, text = _library("libnvidia-ml.so.1", "nvml.dll"), ctypes.create_string_buffer(80)
     if management is None or management.nvmlInit_v2():
         return None

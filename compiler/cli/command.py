@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -83,6 +82,8 @@ class Command(click.Command):
 
 def _write_sections(sections: Mapping[str, Sequence[tuple[str, str]]], formatter: click.HelpFormatter) -> None:
     """Write lists of terms and what they mean, all in the same columns; no option is cut at its hyphens."""
+    import textwrap  # only helps need it
+
     column = max((len(term) for rows in sections.values() for term, _ in rows if len(term) <= _TERM), default=0) + 4
     for title, rows in sections.items():
         if not rows:

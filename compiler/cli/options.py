@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
 import click
-from click.shell_completion import CompletionItem
 
 from n3c.runtime.options import Argument, Option, Parameter, flag, parameters_of
 
 from .output import chosen, keep, tell
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -70,6 +72,11 @@ def given(function: Callable[..., object]) -> dict[str, Any]:
     }
 
 
+def overrides(given: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the words of the --set that were given, for a command that is to see the same spec."""
+    return tuple(word for value in given.get("set", ()) for word in ("--set", value))
+
+
 def _decorator(parameter: Parameter, several: bool) -> Callable[[F], F]:
     described = parameter.described
     if isinstance(described, Argument):
@@ -119,6 +126,8 @@ def _click_type(hint: Any, option: Option) -> tuple[click.ParamType[Any] | None,
 
 def complete_spec(_: click.Context, __: click.Parameter, begun: str) -> list[CompletionItem[str]]:
     """Return the shipped specs that a word may become, and that it may be a file."""
+    from click.shell_completion import CompletionItem  # only the completion of a shell needs it
+
     from n3c.specs.shipped import shipped_specs
 
     names = [CompletionItem(name) for name in shipped_specs() if name.startswith(begun)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TextIO
@@ -64,6 +63,8 @@ def suggest(*commands: tuple[object, ...]) -> None:
     """Name on stderr the commands that people take next, each without `n3c`; not with --json or --quiet."""
     if chosen("quiet") or chosen("json"):
         return
+    import shlex  # here, as `n3c check --quiet` starts faster without
+
     for i, words in enumerate(commands):
         command = " ".join(shlex.quote(str(word)) for word in words)
         _tell(f"{'' if i else 'next:':<5} n3c {escaped(command)}")

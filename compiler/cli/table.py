@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import sys
 from collections.abc import Sequence
 
@@ -19,7 +18,9 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     A column is one of figures if its first cell is. In a pipe or a file no cell is wrapped, so each row is a line.
     """
-    from rich.box import Box  # here, as `n3c check` starts faster without
+    import shutil  # here, as `n3c check` starts faster without any of these
+
+    from rich.box import Box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

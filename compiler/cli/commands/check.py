@@ -84,7 +84,7 @@ def command(spec: tuple[Path, ...], format_: str, warnings_as_errors: bool, as_j
         )
     code = max(outcome.code for outcome in outcomes)
     if code is ExitCode.OK and len(spec) == 1 and format_ == "text" and str(spec[0]) != "-":
-        overrides = [word for value in given.get("set", ()) for word in ("--set", value)]
+        overrides = options.overrides(given)
         target = ("--target", given.get("target", "torch"))
         suggest(("inspect", *spec, *overrides), ("build", *spec, *target, *overrides))
     return code

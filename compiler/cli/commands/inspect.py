@@ -50,7 +50,9 @@ def command(path: Path, as_json: bool, **_: Any) -> None:
     else:
         _print_spec(inspected.figures)
     if inspected.kind == "spec" and str(path) != "-":
-        suggest(("build", path, "--target", "torch"), ("inspect", path, "--html", "page.html"))
+        overrides = options.overrides(options.given(inspect))
+        page = () if "html" in options.given(inspect) else (("inspect", path, "--html", "page.html", *overrides),)
+        suggest(("build", path, "--target", "torch", *overrides), *page)
     elif inspected.kind == "checkpoint":
         suggest(("import", path, "-o", "SPEC.toml"), ("quantize", "--weights", path, "-o", "OUT"))
     elif inspected.kind == "build":
