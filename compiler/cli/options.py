@@ -82,9 +82,13 @@ def _decorator(parameter: Parameter, several: bool) -> Callable[[F], F]:
     if isinstance(described, Argument):
         kind, _ = _click_type(parameter.hint, Option(""))
         metavar, count = (f"{described.metavar}...", -1) if several else (described.metavar, 1)
-        completed = {"shell_complete": complete_spec} if "SPEC" in described.metavar else {}
         return click.argument(
-            parameter.name, metavar=metavar, type=kind, required=parameter.required, nargs=count, **completed
+            parameter.name,
+            metavar=metavar,
+            type=kind,
+            required=parameter.required,
+            nargs=count,
+            shell_complete=complete_spec if "SPEC" in described.metavar else None,
         )
     kind, more = _click_type(parameter.hint, described)
     shown = parameter.default is not inspect.Parameter.empty and parameter.default not in ((), None)

@@ -16,7 +16,7 @@ _UNBOUNDED = 10**5
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return aligned columns: text to the left, wrapped where a terminal is too narrow; figures to the right.
 
-    A column is one of figures if its first cell is. In a pipe or a file no cell is wrapped, so each row is a line.
+    A column is one of figures if its first cell that is not empty is. In a pipe or a file each row is one line.
     """
     import shutil  # here, as `n3c check` starts faster without any of these
 
@@ -29,7 +29,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     table = Table(box=rule, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="")
     cells = [[escaped(cell) for cell in row] for row in rows]
     for title, *column in zip(header, *cells, strict=True):
-        figures = bool(column) and _FIGURE.fullmatch(column[0]) is not None
+        figures = _FIGURE.fullmatch(next(filter(None, column), "")) is not None
         widest = max(map(len, column)) if figures else None  # of a figure only the title is wrapped
         table.add_column(Text(title), justify="right" if figures else "left", min_width=widest, overflow="fold")
     for row in cells:

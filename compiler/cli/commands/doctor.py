@@ -45,15 +45,15 @@ def command(as_json: bool) -> None:
     for key, value in report["machine"].items():
         say(f"{key:<18} {'not found' if value is None else value}")
     if report["gpus"]:
-        rows = [
+        gpus = [
             (gpu["name"], str(gpu["sm"]), format_bytes(gpu["memory_bytes"]), narrow_types(gpu["sm"]))
             for gpu in report["gpus"]
         ]
-        say("\n" + format_table(("GPU", "SM", "memory", "tensor cores"), rows))
-    rows = [(name, installed or "not installed", USES[name]) for name, installed in report["packages"].items()]
-    say("\n" + format_table(("package", "version", "for"), rows))
-    rows = [(entry["what"], "no" if entry["lacks"] else "yes", entry["lacks"]) for entry in report["abilities"]]
-    say("\n" + format_table(("what it lets you do", "", "what that needs"), rows))
+        say("\n" + format_table(("GPU", "SM", "memory", "tensor cores"), gpus))
+    packages = [(name, installed or "not installed", USES[name]) for name, installed in report["packages"].items()]
+    say("\n" + format_table(("package", "version", "for"), packages))
+    able = [(entry["what"], "no" if entry["lacks"] else "yes", entry["lacks"]) for entry in report["abilities"]]
+    say("\n" + format_table(("what it lets you do", "", "what that needs"), able))
 
 
 def examine() -> dict[str, Any]:
