@@ -132,6 +132,37 @@ def test_add_an_op(copy: Copy) -> None:
     copy.test("tests/ir/test_ops.py", "tests/backends/onnx/test_spellings.py", "-k", "swiglu or every_op")
 
 
+COMMAND = '''"""n3c hello: greet."""
+
+from __future__ import annotations
+
+from n3c.compiler.cli import options
+from n3c.compiler.cli.command import n3c_command
+from n3c.compiler.cli.output import print_json, say, suggest
+
+
+@n3c_command("hello", "Greet.", examples=(("everybody", "n3c hello"),))
+@options.common
+def command(as_json: bool) -> None:
+    """Greet."""
+    print_json({"hello": "world"}) if as_json else say("hello")
+    suggest(("specs",))
+'''
+
+
+def test_add_a_command(copy: Copy) -> None:
+    copy.create("compiler/cli/commands/hello.py", COMMAND)
+    copy.insert("compiler/cli/main.py", '        "passes":', '        "hello": "Greet.",\n')
+    copy.append("docs/command-line.md", "\n## n3c hello\n\nGreets.\n\nJSON: `hello`.\n")
+    copy.insert("tests/compiler/cli/test_watch.py", '    "passes":', '    "hello": [""],\n')
+    assert copy.edited == files_of_recipe("Add a command", "hello")
+    copy.test(
+        "tests/compiler/cli/test_help.py", "tests/compiler/cli/test_cli.py", "tests/compiler/test_documents.py",
+        "tests/compiler/cli/test_watch.py", "tests/test_reference_pages.py", "-k", "hello or every_command or options",
+    )  # fmt: skip
+    assert "### n3c hello" in (copy.root / "docs/reference/options.md").read_text(encoding="utf-8")
+
+
 PASS = '''"""pause: change nothing.
 
 Pattern: none. Anywhere in the order.

@@ -42,12 +42,13 @@ def passes_page() -> str:
         + ". `n3c passes`\nlists them. Training runs none: generated code carries its own numerics.\n"
     )
     text += f"\n## lower\n\n{_module_text(lowering.__name__)}\n"
-    for pass_ in (*SERVING, *ELSEWHERE):
-        fields: list[Any] = list(dataclasses.fields(pass_))
-        options = ", ".join(f"`{field.name}: {field.type}`" for field in fields)
-        text += f"\n## {pass_.name}\n\n{_module_text(pass_.__module__)}\n"
-        text += f"\nOptions: {options}.\n" if options else ""
-    return text
+    return text + "".join(_pass_text(pass_) for pass_ in (*SERVING, *ELSEWHERE))
+
+
+def _pass_text(pass_: type[Any]) -> str:
+    options = ", ".join(f"`{field.name}: {field.type}`" for field in dataclasses.fields(pass_))
+    text = f"\n## {pass_.name}\n\n{_module_text(pass_.__module__)}\n"
+    return f"{text}\nOptions: {options}.\n" if options else text
 
 
 def _module_text(module: str) -> str:

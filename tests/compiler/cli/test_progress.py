@@ -113,7 +113,7 @@ def test_an_error_restores_the_terminal(tmp_path: Path) -> None:
 @pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"TERM": "xterm", "CI": "true"}])
 def test_a_dumb_terminal_and_a_ci_get_plain_lines(environment: dict[str, str], tmp_path: Path) -> None:
     arguments = ["build", str(write_small(tmp_path)), "--target", "torch", "-o", str(tmp_path / "out")]
-    code, seen = on_terminal([*PROGRAM, *arguments], **environment)
+    code, seen = on_terminal([*PROGRAM, *arguments], None, **environment)
     assert code == 0
     assert HIDE not in seen
     assert LINE.search(seen)
