@@ -75,8 +75,10 @@ def build(
     spec: Annotated[Path | str | Spec, SPEC],
     *,
     target: Annotated[Target, Option("What to build.")],
-    output: Annotated[Path | str | None, Option("Output directory (default: build/<name>).", short="-o")] = None,
-    weights: Annotated[Path | str | None, Option("Checkpoint directory or hub id; must fit the spec.")] = None,
+    output: Annotated[Path | str | None, Option("Output directory (default: build/<name>).", "-o", "DIR")] = None,
+    weights: Annotated[
+        Path | str | None, Option("Checkpoint directory or hub id; must fit the spec.", metavar="DIR")
+    ] = None,
     trt: Annotated[Flavour, TRT] = "rtx",
     sm: Annotated[int | str | Sequence[int], SM] = 120,
     weights_mode: Annotated[

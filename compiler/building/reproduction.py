@@ -66,7 +66,9 @@ class Reproduced:
 @checked
 def repro(
     build: Annotated[Path | str, Argument("BUILD")],
-    weights: Annotated[Path | str | None, Option("Checkpoint directory, for a build that holds its weights.")] = None,
+    weights: Annotated[
+        Path | str | None, Option("Checkpoint directory, for a build that holds its weights.", metavar="DIR")
+    ] = None,
     *,
     progress: Progress = SILENT,
 ) -> Reproduced:

@@ -25,8 +25,8 @@ AUTO, CALIBRATION = Needs("auto"), Needs("calibration")
 def quantize(
     spec: Annotated[Path | str | Spec | None, Argument("[SPEC]")] = None,
     *,
-    weights: Annotated[Path | str, Option("Checkpoint directory or hub id to quantize.")],
-    output: Annotated[Path | str, Option("Output directory; must be new.", short="-o")],
+    weights: Annotated[Path | str, Option("Checkpoint directory or hub id to quantize.", metavar="DIR")],
+    output: Annotated[Path | str, Option("Output directory; must be new.", short="-o", metavar="DIR")],
     fmt: Annotated[
         str | None, Option("Format of every linear that no rule names: nvfp4, w4a16_nvfp4, fp8 or bf16.")
     ] = None,

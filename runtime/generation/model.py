@@ -109,11 +109,17 @@ class Model:
         prompts: Prompt | Sequence[Prompt],
         *,
         max_new_tokens: Annotated[int, Option("Most new tokens.", least=0)] = 128,
-        temperature: Annotated[float, Option("0: greedy.", least=0)] = 0.0,
-        top_k: Annotated[int, Option("Draw from the K likeliest tokens; 0: all.", least=0, needs=SAMPLED)] = 0,
+        temperature: Annotated[
+            float, Option("Draw from softmax(logits / T); 0: the likeliest token.", metavar="T", least=0)
+        ] = 0.0,
+        top_k: Annotated[
+            int, Option("Draw from the K likeliest tokens; 0: all.", metavar="K", least=0, needs=SAMPLED)
+        ] = 0,
         top_p: Annotated[
             float,
-            Option("Draw from the fewest tokens whose probabilities sum to P.", above=0, most=1, needs=SAMPLED),
+            Option(
+                "Draw from the fewest tokens whose probabilities sum to P.", metavar="P", above=0, most=1, needs=SAMPLED
+            ),
         ] = 1.0,
         seed: Annotated[int, Option("Of the random numbers.", least=0, needs=SAMPLED)] = 0,
         stop: Annotated[Sequence[str], Option("Text that ends a sequence, and is not printed; may repeat.")] = (),
@@ -206,7 +212,7 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 @checked
 def load(
     build: Annotated[Path | str, Argument("BUILD")],
-    weights: Annotated[Path | str | None, Option("Checkpoint directory or hub id; must fit the build.")],
+    weights: Annotated[Path | str | None, Option("Checkpoint directory or hub id; must fit the build.", metavar="DIR")],
     *,
     no_mtp: Annotated[bool, Option("Decode token by token, without drafts.")] = False,
     device: Annotated[Device, Option("Where to run.")] = "cpu",

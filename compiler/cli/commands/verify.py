@@ -21,7 +21,7 @@ HEADER = ("implementation", "tensors", "largest error", "allowed", "at", "")
 
 @n3c_command(
     "verify",
-    "Compare all implementations in BUILD with the reference, layer by layer.",
+    "Compare all implementations in BUILD, layer by layer, or the files of CHECKPOINT with its record.",
     examples=(
         ("with random weights", "n3c verify build/my-model"),
         ("with those that will be served", "n3c verify build/my-model --weights my-nvfp4"),
