@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ from n3c.backends.machine import Device, compute_capabilities, devices, driver_v
 from n3c.compiler.report.abilities import abilities, narrow_types
 
 CARDS = ((b"NVIDIA GeForce RTX 4090", 8, 9, 24_564 * 2**20), (b"NVIDIA B200", 10, 0, 183_359 * 2**20))
-EVERYTHING = dict.fromkeys(
-    ("torch", "onnx", "onnx-ir", "onnxruntime", "tensorrt-rtx", "tensorrt", "transformer-engine"), "1.0"
-)
+PACKAGES: tuple[str, ...] = (
+    "torch", "onnx", "onnx-ir", "onnxruntime", "tensorrt-rtx", "tensorrt", "transformer-engine",
+)  # fmt: skip
+EVERYTHING: Mapping[str, str | None] = dict.fromkeys(PACKAGES, "1.0")
 
 
 class Driver:
@@ -68,25 +70,25 @@ def test_a_machine_without_a_driver_has_none(monkeypatch: pytest.MonkeyPatch) ->
     assert (devices(), driver_version()) == ((), None)
 
 
-def lacking(packages: dict[str, str | None], *sms: int) -> dict[str, str]:
+def lacking(packages: Mapping[str, str | None], *sms: int) -> dict[str, str]:
     """Return what cannot be done, and what that lacks."""
     found = abilities(packages, [Device("a GPU", sm, 2**34) for sm in sms])
     return {ability.what: ability.lacks for ability in found if ability.lacks}
 
 
 def test_what_a_machine_lets_one_do() -> None:
-    assert lacking(dict(EVERYTHING), 120) == {}
-    assert lacking(dict(EVERYTHING), 89) == {"train.py on a GPU: NVFP4": "a GPU of SM 100 or later, with FP4"}
-    assert set(lacking(dict(EVERYTHING), 90)) == {"train.py on a GPU: NVFP4", "plans of --trt rtx on a GPU"}
-    assert "run, bench: --device cuda --engine torch" in lacking(dict(EVERYTHING), 75)
-    assert lacking(dict(EVERYTHING), 75, 120) == {}
+    assert lacking(EVERYTHING, 120) == {}
+    assert lacking(EVERYTHING, 89) == {"train.py on a GPU: NVFP4": "a GPU of SM 100 or later, with FP4"}
+    assert set(lacking(EVERYTHING, 90)) == {"train.py on a GPU: NVFP4", "plans of --trt rtx on a GPU"}
+    assert "run, bench: --device cuda --engine torch" in lacking(EVERYTHING, 75)
+    assert lacking(EVERYTHING, 75, 120) == {}
     assert lacking({**EVERYTHING, "tensorrt-rtx": None}, 120) == {
         "plans of --trt rtx on a GPU": "the package tensorrt-rtx"
     }
     without = lacking({**EVERYTHING, "torch": "2.13.0+cpu", "onnx-ir": None}, 120)
     assert without["train.py on a GPU: BF16"] == "a PyTorch with CUDA (torch 2.13.0+cpu is for CPUs)"
     assert without["build --target onnx"] == "the package onnx-ir"
-    assert set(lacking(dict(EVERYTHING)).values()) == {"an NVIDIA GPU"}
+    assert set(lacking(EVERYTHING).values()) == {"an NVIDIA GPU"}
 
 
 def test_the_types_of_tensor_cores() -> None:
