@@ -75,7 +75,7 @@ def files_of_recipe(heading: str, name: str) -> set[str]:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     section = text.partition(f"## {heading}\n")[2].partition("\n## ")[0]
     steps = [step for step in re.split(r"^\d+\. ", section, flags=re.MULTILINE)[1:] if not step.startswith("If ")]
-    return {path.replace("NAME", name) for step in steps for path in re.findall(r"`([\w/]+\.\w+)`", step)}
+    return {path.replace("NAME", name) for step in steps for path in re.findall(r"`([\w/-]+\.\w+)`", step)}
 
 
 @pytest.fixture

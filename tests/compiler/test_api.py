@@ -43,8 +43,8 @@ COMMANDS: dict[str, tuple[Callable[..., object], ...]] = {
     "import": (import_config,),
     "export-config": (export_config,),
 }
-OF_THE_COMMAND_LINE = {"--json", "--debug", "--print-ir-after", "--prompt", "--prompt-ids", "--prompt-file",
-                       "--format", "--warnings-as-errors", "--ir", "--exit-code"}  # fmt: skip
+OF_THE_COMMAND_LINE = {"--json", "--quiet", "--verbose", "--debug", "--print-ir-after", "--prompt", "--prompt-ids",
+                       "--prompt-file", "--format", "--warnings-as-errors", "--ir", "--exit-code"}  # fmt: skip
 """Options about printing and about where prompts come from: Python has its own ways."""
 
 
