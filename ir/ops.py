@@ -2,9 +2,9 @@
 
 An op is one function here. Its positional parameters are the operands, its keyword-only parameters
 the attributes, its docstring the definition with the equation, its body the shape rule (ValueError
-where operands do not fit), `flops` its cost, and `weights` names the operands that hold weights.
-Backends only add how they spell it; the meaning is fixed by the reference evaluation in
-`n3c.runtime.engines.reference`.
+where operands do not fit), `flops` its cost, `weights` names the operands that hold weights, and `continues` the op that it
+continues from a state. Backends only add how they spell it; the meaning is fixed by the reference
+evaluation in `n3c.runtime.engines.reference`.
 
 The letters of sizes are those of `n3c.specs.blocks`; a linear has sizes in and out. Arithmetic is float32
 whatever the storage types are.
@@ -16,7 +16,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from .formats import NVFP4_BLOCK
 from .types import Dim, DType, TensorType
@@ -30,6 +30,24 @@ T = TypeVar("T")
 CACHE_MAX = 352.0
 """Largest value in an FP8 cache. E4M3 reaches 448, but two codes beyond 352 are no finite FP16 number, as which
 engines write them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Continues:
+    """What makes an op the one that continues another from a state.
+
+    It has the operands of the other, the state, and `counts` i64 [B]: how many of the tokens count, all where it is
+    left out. Its results are that of the other and the state after the tokens that count.
+    """
+
+    op: OpDef
+    """What begins from a state of zeros."""
+    state: str
+    """Its operand that is the state, [B, *dims]."""
+    kind: Literal["conv", "ssm"]
+    """How the state is stored and accounted for: as a window of inputs, or as what a recurrence carries."""
+    dims: Callable[[Mapping[str, TensorType | None], Mapping[str, Attribute]], tuple[Dim, ...]]
+    """The sizes of the state, of the types of the other's operands by name and its attributes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,6 +66,12 @@ class OpDef:
     An op with weights reads the rows that it multiplies as its operand `x`, [B, S, ..., in].
     """
     flops: Flops | None = None
+    continues: Continues | None = None
+    """For an op that continues another from a state."""
+    reference: str | None = None
+    """`module:function` of its reference evaluation, where n3c's own table has none: of an op of an extension."""
+    spelling: str | None = None
+    """The same of its ONNX spelling."""
 
     def position(self, operand: str) -> int:
         """Return the place of an operand by its name; KeyError if the op has none of that name."""
@@ -79,12 +103,22 @@ class OpDef:
 
 OPS: dict[str, OpDef] = {}
 """Every op by its name."""
+CONTINUED_BY: dict[OpDef, OpDef] = {}
+"""Op that looks at earlier tokens → the op that continues it from a state. Attention has caches instead."""
 
 
 def op(
-    *, weights: tuple[str, ...] = (), flops: Flops | None = None
+    *,
+    weights: tuple[str, ...] = (),
+    flops: Flops | None = None,
+    continues: Continues | None = None,
+    reference: str | None = None,
+    spelling: str | None = None,
 ) -> Callable[[Callable[..., TensorType | Types]], OpDef]:
-    """Define an op by its shape rule; `weights` are those of its operands that are weights of linears."""
+    """Define an op by its shape rule; the arguments are fields of its `OpDef`.
+
+    ValueError for a name that another op has.
+    """
 
     def define(rule: Callable[..., TensorType | Types]) -> OpDef:
         parameters = inspect.signature(rule).parameters.values()
@@ -98,10 +132,17 @@ def op(
             rule=rule,
             weights=weights,
             flops=flops,
+            continues=continues,
+            reference=reference,
+            spelling=spelling,
         )
         for name in (*weights, "x") if weights else ():
             definition.position(name)
+        if definition.name in OPS:
+            raise ValueError(f"there is an op `{definition.name}` already")
         OPS[definition.name] = definition
+        if continues is not None:
+            CONTINUED_BY[continues.op] = definition
         return definition
 
     return define
@@ -327,7 +368,14 @@ def causal_conv1d(x: TensorType, weight: TensorType, bias: TensorType | None = N
     return x
 
 
-@op(flops=_conv_flops)
+def _window_dims(operands: Mapping[str, TensorType | None], attributes: Any) -> tuple[Dim, ...]:
+    weight = operands["weight"]
+    assert weight is not None
+    channels, _, taps = weight.static_dims
+    return channels, taps - 1
+
+
+@op(flops=_conv_flops, continues=Continues(causal_conv1d, "window", "conv", _window_dims))
 def causal_conv1d_update(
     x: TensorType,
     window: TensorType,
@@ -388,7 +436,12 @@ def ssd(
     return x
 
 
-@op(flops=_ssd_flops)
+def _ssd_dims(operands: Mapping[str, TensorType | None], attributes: Mapping[str, Attribute]) -> tuple[Dim, ...]:
+    heads, channels, width = (int(cast("Any", operands[name]).dims[-1]) for name in ("A", "x", "B"))
+    return heads, channels // heads, width // int(cast("int", attributes["n_groups"]))
+
+
+@op(flops=_ssd_flops, continues=Continues(ssd, "state", "ssm", _ssd_dims))
 def ssd_update(
     x: TensorType,
     dt: TensorType,

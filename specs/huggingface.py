@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from .huggingface_blocks import exported_blocks
 from .huggingface_import import import_config
-from .huggingface_names import FIELDS, STATE_DTYPES, UNSUPPORTED
+from .huggingface_names import STATE_DTYPES, UNSUPPORTED, config_fields
 from .schema import Spec
 
 __all__ = ["export_config", "import_config"]
@@ -30,8 +30,8 @@ def export_config(spec: Spec) -> dict[str, Any]:
         "num_hidden_layers": len(pattern),
         "hybrid_override_pattern": pattern.symbols,
     }
-    for path, (name, _, _) in FIELDS.items():
-        table = getattr(spec, str(path[0]))
+    for path, (name, _, _) in config_fields().items():
+        table = spec.section(str(path[0]))
         if table is not None:
             config[name] = getattr(table, str(path[1]))
     ends = spec.model.eos_token_ids

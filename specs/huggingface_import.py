@@ -12,7 +12,6 @@ from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Severity, Span
 from .huggingface_blocks import MTP as MTP_BLOCKS
 from .huggingface_blocks import TRUNK, BlockConfigs, block_types, read_blocks
 from .huggingface_names import (
-    FIELDS,
     MTP,
     MTP_PATTERN_LISTS,
     N3C_KEYS,
@@ -21,6 +20,7 @@ from .huggingface_names import (
     SILENT,
     STATE_DTYPES,
     UNSUPPORTED,
+    config_fields,
 )
 from .json_places import JsonPlaces
 from .modelopt_files import HfQuantConfig, SaidFormats
@@ -238,7 +238,7 @@ class _Importer:
 
     def fields(self, main: Pattern, mtp: Pattern | None, own: Mapping[str, Any]) -> None:
         tables = {"model"} | {kind.table for kind in (*main, *(mtp or ()))}
-        for path, (name, default, aliases) in FIELDS.items():
+        for path, (name, default, aliases) in config_fields().items():
             table, key = str(path[0]), str(path[1])
             if table not in tables:
                 continue
@@ -303,7 +303,7 @@ class _Importer:
 
     def dead(self) -> None:
         """Name, once, what has no meaning for the model."""
-        known = {name for name, _, aliases in FIELDS.values() for name in (name, *aliases)}
+        known = {name for name, _, aliases in config_fields().values() for name in (name, *aliases)}
         known |= {*UNSUPPORTED, *PATTERNS, *MTP, *SILENT, "n_shared_experts", "mamba_ssm_cache_dtype"}
         dead = [name for name in self.config if name not in known]
         if dead:

@@ -9,8 +9,8 @@ the block kinds stand in `blocks`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from n3c.ir.diagnostics import Span
 
@@ -123,6 +123,8 @@ class Spec:
     quantization: Quantization | None = key("Formats of deployment; leave out for BF16.", default=None)
     training: Training | None = key("Numerics of training; leave out for BF16.", default=None)
     serving: Serving = key("What the plans are made for.", default=Serving())
+    tables: Mapping[str, Any] = field(default_factory=dict[str, Any], hash=False)
+    """Tables of block kinds that have no field above, by name: those of extensions."""
     spans: Mapping[str, Span] = field(default_factory=dict[str, Span], compare=False, repr=False)
     """Key path (`model.pattern`, `quantization.rules.2`) → where the spec says it."""
 
@@ -131,8 +133,20 @@ class Spec:
         """The kind of each block: those of the trunk, then those of one prediction step."""
         return self.model.pattern.kinds + (self.mtp.pattern.kinds if self.mtp else ())
 
+    def table(self, kind: BlockKind) -> Any:
+        """Return the table of a block kind, a `kind.table_class`; None where the spec has no such blocks."""
+        return self.section(kind.table)
+
+    def section(self, name: str) -> Any:
+        """Return what the spec has under a name at its top level: a table, or None."""
+        return getattr(self, name) if name in OWN_TABLES else self.tables.get(name)
+
     def span(self, path: str) -> Span | None:
         """Return the place of `path`, or of its nearest parent that the spec spells out."""
         while path and path not in self.spans:
             path = path.rpartition(".")[0]
         return self.spans.get(path)
+
+
+OWN_TABLES = frozenset(item.name for item in fields(Spec) if item.name not in ("tables", "spans"))
+"""What a spec has at its top level without extensions."""

@@ -14,6 +14,7 @@ from n3c.specs.blocks import MOE
 from n3c.specs.convert import run_import
 from n3c.specs.layer_tables import moe_tables
 from n3c.specs.pattern import Pattern
+from n3c.specs.reader import spec_fields
 from n3c.specs.schema import Spec
 
 from .checkpoint import Checkpoint
@@ -80,7 +81,7 @@ def differences(ours: Spec, theirs: Spec) -> Iterator[tuple[str, object, object]
     Tables that only one of them has show in the tensors. [moe] is compared block by block: how its entries say what
     the blocks have does not matter.
     """
-    names = [field.name for field in dataclasses.fields(Spec) if field.name not in NOT_COMPARED]
+    names = [name for name in spec_fields() if name not in NOT_COMPARED]
     told: set[str] = set()
     for name in names:
         for mine, other in zip(_tables(ours, name), _tables(theirs, name), strict=False):
@@ -96,7 +97,7 @@ def _tables(spec: Spec, name: str) -> tuple[Any, ...]:
     """Return a table of the spec, none where it lacks it, and one for each MoE block."""
     if name == MOE.table:
         return moe_tables(spec)
-    table = getattr(spec, name)
+    table = spec.section(name)
     return (table,) if dataclasses.is_dataclass(table) else ()
 
 

@@ -16,7 +16,7 @@ from n3c.specs.dump import dump_spec, toml_value
 from n3c.specs.load import MAX_SPEC_BYTES, load_spec, parse_spec
 from n3c.specs.pattern import Pattern
 from n3c.specs.places import Text
-from n3c.specs.roles import ROLES, match_roles, select_layers
+from n3c.specs.roles import match_roles, roles, select_layers
 from n3c.specs.schema import Serving, Spec
 from n3c.specs.toml_places import TomlPlaces, scan_string
 from support.random_specs import spec_texts, specs
@@ -221,10 +221,10 @@ def test_layer_selectors() -> None:
 
 
 def test_roles() -> None:
-    assert len(ROLES) == len(set(ROLES))
+    assert len(roles()) == len(set(roles()))
     assert match_roles(["attention.*"]) == {f"attention.{name}_proj" for name in "qkvo"}
     assert match_roles(["moe.latent_*", "lm_head"]) == {"moe.latent_down", "moe.latent_up", "lm_head"}
-    assert match_roles(["*"]) == set(ROLES)
+    assert match_roles(["*"]) == set(roles())
     assert not match_roles(["Attention.*"])
 
 
