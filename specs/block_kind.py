@@ -12,6 +12,10 @@ Say = Callable[[str, str, str, str | None], None]
 """`say(path, code, message, advice)`: report about the value, or the table, at a dotted path."""
 
 
+OWN_TEMPLATES = "n3c.backends.torch"
+"""The package with the templates of n3c's own block kinds."""
+
+
 @dataclass(frozen=True)
 class Module:
     """A module with a weight: its role, and its name in released checkpoints after `….mixer.`."""
@@ -78,7 +82,7 @@ class BlockKind:
     """Whether an MTP pattern may have it."""
     in_transformers: bool = True
     """Whether transformers' NemotronHConfig takes it; where not, no modeling_n3c.py is written for it."""
-    templates: str = "n3c.backends.torch"
+    templates: str = OWN_TEMPLATES
     """The package whose folder `templates` has the templates of the kind."""
     files: tuple[str, ...] = ()
     """Files of the generated package that only models with this kind have."""

@@ -97,6 +97,13 @@ MAMBA = BlockKind(
     ),
     contradictions=_mamba_contradictions,
     stateful=True,
+    files=("autocast.py", "convolution.py", "ssd.py"),
+    imports={
+        "convolution": ("CausalConv1d",),
+        "float32": ("KeepsFloat32",),
+        "norm": ("GatedRMSNorm",),
+        "ssd": ("mixer_kernels", "scan"),
+    },
 )
 
 
@@ -147,6 +154,8 @@ ATTENTION = BlockKind(
     contradictions=_attention_contradictions,
     stateful=True,
     in_mtp=True,
+    files=("attention.py",),
+    imports={"attention": ("causal_attention",)},
 )
 
 
@@ -248,6 +257,14 @@ MOE = BlockKind(
     ),
     contradictions=_moe_contradictions,
     in_mtp=True,
+    files=("activation.py", "autocast.py", "balance.py", "grouped.py", "routing.py"),
+    imports={
+        "activation": ("squared_relu",),
+        "autocast": ("float32_products",),
+        "balance": ("RouterStatistics", "WithLoss", "router_statistics", "total_statistics"),
+        "float32": ("KeepsFloat32",),
+        "grouped": ("grouped_kernels", "grouped_linear", "sort_by_expert", "weighted_sum"),
+    },
 )
 
 
@@ -274,6 +291,8 @@ MLP = BlockKind(
     letters={"F": "inner width"},
     hf_names=("mlp",),
     config_keys=(ConfigKey("intermediate_size", "intermediate_size", 21504),),
+    files=("activation.py",),
+    imports={"activation": ("squared_relu",)},
 )
 
 

@@ -84,9 +84,14 @@ def require_all() -> None:
         raise N3CError(faults, ExitCode.TARGET)
 
 
+def entry_of(kind: BlockKind) -> Entry | None:
+    """Return the entry point that a kind is from; None for n3c's own."""
+    return _Known.entries.get(kind)
+
+
 def part(kind: BlockKind, reference: str) -> Callable[..., Any]:
     """Import a function that the record of a kind names; what it raises for an extension is N3CError (E0521)."""
-    entry = _Known.entries.get(kind)
+    entry = entry_of(kind)
     return imported(reference) if entry is None else guarded(entry, guarded(entry, imported)(reference))
 
 

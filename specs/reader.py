@@ -20,7 +20,7 @@ from .consistency import check
 from .kinds import kinds, know_more, who_adds
 from .pattern import Pattern, PatternError
 from .places import Path, Places, dotted, shown
-from .roles import match_roles, not_linear, role_globs, roles, select_layers
+from .roles import all_roles, common_globs, match_roles, not_linear, select_layers
 from .schema import OWN_TABLES, Format, Serving, Spec, TrainingFormat
 
 MAX_ERRORS = 100
@@ -323,8 +323,8 @@ class _Reader:
                 matched = match_roles((glob,))
             span = self.places.value((*path, "roles", index))
             if not matched:
-                trunk = [role for role in roles() if not role.startswith("mtp.")]
-                nearest = did_you_mean(glob[:80], (*role_globs(), *roles()))
+                trunk = [role for role in all_roles() if not role.startswith("mtp.")]
+                nearest = did_you_mean(glob[:80], (*common_globs(), *all_roles()))
                 advice = nearest or f"roles: {', '.join(trunk)}; in MTP with `mtp.`"
                 self.say("E0109", f"`{shown(glob)}` matches no role", span, advice)
             elif matched <= not_linear() and chosen not in (None, "bf16"):

@@ -17,16 +17,16 @@ def _roles(kinds: Iterable[BlockKind]) -> tuple[str, ...]:
     return ("norm", *(role for kind in kinds for role in kind.roles))
 
 
-def roles() -> tuple[str, ...]:
+def all_roles() -> tuple[str, ...]:
     """Return every role that a rule can name; those of the blocks of MTP under `mtp.`.
 
     Reports also know roles of vectors (`mamba.ssm`: A_log, D, dt_bias), which have no format but their own.
     """
-    return _all_roles(kinds())
+    return _every_role(kinds())
 
 
 @cache
-def _all_roles(known: tuple[BlockKind, ...]) -> tuple[str, ...]:
+def _every_role(known: tuple[BlockKind, ...]) -> tuple[str, ...]:
     in_mtp = _roles(kind for kind in known if kind.in_mtp)
     return ("embedding", "lm_head", *_roles(known), *(f"mtp.{role}" for role in in_mtp), "mtp.eh_proj")
 
@@ -37,7 +37,7 @@ def _shared_prefixes(roles: Sequence[str]) -> Iterator[str]:
     return (prefix for prefix, count in counts.items() if count > 1)
 
 
-def role_globs() -> tuple[str, ...]:
+def common_globs() -> tuple[str, ...]:
     """Return the globs in which people write roles, wide ones first."""
     return ("mtp.*", *(f"{prefix}*" for kind in kinds() for prefix in _shared_prefixes(kind.roles)))
 
@@ -54,13 +54,13 @@ def not_linear() -> frozenset[str]:
 @cache
 def _not_linear(known: tuple[BlockKind, ...]) -> frozenset[str]:
     vectors = ("norm", *(module.role for kind in known for module in kind.modules if not module.linear))
-    return frozenset({"embedding", *vectors, *(f"mtp.{role}" for role in vectors)}) & frozenset(_all_roles(known))
+    return frozenset({"embedding", *vectors, *(f"mtp.{role}" for role in vectors)}) & frozenset(_every_role(known))
 
 
 def match_roles(globs: Iterable[str]) -> frozenset[str]:
     """Return the roles that any of `globs` matches; `*` and `?` also match dots, case matters."""
     globs = tuple(globs)
-    return frozenset(role for role in roles() if any(fnmatchcase(role, glob) for glob in globs))
+    return frozenset(role for role in all_roles() if any(fnmatchcase(role, glob) for glob in globs))
 
 
 def select_layers(selector: str, pattern: Pattern) -> frozenset[int]:

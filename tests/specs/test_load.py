@@ -16,7 +16,7 @@ from n3c.specs.dump import dump_spec, toml_value
 from n3c.specs.load import MAX_SPEC_BYTES, load_spec, parse_spec
 from n3c.specs.pattern import Pattern
 from n3c.specs.places import Text
-from n3c.specs.roles import match_roles, roles, select_layers
+from n3c.specs.roles import all_roles, match_roles, select_layers
 from n3c.specs.schema import Serving, Spec
 from n3c.specs.toml_places import TomlPlaces, scan_string
 from support.random_specs import spec_texts, specs
@@ -221,10 +221,10 @@ def test_layer_selectors() -> None:
 
 
 def test_roles() -> None:
-    assert len(roles()) == len(set(roles()))
+    assert len(all_roles()) == len(set(all_roles()))
     assert match_roles(["attention.*"]) == {f"attention.{name}_proj" for name in "qkvo"}
     assert match_roles(["moe.latent_*", "lm_head"]) == {"moe.latent_down", "moe.latent_up", "lm_head"}
-    assert match_roles(["*"]) == set(roles())
+    assert match_roles(["*"]) == set(all_roles())
     assert not match_roles(["Attention.*"])
 
 

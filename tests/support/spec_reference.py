@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from n3c.specs.blocks import KINDS
 from n3c.specs.pattern import Pattern
 from n3c.specs.reader import entry_class, fields_of, plain
-from n3c.specs.roles import roles
+from n3c.specs.roles import all_roles
 from n3c.specs.schema import Spec
 
 
@@ -61,7 +61,7 @@ Rules are read top-down and the last one that matches a weight decides. `roles` 
 def reference() -> str:
     """Return the text of docs/spec.md."""
     all_roles = roles()
-    names = ", ".join(f"`{role}`" for role in all_roles)
+    names = ", ".join(f"`{role}`" for role in all_roles())
     return HEAD + names + ".\n" + "".join(_table(title, cls) for title, cls in TABLES)
 
 
