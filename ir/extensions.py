@@ -85,6 +85,27 @@ def loaded(entry: Entry, kind: type[T]) -> T:
     return added
 
 
+def part(reference: str) -> Callable[..., Any]:
+    """Import `module:function`, a part of something that n3c or an extension defines.
+
+    What fails in that of an extension, now or when it is called, is N3CError (E0521, exit code 4).
+    """
+    entry = owner(reference)
+    return imported(reference) if entry is None else guarded(entry, guarded(entry, imported)(reference))
+
+
+def owner(reference: str) -> Entry | None:
+    """Return the entry point of the extension that has a module, or `module:function`; None for n3c's own."""
+    package = _package(reference)
+    if package == "n3c":
+        return None
+    return next((entry for group in GROUPS for entry in entries(group) if _package(entry.reference) == package), None)
+
+
+def _package(reference: str) -> str:
+    return reference.partition(":")[0].partition(".")[0]
+
+
 def imported(reference: str) -> Any:
     """Import `module:attribute`; raises what the import raises."""
     module, _, attribute = reference.partition(":")

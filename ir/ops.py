@@ -2,9 +2,9 @@
 
 An op is one function here. Its positional parameters are the operands, its keyword-only parameters
 the attributes, its docstring the definition with the equation, its body the shape rule (ValueError
-where operands do not fit), `flops` its cost, `weights` names the operands that hold weights, and `continues` the op that it
-continues from a state. Backends only add how they spell it; the meaning is fixed by the reference
-evaluation in `n3c.runtime.engines.reference`.
+where operands do not fit), `flops` its cost, `weights` names the operands that hold weights, and
+`continues` the op that it continues from a state. Backends only add how they spell it; the meaning
+is fixed by the reference evaluation in `n3c.runtime.engines.reference`.
 
 The letters of sizes are those of `n3c.specs.blocks`; a linear has sizes in and out. Arithmetic is float32
 whatever the storage types are.
@@ -69,7 +69,7 @@ class OpDef:
     continues: Continues | None = None
     """For an op that continues another from a state."""
     reference: str | None = None
-    """`module:function` of its reference evaluation, where n3c's own table has none: of an op of an extension."""
+    """`module:function` of its reference evaluation, for an op of an extension: those of n3c's ops stand in a table."""
     spelling: str | None = None
     """The same of its ONNX spelling."""
 

@@ -12,6 +12,8 @@ Say = Callable[[str, str, str, str | None], None]
 """`say(path, code, message, advice)`: report about the value, or the table, at a dotted path."""
 
 
+CONTRADICTION = "E0218"
+"""The code of what the keys of an extension's table say of each other."""
 OWN_TEMPLATES = "n3c.backends.torch"
 """The package with the templates of n3c's own block kinds."""
 

@@ -6,12 +6,11 @@ load what is installed under the entry points `n3c.blocks`; from then on `kinds(
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import Any
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
-from n3c.ir.extensions import Entry, entries, guarded, imported, loaded
+from n3c.ir.extensions import Entry, entries, loaded
 
 from .block_kind import BlockKind
 from .blocks import KINDS
@@ -23,13 +22,9 @@ _TABLES = ("schema", "name", "model", "norm", "embedding", "lm_head", "mtp", "qu
 
 
 class _Known:
-    """The kinds so far, and the entry points of those that are not n3c's own."""
+    """The kinds so far."""
 
     kinds: tuple[BlockKind, ...] = KINDS
-    entries: dict[BlockKind, Entry]
-
-
-_Known.entries = {}
 
 
 def kinds() -> tuple[BlockKind, ...]:
@@ -73,7 +68,7 @@ def know_more() -> tuple[Diagnostic, ...]:
         found.append(kind)
         origins[kind] = entry
     if not faults:
-        _Known.kinds, _Known.entries = tuple(found), origins
+        _Known.kinds = tuple(found)
     return tuple(faults)
 
 
@@ -82,17 +77,6 @@ def require_all() -> None:
     faults = know_more()
     if faults:
         raise N3CError(faults, ExitCode.TARGET)
-
-
-def entry_of(kind: BlockKind) -> Entry | None:
-    """Return the entry point that a kind is from; None for n3c's own."""
-    return _Known.entries.get(kind)
-
-
-def part(kind: BlockKind, reference: str) -> Callable[..., Any]:
-    """Import a function that the record of a kind names; what it raises for an extension is N3CError (E0521)."""
-    entry = entry_of(kind)
-    return imported(reference) if entry is None else guarded(entry, guarded(entry, imported)(reference))
 
 
 def who_adds() -> str:

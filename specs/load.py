@@ -47,9 +47,9 @@ def loaded(spec: str | Path | Spec, overrides: Sequence[str] = ()) -> tuple[Spec
 def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Spec, list[Diagnostic]]:
     """Load a spec file; return it with the warnings.
 
-    `overrides` are `--set` arguments, as `moe.top_k=8`. Raises N3CError with every error found:
-    exit code SPEC for a spec that is invalid, TARGET for a broken extension, FILE for a file that cannot be read, USAGE for an
-    override that is none.
+    `overrides` are `--set` arguments, as `moe.top_k=8`. Raises N3CError with every error found: exit code SPEC for a
+    spec that is invalid, TARGET for a broken extension, FILE for a file that cannot be read, USAGE for an override
+    that is none.
     """
     if str(path) == STDIN:
         return parse_spec(read_stdin(MAX_SPEC_BYTES), "<stdin>", overrides)

@@ -11,6 +11,7 @@ import onnx_ir as onnx
 
 from n3c.backends.progress import SILENT, Progress
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
+from n3c.ir.extensions import part
 from n3c.ir.program import Call, EntryPoint, Function, Parameter, Program
 from n3c.ir.types import DType, TensorType
 from n3c.passes.base import run_pipeline
@@ -198,7 +199,7 @@ class _Emission:
     def nodes(self, function: Function) -> None:
         """Emit the nodes of a function whose formals are bound."""
         for node in function.nodes:
-            spelling = SPELLINGS.get(node.op.name)
+            spelling = part(node.op.spelling) if node.op.spelling else SPELLINGS.get(node.op.name)
             if spelling is None:
                 message = f"`{node.op.name}` in @{function.name} has no ONNX spelling"
                 raise N3CError(

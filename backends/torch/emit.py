@@ -9,10 +9,9 @@ from functools import cache, partial
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
-from n3c.ir.extensions import guarded
+from n3c.ir.extensions import guarded, owner
 from n3c.specs.block_kind import OWN_TEMPLATES, BlockKind
 from n3c.specs.huggingface import export_config
-from n3c.specs.kinds import entry_of
 from n3c.specs.schema import Spec
 
 from .context import LINE_LENGTH, SpecView, spec_view
@@ -89,7 +88,7 @@ def _render(name: str, *views: SpecView | TitanView | MegatronView) -> str:
     def render() -> str:
         return environment.get_template(f"{name}.jinja").render({**variables["tables"], **variables, **functions})
 
-    entry = next((entry for kind in kinds if (entry := entry_of(kind))), None)
+    entry = next((entry for kind in kinds if (entry := owner(kind.templates))), None)
     return guarded(entry, render)() if entry else render()
 
 

@@ -17,6 +17,7 @@ from n3c.specs.schema import Spec
 
 from .numerics import training_formats
 
+
 @dataclass(frozen=True, slots=True)
 class Precision:
     """Which linears train in which format, as Megatron-core's quantization recipe says it."""

@@ -7,12 +7,12 @@ layer. A layer that differs (`[[moe.layers]]`) has a variant, named by its sizes
 from __future__ import annotations
 
 from n3c.ir import ops
+from n3c.ir.extensions import part
 from n3c.ir.program import Call, EntryPoint, Function, Origin, Parameter, Program, Value
 from n3c.ir.source import Tensor
 from n3c.ir.types import DType, TensorType
 from n3c.specs.block_kind import BlockKind
 from n3c.specs.blocks import MOE
-from n3c.specs.kinds import part
 from n3c.specs.layer_tables import PER_LAYER, spec_of_block
 from n3c.specs.schema import Spec
 
@@ -119,7 +119,7 @@ class _Lowering:
         if name not in self.blocks:
             block = self.end(kind.name, [Value("x", self.x)], span_path, name)
             block.kind = kind
-            inner = part(kind, kind.lowering)(block, spec, block.function.inputs[0])
+            inner = part(kind.lowering)(block, spec, block.function.inputs[0])
             block.function.outputs = [block.emit(ops.add, block.function.inputs[0], inner, name="out")]
         prefix = "mtp." if label.startswith("mtp.") else ""
         self.call(name, label, [x], [y], layer=layer, role_prefix=prefix, span_path=span_path)

@@ -9,13 +9,12 @@ import numpy as np
 
 from n3c.ir.program import EntryPoint, Program
 from n3c.runtime.engines.interface import Array
+from n3c.specs.kinds import kinds
 
 Trace = Mapping[str, Array]
 """Name of a point → its value: a layer's label for what it gave [B, n, …], a state's name for the state after it."""
 
 
-RESIDUAL = ("mamba2", "attention", "moe", "mlp")
-"""Kinds of functions whose result is their input and what they add."""
 TOKENS = 4
 """Fewer have no median that leaves one out."""
 
@@ -44,8 +43,9 @@ def points(entry: EntryPoint, program: Program) -> dict[str, str]:
     """
     order: dict[str, str] = {}
     label_of: dict[str, str] = {}
+    residual = {kind.name for kind in kinds()}  # the result of these is their input and what they add
     for call in entry.calls:
-        before = label_of.get(call.inputs[0], "") if program.functions[call.function].kind in RESIDUAL else ""
+        before = label_of.get(call.inputs[0], "") if program.functions[call.function].kind in residual else ""
         if call.outputs:
             order.pop(call.label, None)  # a label's last call is what it gave
             order[call.label] = before

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from n3c.ir.extensions import part
 from n3c.specs.block_kind import BlockKind
 from n3c.specs.blocks import KINDS, MOE, Moe
-from n3c.specs.kinds import part
 from n3c.specs.reader import entry_class, fields_of, plain, spec_fields
 from support.random_specs import BLOCK_TABLES
 
@@ -38,7 +38,7 @@ def test_conditions_and_counts_are_keys_of_the_table(kind: BlockKind) -> None:
 
 @each_kind
 def test_it_is_lowered_generated_and_drawn(kind: BlockKind) -> None:
-    assert callable(part(kind, kind.lowering))
+    assert callable(part(kind.lowering))
     assert kind in BLOCK_TABLES
     assert list((ROOT / "backends/torch/templates").rglob(kind.template))
 

@@ -60,7 +60,6 @@ Rules are read top-down and the last one that matches a weight decides. `roles` 
 
 def reference() -> str:
     """Return the text of docs/spec.md."""
-    all_roles = roles()
     names = ", ".join(f"`{role}`" for role in all_roles())
     return HEAD + names + ".\n" + "".join(_table(title, cls) for title, cls in TABLES)
 
