@@ -230,6 +230,8 @@ class _Reader:
             kind, advice = "E0110", f'write {words[0]}"3", "3..9", "first N", "last N" or {words[1]}'
         elif name == "name":
             advice = "small letters, digits, `.`, `_` and `-`, at most 80, beginning with a letter or digit"
+        elif name == "passes":
+            advice = "small letters, digits and `_`, at most 80, beginning with a letter"
         elif name == "modules":
             advice = "a module is named as in the checkpoint, as `backbone.layers.3.mixer.in_proj`"
         self.say(kind, f"{_named(path)} cannot be `{shown(value)}`", self.places.value(path), advice)

@@ -28,6 +28,7 @@ BLOCKS = ((16, 16), (1, 16))
 """Weight blocks of NVFP4: two-dimensional (arXiv 2509.25149), and one-dimensional."""
 
 NAME = r"[a-z0-9][a-z0-9._-]{0,79}"
+PASS = r"[a-z][a-z0-9_]{0,79}"
 MODULE = r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*"
 
 
@@ -106,6 +107,9 @@ class Serving:
     kv_cache_dtype: Literal["bf16", "fp8", "fp32"] = key("Type of the KV cache.", default="bf16")
     ssm_state_dtype: Literal["fp32", "fp16", "bf16"] = key("Type of the SSM state.", default="fp32")
     conv_state_dtype: Literal["bf16", "fp32"] = key("Type of the convolution window.", default="bf16")
+    passes: tuple[str, ...] | None = key(
+        "Passes of installed extensions that run, too; `n3c passes` lists them.", default=None, regex=PASS
+    )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -98,7 +98,7 @@ def _click_type(hint: Any, option: Option) -> tuple[click.ParamType[Any] | None,
         above = option.above is not None
         return click.FloatRange(option.above if above else option.least, option.most, min_open=above), {}
     if get_origin(hint) is Literal:
-        return click.Choice(members), {}
+        return click.Choice(members) if option.added is None else _OpenChoice(members, option.added), {}
     if hint is Path or Path in members:
         return click.Path(path_type=Path), {}
     if get_origin(hint) is Sequence:
@@ -106,6 +106,19 @@ def _click_type(hint: Any, option: Option) -> tuple[click.ParamType[Any] | None,
     if get_origin(hint) is tuple:
         return _click_type(members[0], option)[0], {"nargs": len(members)}
     return click.STRING, {}
+
+
+class _OpenChoice(click.Choice[str]):
+    """A choice to which extensions add; these are looked for once a value is none of n3c's own."""
+
+    def __init__(self, choices: Sequence[str], added: Callable[[], Collection[str]]) -> None:
+        super().__init__(choices)
+        self._added = added
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the value; click.BadParameter for one that nobody has."""
+        known = click.Choice(self.choices if value in self.choices else [*self.choices, *self._added()])
+        return known.convert(value, param, ctx)
 
 
 def _whole(bound: float | None) -> int | None:

@@ -18,7 +18,7 @@ from n3c.runtime.build_folder import OpenedBuild
 from n3c.runtime.engines.interface import Array
 from n3c.runtime.engines.reference.engine_products import EngineProducts
 from n3c.runtime.engines.tensorrt.open import cuda_engine
-from n3c.runtime.engines.torch.open import torch_engine
+from n3c.runtime.engines.torch.open import gap_of, torch_engine
 from n3c.runtime.engines.torch.weights import CheckpointWeights
 
 from .engine_outputs import EngineOutputs
@@ -60,8 +60,11 @@ def _torch_module(build: OpenedBuild, checkpoint: Checkpoint) -> TorchModule:
     return TorchModule(package, build.spec, checkpoint)
 
 
-def _torch_engine(build: OpenedBuild, checkpoint: Checkpoint, batch: int) -> EngineOutputs:
+def _torch_engine(build: OpenedBuild, checkpoint: Checkpoint, batch: int) -> EngineOutputs | Skipped:
     """Return the engine that `n3c run --engine torch` runs on a CPU: packed weights, float32 activations."""
+    gap = gap_of(build.spec)
+    if gap is not None:
+        return Skipped("PyTorch engine, packed", gap)
     program = build.served.program
     weights = CheckpointWeights(checkpoint)
     engine = torch_engine(build.served, build.spec, list(program.entry_points), [batch], weights)

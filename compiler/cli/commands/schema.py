@@ -7,11 +7,13 @@ import click
 from n3c.compiler.cli import options
 from n3c.compiler.cli.output import print_json
 from n3c.specs.json_schema import json_schema
+from n3c.specs.kinds import require_all
 
 
 @click.command("schema", help="Print the JSON Schema of specs.")
 @options.common
 def command(as_json: bool) -> None:
-    """Print the schema; it is JSON with and without --json."""
+    """Print the schema, with the tables of extensions; it is JSON with and without --json."""
     del as_json
+    require_all()
     print_json(json_schema())

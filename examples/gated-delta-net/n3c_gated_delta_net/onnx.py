@@ -21,7 +21,7 @@ from n3c.ir.types import DType
 
 EPS = 1e-6
 PIECE = 16
-"""Tokens of a piece. Powers of L reach C(Q - 1, Q / 2), which is 6,435 and still exact to 4 digits; at 64 nothing is."""
+"""Tokens of a piece. Powers of L may reach C(Q - 1, Q / 2): 6,435, and beyond float32 for pieces of 64."""
 
 
 def split_groups(emitter: Emitter, node: Node) -> None:
