@@ -8,14 +8,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from n3c.specs.blocks import KINDS
 from n3c.specs.pattern import Pattern
-from n3c.specs.reader import entry_class, fields_of, plain
+from n3c.specs.reader import entry_class, fields_of, plain, spec_fields
 from n3c.specs.roles import all_roles
 from n3c.specs.schema import Spec
 
 
 def _tables() -> Iterator[tuple[str, type]]:
     yield "", Spec
-    for name, (hint, _, _) in fields_of(Spec).items():
+    for name, (hint, _, _) in spec_fields().items():
         if dataclasses.is_dataclass(plain(hint)):
             yield f"[{name}]", plain(hint)
         for key, (entries, _, _) in fields_of(plain(hint)).items() if dataclasses.is_dataclass(plain(hint)) else ():

@@ -72,8 +72,7 @@ class Reference:
 
     def parameters(self, program: Any) -> dict[str, torch.Tensor]:
         return {
-            name: torch.from_numpy(load(p, self.checkpoint).astype("float32"))
-            for name, p in program.parameters.items()
+            name: torch.from_numpy(load(p, self.checkpoint).astype("float32")) for name, p in program.parameters.items()
         }
 
     def forward(self) -> torch.Tensor:

@@ -134,7 +134,7 @@ def test_json_is_all_of_stdout(tmp_path: Path) -> None:
     assert [entry["name"] for entry in listed["passes"]] == [*listed["pipelines"]["serving"], "widen"]
     assert all(entry["summary"] for entry in listed["passes"])
     assert n3c("schema", "--json").data == n3c("schema").data
-    assert set(n3c("doctor", "--json").data) == {"machine", "packages", "targets"}
+    assert set(n3c("doctor", "--json").data) == {"machine", "packages", "targets", "extensions"}
 
 
 def test_warnings_are_in_json_and_on_stderr(tmp_path: Path) -> None:
