@@ -143,7 +143,7 @@ def test_a_pass_that_nobody_has(n3c: Command) -> None:
     asked = SMALL + 'passes = ["faster"]\n'
     code, _, said = n3c.check(asked)
     assert code == 3
-    assert f"spec.toml:{asked.count(chr(10))}:11: error[E0522]: no extension has a pass `faster`" in said
+    assert f"spec.toml:{asked.count(chr(10))}:10: error[E0522]: no extension has a pass `faster`" in said
     code, _, said = n3c.check(SMALL + 'passes = ["Faster!"]\n')
     assert code == 3
     assert "error[E0111]" in said

@@ -74,8 +74,9 @@ def gated_delta(
     _require(q == k, f"q {q} is not as k {k}")
     _require(a == b and a.dims == (*v.dims[:-1], heads), f"a {a} and b {b} do not fit {v}")
     _require(A.dims == dt_bias.dims, f"A {A} and dt_bias {dt_bias} differ in heads")
-    _require(isinstance(heads, int) and isinstance(keys, int) and isinstance(values, int), "widths are static")
-    fits = heads % num_key_heads == 0 and keys % num_key_heads == 0 and values % heads == 0
+    sizes = [size for size in (heads, keys, values) if isinstance(size, int)]
+    _require(len(sizes) == 3, "gated_delta needs static widths")
+    fits = sizes[0] % num_key_heads == 0 and sizes[1] % num_key_heads == 0 and sizes[2] % sizes[0] == 0
     _require(fits, "gated_delta widths do not divide")
     return v
 

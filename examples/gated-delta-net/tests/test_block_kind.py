@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import HYBRID, SPEC, Qwen, checkpoint, generated, model_of, spec_of
 
+from models import HYBRID, SPEC, Qwen, checkpoint, generated, model_of, spec_of
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.backends.safetensors.sources import load
 from n3c.compiler import build, check, export_config, import_config, inspect, quantize

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import SPEC, checkpoint, generated, spec_of
-from n3c_gated_delta_net.merge_pieces import MergePieces
 
+from models import SPEC, checkpoint, generated, spec_of
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.backends.safetensors.sources import load
 from n3c.compiler import build, repro
@@ -17,6 +16,7 @@ from n3c.ir.verify import verify
 from n3c.passes.lower.model import lower
 from n3c.passes.serving import serve
 from n3c.runtime.engines.reference.evaluate import evaluate
+from n3c_gated_delta_net.merge_pieces import MergePieces
 
 ONE_KEY = SPEC.replace("num_key_heads = 2", "num_key_heads = 1")
 ASKED = 'passes = ["merge_pieces"]\n'
