@@ -30,7 +30,9 @@ _MODEL: Fields = {
 
 def config_fields() -> Fields:
     """Return the fields of a config.json for each key of a spec, those of the known block kinds among them."""
-    own = {(kind.table, key.key): (key.name, key.default, key.aliases) for kind in kinds() for key in kind.config_keys}
+    own: Fields = {
+        (kind.table, key.key): (key.name, key.default, key.aliases) for kind in kinds() for key in kind.config_keys
+    }
     return {**_MODEL, **own}
 
 

@@ -7,6 +7,7 @@ y = exp(c) q̂ S + (q̂ k̂ᵀ exp(cᵢ - cⱼ), diagonal included) u, S' = exp(
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -54,12 +55,12 @@ def gated_delta_update(emitter: Emitter, node: Node) -> None:
     """Pieces of `PIECE` tokens, each from the state that the one before left."""
     rule = _Rule.of(emitter, node)
     g, state = emitter.graph, node["state"]
-    query, key, value, decay, strength = rule.operands()
+    operands = rule.operands()
     memory, outputs = emitter.f32(state), list[onnx.Value]()
     for start in range(0, rule.tokens, PIECE):
         end = min(start + PIECE, rule.tokens)
-        cut = [rule.cut(t, start, end) for t in (query, key, value, decay, strength)]
-        y, memory = rule.piece(*cut, memory, end - start)
+        cut = [rule.cut(operand, start, end) for operand in operands]
+        y, memory = rule.piece(cut, memory, end - start)
         outputs.append(y)
     y = outputs[0] if len(outputs) == 1 else g.node("Concat", *outputs, axis=2)
     y = g.node("Reshape", g.node("Transpose", y, perm=[0, 2, 1, 3]), g.i64(rule.batch, rule.tokens, rule.width))
@@ -123,18 +124,9 @@ class _Rule:
         g = self.emitter.graph
         return x if end - start == self.tokens else g.node("Slice", x, g.i64(start), g.i64(end), g.i64(2))
 
-    def piece(
-        self,
-        query: onnx.Value,
-        key: onnx.Value,
-        value: onnx.Value,
-        decay: onnx.Value,
-        strength: onnx.Value,
-        memory: onnx.Value,
-        size: int,
-    ) -> tuple[onnx.Value, onnx.Value]:
+    def piece(self, operands: Sequence[onnx.Value], memory: onnx.Value, size: int) -> tuple[onnx.Value, onnx.Value]:
         """Return y [B, Hv, Q, Dv] of `size` tokens, and the state after them."""
-        g = self.emitter.graph
+        g, (query, key, value, decay, strength) = self.emitter.graph, operands
 
         def turned(x: onnx.Value) -> onnx.Value:
             return g.node("Transpose", x, perm=[0, 1, 3, 2])

@@ -16,7 +16,7 @@ def split_groups(x: Tensor, *, groups: int, sizes: tuple[int, ...]) -> tuple[Ten
 
 
 def norm_then_gate(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    heads = x.unflatten(-1, (-1, weight.shape[0]))
+    heads: Tensor = x.unflatten(-1, (-1, weight.shape[0]))
     normed = heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + eps) * weight.float()
     return normed.flatten(-2) * F.silu(gate)
 

@@ -64,7 +64,8 @@ def spec_of(text: str) -> Spec:
 
 def generated(spec: Spec) -> ModuleType:
     """Return the package that n3c generates for a spec."""
-    return load_package(emit(spec, "0" * 64))
+    module: ModuleType = load_package(emit(spec, "0" * 64))
+    return module
 
 
 def model_of(package: Any, seed: int = 0) -> Any:
@@ -118,7 +119,7 @@ class Qwen(nn.Module):
 
     def by_name(self) -> dict[str, Tensor]:
         """Return the parameters by their names in n3c's model."""
-        named = {"backbone.embeddings.weight": self.embedding, "lm_head.weight": self.head}
+        named: dict[str, Tensor] = {"backbone.embeddings.weight": self.embedding, "lm_head.weight": self.head}
         named["backbone.norm_f.weight"] = self.norm
         for index, (norm, mixer) in enumerate(zip(self.norms, self.mixers, strict=True)):
             at = f"backbone.layers.{index}"
