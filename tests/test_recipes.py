@@ -20,7 +20,7 @@ import pytest
 from n3c.ir.extensions import GROUPS
 
 ROOT = Path(__file__).parents[1]
-COPIED = ("backends", "compiler", "docs", "examples", "ir", "passes", "runtime", "specs", "tests", "typings")
+COPIED = ("backends", "compiler", "docs", "ir", "passes", "runtime", "specs", "tests", "typings")
 
 
 class Copy:
