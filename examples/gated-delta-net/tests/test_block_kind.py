@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch
 from models import HYBRID, SPEC, Qwen, checkpoint, generated, model_of, spec_of
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.backends.safetensors.sources import load
+from n3c.backends.torch.emit import emit
+from n3c.backends.torch.loading import write_files
 from n3c.compiler import build, check, export_config, import_config, inspect, quantize
 from n3c.ir.diagnostics import N3CError
 from n3c.ir.source import tensor_names
@@ -40,6 +44,14 @@ def test_logits_and_gradients_are_those_of_qwen3_next() -> None:
         assert expected is not None and expected.abs().max() > 0, name
         worst = (gradient - expected).abs().max() / expected.abs().max()
         assert worst < 1e-3, f"{name}: {worst}"
+
+
+def test_generated_code_is_formatted_and_clean(tmp_path: Path) -> None:
+    write_files(emit(spec_of(HYBRID), "0" * 64), tmp_path)
+    options = ["--isolated", "--no-cache", "--line-length", "100", str(tmp_path / "gated")]
+    for command in (["format", "--check"], ["check", "--target-version", "py311", "--select", "E,F,I,UP,W"]):
+        done = subprocess.run([sys.executable, "-m", "ruff", *command, *options], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
 
 
 @torch.no_grad()
