@@ -10,7 +10,7 @@ import keyword
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -24,6 +24,7 @@ from n3c.specs.reader import entry_class, fields_of
 from n3c.specs.schema import Spec
 
 from .gpus import peak_tflops
+from .imports import import_order, model_imports
 from .numerics import training_formats
 
 MODULE = re.compile(r"[a-z_]+(\.[a-z0-9_]+)*")
@@ -188,7 +189,7 @@ def spec_view(spec: Spec, spec_sha256: str, flops_per_token: tuple[int, int]) ->
         one_dimensional=spec.training is not None and spec.training.block == (1, 16),
         parallel=_parallel(uses, shared),
         files=tuple(dict.fromkeys(name for kind in blocks for name in kind.files)),
-        imports=_imports(blocks, uses),
+        imports=model_imports(blocks, mtp=uses.mtp),
         roles=_roles(spec, blocks),
         peak_tflops=tuple((words, _literal(tflops, "gpus")) for words, tflops in peak_tflops()),
         flops_per_token=_literal(flops_per_token[0], "flops"),
@@ -213,28 +214,6 @@ def _remote_code(blocks: Sequence[BlockKind]) -> tuple[str, ...]:
     files = {"dispatch.py", "float32.py", "loss.py", "model.py", "modeling_n3c.py", "norm.py"}
     files |= {"recompute.py", "sequences.py", "state.py", *(name for kind in blocks for name in kind.files)}
     return tuple(sorted(files | ({"callbacks.py"} if MOE in blocks else set())))
-
-
-def _imports(blocks: Sequence[BlockKind], uses: Uses) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Return what model.py imports from other modules of the package, in isort's order."""
-    with_mtp = ("combined_loss",) if uses.mtp else ()
-    needed = {
-        "float32": {"widened"},
-        "loss": {"IGNORED", "check_labels", "cross_entropy", "linear_cross_entropy", "targets_of", *with_mtp},
-        "norm": {"RMSNorm"},
-        "recompute": {"Recomputable", "recompute"},
-        "sequences": {"WHOLE", "Batch", "arranged", "batch_of", "restored"},
-        "state": {"State", "state_of"},
-    }
-    for kind in blocks:
-        for module, names in kind.imports.items():
-            needed.setdefault(module, set()).update(names)
-    return tuple((module, tuple(sorted(names, key=_import_order))) for module, names in sorted(needed.items()))
-
-
-def _import_order(name: str) -> tuple[bool, bool, str]:
-    """Order names as isort: constants, classes, functions."""
-    return not name.isupper(), not name[0].isupper(), name
 
 
 def _letters(blocks: Sequence[BlockKind], shared: bool) -> tuple[str, ...]:
@@ -269,18 +248,15 @@ def _parallel(uses: Uses, shared: bool) -> ParallelView:
         "mlp_intermediate_size": uses.mlp,
     }
     names = tuple(name for name, used in classes.items() if used)
-    imported = sorted(["Config", "Model", *names], key=_import_order)
+    imported = sorted(["Config", "Model", *names], key=import_order)
     return ParallelView(names, tuple(name for name, used in sizes.items() if used), tuple(imported))
 
 
 def _roles(spec: Spec, blocks: Sequence[BlockKind]) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
     """Return the roles of every weight that the mixers have, kind by kind; stacked experts are one module."""
-    return tuple((kind.symbol, (*_module_roles(kind, spec.table(kind)), *kind.vectors.items())) for kind in blocks)
-
-
-def _module_roles(kind: BlockKind, table: object) -> Iterator[tuple[str, str]]:
-    for module, _ in kind.present(table):
-        yield module.name.replace(".{}", ""), module.role
+    modules = {kind: [m for m, _ in kind.present(spec.table(kind))] for kind in blocks}
+    named = {kind: [(m.name.replace(".{}", ""), m.role) for m in found] for kind, found in modules.items()}
+    return tuple((kind.symbol, (*named[kind], *kind.vectors.items())) for kind in blocks)
 
 
 def _moe_parts(moe: Moe) -> MoeParts:
