@@ -17,6 +17,7 @@ from n3c.ir.diagnostics import Diagnostic, Severity, Span, did_you_mean
 
 from .block_kind import BlockKind
 from .consistency import check
+from .keys import key
 from .kinds import kinds, know_more, who_adds
 from .pattern import Pattern, PatternError
 from .places import Path, Places, dotted, shown
@@ -80,7 +81,8 @@ def spec_fields() -> Fields:
 
 
 def _doc(kind: BlockKind) -> Mapping[str, Any]:
-    return {"doc": f"Required where the pattern has {kind.symbol}."}
+    described: Mapping[str, Any] = key(f"Required where the pattern has {kind.symbol}.", default=None).metadata
+    return described
 
 
 class _Reader:
