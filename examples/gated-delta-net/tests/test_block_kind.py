@@ -47,7 +47,7 @@ def test_logits_and_gradients_are_those_of_qwen3_next() -> None:
 
 
 def test_generated_code_is_formatted_and_clean(tmp_path: Path) -> None:
-    write_files(emit(spec_of(HYBRID), "0" * 64), tmp_path)
+    write_files(emit(spec_of(SPEC), "0" * 64), tmp_path)
     options = ["--isolated", "--no-cache", "--line-length", "100", str(tmp_path / "gated")]
     for command in (["format", "--check"], ["check", "--target-version", "py311", "--select", "E,F,I,UP,W"]):
         done = subprocess.run([sys.executable, "-m", "ruff", *command, *options], capture_output=True, text=True)
