@@ -246,6 +246,20 @@ def dequantize_fp8(codes: TensorType, scale: TensorType) -> TensorType:
     return codes.with_dtype(DType.F32)
 
 
+@op()
+def quantize_activation(x: TensorType, scale: TensorType, *, format: str) -> TensorType:
+    """y = x as `format` holds it: x [..., K], scale f32 [] → [..., K], in float32.
+
+    fp8: y = e4m3(x · (1 / scale)) · scale; beyond 448 · scale it is that.
+    nvfp4: for each 16 elements along K x' = x · (1 / scale), s = e4m3(max|x'| / 6), y = e2m1(x' / s) · s · scale.
+    """
+    _require(format in ("nvfp4", "fp8"), f"activations are quantized to nvfp4 or fp8, not {format}")
+    _require(scale == TensorType(DType.F32, ()), f"the scale of activations is f32[], not {scale}")
+    last = x.dims[-1]
+    _require(format == "fp8" or (isinstance(last, int) and last % NVFP4_BLOCK == 0), f"{x} has no blocks of 16")
+    return x
+
+
 DEQUANTIZE = (dequantize_nvfp4, dequantize_fp8)
 """Ops that make a weight of codes and scales."""
 
@@ -284,12 +298,29 @@ def _experts_flops(operands: Any, results: Types, attributes: Any) -> int:
 
 
 @op(weights=("up", "down"), flops=_experts_flops)
-def experts(x: TensorType, indices: TensorType, weights: TensorType, up: TensorType, down: TensorType) -> TensorType:
+def experts(
+    x: TensorType,
+    indices: TensorType,
+    weights: TensorType,
+    up: TensorType,
+    down: TensorType,
+    inner_scale: TensorType | None = None,
+    up_bytes: TensorType | None = None,
+    down_bytes: TensorType | None = None,
+    *,
+    inner_format: str,
+) -> TensorType:
     """y = Σₖ weights[k] · down[e] relu²(up[e] x), e = indices[k].
 
     x [B, S, L], indices i64 and weights f32 [B, S, K], up [E, I, L], down [E, L, I] → [B, S, L],
-    in whichever dispatch a backend prefers (sorted tokens and grouped GEMM in training).
+    in whichever dispatch a backend prefers (sorted tokens and grouped GEMM in training). With `inner_scale` f32 []
+    what `down` reads is quantized to `inner_format`, as by quantize_activation; else that is empty. `up_bytes` and
+    `down_bytes` are `up` and `down` again, from codes that can be gathered by expert, where those cannot.
     """
+    for weight, again in ((up, up_bytes), (down, down_bytes)):
+        _require(again is None or again == weight, f"{again} is not {weight}")
+    _require((inner_scale is None) == (inner_format == ""), "inner_scale and inner_format go together")
+    _require(inner_scale is None or inner_scale == TensorType(DType.F32, ()), f"inner_scale is f32[], not {inner_scale}")
     _require(len(up.dims) == 3 and up.dims[2] == x.dims[-1], f"up {up} does not fit {x}")
     _require(down.dims == (up.dims[0], up.dims[2], up.dims[1]), f"down {down} does not fit up {up}")
     _require(indices.dims == weights.dims, f"indices {indices} and weights {weights} differ")

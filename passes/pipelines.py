@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 
+from n3c.ir.formats import FORMATS
 from n3c.ir.types import DType
 from n3c.specs.rules import format_rules
 from n3c.specs.schema import Spec
@@ -18,6 +19,7 @@ from .fuse_moe import FuseMoe
 from .pack import CODES, Pack
 from .plan_state import PlanState
 from .quantize import Quantize
+from .quantize_activations import ROUNDED, QuantizeActivations
 from .widen import Widen
 
 STATE_DTYPES = {"fp32": DType.F32, "fp16": DType.F16, "bf16": DType.BF16, "fp8": DType.F8E4M3}
@@ -29,6 +31,8 @@ SERVING: Mapping[type[Pass], Callable[[Spec, Collection[DType]], Pass]] = {
     PlanState: lambda spec, _: _plan_state(spec),
     # after plan_state: the dispatch of experts depends on the entry point
     FuseMoe: lambda *_: FuseMoe(),
+    # after fuse_moe, which makes the linears; before pack, behind which no kernel takes the stored type
+    QuantizeActivations: lambda spec, lacking: quantize_activations_pass(spec, lacking),
     # after fuse_moe, which tells the codes of experts by their type
     Pack: lambda _, lacking: Pack(frozenset(CODES) & frozenset(lacking)),
     # last: merged weights leave their parts behind, and prefill needs only the caches of multi-token prediction
@@ -53,6 +57,14 @@ def serving_passes(spec: Spec, lacking: Collection[DType] = ()) -> list[Pass]:
 def quantize_pass(spec: Spec) -> Quantize:
     """Return the pass for the spec's [quantization]; without the table everything stays BF16."""
     return Quantize(format_rules(spec, "quantization"))
+
+
+def quantize_activations_pass(spec: Spec, lacking: Collection[DType] = ()) -> QuantizeActivations:
+    """Return the pass for `serving.activations`; a target rounds to the formats of whose types it lacks none."""
+    if spec.serving.activations == "weight_only":
+        return QuantizeActivations(frozenset())
+    able = [name for name in ROUNDED if not {part.dtype for part in FORMATS[name].parts} & set(lacking)]
+    return QuantizeActivations(frozenset(able))
 
 
 def _plan_state(spec: Spec) -> PlanState:

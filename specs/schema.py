@@ -106,6 +106,10 @@ class Serving:
     kv_cache_dtype: Literal["bf16", "fp8", "fp32"] = key("Type of the KV cache.", default="bf16")
     ssm_state_dtype: Literal["fp32", "fp16", "bf16"] = key("Type of the SSM state.", default="fp32")
     conv_state_dtype: Literal["bf16", "fp32"] = key("Type of the convolution window.", default="bf16")
+    activations: Literal["as_format", "weight_only"] = key(
+        "Whether nvfp4 and fp8 quantize what their linears read, in every entry point, or weights only.",
+        default="as_format",
+    )
 
 
 @dataclass(frozen=True)

@@ -186,8 +186,6 @@ class _Emission:
         for formal, actual in zip(function.states, call.states, strict=True):
             if f"{actual}.view" in self.values:
                 self.emitter.bind_view(formal, self.values[f"{actual}.view"])
-        for formal, actual in zip(function.parameters, call.parameters, strict=True):
-            self.emitter.bind_format(formal, self.program.parameters[actual].format)
         self.nodes(function)
         for name, value in zip(call.outputs, function.outputs, strict=True):
             self.values[name] = self.emitter.get(value)

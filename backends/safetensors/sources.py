@@ -17,6 +17,7 @@ from n3c.ir.source import (
     Concat,
     Dequantized,
     Fp8,
+    InputScale,
     NegExp,
     Nvfp4,
     Rounded,
@@ -78,6 +79,9 @@ def _evaluate(source: Source, checkpoint: Checkpoint) -> Array:
             if name not in checkpoint:
                 return np.asarray(1, np.float32)
             return (checkpoint.read(name).astype(np.float32) * np.float32(E4M3_MAX / CACHE_MAX)).reshape(())
+        case InputScale():
+            stored = [checkpoint.read(name).reshape(()) for name in source.names if name in checkpoint]
+            return np.asarray(max(stored, default=1), np.float32)
         case Dequantized(Nvfp4() as codes):
             rows = codes.block_rows
             return _each_matrix(codes.operand, checkpoint, lambda name: _dequantized_nvfp4(checkpoint, name, rows))

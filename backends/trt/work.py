@@ -108,6 +108,10 @@ class Work:
     flops: Mapping[DType, float] = field(default_factory=dict[DType, float])
 
 
+IDLE = Work("idle", 0, ())
+"""Of a kernel within a Loop: with a router that loads experts evenly no bucket overflows, so no round is run."""
+
+
 def work_of(
     kernel: Kernel, needs: Needs, linears: Mapping[str, Linear], context: int, *, moved: int, passing: Iterable[int]
 ) -> Work:

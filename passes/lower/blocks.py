@@ -143,7 +143,7 @@ def _moe(block: Block, spec: Spec, x: Value) -> Value:
         return block.parameter(name, dims, role, source=lambda at: Stack(f"{at}.{name}", e))
 
     up, down = experts("up", (e, i, width)), experts("down", (e, width, i))
-    y = block.emit(ops.experts, u, indices, weights, up, down, name="y")
+    y = block.emit(ops.experts, u, indices, weights, up, down, name="y", inner_format="")
     if m.latent_size is not None:
         y = block.projection(y, "moe.latent_up", d, "y")
     if m.shared_intermediate_size:
