@@ -12,6 +12,7 @@ from n3c.backends.safetensors.checkpoint_fit import fitting_checkpoint
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 from n3c.ir.json_file import is_count, read_json
 from n3c.runtime.build_folder import OpenedBuild
+from n3c.runtime.engines.activations import require_scales, with_scales_of
 from n3c.runtime.engines.choice import Device, EngineName, choose_engine
 from n3c.runtime.engines.interface import Engine
 from n3c.runtime.engines.open import open_engine
@@ -36,6 +37,8 @@ class Runner:
     """None: no speculation."""
     device: Device = "cpu"
     engine_name: EngineName = "onnxruntime"
+    rounding: bool = False
+    """Whether the engine rounds activations, for which other weights must have scales too."""
 
     def generation(self, prompts: Sequence[Sequence[int]], options: Options) -> Generation:
         """Return a request, not yet run; N3CError (exit code 2) where it exceeds the build's capacity."""
@@ -50,7 +53,10 @@ class Runner:
         For reinforcement learning, between rollouts. N3CError (exit code 6) where they do not fit; then the old
         weights stay.
         """
-        self.engine.replace_weights(fitting_checkpoint(self.build.spec, directory))
+        checkpoint = fitting_checkpoint(self.build.spec, directory)
+        if self.rounding:
+            require_scales(self.build.spec, self.build.served.program, checkpoint)
+        self.engine.replace_weights(checkpoint)
 
 
 def open_runner(
@@ -78,7 +84,8 @@ def open_runner(
     opened = open_engine(chosen, build, names, [batch], checkpoint, device, progress)
     tokenizer = find_tokenizer([weights], spec.model.vocab_size)
     eos = eos_token_ids(weights) or frozenset(spec.model.eos_token_ids)
-    return Runner(build, opened, tokenizer, eos, MtpDrafter() if speculate else None, device, chosen)
+    rounding = with_scales_of(spec, build.served.program, checkpoint).serving.activations == "as_format"
+    return Runner(build, opened, tokenizer, eos, MtpDrafter() if speculate else None, device, chosen, rounding)
 
 
 def require_weights(directory: Path | None) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import tempfile
 from pathlib import Path
 
@@ -99,3 +101,8 @@ def small_spec(extra: str = "", *, latent: bool = True, odd: tuple[str, str] | N
         assert odd[0] in text
         text = text.replace(*odd)
     return spec_from_text(text + extra)
+
+
+def weight_only(spec: Spec) -> Spec:
+    """Return a spec that is served without rounding activations."""
+    return replace(spec, serving=replace(spec.serving, activations="weight_only"))
