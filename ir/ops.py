@@ -320,7 +320,9 @@ def experts(
     for weight, again in ((up, up_bytes), (down, down_bytes)):
         _require(again is None or again == weight, f"{again} is not {weight}")
     _require((inner_scale is None) == (inner_format == ""), "inner_scale and inner_format go together")
-    _require(inner_scale is None or inner_scale == TensorType(DType.F32, ()), f"inner_scale is f32[], not {inner_scale}")
+    _require(
+        inner_scale is None or inner_scale == TensorType(DType.F32, ()), f"inner_scale is f32[], not {inner_scale}"
+    )
     _require(len(up.dims) == 3 and up.dims[2] == x.dims[-1], f"up {up} does not fit {x}")
     _require(down.dims == (up.dims[0], up.dims[2], up.dims[1]), f"down {down} does not fit up {up}")
     _require(indices.dims == weights.dims, f"indices {indices} and weights {weights} differ")

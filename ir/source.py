@@ -121,7 +121,7 @@ class CacheScale:
 
 @dataclass(frozen=True)
 class InputScale:
-    """Scale of what a linear reads, `….input_scale`: of stacked experts the largest; 1 where the checkpoint has none."""
+    """Scale of what a linear reads, `….input_scale`: of stacked experts the largest; 1 where there is none."""
 
     weight: Tensor | Stack
 
@@ -138,7 +138,7 @@ Source = Tensor | Stack | Concat | NegExp | Nvfp4 | Fp8 | Bytes | Dequantized | 
 
 
 def leaves(source: Source) -> Iterator[Tensor | Stack]:
-    """Yield what `source` reads of the checkpoint, in order; scales of caches and inputs are optional there and left out."""
+    """Yield what `source` reads of the checkpoint, in order; scales of caches and inputs are optional and left out."""
     match source:
         case Tensor() | Stack():
             yield source

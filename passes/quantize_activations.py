@@ -4,11 +4,11 @@
   →
     linear(quantize_activation(x, input_scale), w)
 
-Pattern: a weight whose format quantizes activations (`WeightFormat.input_divisor`). Between the two linears of `experts`
-it is that op that rounds. The scale is the checkpoint's, of a whole tensor: no token's result depends on other tokens
-or on padding. A GPU that lacks a format's types computes weight-only with it, as its weights come through tables; so
-does `serving.activations = "weight_only"`, which leaves this pass without formats. After fuse_moe, which decides how
-experts are computed; before pack, which hides the types of codes.
+Pattern: a weight whose format quantizes activations (`WeightFormat.input_divisor`). Between the two linears of
+`experts` it is that op that rounds. The scale is the checkpoint's, of a whole tensor: no token's result depends on
+others or on padding. A GPU that lacks a format's types computes weight-only with it, as its weights come through
+tables; so does `serving.activations = "weight_only"`, which leaves this pass without formats. After fuse_moe, which
+decides how experts are computed; before pack, which hides the types of codes.
 """
 
 from __future__ import annotations

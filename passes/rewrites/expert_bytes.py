@@ -56,9 +56,7 @@ def _codes(weight: Value) -> list[Value]:
     return [stored for stored in weight.stored if stored.type.dtype in TYPED]
 
 
-def _bind_both(
-    program: Program, function: Function, calls: list[Call], node: Node, name: str, made_by: str
-) -> None:
+def _bind_both(program: Program, function: Function, calls: list[Call], node: Node, name: str, made_by: str) -> None:
     """Bind the codes of a weight of `experts` under names of their own, and their bytes besides."""
     weight, again = node[name], list[Value]()
     for stored in weight.stored:

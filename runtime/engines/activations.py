@@ -13,7 +13,7 @@ from n3c.specs.schema import Spec
 
 
 def with_scales_of(spec: Spec, program: Program, checkpoint: Checkpoint) -> Spec:
-    """Return `spec`, served weight-only where `checkpoint` has no `input_scale` of an NVFP4 linear that `program` rounds.
+    """Return `spec`, weight-only where `checkpoint` has no `input_scale` of an NVFP4 linear that `program` rounds.
 
     Such a checkpoint says of itself that it is W4A16, and other readers take it as that.
     """

@@ -18,7 +18,6 @@ from n3c.ir.source import Stack, tensor_names
 from n3c.ir.types import DType
 from n3c.passes.quantize import linear_parameters
 
-
 INPUT = 1 / 64
 """The `input_scale` of every linear: FP8 reaches 7, and blocks of NVFP4 from 0.0015 to 42 have a normal E4M3 scale."""
 

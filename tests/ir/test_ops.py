@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from n3c.ir import ops
+from n3c.ir.ops import Attribute
 from n3c.ir.types import DType, TensorType
 from n3c.runtime.engines.reference.ops import EVALUATORS
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from n3c.specs.load import load_spec

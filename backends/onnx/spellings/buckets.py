@@ -59,9 +59,7 @@ def experts(emitter: Emitter, node: Node) -> None:
 _CHOICE = ("indices", "weights")
 
 
-def _rows(
-    emitter: Emitter, node: Node, rows: int, width: int
-) -> tuple[onnx.Value, tuple[onnx.Value, str] | None]:
+def _rows(emitter: Emitter, node: Node, rows: int, width: int) -> tuple[onnx.Value, tuple[onnx.Value, str] | None]:
     """Return x [T, L], and where it is to be rounded, by what it was divided for that, and the format."""
     g, rounded = emitter.graph, emitter.rounded(node["x"])
     if rounded is None:

@@ -31,9 +31,14 @@ def expert_linear(emitter: Emitter, node: Node) -> None:
 
 
 def chosen_product(
-    emitter: Emitter, x: onnx.Value, x_scale: onnx.Value | None, value: Value, indices: onnx.Value, dims: tuple[int, ...]
+    emitter: Emitter,
+    x: onnx.Value,
+    x_scale: onnx.Value | None,
+    value: Value,
+    indices: onnx.Value,
+    dims: tuple[int, ...],
 ) -> onnx.Value:
-    """Return the products of x [B, S, R or 1, K] with the weights [E, N, K] of the experts `indices` of `dims` [B, S, R]."""
+    """Return the products of x [B, S, R or 1, K] with weights [E, N, K] of experts `indices`, of `dims` [B, S, R]."""
     g, weight = emitter.graph, emitter.weight(value)
     chosen = (*dims, *emitter.sizes(value)[1:])
     if emitter.rendering == "float32":
@@ -46,7 +51,7 @@ def chosen_product(
     else:
         product = g.node("Mul", g.node("Unsqueeze", x, g.i64(-2)), _gathered(emitter, weight, indices))
         y = g.node("ReduceSum", product, g.i64(-1), keepdims=0)
-    scale = product_scale(emitter, weight, x_scale)
+    scale = product_scale(emitter, weight, x_scale, emitter.sizes(value)[0])
     if scale is None:
         return y
     return g.node("Mul", y, g.node("Unsqueeze", tables.rows(emitter, scale, indices), g.i64(-1)))

@@ -52,9 +52,7 @@ def product(emitter: Emitter, x: onnx.Value | Rounded, weight: Weight) -> onnx.V
     return y if scale is None else g.node("Mul", y, scale)
 
 
-def stacked_product(
-    emitter: Emitter, x: onnx.Value | Rounded, weight: Weight
-) -> tuple[onnx.Value, onnx.Value | None]:
+def stacked_product(emitter: Emitter, x: onnx.Value | Rounded, weight: Weight) -> tuple[onnx.Value, onnx.Value | None]:
     """Return x [E, C, K] times the transposes of a stack [E, N, K], [E, C, N], and what [E, 1, 1] to multiply it with.
 
     It is in the type of products, BF16 but for FP8. The weights stand on the left: there the scales of their blocks
@@ -63,7 +61,7 @@ def stacked_product(
     g = emitter.graph
     left, right = _operands(emitter, x, weight)
     y = g.node("Transpose", g.node("MatMul", right, g.node("Transpose", left, perm=[0, 2, 1])), perm=[0, 2, 1])
-    scale = product_scale(emitter, weight, x.scale if isinstance(x, Rounded) else None)
+    scale = product_scale(emitter, weight, x.scale if isinstance(x, Rounded) else None, _stacked(weight))
     return y, None if scale is None else g.node("Unsqueeze", scale, g.i64(-1, -2))
 
 
@@ -85,3 +83,10 @@ def _operands(emitter: Emitter, x: onnx.Value | Rounded, weight: Weight) -> tupl
 def _is_float32(x: onnx.Value | Rounded, weight: Weight) -> bool:
     """Whether a product is of FP8 values in float32, which compiles to one of FP8."""
     return isinstance(weight, Fp8Weight) and isinstance(x, Rounded)
+
+
+def _stacked(weight: Weight) -> int:
+    """Return how many matrices a stack holds."""
+    codes = weight.tensor if isinstance(weight, DenseWeight) else weight.codes
+    assert codes.shape is not None and isinstance(codes.shape[0], int)  # of a graph input
+    return codes.shape[0]

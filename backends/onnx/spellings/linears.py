@@ -52,10 +52,16 @@ def linear_sum(emitter: Emitter, node: Node) -> None:
     emitter.bind(node.results[0], y if scale is None else g.node("Mul", y, scale))
 
 
-def product_scale(emitter: Emitter, weight: Weight, x_scale: onnx.Value | None) -> onnx.Value | None:
-    """Return what the product of codes is multiplied with, [] or one an expert [E]; None for nothing."""
-    scale = tensor_scale(weight)
-    return scale if scale is None or x_scale is None else emitter.graph.node("Mul", scale, x_scale)
+def product_scale(
+    emitter: Emitter, weight: Weight, x_scale: onnx.Value | None, experts: int | None = None
+) -> onnx.Value | None:
+    """Return what the product of codes is multiplied with, [], or [E] for a stack of `experts`; None for nothing."""
+    g, scale = emitter.graph, tensor_scale(weight)
+    if x_scale is None:
+        return scale
+    if scale is not None:
+        return g.node("Mul", scale, x_scale)
+    return x_scale if experts is None else g.node("Expand", x_scale, g.i64(experts))
 
 
 def _rows_fastest(emitter: Emitter, node: Node, x: onnx.Value, weight: Weight) -> onnx.Value:

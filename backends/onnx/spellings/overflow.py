@@ -78,7 +78,10 @@ def _computed(
     up, down = (node.get(f"{name}_bytes") or node[name] for name in node.op.weights)
     x_scale = None
     if scale is not None:
-        x, x_scale = activations.values(emitter, Rounded(x, (LISTED, 1, 1, emitter.sizes(node["x"])[-1]), *scale)), scale[0]
+        x, x_scale = (
+            activations.values(emitter, Rounded(x, (LISTED, 1, 1, emitter.sizes(node["x"])[-1]), *scale)),
+            scale[0],
+        )
     inner = chosen_product(emitter, x, x_scale, up, indices, (LISTED, 1, 1))
     positive = g.node("Relu", inner)
     active = g.node("Mul", positive, positive)

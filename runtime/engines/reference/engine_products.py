@@ -124,7 +124,9 @@ class EngineProducts:
 
     def _raw_product(self, x: Operand, weight: Operand) -> tuple[Tensor, Tensor]:
         """Return the product of what an engine multiplies, and what it multiplies the result with."""
-        matrix, scale = (weight.float(), torch.ones(())) if isinstance(weight, Tensor) else (weight.unscaled, weight.scale)
+        matrix, scale = (
+            (weight.float(), torch.ones(())) if isinstance(weight, Tensor) else (weight.unscaled, weight.scale)
+        )
         rows, x_scale = (x, torch.ones(())) if isinstance(x, Tensor) else (x.unscaled, x.scale)
         if not _is_fp8(x, weight):
             rows, matrix = self._operand(rows), self._operand(matrix)

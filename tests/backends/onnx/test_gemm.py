@@ -92,7 +92,7 @@ def test_rounding_on_a_cpu(format_: str, seen: Callable[[Tensor], Tensor]) -> No
     entry = emit_entry(program, "run", batch=1, rendering="float32")
     feeds = {name: one.values[name].numpy() for name in ("x", "x_scale", "w")}
     (actual,) = inference_session(entry.to_bytes()).run(None, feeds)
-    assert torch.equal(torch.from_numpy(actual), seen(one.values["x"]))
+    torch.testing.assert_close(torch.from_numpy(actual), seen(one.values["x"]), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("form", ["f32", "bf16"])
