@@ -37,9 +37,8 @@ def experts(emitter: Emitter, node: Node) -> None:
     empty = g.node("Expand", g.i64(0), g.i64(count * capacity + 1))  # what no pair lies in is computed and not read
     filled = g.node("ScatterElements", empty, g.node("Reshape", place, g.i64(-1)), token, axis=0)
     order = g.node("Reshape", g.node("Slice", filled, g.i64(0), g.i64(count * capacity)), g.i64(count, capacity))
-    bucket = tables.rows(emitter, x, order)  # [E, C, L]
-    if scale is not None:
-        bucket = Rounded(bucket, (count, capacity, width), *scale)
+    row = tables.rows(emitter, x, order)  # [E, C, L]
+    bucket = row if scale is None else Rounded(row, (count, capacity, width), *scale)
     active = _active(emitter, node, bucket, capacity)
     y, y_scale = stacked_product(emitter, active, emitter.weight(node["down"]))
 
