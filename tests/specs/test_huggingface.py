@@ -295,6 +295,21 @@ def test_megatron_depth_is_read() -> None:
     assert (spec.mtp.depth, spec.mtp.loss_scaling_factor) == (2, 0.3)
 
 
+@pytest.mark.parametrize("blocks", [60, 61])
+def test_patterns_that_differ(blocks: int) -> None:
+    """Both are told, one of more than 60 characters by its beginning."""
+    pattern = "M"
+    while len(pattern) < blocks:  # of nothing that repeats, which would be told in short
+        pattern = "".join({"M": "ME-", "E": "M-", "-": "E"}[symbol] for symbol in pattern)
+    pattern = pattern[:blocks]
+    said = f"`{pattern}`" if blocks == 60 else f"61 blocks `{pattern[:40]}...`"
+    text = json.dumps(OLD | {"hybrid_override_pattern": pattern, "layers_block_type": ["mamba"]})
+    with pytest.raises(N3CError) as caught:
+        read(text)
+    (found,) = [item for item in caught.value.diagnostics if item.code == "E0303" and "`layers" in item.message]
+    assert found.message == f"`hybrid_override_pattern` is {said}, but `layers_block_type` is `M`"
+
+
 ERRORS: dict[str, dict[str, Any]] = {
     "not_nemotron": {"model_type": "llama"},
     "no_pattern": {"hybrid_override_pattern": None},

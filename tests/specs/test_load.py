@@ -186,7 +186,7 @@ def test_places_of_every_form() -> None:
 a.b."c d" = 1
 arr = [ 1, # one
   [2, 3],
-  { x = 4 } ]
+  { x = 4, "y z" = [5] , w.v = 6 } ]
 [[t.u]]
 k = 1
 [[t.u]]
@@ -199,6 +199,10 @@ w = 1979-05-27 07:32:00 # date
     assert str(places.value(("a", "b", "c d"))) == "f:1:13"
     assert str(places.value(("arr", 1, 1))) == "f:3:7"
     assert str(places.key(("arr", 2, "x"))) == "f:4:5"
+    assert str(places.key(("arr", 2, "y z"))) == "f:4:12"
+    assert str(places.value(("arr", 2, "y z", 0))) == "f:4:21"
+    assert str(places.key(("arr", 2, "w"))) == str(places.key(("arr", 2, "w", "v"))) == "f:4:26"
+    assert str(places.value(("arr", 2, "w", "v"))) == "f:4:32"
     assert str(places.value(("t", "u", 1, "k"))) == "f:8:5"
     assert str(places.key(("t", "u", 1))) == "f:7:1"
     span = places.value(("t", "u", 1, "v", "w"))
