@@ -37,31 +37,33 @@ class Difference:
     """Where that is."""
 
 
-def points(entry: EntryPoint, program: Program) -> dict[str, str]:
+def points(entry: EntryPoint, program: Program) -> dict[str, str | None]:
     """Return the points of an entry point in the order of its layers: each label, and after it its states.
 
-    With each stands the label of the layer whose result it adds something to; empty where it is no residual layer.
+    With each stands the label of the layer whose result it adds something to; None where it is no residual layer, and
+    an empty text where all of the result is the layer's own: the MTP block's first layer makes its input, too.
     """
-    order: dict[str, str] = {}
+    order: dict[str, str | None] = {}
     label_of: dict[str, str] = {}
     for call in entry.calls:
-        before = label_of.get(call.inputs[0], "") if program.functions[call.function].kind in RESIDUAL else ""
+        before = label_of.get(call.inputs[0], "") if program.functions[call.function].kind in RESIDUAL else None
         if call.outputs:
             order.pop(call.label, None)  # a label's last call is what it gave
-            order[call.label] = before
-        order.update(dict.fromkeys(call.states, ""))
+            order[call.label] = "" if before == call.label else before
+        order.update(dict.fromkeys(call.states))
         label_of.update(dict.fromkeys(call.outputs, call.label))
     return order
 
 
-def differences(order: Mapping[str, str], reference: Trace, other: Trace) -> Iterator[Difference]:
+def differences(order: Mapping[str, str | None], reference: Trace, other: Trace) -> Iterator[Difference]:
     """Compare the points that both have, in `order`.
 
     Where the one has more tokens than the other, the last ones are compared: prefill keeps only its last token.
     """
     for point, before in order.items():
         if point in reference and point in other:
-            yield _difference(point, *_aligned(reference[point], other[point]), reference.get(before))
+            base = None if before is None else reference.get(before, np.zeros_like(reference[point]))
+            yield _difference(point, *_aligned(reference[point], other[point]), base)
 
 
 def _aligned(reference: Array, other: Array) -> tuple[Array, Array]:

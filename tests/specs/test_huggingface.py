@@ -295,6 +295,16 @@ def test_megatron_depth_is_read() -> None:
     assert (spec.mtp.depth, spec.mtp.loss_scaling_factor) == (2, 0.3)
 
 
+@pytest.mark.parametrize("rest", ["}", "} {", ", x: 1}", ', "b": tru}', ""])
+def test_a_name_given_twice(rest: str) -> None:
+    """It is found before what comes behind it is looked at."""
+    text = '{"a": {"b\\u0063": 1,\n "bc": 2}' + rest
+    with pytest.raises(N3CError) as caught:
+        parse_json(text, "c.json")
+    (found,) = caught.value.diagnostics
+    assert (found.code, found.message, str(found.span)) == ("E0303", "`bc` is given twice", "c.json:2:2")
+
+
 @pytest.mark.parametrize("blocks", [60, 61])
 def test_patterns_that_differ(blocks: int) -> None:
     """Both are told, one of more than 60 characters by its beginning."""
