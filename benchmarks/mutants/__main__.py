@@ -2,8 +2,9 @@
 
 A random sample with a seed is taken of all points of the code (points.py) and of what the templates write down
 (templates.py). Each is changed in a copy of the tree and meets the tests that call its function, in a fork
-(coverage.py, tree.py). Tests that take longer than the limit decide nothing, and are counted apart. Survivors are to be
-judged: a weak test, or a change that means the same.
+(coverage.py, tree.py). Tests that take longer than the limit decide nothing, and are counted apart. Survivors
+are to be judged: a weak test, or a change that means the same; judged.toml names those with the reason, and they are
+drawn no more.
 
     python -m benchmarks.mutants --count 40 --seed 1 --seconds 1500 --coverage build/mutants/coverage
 
@@ -18,6 +19,7 @@ import json
 import random
 import tempfile
 import time
+import tomllib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,14 +64,29 @@ def survives(mutant: Mutant, tree: Tree, coverage: Coverage, budget: float) -> b
 
 
 def points() -> list[Mutant]:
-    """Return every mutant of the code and of the templates."""
-    found: list[Mutant] = []
+    """Return every mutant of the code and of the templates that is not known to mean the same."""
+    judged, found = equivalent(), list[Mutant]()
     for folder in FOLDERS:
         for path in sorted((ROOT / folder).rglob("*.py")):
             found += mutants_of(ROOT, path)
         for path in sorted((ROOT / folder).rglob("*.jinja")):
             found += mutants_of_template(ROOT, path)
-    return found
+    return [mutant for mutant in found if not is_judged(mutant, judged)]
+
+
+def equivalent() -> set[tuple[str, str]]:
+    """Return path and description, without its line, of the changes that judged.toml tells to mean the same."""
+    entries = tomllib.loads(Path(__file__).with_name("judged.toml").read_text(encoding="utf-8"))["equivalent"]
+    return {(entry["path"], entry["change"]) for entry in entries}
+
+
+def is_judged(mutant: Mutant, judged: set[tuple[str, str]]) -> bool:
+    """Whether a change is one of those."""
+    files = {path for path, _ in judged}
+    if mutant.path not in files:
+        return False
+    described = mutant.described((ROOT / mutant.path).read_text(encoding="utf-8"))
+    return (mutant.path, described.partition(": ")[2]) in judged
 
 
 def files_of(tests: Sequence[str]) -> list[str]:

@@ -27,7 +27,8 @@ Calls, names_of, Coverage = part("calls").Calls, part("calls").names_of, part("c
 Change, Mutant, changes_of, mutants_of = (
     getattr(part("points"), name) for name in ("Change", "Mutant", "changes_of", "mutants_of")
 )
-mutants_of_template, scores = part("templates").mutants_of_template, part("__main__").scores
+mutants_of_template, driver = part("templates").mutants_of_template, part("__main__")
+scores = driver.scores
 
 
 @pytest.mark.parametrize(
@@ -169,3 +170,16 @@ def test_every_file_of_the_code_has_mutants_that_are_python() -> None:
         text = path.read_text(encoding="utf-8")
         for mutant in mutants_of(ROOT, path)[:5]:
             compile(mutant.change.applied(text), str(path), "exec")
+
+
+def test_what_was_judged_is_still_there_and_drawn_no_more() -> None:
+    judged = driver.equivalent()
+    found: set[tuple[str, str]] = set()
+    for name in {path for path, _ in judged}:
+        path = ROOT / name
+        text = path.read_text(encoding="utf-8")
+        mutants = (mutants_of_template if path.suffix == ".jinja" else mutants_of)(ROOT, path)
+        found |= {
+            (name, mutant.described(text).partition(": ")[2]) for mutant in mutants if driver.is_judged(mutant, judged)
+        }
+    assert found == judged

@@ -230,6 +230,17 @@ def test_fp8_has_the_bits_of_pytorch(dtype: torch.dtype) -> None:
         np.testing.assert_array_equal(packing.pack_fp8_rows(as_numpy(weight), scale).codes, expected, make.__name__)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_sums_of_fp8_are_those_of_the_dequantized_weight(dtype: torch.dtype) -> None:
+    for make in (normal, heavy):
+        weight = make(torch.Generator().manual_seed(3), 32, 64).to(dtype)
+        signal, noise = packing.fp8_noise(as_numpy(weight))
+        scale = weight.float().abs().max() / 448
+        exact, values = weight.double(), (weight / scale).to(torch.float8_e4m3fn).double() * scale.double()
+        sums = [float(exact.square().sum()), float((values - exact).square().sum())]
+        np.testing.assert_allclose([signal, noise], sums, rtol=1e-4)
+
+
 @pytest.mark.parametrize("block_rows", [1, 16])
 @pytest.mark.parametrize("search", ["none", "mse"])
 def test_zeros_are_finite(block_rows: int, search: Search) -> None:
