@@ -37,7 +37,7 @@ def test_the_longest_header_of_npy(train: Any, tmp_path: Path, length: int, read
     if read:
         assert train.token_files.npy_header(path)[0] == 10 + length
         return
-    with pytest.raises(train.faults.TrainError, match=r"is no one-dimensional \.npy file"):
+    with pytest.raises(train.settings.TrainError, match=r"is no one-dimensional \.npy file"):
         train.token_files.npy_header(path)
 
 
@@ -77,5 +77,5 @@ def test_what_is_no_text_is_told_by_what_others_wrote(
     path = tmp_path / "data.txt"
     write(path)
     settings = train.settings.Settings(data=str(path), out="o", steps=1)
-    with pytest.raises(train.faults.TrainError, match=f"is {kind}, and no text"):
+    with pytest.raises(train.settings.TrainError, match=f"is {kind}, and no text"):
         train.file_kinds.find(path, settings)
