@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -53,7 +53,7 @@ class _Finder(MetaPathFinder, Loader):
 
 
 @contextmanager
-def stand_ins(*packages: str) -> Iterator[None]:
+def stand_ins(*packages: str) -> Generator[None]:
     """Have stand-ins for packages, whether or not they are installed, and forget them afterwards."""
     finder = _Finder(packages)
     before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in packages}

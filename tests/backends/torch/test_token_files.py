@@ -57,25 +57,23 @@ def zipped(path: Path) -> None:
         archive.writestr("a", "b")
 
 
-@pytest.mark.parametrize(
-    ("kind", "write"),
-    [
-        ("a gzip archive", lambda path: path.write_bytes(gzip.compress(b"text"))),
-        ("a bzip2 archive", lambda path: path.write_bytes(bz2.compress(b"text"))),
-        ("an xz archive", lambda path: path.write_bytes(lzma.compress(b"text"))),
-        ("a zstd archive", lambda path: path.write_bytes(pa.compress(b"text", codec="zstd", asbytes=True))),
-        ("a zip archive", zipped),
-        ("a tar archive", tar),
-        ("an SQLite file", sqlite),
-        ("a safetensors file", lambda path: path.write_bytes(save({"x": torch.ones(3)}))),
-        ("an ORC file", lambda path: orc.write_table(pa.table({"x": [1]}), path)),
-    ],
-)
-def test_what_is_no_text_is_told_by_what_others_wrote(
-    train: Any, tmp_path: Path, kind: str, write: Callable[[Path], object]
-) -> None:
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "a gzip archive": lambda path: path.write_bytes(gzip.compress(b"text")),
+    "a bzip2 archive": lambda path: path.write_bytes(bz2.compress(b"text")),
+    "an xz archive": lambda path: path.write_bytes(lzma.compress(b"text")),
+    "a zstd archive": lambda path: path.write_bytes(pa.compress(b"text", codec="zstd", asbytes=True)),
+    "a zip archive": zipped,
+    "a tar archive": tar,
+    "an SQLite file": sqlite,
+    "a safetensors file": lambda path: path.write_bytes(save({"x": torch.ones(3)})),
+    "an ORC file": lambda path: orc.write_table(pa.table({"x": [1]}), path),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_what_is_no_text_is_told_by_what_others_wrote(train: Any, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "data.txt"
-    write(path)
+    WRITERS[kind](path)
     settings = train.settings.Settings(data=str(path), out="o", steps=1)
     with pytest.raises(train.settings.TrainError, match=f"is {kind}, and no text"):
         train.file_kinds.find(path, settings)
