@@ -15,9 +15,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.made
 ORACLES := .venv-oracles
 READERS := .venv-oracles-readers
+RAY := .venv-oracles-ray
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test test-slow test-oracles test-readers test-browser fuzz mutants gpu check lint types golden bench ablations demo clean
+.PHONY: help venv build test test-slow test-oracles test-readers test-browser test-ray docs fuzz mutants gpu check lint types golden bench ablations demo clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -27,7 +28,7 @@ venv: $(STAMP) ## Create .venv with everything that build and test need.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "n3c needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[torch,trt,run,auto,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[torch,trt,run,serve,auto,dev]'
 	$(BIN)/python -m compileall -q backends compiler ir passes runtime specs
 	@touch $@
 
@@ -75,6 +76,19 @@ $(ORACLES)/.made: pyproject.toml constraints-oracles.txt
 test-browser: venv ## Try the pages of inspect and diff in CHROMIUM (/usr/bin/chromium), headless.
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[browser]'
 	CHROMIUM=$(CHROMIUM) $(BIN)/pytest -q -m browser tests/compiler/report
+
+test-ray: $(RAY)/.made ## Serve with Ray: two replicas, one of which is killed under load (makes .venv-oracles-ray, 1.3 GB).
+	$(RAY)/bin/pytest -q -m ray tests/ray_serve
+
+$(RAY)/.made: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[torch,run,serve,ray]' pytest pytest-timeout
+	@touch $@
+
+docs: venv ## Build the site of docs/ into build/site, strictly: a link to nothing fails.
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/zensical build --strict
 
 fuzz: venv ## Fuzz READER (spec; all of tests/support/file_readers.py in turn: all) for SECONDS (60) with SEED (1).
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[fuzz]'

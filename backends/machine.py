@@ -5,7 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import ctypes
 
 
 def usable_cores() -> int:
@@ -13,17 +18,37 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def compute_capabilities() -> tuple[int, ...]:
-    """Return the SM version of each NVIDIA GPU, as its driver numbers them: 89 for 8.9. Nothing without a driver."""
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A GPU of this machine, as its driver describes it."""
+
+    name: str
+    sm: int
+    """Compute capability, 10 x major + minor: 89 for 8.9."""
+    memory: int
+    """Bytes."""
+
+    def as_json(self) -> dict[str, object]:
+        """Return the form of `n3c doctor --json`."""
+        return {"name": self.name, "sm": self.sm, "memory_bytes": self.memory}
+
+
+def _library(linux: str, windows: str) -> ctypes.CDLL | None:
+    import ctypes  # here, as `n3c check` starts faster without
+
+    try:
+        return ctypes.CDLL(windows if sys.platform == "win32" else linux)
+    except OSError:
+        return None
+
+
+def devices() -> tuple[Device, ...]:
+    """Return the NVIDIA GPUs of this machine. Nothing without a driver."""
     import ctypes
 
     major, minor = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of cuda.h
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return ()
-    count = ctypes.c_int()
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+    driver, count = _library("libcuda.so.1", "nvcuda.dll"), ctypes.c_int()
+    if driver is None or driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
         return ()
 
     def attribute(which: int, device: int) -> int:
@@ -31,7 +56,31 @@ def compute_capabilities() -> tuple[int, ...]:
         driver.cuDeviceGetAttribute(ctypes.byref(value), which, device)
         return value.value
 
-    return tuple(10 * attribute(major, device) + attribute(minor, device) for device in range(count.value))
+    def described(device: int) -> Device:
+        name, memory = ctypes.create_string_buffer(256), ctypes.c_size_t()
+        driver.cuDeviceGetName(name, len(name), device)
+        driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+        sm = 10 * attribute(major, device) + attribute(minor, device)
+        return Device(name.value.decode(errors="replace"), sm, memory.value)
+
+    return tuple(map(described, range(count.value)))
+
+
+def driver_version() -> str | None:
+    """Return the version of NVIDIA's driver, as `580.95.05`; None without one."""
+    import ctypes
+
+    management, text = _library("libnvidia-ml.so.1", "nvml.dll"), ctypes.create_string_buffer(80)
+    if management is None or management.nvmlInit_v2():
+        return None
+    failed = management.nvmlSystemGetDriverVersion(text, len(text))
+    management.nvmlShutdown()
+    return None if failed else text.value.decode(errors="replace")
+
+
+def compute_capabilities() -> tuple[int, ...]:
+    """Return the SM version of each NVIDIA GPU, as its driver numbers them: 89 for 8.9. Nothing without a driver."""
+    return tuple(device.sm for device in devices())
 
 
 def memory_bytes() -> int | None:

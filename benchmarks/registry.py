@@ -7,6 +7,7 @@ BENCHMARKS = {
     "engines": "benchmarks.engines",
     "torch": "benchmarks.torch_model",
     "sampling": "benchmarks.sampling",
+    "simulation": "benchmarks.simulation",
     "quantize": "benchmarks.quantize",
     "auto_quantize": "benchmarks.auto_quantize",
     "distillation": "benchmarks.distillation",

@@ -17,12 +17,24 @@ if TYPE_CHECKING:
     from .configs import export_config as export_config
     from .configs import import_config as import_config
     from .quantization.api import quantize as quantize
+    from .report.capacity import simulate as simulate
     from .report.comparison import diff as diff
     from .report.inspection import inspect as inspect
 
     __version__: str
 
-__all__ = ["__version__", "build", "check", "diff", "export_config", "import_config", "inspect", "quantize", "repro"]
+__all__ = [
+    "__version__",
+    "build",
+    "check",
+    "diff",
+    "export_config",
+    "import_config",
+    "inspect",
+    "quantize",
+    "repro",
+    "simulate",
+]
 
 _MODULES = {
     "build": "building.driver",
@@ -33,6 +45,7 @@ _MODULES = {
     "inspect": "report.inspection",
     "quantize": "quantization.api",
     "repro": "building.reproduction",
+    "simulate": "report.capacity",
 }
 """Function → its module."""
 

@@ -2,9 +2,9 @@
 
 An op is one function here. Its positional parameters are the operands, its keyword-only parameters
 the attributes, its docstring the definition with the equation, its body the shape rule (ValueError
-where operands do not fit), `flops` its cost, and `weights` names the operands that hold weights.
-Backends only add how they spell it; the meaning is fixed by the reference evaluation in
-`n3c.runtime.engines.reference`.
+where operands do not fit), `flops` its cost, `weights` names the operands that hold weights, and
+`continues` the op that it continues from a state. Backends only add how they spell it; the meaning
+is fixed by the reference evaluation in `n3c.runtime.engines.reference`.
 
 The letters of sizes are those of `n3c.specs.blocks`; a linear has sizes in and out. Arithmetic is float32
 whatever the storage types are.
@@ -16,7 +16,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from .formats import NVFP4_BLOCK
 from .types import Dim, DType, TensorType
@@ -30,6 +30,24 @@ T = TypeVar("T")
 CACHE_MAX = 352.0
 """Largest value in an FP8 cache. E4M3 reaches 448, but two codes beyond 352 are no finite FP16 number, as which
 engines write them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Continues:
+    """What makes an op the one that continues another from a state.
+
+    It has the operands of the other, the state, and `counts` i64 [B]: how many of the tokens count, all where it is
+    left out. Its results are that of the other and the state after the tokens that count.
+    """
+
+    op: OpDef
+    """What begins from a state of zeros."""
+    state: str
+    """Its operand that is the state, [B, *dims]."""
+    kind: Literal["conv", "ssm"]
+    """How the state is stored and accounted for: as a window of inputs, or as what a recurrence carries."""
+    dims: Callable[[Mapping[str, TensorType | None], Mapping[str, Attribute]], tuple[Dim, ...]]
+    """The sizes of the state, of the types of the other's operands by name and its attributes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,6 +66,12 @@ class OpDef:
     An op with weights reads the rows that it multiplies as its operand `x`, [B, S, ..., in].
     """
     flops: Flops | None = None
+    continues: Continues | None = None
+    """For an op that continues another from a state."""
+    reference: str | None = None
+    """`module:function` of its reference evaluation, for an op of an extension: those of n3c's ops stand in a table."""
+    spelling: str | None = None
+    """The same of its ONNX spelling."""
 
     def position(self, operand: str) -> int:
         """Return the place of an operand by its name; KeyError if the op has none of that name."""
@@ -79,12 +103,22 @@ class OpDef:
 
 OPS: dict[str, OpDef] = {}
 """Every op by its name."""
+CONTINUED_BY: dict[OpDef, OpDef] = {}
+"""Op that looks at earlier tokens → the op that continues it from a state. Attention has caches instead."""
 
 
 def op(
-    *, weights: tuple[str, ...] = (), flops: Flops | None = None
+    *,
+    weights: tuple[str, ...] = (),
+    flops: Flops | None = None,
+    continues: Continues | None = None,
+    reference: str | None = None,
+    spelling: str | None = None,
 ) -> Callable[[Callable[..., TensorType | Types]], OpDef]:
-    """Define an op by its shape rule; `weights` are those of its operands that are weights of linears."""
+    """Define an op by its shape rule; the arguments are fields of its `OpDef`.
+
+    ValueError for a name that another op has.
+    """
 
     def define(rule: Callable[..., TensorType | Types]) -> OpDef:
         parameters = inspect.signature(rule).parameters.values()
@@ -98,10 +132,17 @@ def op(
             rule=rule,
             weights=weights,
             flops=flops,
+            continues=continues,
+            reference=reference,
+            spelling=spelling,
         )
         for name in (*weights, "x") if weights else ():
             definition.position(name)
+        if definition.name in OPS:
+            raise ValueError(f"there is an op `{definition.name}` already")
         OPS[definition.name] = definition
+        if continues is not None:
+            CONTINUED_BY[continues.op] = definition
         return definition
 
     return define
@@ -246,6 +287,20 @@ def dequantize_fp8(codes: TensorType, scale: TensorType) -> TensorType:
     return codes.with_dtype(DType.F32)
 
 
+@op()
+def quantize_activation(x: TensorType, scale: TensorType, *, format: str) -> TensorType:
+    """y = x as `format` holds it: x [..., K], scale f32 [] → [..., K], in float32.
+
+    fp8: y = e4m3(x · (1 / scale)) · scale; beyond 448 · scale it is that.
+    nvfp4: for each 16 elements along K x' = x · (1 / scale), s = e4m3(max|x'| / 6), y = e2m1(x' / s) · s · scale.
+    """
+    _require(format in ("nvfp4", "fp8"), f"activations are quantized to nvfp4 or fp8, not {format}")
+    _require(scale == TensorType(DType.F32, ()), f"the scale of activations is f32[], not {scale}")
+    last = x.dims[-1]
+    _require(format == "fp8" or (isinstance(last, int) and last % NVFP4_BLOCK == 0), f"{x} has no blocks of 16")
+    return x
+
+
 DEQUANTIZE = (dequantize_nvfp4, dequantize_fp8)
 """Ops that make a weight of codes and scales."""
 
@@ -284,12 +339,31 @@ def _experts_flops(operands: Any, results: Types, attributes: Any) -> int:
 
 
 @op(weights=("up", "down"), flops=_experts_flops)
-def experts(x: TensorType, indices: TensorType, weights: TensorType, up: TensorType, down: TensorType) -> TensorType:
+def experts(
+    x: TensorType,
+    indices: TensorType,
+    weights: TensorType,
+    up: TensorType,
+    down: TensorType,
+    inner_scale: TensorType | None = None,
+    up_bytes: TensorType | None = None,
+    down_bytes: TensorType | None = None,
+    *,
+    inner_format: str,
+) -> TensorType:
     """y = Σₖ weights[k] · down[e] relu²(up[e] x), e = indices[k].
 
     x [B, S, L], indices i64 and weights f32 [B, S, K], up [E, I, L], down [E, L, I] → [B, S, L],
-    in whichever dispatch a backend prefers (sorted tokens and grouped GEMM in training).
+    in whichever dispatch a backend prefers (sorted tokens and grouped GEMM in training). With `inner_scale` f32 []
+    what `down` reads is quantized to `inner_format`, as by quantize_activation; else that is empty. `up_bytes` and
+    `down_bytes` are `up` and `down` again, from codes that can be gathered by expert, where those cannot.
     """
+    for weight, again in ((up, up_bytes), (down, down_bytes)):
+        _require(again is None or again == weight, f"{again} is not {weight}")
+    _require((inner_scale is None) == (inner_format == ""), "inner_scale and inner_format go together")
+    _require(
+        inner_scale is None or inner_scale == TensorType(DType.F32, ()), f"inner_scale is f32[], not {inner_scale}"
+    )
     _require(len(up.dims) == 3 and up.dims[2] == x.dims[-1], f"up {up} does not fit {x}")
     _require(down.dims == (up.dims[0], up.dims[2], up.dims[1]), f"down {down} does not fit up {up}")
     _require(indices.dims == weights.dims, f"indices {indices} and weights {weights} differ")
@@ -327,7 +401,14 @@ def causal_conv1d(x: TensorType, weight: TensorType, bias: TensorType | None = N
     return x
 
 
-@op(flops=_conv_flops)
+def _window_dims(operands: Mapping[str, TensorType | None], attributes: Any) -> tuple[Dim, ...]:
+    weight = operands["weight"]
+    assert weight is not None
+    channels, _, taps = weight.static_dims
+    return channels, taps - 1
+
+
+@op(flops=_conv_flops, continues=Continues(causal_conv1d, "window", "conv", _window_dims))
 def causal_conv1d_update(
     x: TensorType,
     window: TensorType,
@@ -388,7 +469,12 @@ def ssd(
     return x
 
 
-@op(flops=_ssd_flops)
+def _ssd_dims(operands: Mapping[str, TensorType | None], attributes: Mapping[str, Attribute]) -> tuple[Dim, ...]:
+    heads, channels, width = (int(cast("Any", operands[name]).dims[-1]) for name in ("A", "x", "B"))
+    return heads, channels // heads, width // int(cast("int", attributes["n_groups"]))
+
+
+@op(flops=_ssd_flops, continues=Continues(ssd, "state", "ssm", _ssd_dims))
 def ssd_update(
     x: TensorType,
     dt: TensorType,

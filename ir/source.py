@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from .formats import INPUT_SCALE
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -117,11 +119,26 @@ class CacheScale:
         return f"cache_scale({self.name})"
 
 
-Source = Tensor | Stack | Concat | NegExp | Nvfp4 | Fp8 | Bytes | Dequantized | Rounded | CacheScale
+@dataclass(frozen=True)
+class InputScale:
+    """Scale of what a linear reads, `….input_scale`: of stacked experts the largest; 1 where there is none."""
+
+    weight: Tensor | Stack
+
+    def __str__(self) -> str:
+        return f"input_scale({self.weight})"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors that hold it, one a matrix."""
+        return tuple(name.removesuffix(".weight") + INPUT_SCALE for name in tensor_names(self.weight))
+
+
+Source = Tensor | Stack | Concat | NegExp | Nvfp4 | Fp8 | Bytes | Dequantized | Rounded | CacheScale | InputScale
 
 
 def leaves(source: Source) -> Iterator[Tensor | Stack]:
-    """Yield what `source` reads of the checkpoint, in order; a cache scale is optional there and left out."""
+    """Yield what `source` reads of the checkpoint, in order; scales of caches and inputs are optional and left out."""
     match source:
         case Tensor() | Stack():
             yield source
@@ -132,7 +149,7 @@ def leaves(source: Source) -> Iterator[Tensor | Stack]:
             yield from leaves(operand)
         case Dequantized(codes):
             yield from leaves(codes)
-        case CacheScale():
+        case CacheScale() | InputScale():
             return
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, cast, get_args, get_origin
 
@@ -63,6 +63,8 @@ class Option:
     above: float | None = None
     most: float | None = None
     needs: Needs | None = None
+    added: Callable[[], Collection[str]] | None = None
+    """Values that extensions add to the choices; asked for once a value is none of these."""
 
     def fault(self, value: object) -> str | None:
         """Return why a number is not within the bounds, or None where it is."""
@@ -155,6 +157,8 @@ def _faults(parameters: Sequence[Parameter], given: Mapping[str, object], values
         if name not in given or isinstance(option, Argument):
             continue
         problem = _choice_fault(parameter.hint, given[name]) or option.fault(given[name])
+        if problem is not None and option.added is not None and given[name] in option.added():
+            problem = None
         if problem is not None:
             faults.append(f"{flag(name)}: {problem}")
         elif option.needs is not None and not option.needs.met(values[option.needs.parameter]):

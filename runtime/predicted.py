@@ -50,6 +50,19 @@ def predicted_times(out: Path) -> dict[str, dict[str, PredictedTime]]:
     return found
 
 
+def audited_context(out: Path) -> int:
+    """Return the tokens of context that the audit of a build counts with; 1 where it does not tell."""
+    try:
+        data = read_json(out / AUDIT)
+    except (OSError, ValueError):
+        return 1
+    for row in _table(_table(_table(data).get("traffic")).get("entries")).values():
+        context = _table(row).get("context")
+        if isinstance(context, int) and context > 0:
+            return context
+    return 1
+
+
 def _table(value: object) -> Mapping[str, Any]:
     return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 

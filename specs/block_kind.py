@@ -12,6 +12,12 @@ Say = Callable[[str, str, str, str | None], None]
 """`say(path, code, message, advice)`: report about the value, or the table, at a dotted path."""
 
 
+CONTRADICTION = "E0218"
+"""The code of what the keys of an extension's table say of each other."""
+OWN_TEMPLATES = "n3c.backends.torch"
+"""The package with the templates of n3c's own block kinds."""
+
+
 @dataclass(frozen=True)
 class Module:
     """A module with a weight: its role, and its name in released checkpoints after `….mixer.`."""
@@ -39,6 +45,8 @@ class ConfigKey:
     """That of transformers' NemotronHConfig."""
     aliases: tuple[str, ...] = ()
     """Other names in use."""
+    also: str | None = None
+    """The one of `aliases` that is written, too, since a reader knows no other."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +65,10 @@ class BlockKind:
     """Its mixer in generated code."""
     table: str
     """Its table in the spec."""
+    table_class: type
+    """The dataclass of that table; its fields are made by `key`."""
+    lowering: str
+    """`module:function` of what emits a block: (Block, Spec, x [B, S, D]) → what is added to x, a Value."""
     modules: tuple[Module, ...]
     hf_names: tuple[str, ...]
     """Entries of `layers_block_type` that mean it: first that of transformers since 5.13, last that of messages."""
@@ -64,8 +76,8 @@ class BlockKind:
     """Every key of the table, and what Hugging Face calls it."""
     letters: Mapping[str, str] = field(default_factory=dict[str, str])
     """Letter → the size that it stands for, in ops, generated code and documentation; no letter has two meanings."""
-    roles_without_module: tuple[str, ...] = ()
-    """Roles of vectors that reports name and no rule does."""
+    vectors: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Parameter of the mixer that belongs to no module → its role, which reports name and no rule does."""
     contradictions: Callable[[Values, Say], None] | None = None
     """Reports what the keys of the table say of each other."""
     stateful: bool = False
@@ -74,10 +86,16 @@ class BlockKind:
     """Whether an MTP pattern may have it."""
     in_transformers: bool = True
     """Whether transformers' NemotronHConfig takes it; where not, no modeling_n3c.py is written for it."""
+    templates: str = OWN_TEMPLATES
+    """The package whose folder `templates` has the templates of the kind."""
+    files: tuple[str, ...] = ()
+    """Files of the generated package that only models with this kind have."""
+    imports: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    """Module of the generated package → what the mixer needs of it."""
 
     @property
     def template(self) -> str:
-        """The file in `backends/torch/templates/` that holds everything only this kind needs."""
+        """The file in the folder of `templates` that holds what only this kind has of model.py."""
         return f"blocks/{self.name}.jinja"
 
     @property

@@ -1,8 +1,8 @@
 """The block kinds: for each its table in the spec, what the keys of that contradict, and its record.
 
 Patterns, roles, module names, the forms of Hugging Face and Megatron, reports and generated code derive from
-the records in `KINDS`. How a kind computes stands in two more places: `passes/lower/blocks.py`, and its
-template in `backends/torch/templates/`. Module names: Megatron-Bridge,
+the records in `KINDS`; a record names where the rest of a kind is: what emits its ops, and its template. Extensions
+add records of their own: see `kinds`. Module names: Megatron-Bridge,
 src/megatron/bridge/models/nemotronh/nemotron_h_bridge.py (mapping_registry); their globs: Megatron-LM,
 megatron/core/models/hybrid (0.19.2); config keys: transformers 5.23, configuration_nemotron_h.py.
 """
@@ -64,12 +64,14 @@ MAMBA = BlockKind(
     legend="Mamba-2",
     class_name="Mamba2",
     table="mamba",
+    table_class=Mamba,
+    lowering="n3c.passes.lower.blocks:mamba2",
     modules=(
         Module("mamba.in_proj", "in_proj", megatron="*mixer.in_proj"),
         Module("mamba.conv1d", "conv1d", linear=False),
         Module("mamba.out_proj", "out_proj", megatron="*mixer.out_proj"),
     ),
-    roles_without_module=("mamba.ssm",),  # A_log, D, dt_bias
+    vectors=dict.fromkeys(("A_log", "D", "dt_bias"), "mamba.ssm"),
     letters={
         "H": "heads",
         "P": "channels of a head",
@@ -85,7 +87,7 @@ MAMBA = BlockKind(
         ConfigKey("num_heads", "mamba_num_heads", 128),
         ConfigKey("head_dim", "mamba_head_dim", 64),
         ConfigKey("state_size", "ssm_state_size", 128, ("mamba_state_dim",)),
-        ConfigKey("n_groups", "n_groups", 8, ("mamba_n_groups", "mamba_num_groups")),
+        ConfigKey("n_groups", "n_groups", 8, ("mamba_n_groups", "mamba_num_groups"), "mamba_n_groups"),  # SGLang
         ConfigKey("conv_kernel", "conv_kernel", 4, ("mamba_d_conv",)),
         ConfigKey("chunk_size", "chunk_size", 128, ("mamba_chunk_size",)),
         ConfigKey("conv_bias", "use_conv_bias", True, ("mamba_conv_bias",)),
@@ -95,6 +97,13 @@ MAMBA = BlockKind(
     ),
     contradictions=_mamba_contradictions,
     stateful=True,
+    files=("autocast.py", "convolution.py", "ssd.py"),
+    imports={
+        "convolution": ("CausalConv1d",),
+        "float32": ("KeepsFloat32",),
+        "norm": ("GatedRMSNorm",),
+        "ssd": ("mixer_kernels", "scan"),
+    },
 )
 
 
@@ -122,6 +131,8 @@ ATTENTION = BlockKind(
     legend="attention",
     class_name="Attention",
     table="attention",
+    table_class=Attention,
+    lowering="n3c.passes.lower.blocks:attention",
     modules=(
         Module("attention.q_proj", "q_proj", megatron="*.linear_qkv"),
         Module("attention.k_proj", "k_proj", megatron="*.linear_qkv"),
@@ -143,6 +154,8 @@ ATTENTION = BlockKind(
     contradictions=_attention_contradictions,
     stateful=True,
     in_mtp=True,
+    files=("attention.py",),
+    imports={"attention": ("causal_attention",)},
 )
 
 
@@ -210,6 +223,8 @@ MOE = BlockKind(
     legend="mixture of experts",
     class_name="MoE",
     table="moe",
+    table_class=Moe,
+    lowering="n3c.passes.lower.blocks:moe",
     modules=(
         Module("moe.router", "gate"),
         Module("moe.latent_down", "fc1_latent_proj", _LATENT, megatron="*mlp.fc1_latent_proj"),
@@ -242,6 +257,14 @@ MOE = BlockKind(
     ),
     contradictions=_moe_contradictions,
     in_mtp=True,
+    files=("activation.py", "autocast.py", "balance.py", "grouped.py", "routing.py"),
+    imports={
+        "activation": ("squared_relu",),
+        "autocast": ("float32_products",),
+        "balance": ("RouterStatistics", "WithLoss", "router_statistics", "total_statistics"),
+        "float32": ("KeepsFloat32",),
+        "grouped": ("grouped_kernels", "grouped_linear", "sort_by_expert", "weighted_sum"),
+    },
 )
 
 
@@ -259,6 +282,8 @@ MLP = BlockKind(
     legend="dense MLP",
     class_name="MLP",
     table="mlp",
+    table_class=Mlp,
+    lowering="n3c.passes.lower.blocks:mlp",
     modules=(
         Module("mlp.up", "up_proj", megatron="*.mlp.linear_fc1"),
         Module("mlp.down", "down_proj", megatron="*.mlp.linear_fc2"),
@@ -266,6 +291,8 @@ MLP = BlockKind(
     letters={"F": "inner width"},
     hf_names=("mlp",),
     config_keys=(ConfigKey("intermediate_size", "intermediate_size", 21504),),
+    files=("activation.py",),
+    imports={"activation": ("squared_relu",)},
 )
 
 
@@ -278,8 +305,7 @@ GENERAL_LETTERS = {
 """Letters of every model. Of a plain linear [out, in] the two sizes are written out; in equations of Mamba-2, A, B, C
 and D are tensors, as in its paper."""
 KINDS = (MAMBA, MOE, ATTENTION, MLP)
-"""Every block kind, in the order in which specs, reports and generated code have them."""
-BY_SYMBOL = {kind.symbol: kind for kind in KINDS}
+"""Every block kind of n3c itself, in the order in which specs, reports and generated code have them."""
 LEGEND = ", ".join(f"{kind.symbol} {kind.title}" for kind in KINDS)
 """The symbols of patterns, in words."""
 

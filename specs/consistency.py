@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Container
 
 from .block_kind import Say, Values
-from .blocks import KINDS, MOE, MoeLayers
+from .blocks import MOE, MoeLayers
+from .kinds import kinds
 from .layer_tables import PER_LAYER, given_keys, selected_blocks
 from .pattern import Pattern
 
@@ -18,7 +19,7 @@ def check(values: Values, tables: Container[str], say: Say) -> None:
     it are left out.
     """
     _check_tables(values, tables, say)
-    for kind in KINDS:
+    for kind in kinds():
         if kind.contradictions is not None:
             kind.contradictions(values, say)
     _check_layers(values, say)
@@ -30,7 +31,7 @@ def check(values: Values, tables: Container[str], say: Say) -> None:
 def _check_tables(values: Values, tables: Container[str], say: Say) -> None:
     main: Pattern | None = values.get("model.pattern")
     mtp: Pattern | None = values.get("mtp.pattern")
-    for kind in KINDS:
+    for kind in kinds():
         table, words = kind.table, f"{kind.title} blocks (`{kind.symbol}`)"
         needed_by = next(
             (path for path, pattern in (("model.pattern", main), ("mtp.pattern", mtp)) if pattern and kind in pattern),
@@ -84,9 +85,9 @@ def _check_mtp(values: Values, say: Say) -> None:
     pattern: Pattern | None = values.get("mtp.pattern")
     if pattern is None:
         return
-    wrong = [kind.symbol for kind in KINDS if kind in pattern and not kind.in_mtp]
+    wrong = [kind.symbol for kind in kinds() if kind in pattern and not kind.in_mtp]
     if wrong:
-        allowed = " and ".join(f"{kind.title} (`{kind.symbol}`)" for kind in KINDS if kind.in_mtp)
+        allowed = " and ".join(f"{kind.title} (`{kind.symbol}`)" for kind in kinds() if kind.in_mtp)
         message = f"an MTP pattern has {allowed} blocks only, not `{'`, `'.join(wrong)}`"
         say("mtp.pattern", "E0211", message, "vLLM and SGLang accept no others; a drafter has no recurrent state")
     if pattern.stages:

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from .pattern import Pattern
-from .reader import entry_class, fields_of
+from .reader import entry_class, fields_of, spec_fields
 from .schema import Rule, Spec
 
 _LINE = 100
@@ -20,8 +20,8 @@ def dump_spec(spec: Spec) -> str:
     `parse_spec(dump_spec(spec), ...)` is equal to `spec`, for every spec that the reader makes.
     """
     lines = [f"schema = {spec.schema}", f"name = {toml_value(spec.name)}"]
-    for name in fields_of(Spec):
-        table = getattr(spec, name)
+    for name in spec_fields():
+        table = spec.section(name)
         if not dataclasses.is_dataclass(table) or isinstance(table, type):
             continue
         lines += ["", f"[{name}]", *_pairs(table)]

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from .huggingface_blocks import exported_blocks
 from .huggingface_import import import_config
-from .huggingface_names import FIELDS, STATE_DTYPES, UNSUPPORTED
+from .huggingface_names import STATE_DTYPES, UNSUPPORTED, config_fields, written_twice
 from .schema import Spec
 
 __all__ = ["export_config", "import_config"]
@@ -30,10 +30,11 @@ def export_config(spec: Spec) -> dict[str, Any]:
         "num_hidden_layers": len(pattern),
         "hybrid_override_pattern": pattern.symbols,
     }
-    for path, (name, _, _) in FIELDS.items():
-        table = getattr(spec, str(path[0]))
+    for path, (name, _, _) in config_fields().items():
+        table = spec.section(str(path[0]))
         if table is not None:
             config[name] = getattr(table, str(path[1]))
+    config |= {also: config[name] for name, also in written_twice().items() if name in config}
     ends = spec.model.eos_token_ids
     config["eos_token_id"] = None if not ends else ends[0] if len(ends) == 1 else list(ends)
     config |= {name: unused[0] for name, unused in UNSUPPORTED.items() if unused[0] is not None}

@@ -12,7 +12,6 @@ from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Severity, Span
 from .huggingface_blocks import MTP as MTP_BLOCKS
 from .huggingface_blocks import TRUNK, BlockConfigs, block_types, read_blocks
 from .huggingface_names import (
-    FIELDS,
     MTP,
     MTP_PATTERN_LISTS,
     N3C_KEYS,
@@ -20,7 +19,9 @@ from .huggingface_names import (
     PATTERNS,
     SILENT,
     STATE_DTYPES,
+    TIME_STEP_MIN,
     UNSUPPORTED,
+    config_fields,
 )
 from .json_places import JsonPlaces
 from .modelopt_files import HfQuantConfig, SaidFormats
@@ -238,7 +239,7 @@ class _Importer:
 
     def fields(self, main: Pattern, mtp: Pattern | None, own: Mapping[str, Any]) -> None:
         tables = {"model"} | {kind.table for kind in (*main, *(mtp or ()))}
-        for path, (name, default, aliases) in FIELDS.items():
+        for path, (name, default, aliases) in config_fields().items():
             table, key = str(path[0]), str(path[1])
             if table not in tables:
                 continue
@@ -276,10 +277,9 @@ class _Importer:
     def value(self, path: Path, value: Any, own: Mapping[str, Any]) -> Any:
         """Return the value of a spec's key for that of the config: they mean the same but for three keys."""
         match path:
-            case ("mamba", "time_step_min") if "time_step_min" in own:
-                # Weights that n3c saved: transformers' key then keeps it from bounding dt.
-                self.places.names[path] = ("n3c", "time_step_min")
-                return own["time_step_min"]
+            case ("mamba", "time_step_min") if TIME_STEP_MIN in own:  # weights that n3c saved
+                self.places.names[path] = ("n3c", TIME_STEP_MIN)
+                return own[TIME_STEP_MIN]
             case ("attention", "num_kv_heads") if value is None:
                 return self.raw["attention"].get("num_heads")
             case ("model", "eos_token_ids"):
@@ -303,7 +303,7 @@ class _Importer:
 
     def dead(self) -> None:
         """Name, once, what has no meaning for the model."""
-        known = {name for name, _, aliases in FIELDS.values() for name in (name, *aliases)}
+        known = {name for name, _, aliases in config_fields().values() for name in (name, *aliases)}
         known |= {*UNSUPPORTED, *PATTERNS, *MTP, *SILENT, "n_shared_experts", "mamba_ssm_cache_dtype"}
         dead = [name for name in self.config if name not in known]
         if dead:

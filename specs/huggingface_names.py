@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from .blocks import KINDS
 from .huggingface_blocks import MTP as MTP_BLOCKS
 from .huggingface_blocks import TRUNK
+from .kinds import kinds
 from .places import Path
 
-# Spec key → (name in config.json, default of NemotronHConfig, other names in use)
-FIELDS: dict[Path, tuple[str, Any, tuple[str, ...]]] = {
+Fields = dict[Path, tuple[str, Any, tuple[str, ...]]]
+"""Spec key → (name in config.json, default of NemotronHConfig, other names in use)."""
+_MODEL: Fields = {
     ("model", "hidden_size"): ("hidden_size", 4096, ()),
     ("model", "vocab_size"): ("vocab_size", 131072, ()),
     ("model", "max_position_embeddings"): ("max_position_embeddings", 4096, ()),
@@ -24,12 +25,21 @@ FIELDS: dict[Path, tuple[str, Any, tuple[str, ...]]] = {
     ("model", "pad_token_id"): ("pad_token_id", 0, ()),
     ("model", "bos_token_id"): ("bos_token_id", 1, ()),
     ("model", "eos_token_ids"): ("eos_token_id", 2, ()),
-    **{
-        (kind.table, config.key): (config.name, config.default, config.aliases)
-        for kind in KINDS
-        for config in kind.config_keys
-    },
 }
+
+
+def config_fields() -> Fields:
+    """Return the fields of a config.json for each key of a spec, those of the known block kinds among them."""
+    own: Fields = {
+        (kind.table, key.key): (key.name, key.default, key.aliases) for kind in kinds() for key in kind.config_keys
+    }
+    return {**_MODEL, **own}
+
+
+def written_twice() -> dict[str, str]:
+    """Return the fields that are written under a second name, too: name → second name."""
+    return {key.name: key.also for kind in kinds() for key in kind.config_keys if key.also}
+
 
 # Features that a spec cannot say: name → the values that mean "not used"
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
@@ -78,4 +88,6 @@ MTP = (
     "mtp_loss_scaling_factor",
 )
 STATE_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-N3C_KEYS = ("name", "pipeline_cuts", "quantization", "training", "serving", "time_step_min", "moe_layers")
+TIME_STEP_MIN = "time_step_min"
+"""Key of `n3c`: the smallest fresh time step, where the field of that name keeps transformers from bounding dt."""
+N3C_KEYS = ("name", "pipeline_cuts", "quantization", "training", "serving", TIME_STEP_MIN, "moe_layers")

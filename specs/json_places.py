@@ -80,7 +80,7 @@ class JsonPlaces:
         return self.text.span(*self._entries[path][which]) if path else self.start
 
     def _scan(self) -> None:
-        """Walk the tokens of text that the json module has accepted."""
+        """Walk the tokens of text that the json module has accepted, or of such a text up to its first duplicate."""
         opened: list[tuple[Path, int]] = []  # what is open: its path, and the index in an array (-1: in an object)
         path: Path = ()
         key, index = (0, 0), -1
@@ -107,9 +107,10 @@ class JsonPlaces:
             elif token == ":":
                 expect_key = False
             elif expect_key:
-                name = str(json.loads(token))
-                if (*path, name) in self._entries and self.duplicate is None:
+                name = str(json.loads(token)) if "\\" in token else token[1:-1]
+                if (*path, name) in self._entries:  # behind it the text may be anything
                     self.duplicate = (name, self.text.span(start, end))
+                    return
                 path, key = (*path, name), (start, end)
             else:
                 self._entries[at] = ((key if index < 0 else (start, end)), (start, end))

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from typing import Any, Literal, cast, get_args, get_origin
 
 from .pattern import Pattern
-from .reader import MAX_ENTRIES, entry_class, fields_of, plain
+from .reader import MAX_ENTRIES, entry_class, fields_of, plain, spec_fields
 from .schema import Format, Quantization, Rule, Spec, Training, TrainingFormat
 
 
 def json_schema() -> dict[str, Any]:
-    """Return the JSON Schema (draft 2020-12) of a spec file."""
+    """Return the JSON Schema (draft 2020-12) of a spec file, with the tables of all block kinds that are known."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "n3c architecture spec",
@@ -31,13 +31,13 @@ def _table(cls: type, formats: tuple[str, ...] = ()) -> dict[str, Any]:
     properties: dict[str, Any] = {}
     required: list[str] = []
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-    for name, (hint, metadata, is_required) in fields_of(cls).items():
+    for name, (hint, metadata, is_required) in (spec_fields() if cls is Spec else fields_of(cls)).items():
         described = {"description": metadata["doc"], **_value(plain(hint), metadata, formats)}
         if cls is Rule and name == "format":
             described["enum"] = list(formats)
         if is_required:
             required.append(name)
-        elif defaults[name] is not None and not dataclasses.is_dataclass(defaults[name]):
+        elif defaults.get(name) is not None and not dataclasses.is_dataclass(defaults[name]):
             default = defaults[name]
             described["default"] = list(cast("tuple[object, ...]", default)) if isinstance(default, tuple) else default
         properties[name] = described

@@ -47,9 +47,9 @@ def loaded(spec: str | Path | Spec, overrides: Sequence[str] = ()) -> tuple[Spec
 def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Spec, list[Diagnostic]]:
     """Load a spec file; return it with the warnings.
 
-    `overrides` are `--set` arguments, as `moe.top_k=8`. Raises N3CError with every error found:
-    exit code SPEC for a spec that is invalid, FILE for a file that cannot be read, USAGE for an
-    override that is none.
+    `overrides` are `--set` arguments, as `moe.top_k=8`. Raises N3CError with every error found: exit code SPEC for a
+    spec that is invalid, TARGET for a broken extension, FILE for a file that cannot be read, USAGE for an override
+    that is none.
     """
     if str(path) == STDIN:
         return parse_spec(read_stdin(MAX_SPEC_BYTES), "<stdin>", overrides)
@@ -63,7 +63,8 @@ def parse_spec(text: str, file: str, overrides: Sequence[str] = ()) -> tuple[Spe
     places, texts = apply_overrides(raw, TomlPlaces(source), overrides)
     spec, found = read_spec(raw, places, source.span(0, 0), texts)
     if spec is None:
-        raise N3CError(found, ExitCode.SPEC)
+        broken = any(diagnostic.code == "E0521" for diagnostic in found)
+        raise N3CError(found, ExitCode.TARGET if broken else ExitCode.SPEC)
     return spec, found
 
 

@@ -39,14 +39,12 @@ from .modelopt_groups import Groups, read_groups
 from .modules import Group
 from .pattern import Pattern
 from .places import shown
-from .roles import NOT_LINEAR, ROUTERS
+from .roles import ROUTERS, not_linear
 from .rules_table import rules_table
 
 _MODELOPT_KEYS = {"quant_algo", "quantization", "exclude_modules", "config_groups"}
 MAX_MODULES = 1 << 20
 """Most linears of a model whose quantization is read; the largest released model has 98,716."""
-_NEVER = NOT_LINEAR | ROUTERS
-"""Not linears for ModelOpt, so a uniform format does not mean them, excluded or not; nor does it mean MTP."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +178,9 @@ def _format_of(group: Group, module: str, chosen: Chosen, excluded: _Excluded) -
             raise QuantizationError(message, (excluded.key,), "remove one of the two")
         return "bf16"
     if named is not None:
-        return "bf16" if group.role in NOT_LINEAR else named
-    never = group.role in _NEVER or group.role.startswith("mtp.")
+        return "bf16" if group.role in not_linear() else named
+    # Not linears for ModelOpt, so a uniform format does not mean them, excluded or not; nor does it mean MTP.
+    never = group.role in not_linear() | ROUTERS or group.role.startswith("mtp.")
     return chosen.default if chosen.default is not None and not never else "bf16"
 
 
@@ -257,11 +256,11 @@ def _excluded(config: Mapping[str, object]) -> _Excluded:
 def _refuse_quantized_tables(groups: Sequence[Group], chosen: Chosen) -> None:
     """Refuse formats of weights that no linear multiplies with."""
     for group in groups:
-        if group.role in NOT_LINEAR and group.name in chosen.names:
+        if group.role in not_linear() and group.name in chosen.names:
             raise QuantizationError(f"`{group.name}` is quantized", ("quantized_layers",), IN_BF16)
     for glob in chosen.globs:
         matched = [group for group in groups if fnmatchcase(group.name.format(0), glob)]
-        if matched and all(group.role in NOT_LINEAR for group in matched):
+        if matched and all(group.role in not_linear() for group in matched):
             raise QuantizationError(f"`{matched[0].name}` is quantized", ("quantized_layers",), IN_BF16)
 
 

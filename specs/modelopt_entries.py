@@ -22,6 +22,8 @@ MAX_GLOBS = 256
 """Most wildcards of a config."""
 WILD = frozenset("*?[")
 """The characters of wildcards."""
+_OF_REGULAR_EXPRESSIONS = frozenset("\\^$()|+{}")
+"""Characters that neither names nor wildcards have; nor does either begin with a dot."""
 
 REQUANTIZE = "quantize the unquantized checkpoint with n3c, or take one in one of these formats"
 _AWQ = (
@@ -115,7 +117,7 @@ def split_wildcards(default: str | None, formats: Mapping[str, str], key: str) -
 
 def require_readable(name: str, key: str) -> None:
     """Refuse names that are patterns of a kind that readers take differently."""
-    if name.startswith("re:"):
+    if name.startswith(("re:", ".")) or _OF_REGULAR_EXPRESSIONS & set(name.split(".\0", 1)[0]):
         message = f"`{shown(name)}` is a regular expression"
         raise QuantizationError(message, (key,), "name the modules, or write wildcards, as `*.mixer.in_proj`")
     if len(name) > 200 and WILD & set(name.split(".\0", 1)[0]):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 from .block_kind import BlockKind
-from .blocks import KINDS
 from .keys import COUNT
+from .kinds import kinds
 from .pattern import Pattern
 from .schema import Spec
 
@@ -33,7 +33,7 @@ class Group:
 
 def groups_of(spec: Spec) -> list[Group]:
     """Return every group of a spec's model, in the order of the layers."""
-    tables = {kind.table: getattr(spec, kind.table) for kind in KINDS}
+    tables = {kind.table: spec.table(kind) for kind in kinds()}
     mtp = spec.mtp.pattern if spec.mtp else None
     return module_groups(spec.model.pattern, mtp, tables, spec.model.tie_word_embeddings)
 
@@ -44,7 +44,7 @@ def readable_sizes(raw: Mapping[str, Mapping[str, object]]) -> dict[str, SimpleN
     def size(value: object) -> int:
         return value if type(value) is int and 0 < value <= COUNT else 0
 
-    keys = {kind.table: [config.key for config in kind.config_keys] for kind in KINDS if kind.table in raw}
+    keys = {kind.table: [config.key for config in kind.config_keys] for kind in kinds() if kind.table in raw}
     return {
         table: SimpleNamespace(**{name: size(raw[table].get(name)) for name in names}) for table, names in keys.items()
     }

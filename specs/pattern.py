@@ -21,7 +21,8 @@ from itertools import pairwise
 from n3c.ir.text import escaped
 
 from .block_kind import BlockKind
-from .blocks import ATTENTION, BY_SYMBOL, KINDS, MAMBA
+from .blocks import ATTENTION, MAMBA
+from .kinds import by_symbol, kind_of, kinds, know_more, who_adds
 
 MAX_BLOCKS = 4096
 """Most blocks of one pattern; the deepest released model has 108."""
@@ -59,7 +60,8 @@ class Pattern:
     @property
     def kinds(self) -> tuple[BlockKind, ...]:
         """The kind of each block."""
-        return tuple(BY_SYMBOL[symbol] for symbol in self.symbols)
+        known = by_symbol()
+        return tuple(known[symbol] for symbol in self.symbols)
 
     def __iter__(self) -> Iterator[BlockKind]:
         return iter(self.kinds)
@@ -76,7 +78,7 @@ class Pattern:
 
     def counts(self) -> dict[BlockKind, int]:
         """Return how many blocks of each kind there are, for the kinds that there are."""
-        return {kind: count for kind in KINDS if (count := self.symbols.count(kind.symbol))}
+        return {kind: count for kind in kinds() if (count := self.symbols.count(kind.symbol))}
 
     def summary(self) -> str:
         """Return the counts in words: `88 layers: 40 M, 40 E, 8 *`."""
@@ -92,7 +94,7 @@ class Pattern:
         for offset in dict.fromkeys(attention):
             count, end = _count(self.text, offset + 1)
             before = self.text[offset - 1 : offset]
-            if count > 1 and (before == ")" or (before in BY_SYMBOL and before != ATTENTION.symbol)):
+            if count > 1 and (before == ")" or (before in by_symbol() and before != ATTENTION.symbol)):
                 message = f"`*{count}` is {count} attention blocks, not a repetition ({self.summary()})"
                 advice = f"to repeat, write the count alone, as `(ME){count}`; a space before `*` says that it is meant"
                 yield PatternError(message, offset, end - offset, advice)
@@ -126,7 +128,7 @@ def _parse(text: str) -> Pattern:
                 raise PatternError("a pipeline cut `|` cannot stand inside a group", position)
             stages.append(len(symbols))
             position += 1
-        elif char in BY_SYMBOL or char == ")":
+        elif char == ")" or kind_of(char) is not None:
             if char == ")":
                 if not opened:
                     raise PatternError("`)` closes no group", position)
@@ -176,8 +178,8 @@ def _unexpected(text: str, position: int) -> PatternError:
         return PatternError(message, position, end - position, "write the count directly after a symbol or `)`")
     if char == "/":
         return PatternError("`/` is not a pattern symbol", position, 1, "the blocks of MTP are [mtp] `pattern`")
-    advice = f"symbols are {_listed([f'{kind.symbol} ({kind.title})' for kind in KINDS])}"
-    if char.upper() in BY_SYMBOL:
+    advice = f"symbols are {_listed([f'{kind.symbol} ({kind.title})' for kind in kinds()])}; {who_adds()}"
+    if char.upper() in by_symbol():
         advice = f"did you mean `{char.upper()}`?"
     return PatternError(f"`{escaped(char)}` is not a pattern symbol", position, 1, advice)
 
@@ -232,7 +234,7 @@ def _reads_well(unit: str) -> bool:
 def from_hybrid_override(text: str) -> Pattern:
     """Read `hybrid_override_pattern`: symbols only. Raises PatternError."""
     for offset, char in enumerate(text):
-        if char not in BY_SYMBOL:
+        if kind_of(char) is None:
             raise _unexpected(text, offset)
     return _parse(text)
 
@@ -241,9 +243,9 @@ def from_layers_block_type(names: Sequence[str]) -> Pattern:
     """Read `layers_block_type` in any spelling; PatternError's offset is the index of the bad entry."""
     symbols: list[str] = []
     for index, name in enumerate(names):
-        kind = next((kind for kind in KINDS if name in (kind.symbol, *kind.hf_names)), None)
+        kind = _kind_called(name)
         if kind is None:
-            types = _listed([kind.hf_names[-1] for kind in KINDS])
+            types = _listed([kind.hf_names[-1] for kind in kinds()])
             raise PatternError(f"unknown block type `{name}`", index, 1, f"types are {types}")
         symbols.append(kind.symbol)
         if index >= MAX_BLOCKS:
@@ -252,6 +254,19 @@ def from_layers_block_type(names: Sequence[str]) -> Pattern:
         raise PatternError("pattern has no blocks", 0)
     text = "".join(symbols)
     return Pattern(text, (), text, tuple(range(len(text))))
+
+
+def _kind_called(name: str) -> BlockKind | None:
+    """Return the kind that an entry of `layers_block_type` means, that of an extension if need be."""
+
+    def known() -> BlockKind | None:
+        return next((kind for kind in kinds() if name in (kind.symbol, *kind.hf_names)), None)
+
+    found = known()
+    if found is None:
+        know_more()
+        found = known()
+    return found
 
 
 def from_megatron(text: str) -> tuple[Pattern, Pattern | None, int]:
@@ -276,7 +291,7 @@ def from_megatron(text: str) -> tuple[Pattern, Pattern | None, int]:
 
 def _megatron_part(text: str, start: int, *, cuts: bool) -> Pattern:
     for offset, char in enumerate(text):
-        if char not in BY_SYMBOL and not (cuts and char == "|"):
+        if kind_of(char) is None and not (cuts and char == "|"):
             error = _unexpected(text, offset)
             raise PatternError(error.message, start + offset, error.length, error.advice)
     try:

@@ -10,18 +10,19 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from n3c.ir.diagnostics import Diagnostic, Severity, Span, did_you_mean
 
-from .blocks import KINDS
+from .block_kind import BlockKind
 from .consistency import check
+from .keys import key
+from .kinds import kinds, know_more, who_adds
 from .pattern import Pattern, PatternError
 from .places import Path, Places, dotted, shown
-from .roles import NOT_LINEAR, ROLE_GLOBS, ROLES, match_roles, select_layers
-from .schema import Format, Serving, Spec, TrainingFormat
+from .roles import all_roles, common_globs, match_roles, not_linear, select_layers
+from .schema import OWN_TABLES, Format, Serving, Spec, TrainingFormat
 
 MAX_ERRORS = 100
 """A file with more errors than this is something else; reading stops."""
@@ -73,6 +74,17 @@ def fields_of(cls: type) -> Fields:
     return _fields[cls]
 
 
+def spec_fields() -> Fields:
+    """Return the same for the top level of a spec, with the tables of all block kinds that are known."""
+    own = fields_of(Spec)
+    return {**own, **{kind.table: (kind.table_class, _doc(kind), False) for kind in kinds() if kind.table not in own}}
+
+
+def _doc(kind: BlockKind) -> Mapping[str, Any]:
+    described: Mapping[str, Any] = key(f"Required where the pattern has {kind.symbol}.", default=None).metadata
+    return described
+
+
 class _Reader:
     def __init__(self, places: Places, start: Span, texts: Mapping[Path, str]) -> None:
         self.places = places
@@ -93,6 +105,10 @@ class _Reader:
         if len(self.found) < MAX_ERRORS:
             self.found.append(Diagnostic(code, message, span or self.start, severity, advice))
 
+    def know_more(self) -> None:
+        """Learn of the block kinds of extensions, and report each that cannot be had."""
+        self.found += [fault for fault in know_more() if fault not in self.found]
+
     def say_about(self, path: str, code: str, message: str, advice: str | None = None) -> None:
         """Report about a dotted path; the value is marked, for a table its header."""
         parts = tuple(int(part) if part.isdecimal() else part for part in path.split("."))
@@ -101,6 +117,8 @@ class _Reader:
     # Tables
 
     def spec(self, raw: Mapping[str, object]) -> Spec | None:
+        if raw.keys() - OWN_TABLES:
+            self.know_more()
         values = self.table(Spec, raw, ())
         for name in ("quantization", "training"):
             self.rules(name)
@@ -110,8 +128,10 @@ class _Reader:
             return None
         values["serving"] = Serving(**{name: self.values[f"serving.{name}"] for name in fields_of(Serving)})
         used = {*values["model"].pattern, *(values["mtp"].pattern if values["mtp"] else ())}
-        values |= {kind.table: None for kind in KINDS if kind not in used}
-        return Spec(**values, spans=self.spans())
+        values |= {kind.table: None for kind in kinds() if kind not in used}
+        tables = {name: values.pop(name) for name in values.keys() - OWN_TABLES}
+        tables = {name: table for name, table in tables.items() if table is not None}
+        return Spec(**values, tables=tables, spans=self.spans())
 
     def fit_serving(self) -> None:
         """Lower the lengths of [serving] that the spec leaves out to what the model allows."""
@@ -131,7 +151,7 @@ class _Reader:
             self.say("E0105", f"{_title(path)} must be a table, not {_kind(raw)}", self.places.key(path))
             return None
         table = cast("dict[str, object]", raw)
-        fields = fields_of(cls)
+        fields = fields_of(cls) if path else spec_fields()
         self.unknown(table, fields, path)
         values: dict[str, Any] = {}
         for name, (hint, metadata, required) in fields.items():
@@ -146,7 +166,7 @@ class _Reader:
                 self.say("E0104", f"missing {what}{where}", self.places.key(path) if path else None, advice)
                 value = _BAD
             else:
-                value = next(field.default for field in dataclasses.fields(cls) if field.name == name)
+                value = next((field.default for field in dataclasses.fields(cls) if field.name == name), None)
             values[name] = value
             if value is not _BAD:
                 self.values[dotted(place)] = value
@@ -163,6 +183,7 @@ class _Reader:
             if advice is None:
                 homes = [f"[{home}]" for home, cls in _homes().items() if name in fields_of(cls)]
                 advice = f"`{name}` is a key of {homes[0]}" if homes else f"known: {', '.join(known)}"
+                advice += "" if path or homes else f"; {who_adds()}"
             is_table = isinstance(table[name], dict) and not path
             what = f"table [{shown(name)}]" if is_table else f"key `{shown(name)}`"
             where = f" in {_title(path)}" if path else ""
@@ -211,6 +232,8 @@ class _Reader:
             kind, advice = "E0110", f'write {words[0]}"3", "3..9", "first N", "last N" or {words[1]}'
         elif name == "name":
             advice = "small letters, digits, `.`, `_` and `-`, at most 80, beginning with a letter or digit"
+        elif name == "passes":
+            advice = "small letters, digits and `_`, at most 80, beginning with a letter"
         elif name == "modules":
             advice = "a module is named as in the checkpoint, as `backbone.layers.3.mixer.in_proj`"
         self.say(kind, f"{_named(path)} cannot be `{shown(value)}`", self.places.value(path), advice)
@@ -266,6 +289,7 @@ class _Reader:
         try:
             pattern = Pattern.parse(raw)
         except PatternError as error:
+            self.know_more()
             self.say_inside(path, "E0108", error)
             return _BAD
         for doubt in pattern.doubts():
@@ -298,13 +322,16 @@ class _Reader:
             self.say("E0112", "a rule has `roles` or `modules`, not both", self.places.key((*path, "modules")), advice)
         for index, glob in enumerate(roles or ()):
             matched = match_roles((glob,)) if len(glob) <= 80 else frozenset[str]()
+            if not matched and len(glob) <= 80:  # a role of an extension, of which the model has no block
+                self.know_more()
+                matched = match_roles((glob,))
             span = self.places.value((*path, "roles", index))
             if not matched:
-                trunk = [role for role in ROLES if not role.startswith("mtp.")]
-                nearest = did_you_mean(glob[:80], (*ROLE_GLOBS, *ROLES))
+                trunk = [role for role in all_roles() if not role.startswith("mtp.")]
+                nearest = did_you_mean(glob[:80], (*common_globs(), *all_roles()))
                 advice = nearest or f"roles: {', '.join(trunk)}; in MTP with `mtp.`"
                 self.say("E0109", f"`{shown(glob)}` matches no role", span, advice)
-            elif matched <= NOT_LINEAR and chosen not in (None, "bf16"):
+            elif matched <= not_linear() and chosen not in (None, "bf16"):
                 self.say("E0113", f"`{glob}` cannot be {chosen}: only the weights of linears can", span)
         self.layers(path)
 
@@ -357,10 +384,9 @@ def entry_class(hint: Any) -> type | None:
     return next((cast("type", entry) for entry in entries if dataclasses.is_dataclass(entry)), None)
 
 
-@cache
 def _homes() -> dict[str, type]:
     """Return the tables of a spec: name → class."""
-    found = {name: plain(hint) for name, (hint, _, _) in fields_of(Spec).items()}
+    found = {name: plain(hint) for name, (hint, _, _) in spec_fields().items()}
     return {name: cls for name, cls in found.items() if get_origin(cls) is None and cls not in (str, int)}
 
 

@@ -17,7 +17,7 @@ from n3c.ir.formats import FORMATS
 
 from .layer_tables import moe_tables
 from .modules import groups_of
-from .roles import NOT_LINEAR, ROUTERS
+from .roles import ROUTERS, not_linear
 from .rules_table import role_globs
 from .schema import Format, Quantization, Rule, Spec
 
@@ -71,7 +71,7 @@ def published_recipe(
     present = list(dict.fromkeys(group.role for group in groups_of(spec)))
     stored = FORMATS[format_]
     eight = _matching(present, EIGHT_BITS) if stored.blocked else []
-    excluded = [role for role in present if role in NOT_LINEAR | ROUTERS] + _matching(present, SENSITIVE)
+    excluded = [role for role in present if role in not_linear() | ROUTERS] + _matching(present, SENSITIVE)
     excluded += [] if calibrated else eight
     left = [role for role in present if role not in (*eight, *excluded)]
     odd = [role for role in left if not all(stored.divides(*shape, block[0]) for shape in _shapes(role, spec))]

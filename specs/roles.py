@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from functools import cache
 
 from .block_kind import BlockKind
-from .blocks import ATTENTION, KINDS, MAMBA
+from .blocks import ATTENTION, MAMBA
+from .kinds import kinds
 from .pattern import Pattern
 
 
@@ -15,17 +17,18 @@ def _roles(kinds: Iterable[BlockKind]) -> tuple[str, ...]:
     return ("norm", *(role for kind in kinds for role in kind.roles))
 
 
-ROLES = (
-    "embedding",
-    "lm_head",
-    *_roles(KINDS),
-    *(f"mtp.{role}" for role in _roles(kind for kind in KINDS if kind.in_mtp)),
-    "mtp.eh_proj",
-)
-"""Every role that a rule can name; those of the blocks of MTP under `mtp.`.
+def all_roles() -> tuple[str, ...]:
+    """Return every role that a rule can name; those of the blocks of MTP under `mtp.`.
 
-Reports also know `mamba.ssm` (A_log, D, dt_bias), which has no format but its own.
-"""
+    Reports also know roles of vectors (`mamba.ssm`: A_log, D, dt_bias), which have no format but their own.
+    """
+    return _every_role(kinds())
+
+
+@cache
+def _every_role(known: tuple[BlockKind, ...]) -> tuple[str, ...]:
+    in_mtp = _roles(kind for kind in known if kind.in_mtp)
+    return ("embedding", "lm_head", *_roles(known), *(f"mtp.{role}" for role in in_mtp), "mtp.eh_proj")
 
 
 def _shared_prefixes(roles: Sequence[str]) -> Iterator[str]:
@@ -34,22 +37,30 @@ def _shared_prefixes(roles: Sequence[str]) -> Iterator[str]:
     return (prefix for prefix, count in counts.items() if count > 1)
 
 
-ROLE_GLOBS = ("mtp.*", *(f"{prefix}*" for kind in KINDS for prefix in _shared_prefixes(kind.roles)))
-"""The globs in which people write roles, wide ones first."""
+def common_globs() -> tuple[str, ...]:
+    """Return the globs in which people write roles, wide ones first."""
+    return ("mtp.*", *(f"{prefix}*" for kind in kinds() for prefix in _shared_prefixes(kind.roles)))
+
 
 ROUTERS = frozenset({"moe.router", "mtp.moe.router"})
 """An error in these changes which experts run: no recipe quantizes them, and they train in float32."""
 
-_VECTORS = ("norm", *(module.role for kind in KINDS for module in kind.modules if not module.linear))
 
-NOT_LINEAR = frozenset({"embedding", *_VECTORS, *(f"mtp.{role}" for role in _VECTORS)}) & frozenset(ROLES)
-"""Roles of weights that no linear multiplies with: they have no format but that of the model."""
+def not_linear() -> frozenset[str]:
+    """Return the roles of weights that no linear multiplies with: they have no format but that of the model."""
+    return _not_linear(kinds())
+
+
+@cache
+def _not_linear(known: tuple[BlockKind, ...]) -> frozenset[str]:
+    vectors = ("norm", *(module.role for kind in known for module in kind.modules if not module.linear))
+    return frozenset({"embedding", *vectors, *(f"mtp.{role}" for role in vectors)}) & frozenset(_every_role(known))
 
 
 def match_roles(globs: Iterable[str]) -> frozenset[str]:
     """Return the roles that any of `globs` matches; `*` and `?` also match dots, case matters."""
     globs = tuple(globs)
-    return frozenset(role for role in ROLES if any(fnmatchcase(role, glob) for glob in globs))
+    return frozenset(role for role in all_roles() if any(fnmatchcase(role, glob) for glob in globs))
 
 
 def select_layers(selector: str, pattern: Pattern) -> frozenset[int]:

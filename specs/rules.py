@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 
 from n3c.ir.diagnostics import Diagnostic, Severity, Span
 
-from .roles import NOT_LINEAR, select_layers
+from .roles import not_linear, select_layers
 from .schema import Spec
 
 Table = Literal["quantization", "training"]
@@ -92,7 +92,7 @@ class FormatRules:
         if found is None or not found.names(weight):
             return None
         # The bias of a router has the role of the router: a rule about that role means the linear alone.
-        return found if found.modules or weight.role in NOT_LINEAR else None
+        return found if found.modules or weight.role in not_linear() else None
 
     def faults(self, weights: Iterable[Weight]) -> list[Diagnostic]:
         """Return an E0401 for each rule that matches none of `weights`, all those of the model."""

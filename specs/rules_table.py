@@ -12,7 +12,7 @@ from n3c.ir.formats import FORMATS
 
 from .modules import Group
 from .pattern import Pattern
-from .roles import ROLE_GLOBS, select_layers
+from .roles import common_globs, select_layers
 from .schema import Format, Quantization, Rule, Spec
 
 
@@ -93,7 +93,7 @@ def _selector(wanted: Sequence[int], having: Sequence[int], pattern: Pattern) ->
 def role_globs(roles: Sequence[str], present: Sequence[str]) -> list[str]:
     """Shorten a list of roles by globs that match, of the roles `present` in a model, no others."""
     left = list(roles)
-    for glob in ROLE_GLOBS:
+    for glob in common_globs():
         matched = [role for role in present if fnmatchcase(role, glob)]
         if len(matched) > 1 and set(matched) <= set(left):
             place = left.index(matched[0])

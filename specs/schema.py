@@ -9,8 +9,8 @@ the block kinds stand in `blocks`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from n3c.ir.diagnostics import Span
 
@@ -28,6 +28,7 @@ BLOCKS = ((16, 16), (1, 16))
 """Weight blocks of NVFP4: two-dimensional (arXiv 2509.25149), and one-dimensional."""
 
 NAME = r"[a-z0-9][a-z0-9._-]{0,79}"
+PASS = r"[a-z][a-z0-9_]{0,79}"
 MODULE = r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*"
 
 
@@ -106,6 +107,13 @@ class Serving:
     kv_cache_dtype: Literal["bf16", "fp8", "fp32"] = key("Type of the KV cache.", default="bf16")
     ssm_state_dtype: Literal["fp32", "fp16", "bf16"] = key("Type of the SSM state.", default="fp32")
     conv_state_dtype: Literal["bf16", "fp32"] = key("Type of the convolution window.", default="bf16")
+    activations: Literal["as_format", "weight_only"] = key(
+        "Whether nvfp4 and fp8 quantize what their linears read, in every entry point, or weights only.",
+        default="as_format",
+    )
+    passes: tuple[str, ...] | None = key(
+        "Passes of installed extensions that run, too; `n3c passes` lists them.", default=None, regex=PASS
+    )
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,8 @@ class Spec:
     quantization: Quantization | None = key("Formats of deployment; leave out for BF16.", default=None)
     training: Training | None = key("Numerics of training; leave out for BF16.", default=None)
     serving: Serving = key("What the plans are made for.", default=Serving())
+    tables: Mapping[str, Any] = field(default_factory=dict[str, Any], hash=False)
+    """Tables of block kinds that have no field above, by name: those of extensions."""
     spans: Mapping[str, Span] = field(default_factory=dict[str, Span], compare=False, repr=False)
     """Key path (`model.pattern`, `quantization.rules.2`) → where the spec says it."""
 
@@ -131,8 +141,20 @@ class Spec:
         """The kind of each block: those of the trunk, then those of one prediction step."""
         return self.model.pattern.kinds + (self.mtp.pattern.kinds if self.mtp else ())
 
+    def table(self, kind: BlockKind) -> Any:
+        """Return the table of a block kind, a `kind.table_class`; None where the spec has no such blocks."""
+        return self.section(kind.table)
+
+    def section(self, name: str) -> Any:
+        """Return what the spec has under a name at its top level: a table, or None."""
+        return getattr(self, name) if name in OWN_TABLES else self.tables.get(name)
+
     def span(self, path: str) -> Span | None:
         """Return the place of `path`, or of its nearest parent that the spec spells out."""
         while path and path not in self.spans:
             path = path.rpartition(".")[0]
         return self.spans.get(path)
+
+
+OWN_TABLES = frozenset(item.name for item in fields(Spec) if item.name not in ("tables", "spans"))
+"""What a spec has at its top level without extensions."""

@@ -2,6 +2,7 @@
 
 backbone.layers.0.mixer.…       released; the others are renamed to it
 model.layers.0.mixer.…          transformers, in memory
+model.backbone.layers.0.…       a module that holds the model as `model`
 backbone.embedding.weight       transformers 5.3 to 5.15
 module.…, _orig_mod.…           DistributedDataParallel, torch.compile
 language_model.…                the text model of multimodal checkpoints
@@ -24,9 +25,11 @@ def released_name(name: str) -> str:
         if inner != name:
             name = inner if inner.startswith(_OF_TEXT) else f"backbone.{inner}"
             break
-    trunk = name.removeprefix("model.")
-    if trunk != name and trunk.startswith(_OF_TRUNK):
-        name = f"backbone.{trunk}"
+    inner = name.removeprefix("model.")
+    if inner != name and inner.startswith(_OF_TEXT):
+        name = inner
+    elif inner != name and inner.startswith(_OF_TRUNK):
+        name = f"backbone.{inner}"
     root, _, rest = name.partition(".")
     if root == "backbone" and (rest == "embedding" or rest.startswith("embedding.")):
         name = f"backbone.embeddings{rest.removeprefix('embedding')}"

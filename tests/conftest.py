@@ -1,4 +1,4 @@
-"""Small models gain nothing from many threads; Triton kernels run in its interpreter."""
+"""Small models gain nothing from many threads; Triton kernels run in its interpreter; no extension is seen."""
 
 import os
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined; programs that tests start have it too
+os.environ.setdefault("N3C_EXTENSIONS", "")  # whatever the environment has installed: tests that need one say so
 
 
 @pytest.fixture(autouse=True, scope="session")

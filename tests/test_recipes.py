@@ -12,9 +12,12 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+
+from n3c.ir.extensions import GROUPS
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("backends", "compiler", "docs", "ir", "passes", "runtime", "specs", "tests", "typings")
@@ -75,7 +78,7 @@ def files_of_recipe(heading: str, name: str) -> set[str]:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     section = text.partition(f"## {heading}\n")[2].partition("\n## ")[0]
     steps = [step for step in re.split(r"^\d+\. ", section, flags=re.MULTILINE)[1:] if not step.startswith("If ")]
-    return {path.replace("NAME", name) for step in steps for path in re.findall(r"`([\w/]+\.\w+)`", step)}
+    return {path.replace("NAME", name) for step in steps for path in re.findall(r"`([\w/-]+\.\w+)`", step)}
 
 
 @pytest.fixture
@@ -132,6 +135,37 @@ def test_add_an_op(copy: Copy) -> None:
     copy.test("tests/ir/test_ops.py", "tests/backends/onnx/test_spellings.py", "-k", "swiglu or every_op")
 
 
+COMMAND = '''"""n3c hello: greet."""
+
+from __future__ import annotations
+
+from n3c.compiler.cli import options
+from n3c.compiler.cli.command import n3c_command
+from n3c.compiler.cli.output import print_json, say, suggest
+
+
+@n3c_command("hello", "Greet.", examples=(("everybody", "n3c hello"),))
+@options.common
+def command(as_json: bool) -> None:
+    """Greet."""
+    print_json({"hello": "world"}) if as_json else say("hello")
+    suggest(("specs",))
+'''
+
+
+def test_add_a_command(copy: Copy) -> None:
+    copy.create("compiler/cli/commands/hello.py", COMMAND)
+    copy.insert("compiler/cli/main.py", '        "passes":', '        "hello": "Greet.",\n')
+    copy.append("docs/command-line.md", "\n## n3c hello\n\nGreets.\n\nJSON: `hello`.\n")
+    copy.insert("tests/compiler/cli/test_watch.py", '    "passes":', '    "hello": [""],\n')
+    assert copy.edited == files_of_recipe("Add a command", "hello")
+    copy.test(
+        "tests/compiler/cli/test_help.py", "tests/compiler/cli/test_cli.py", "tests/compiler/test_documents.py",
+        "tests/compiler/cli/test_watch.py", "tests/test_reference_pages.py", "-k", "hello or every_command or options",
+    )  # fmt: skip
+    assert "### n3c hello" in (copy.root / "docs/reference/options.md").read_text(encoding="utf-8")
+
+
 PASS = '''"""pause: change nothing.
 
 Pattern: none. Anywhere in the order.
@@ -171,7 +205,7 @@ def test_pause_changes_nothing(spec: Spec, checkpoint: Checkpoint) -> None:
 def test_add_a_pass(copy: Copy) -> None:
     copy.create("passes/pause.py", PASS)
     copy.insert("passes/pipelines.py", "from .plan_state", "from .pause import Pause\n")
-    place = "    # anywhere, as it changes nothing\n    Pause: lambda *_: Pause(),\n"
+    place = "    # anywhere, as it changes nothing\n    Stage(Pause, lambda *_: Pause()),\n"
     copy.insert("passes/pipelines.py", "    # after plan_state: the dispatch", place)
     copy.insert("tests/passes/test_twins.py", "from n3c.passes.pipelines ", "from n3c.passes.pause import Pause\n")
     copy.append("tests/passes/test_twins.py", TWIN)
@@ -195,6 +229,8 @@ SWIGLU = BlockKind(
     legend="gated MLP",
     class_name="SwiGLU",
     table="swiglu",
+    table_class=Swiglu,
+    lowering="n3c.passes.lower.blocks:swiglu",
     modules=(
         Module("swiglu.gate", "gate_proj"),
         Module("swiglu.up", "up_proj"),
@@ -208,16 +244,16 @@ SWIGLU = BlockKind(
 
 '''
 
-LOWERING = """def _swiglu(block: Block, spec: Spec, x: Value) -> Value:
-    m = spec.swiglu
-    assert m is not None
+LOWERING = """
+
+def swiglu(block: Block, spec: Spec, x: Value) -> Value:
+    \"\"\"Emit a gated MLP.\"\"\"
+    m = spec.section("swiglu")
     h = block.norm(x, "norm.weight")
     gate = block.projection(h, "swiglu.gate", m.intermediate_size, "gate")
     up = block.projection(h, "swiglu.up", m.intermediate_size, "up")
     y = block.emit(ops.swiglu, gate, up, name="y")
     return block.projection(y, "swiglu.down", spec.model.hidden_size, "y")
-
-
 """
 
 TEMPLATE = '''{# "S": the gated MLP. #}
@@ -352,12 +388,7 @@ def test_add_a_block_kind(copy: Copy) -> None:
     copy.edited.clear()
     copy.insert("specs/blocks.py", "KINDS = (", TABLE.lstrip())
     copy.replace("specs/blocks.py", "ATTENTION, MLP)", "ATTENTION, MLP, SWIGLU)")
-    field = '    swiglu: Swiglu | None = key("Required where the pattern has S.", default=None)\n'
-    copy.insert("specs/schema.py", "    mtp: Mtp | None", field)
-    copy.replace("specs/schema.py", "Mamba, Mlp, Moe\n", "Mamba, Mlp, Moe, Swiglu\n")
-    copy.insert("passes/lower/blocks.py", "BLOCKS: ", LOWERING)
-    copy.insert("passes/lower/blocks.py", "    MLP: _mlp,", "    SWIGLU: _swiglu,\n")
-    copy.replace("passes/lower/blocks.py", "MLP, MOE\n", "MLP, MOE, SWIGLU\n")
+    copy.append("passes/lower/blocks.py", LOWERING)
     copy.create("backends/torch/templates/blocks/swiglu.jinja", TEMPLATE)
     copy.insert("tests/support/random_specs.py", "BLOCK_TABLES: ", DRAWN)
     copy.insert("tests/support/random_specs.py", "    MLP: _mlp,", "    SWIGLU: _swiglu,\n")
@@ -367,3 +398,16 @@ def test_add_a_block_kind(copy: Copy) -> None:
     tests = ("tests/backends/torch/test_swiglu.py", "tests/specs/test_blocks.py", "tests/specs/test_reference.py")
     copy.test(*tests)
     assert "## `[swiglu]`" in (copy.root / "docs/spec.md").read_text(encoding="utf-8")
+
+
+def test_extend_from_outside() -> None:
+    """The recipe names every file of the example, whose own tests `test_examples.py` runs, and every group."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text.partition("## Extend n3c from outside\n")[2].partition("\n## ")[0]
+    example = ROOT / "examples/gated-delta-net"
+    package = example / "n3c_gated_delta_net"
+    files = {path.relative_to(package).as_posix() for path in package.rglob("*.*") if path.suffix in (".py", ".jinja")}
+    named = {name.replace("NAME", "gated_delta_net") for name in re.findall(r"`([\w/.]+\.(?:py|jinja|toml))`", section)}
+    assert named == (files - {"__init__.py"}) | {"pyproject.toml"}
+    project = tomllib.loads((example / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert set(project["entry-points"]) == set(GROUPS) == set(re.findall(r"`(n3c\.[a-z]+)`", section))

@@ -20,7 +20,7 @@ from typing import Any
 
 from n3c.backends.safetensors.layout import KEEP, Weight
 from n3c.ir.formats import FORMATS, FP8, NVFP4_BLOCK, W4A16_NVFP4
-from n3c.specs.huggingface_names import MTP, MTP_PATTERN_LISTS, PATTERN_LISTS
+from n3c.specs.huggingface_names import MTP, MTP_PATTERN_LISTS, PATTERN_LISTS, TIME_STEP_MIN, written_twice
 from n3c.specs.roles import ROUTERS
 
 PRODUCER = "modelopt"
@@ -156,17 +156,19 @@ def config_json(
 ) -> dict[str, Any]:
     """Return config.json: that of the source, with what it lacks of `exported` (the spec's config), and its formats.
 
-    Lists of block types are left out: the patterns and the number of layers say the same.
+    Lists of block types are left out: the patterns and the number of layers say the same. Of the source's `n3c` the
+    smallest fresh time step is kept, as its field of that name is.
     """
     config = {key: value for key, value in source.items() if key not in _NOT_KEPT}
-    for key in _SHAPE_KEYS:
+    for key in (*_SHAPE_KEYS, *written_twice().values()):
         if config.get(key) is None and key in exported:
             config[key] = exported[key]
     if not any(weight.name.startswith("mtp.") for weight in weights):
         config = {key: value for key, value in config.items() if key not in MTP} | {"num_nextn_predict_layers": 0}
     if is_quantized(weights):
         config[QUANTIZATION] = quantization_config(weights, kv_cache)
-    return config | {"n3c": exported["n3c"]}
+    kept = {key: value for key, value in (source.get("n3c") or {}).items() if key == TIME_STEP_MIN}
+    return config | {"n3c": exported["n3c"] | kept}
 
 
 def multimodal_config(outer: Mapping[str, Any], name: str, text: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import onnx_ir as onnx
 
 from n3c.backends.progress import SILENT, Progress
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
+from n3c.ir.extensions import part
 from n3c.ir.program import Call, EntryPoint, Function, Parameter, Program
 from n3c.ir.types import DType, TensorType
 from n3c.passes.base import run_pipeline
@@ -186,8 +187,6 @@ class _Emission:
         for formal, actual in zip(function.states, call.states, strict=True):
             if f"{actual}.view" in self.values:
                 self.emitter.bind_view(formal, self.values[f"{actual}.view"])
-        for formal, actual in zip(function.parameters, call.parameters, strict=True):
-            self.emitter.bind_format(formal, self.program.parameters[actual].format)
         self.nodes(function)
         for name, value in zip(call.outputs, function.outputs, strict=True):
             self.values[name] = self.emitter.get(value)
@@ -198,7 +197,7 @@ class _Emission:
     def nodes(self, function: Function) -> None:
         """Emit the nodes of a function whose formals are bound."""
         for node in function.nodes:
-            spelling = SPELLINGS.get(node.op.name)
+            spelling = part(node.op.spelling) if node.op.spelling else SPELLINGS.get(node.op.name)
             if spelling is None:
                 message = f"`{node.op.name}` in @{function.name} has no ONNX spelling"
                 raise N3CError(

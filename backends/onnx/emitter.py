@@ -28,8 +28,6 @@ class Nvfp4Weight:
     """Whether codes are bytes."""
     packed_scale: bool = False
     """Whether block scales are bytes."""
-    w4a4: bool = False
-    """Whether the format quantizes activations too, where there are many rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +51,19 @@ class DenseWeight:
 
 
 Weight = Nvfp4Weight | Fp8Weight | DenseWeight
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """What a linear reads, to be rounded to a format: its reader decides in which type."""
+
+    divided: onnx.Value
+    """FLOAT [..., K], divided by the scale."""
+    dims: tuple[int, ...]
+    scale: onnx.Value
+    """FLOAT []."""
+    format: str
+    """`nvfp4` or `fp8`."""
 
 
 Rendering = Literal["engine", "float32"]
@@ -80,7 +91,7 @@ class Emitter:
         self.rendering: Rendering = rendering
         self.wide = wide
         """Whether matrix products over many rows take activations in float32 rather than in BF16."""
-        self._formats: dict[int, str] = {}
+        self._rounded: dict[int, Rounded] = {}
         self._views: dict[int, onnx.Value] = {}
         self._written: dict[int, Rows] = {}
         self._values: dict[int, onnx.Value] = {}
@@ -100,13 +111,13 @@ class Emitter:
         """Bind a weight that is not dequantized to `value`."""
         self._weights[id(value)] = weight
 
-    def bind_format(self, value: Value, format_: str) -> None:
-        """Note the format that the spec asks of a formal parameter."""
-        self._formats[id(value)] = format_
+    def bind_rounded(self, value: Value, rounded: Rounded) -> None:
+        """Bind an activation that is not rounded yet to `value`."""
+        self._rounded[id(value)] = rounded
 
-    def format(self, value: Value) -> str:
-        """Return the format of a formal parameter, `bf16` where none was noted."""
-        return self._formats.get(id(value), "bf16")
+    def rounded(self, value: Value) -> Rounded | None:
+        """Return `value` as an activation that a format rounds; None where none does."""
+        return self._rounded.get(id(value))
 
     def bind_view(self, value: Value, view: onnx.Value) -> None:
         """Note the same bytes of a formal state in the type that the IR says."""

@@ -17,9 +17,13 @@ from n3c.ir.types import DType
 FEW_ROWS = 32
 """Rows (sequences times tokens) up to which a linear is a product and a sum in one kernel, not a matrix product."""
 
+ROUNDED_ROWS = {"fp8": 1, "nvfp4": 3}
+"""The same for linears whose format rounds activations: FP8 x FP8 reads a weight once for all rows in two kernels;
+FP4 x FP4 tiles the scales of its blocks first, which four rows pay back."""
+
 _PRODUCTS = {
-    "nvfp4": "FP4 x FP4 matrix product, activations quantized a row",
-    "fp8": "FP8 x FP8 matrix product, activations quantized a row",
+    "nvfp4": "FP4 x FP4 matrix product",
+    "fp8": "FP8 x FP8 matrix product",
     "w4a16_nvfp4": "BF16 matrix product, weights dequantized once a call",
     "bf16": "BF16 matrix product",
 }
@@ -57,7 +61,27 @@ def rows_of(node: Node, dims: Mapping[str, int]) -> int:
 
 def is_matrix_product(node: Node, dims: Mapping[str, int]) -> bool:
     """Return whether a node with weights is matrix products; else each is a product and a sum in one kernel."""
-    return node.op is ops.experts or (node.op is ops.linear and rows_of(node, dims) > FEW_ROWS)
+    return node.op is ops.experts or (node.op is ops.linear and rows_of(node, dims) > _few_rows(node))
+
+
+def _few_rows(node: Node) -> int:
+    """Return up to how many rows a linear is a sum; where it rounds activations, a product gives the same numbers."""
+    if node["x"].type.dims[1] == 1:
+        # The head of prefill, for one token whatever the chunk: beside a Loop, as experts that overflow are, engines
+        # write a weight that a sum reads to memory in float32 first.
+        return 0
+    reader = node["x"].node
+    if reader is None or reader.op is not ops.quantize_activation:
+        return FEW_ROWS
+    return ROUNDED_ROWS[str(reader.attributes["format"])]
+
+
+def bucket_rows(rows: int, top_k: int, experts: int) -> int:
+    """Return the rows of an expert's bucket where `rows` tokens choose `top_k` experts each: at most `rows`.
+
+    Twice the mean, in steps of 32: a router that loads experts evenly stays below that by far.
+    """
+    return min(rows, -(-2 * rows * top_k // (experts * 32)) * 32)
 
 
 def batches_of(entry: str, batch_sizes: Iterable[int]) -> tuple[int, ...]:

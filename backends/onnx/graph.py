@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from n3c.ir.types import DType
 
 from .dtypes import ONNX_DTYPES
 
+LOOP = "loop/"
+"""In the names of nodes within a Loop."""
 OPSET = 24
 """Of TensorScatter and Attention with caches."""
 IR_VERSION = 11
@@ -67,6 +69,23 @@ class GraphBuilder:
         self.nodes.append(node)
         return results
 
+    def loop(
+        self, count: onnx.Value, start: onnx.Value, body: Callable[[onnx.Value, onnx.Value], onnx.Value]
+    ) -> onnx.Value:
+        """Append a Loop of `count` rounds (INT64 []) and return what `body`, of the round and a value, made of `start`.
+
+        `body` adds its nodes as usual; it may read anything that was made before.
+        """
+        outside, scope, self.nodes, self.scope = self.nodes, self.scope, [], f"{self.scope}{LOOP}"
+        index = onnx.val(self._fresh(f"{self.scope}round"), onnx.DataType.INT64, ())
+        going = onnx.val(self._fresh(f"{self.scope}going"), onnx.DataType.BOOL, ())
+        carried = onnx.val(self._fresh(f"{self.scope}carried"), onnx.DataType.FLOAT)
+        made = body(index, carried)
+        go_on = self.node("Identity", going)
+        inside, self.nodes, self.scope = self.nodes, outside, scope
+        graph = onnx.Graph([index, going, carried], [go_on, made], nodes=inside, name=self._fresh(f"{self.scope}body"))
+        return self.node("Loop", count, self.constant(np.array(True)), start, body=graph)
+
     def constant(self, array: Array) -> onnx.Value:
         """Return a constant; equal ones are shared."""
         key = (array.dtype.str, array.shape, array.tobytes())
@@ -90,7 +109,7 @@ class GraphBuilder:
         nodes: list[onnx.Node] = []
         for node in reversed(self.nodes):
             if any(id(result) in needed for result in node.outputs):
-                needed.update(id(value) for value in node.inputs)
+                needed.update(id(value) for value in _read(node))
                 nodes.append(node)
         for node in self.nodes:
             if not any(id(result) in needed for result in node.outputs):
@@ -112,3 +131,12 @@ class GraphBuilder:
             candidate, n = f"{name}.{n}", n + 1
         self._taken.add(candidate)
         return candidate
+
+
+def _read(node: onnx.Node) -> Iterator[onnx.Value | None]:
+    """Yield what a node reads, itself and within its graph."""
+    yield from node.inputs
+    for attribute in node.attributes.values():
+        if attribute.type == onnx.AttributeType.GRAPH:
+            for inner in attribute.as_graph():
+                yield from _read(inner)

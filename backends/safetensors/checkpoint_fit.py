@@ -14,6 +14,7 @@ from n3c.specs.blocks import MOE
 from n3c.specs.convert import run_import
 from n3c.specs.layer_tables import moe_tables
 from n3c.specs.pattern import Pattern
+from n3c.specs.reader import spec_fields
 from n3c.specs.schema import Spec
 
 from .checkpoint import Checkpoint
@@ -49,7 +50,16 @@ def fitting_checkpoint(spec: Spec, directory: Path, *, unquantized: bool = False
     Weights are stored in the formats of `spec` or not quantized yet; with `unquantized` none may be. Only headers
     and config.json are read.
     """
-    checkpoint, program = Checkpoint(directory), lower(spec)
+    checkpoint = Checkpoint(directory)
+    require_fit(spec, checkpoint, unquantized=unquantized)
+    if (directory / "config.json").is_file():
+        _raise(_other_values(spec, directory), checkpoint)
+    return checkpoint
+
+
+def require_fit(spec: Spec, checkpoint: Checkpoint, *, unquantized: bool = False) -> None:
+    """Raise N3CError (exit code 6) with all tensors that do not fit `spec`, wherever they come from."""
+    program = lower(spec)
     parameters = list(program.parameters.values())
     _raise(misfits(spec, parameters, checkpoint), checkpoint)
     if unquantized:
@@ -57,9 +67,6 @@ def fitting_checkpoint(spec: Spec, directory: Path, *, unquantized: bool = False
     else:
         quantize_pass(spec).run(program)
         _raise(other_formats(program.parameters.values(), checkpoint), checkpoint)
-    if (directory / "config.json").is_file():
-        _raise(_other_values(spec, directory), checkpoint)
-    return checkpoint
 
 
 def _other_values(spec: Spec, directory: Path) -> Iterator[Diagnostic]:
@@ -80,7 +87,7 @@ def differences(ours: Spec, theirs: Spec) -> Iterator[tuple[str, object, object]
     Tables that only one of them has show in the tensors. [moe] is compared block by block: how its entries say what
     the blocks have does not matter.
     """
-    names = [field.name for field in dataclasses.fields(Spec) if field.name not in NOT_COMPARED]
+    names = [name for name in spec_fields() if name not in NOT_COMPARED]
     told: set[str] = set()
     for name in names:
         for mine, other in zip(_tables(ours, name), _tables(theirs, name), strict=False):
@@ -96,7 +103,7 @@ def _tables(spec: Spec, name: str) -> tuple[Any, ...]:
     """Return a table of the spec, none where it lacks it, and one for each MoE block."""
     if name == MOE.table:
         return moe_tables(spec)
-    table = getattr(spec, name)
+    table = spec.section(name)
     return (table,) if dataclasses.is_dataclass(table) else ()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +18,7 @@ from n3c.ir.source import (
     Concat,
     Dequantized,
     Fp8,
+    InputScale,
     NegExp,
     Nvfp4,
     Rounded,
@@ -30,6 +32,7 @@ from n3c.ir.types import DType
 from . import nvfp4
 from .checkpoint import DTYPES, Checkpoint, file_error
 from .header import ELEMENT_NAMES
+from .packing import NotFiniteError, fp8_scale, largest, pack_fp8_rows
 
 Array = NDArray[np.generic]
 
@@ -78,6 +81,9 @@ def _evaluate(source: Source, checkpoint: Checkpoint) -> Array:
             if name not in checkpoint:
                 return np.asarray(1, np.float32)
             return (checkpoint.read(name).astype(np.float32) * np.float32(E4M3_MAX / CACHE_MAX)).reshape(())
+        case InputScale():
+            stored = [checkpoint.read(name).reshape(()) for name in source.names if name in checkpoint]
+            return np.asarray(max(stored, default=1), np.float32)
         case Dequantized(Nvfp4() as codes):
             rows = codes.block_rows
             return _each_matrix(codes.operand, checkpoint, lambda name: _dequantized_nvfp4(checkpoint, name, rows))
@@ -95,23 +101,37 @@ def _nvfp4(checkpoint: Checkpoint, name: str, part: str, block_rows: int) -> Arr
     stored = NVFP4.part_names(name)
     if stored["scale_2"] in checkpoint:
         return checkpoint.read(stored[part])
+    return nvfp4_parts(name, checkpoint.read(name), block_rows, checkpoint.directory)[stored[part]]
+
+
+def nvfp4_parts(name: str, weight: Array, block_rows: int, place: Path) -> dict[str, Array]:
+    """Return the tensors in which NVFP4 stores the matrix `name`, by their names; N3CError for one that it cannot.
+
+    `place` is what the error names.
+    """
     try:
-        matrix = nvfp4.quantize(checkpoint.read(name), block_rows)
+        matrix = nvfp4.quantize(weight, block_rows)
     except ValueError as error:
-        raise file_error("E0607", f"tensor `{name}`: {error}", checkpoint.directory) from error
-    return np.asarray(getattr(matrix, part))
+        raise file_error("E0607", f"tensor `{name}`: {error}", place) from error
+    return {stored: np.asarray(getattr(matrix, part)) for part, stored in NVFP4.part_names(name).items()}
 
 
 def _fp8(checkpoint: Checkpoint, name: str, part: str) -> Array:
     stored = FP8.part_names(name)
     if stored["scale"] in checkpoint:
         return checkpoint.read(stored[part])
-    weight = checkpoint.read(name).astype(np.float32)
-    amax = np.abs(weight).max(initial=np.float32(0))
-    if not np.isfinite(amax):
-        raise file_error("E0607", f"tensor `{name}`: the weight holds NaN or infinity", checkpoint.directory)
-    scale = amax / np.float32(E4M3_MAX) if amax > 0 else np.float32(1)
-    return np.asarray(scale) if part == "scale" else (weight / scale).astype(ml_dtypes.float8_e4m3fn)
+    return fp8_parts(name, checkpoint.read(name), checkpoint.directory)[stored[part]]
+
+
+def fp8_parts(name: str, weight: Array, place: Path) -> dict[str, Array]:
+    """Return the tensors in which FP8 stores the matrix `name`, as `nvfp4_parts` does."""
+    try:
+        scale = fp8_scale(largest(weight))
+    except NotFiniteError as error:
+        message = f"tensor `{name}`: the weight holds NaN or infinity ({error.value} at {list(error.index)})"
+        raise file_error("E0607", message, place) from error
+    parts = {"codes": pack_fp8_rows(weight, scale).codes.view(ml_dtypes.float8_e4m3fn), "scale": np.asarray(scale)}
+    return {stored: parts[part] for part, stored in FP8.part_names(name).items()}
 
 
 def _dequantized_nvfp4(checkpoint: Checkpoint, name: str, block_rows: int) -> Array:

@@ -16,13 +16,15 @@ from typing import cast
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 from n3c.specs.block_kind import BlockKind
-from n3c.specs.blocks import ATTENTION, BY_SYMBOL, GENERAL_LETTERS, KINDS, MAMBA, MLP, MOE, Moe
+from n3c.specs.blocks import ATTENTION, GENERAL_LETTERS, MAMBA, MLP, MOE, Moe
+from n3c.specs.kinds import by_symbol, kinds
 from n3c.specs.layer_tables import PER_LAYER, moe_of_block
 from n3c.specs.pattern import Pattern
 from n3c.specs.reader import entry_class, fields_of
 from n3c.specs.schema import Spec
 
 from .gpus import peak_tflops
+from .imports import import_order, model_imports
 from .numerics import training_formats
 
 MODULE = re.compile(r"[a-z_]+(\.[a-z0-9_]+)*")
@@ -128,8 +130,12 @@ class SpecView:
     """(module, format) of [training]."""
     one_dimensional: bool
     parallel: ParallelView
-    roles: tuple[tuple[str, str], ...]
-    """(module of a mixer, role)."""
+    files: tuple[str, ...]
+    """Files of the package that not every model has: those of its block kinds."""
+    imports: tuple[tuple[str, tuple[str, ...]], ...]
+    """(module of the package, names that model.py imports from it)."""
+    roles: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
+    """(symbol of a block kind, (module of its mixer, role) of each)."""
     peak_tflops: tuple[tuple[str, str], ...]
     """(words of a GPU's name, dense BF16 TFLOP/s)."""
     flops_per_token: str
@@ -142,7 +148,7 @@ def spec_view(spec: Spec, spec_sha256: str, flops_per_token: tuple[int, int]) ->
     Raises N3CError (E0510) where a value is not what a validated spec would hold.
     """
     patterns = [spec.model.pattern] + ([spec.mtp.pattern] if spec.mtp else [])
-    blocks = tuple(kind for kind in KINDS if any(kind in pattern for pattern in patterns))
+    blocks = tuple(kind for kind in kinds() if any(kind in pattern for pattern in patterns))
     uses = Uses(
         mamba=MAMBA in blocks,
         moe=MOE in blocks,
@@ -150,11 +156,11 @@ def spec_view(spec: Spec, spec_sha256: str, flops_per_token: tuple[int, int]) ->
         mlp=MLP in blocks,
         mtp=spec.mtp is not None,
     )
-    tables = {kind.table: _table(getattr(spec, kind.table), kind.table) for kind in blocks}
+    tables = {kind.table: _table(spec.table(kind), kind.table) for kind in blocks}
     moe = _moe_parts(spec.moe) if uses.moe and spec.moe is not None else None
     shared = moe is not None and moe.shared
     layers = _moe_layers(spec)
-    mixers = tuple(kind.template for kind in KINDS if kind in blocks or (shared and kind is MLP))
+    mixers = tuple(kind.template for kind in kinds() if kind in blocks or (shared and kind is MLP))
     return SpecView(
         name=_matching(NAME, spec.name, "name"),
         package=package_name(spec),
@@ -171,7 +177,7 @@ def spec_view(spec: Spec, spec_sha256: str, flops_per_token: tuple[int, int]) ->
         rescale=spec.model.rescale_prenorm_residual,
         conv_bias=uses.mamba and tables["mamba"]["conv_bias"] == "True",
         wrapped=(uses.mtp or (uses.moe and not shared)) and not layers and all(b.in_transformers for b in blocks),
-        remote_code=_remote_code(uses),
+        remote_code=_remote_code(blocks),
         model={**_literals(spec.model, "model"), "eos_token_id": _token_ids(spec.model.eos_token_ids)},
         tables=tables,
         moe_parts=moe,
@@ -182,6 +188,8 @@ def spec_view(spec: Spec, spec_sha256: str, flops_per_token: tuple[int, int]) ->
         formats=tuple((_matching(MODULE, name, "training"), format_) for name, format_ in training_formats(spec)),
         one_dimensional=spec.training is not None and spec.training.block == (1, 16),
         parallel=_parallel(uses, shared),
+        files=tuple(dict.fromkeys(name for kind in blocks for name in kind.files)),
+        imports=model_imports(blocks, mtp=uses.mtp),
         roles=_roles(spec, blocks),
         peak_tflops=tuple((words, _literal(tflops, "gpus")) for words, tflops in peak_tflops()),
         flops_per_token=_literal(flops_per_token[0], "flops"),
@@ -201,16 +209,11 @@ def package_name(spec: Spec) -> str:
     return name
 
 
-def _remote_code(uses: Uses) -> tuple[str, ...]:
+def _remote_code(blocks: Sequence[BlockKind]) -> tuple[str, ...]:
     """Return modeling_n3c.py and what it imports, directly or not."""
-    files = ["dispatch.py", "float32.py", "loss.py", "model.py", "modeling_n3c.py", "norm.py"]
-    files += ["recompute.py", "sequences.py", "state.py"]
-    files += ["attention.py"] if uses.attention else []
-    files += ["activation.py"] if uses.moe or uses.mlp else []
-    files += ["convolution.py", "ssd.py"] if uses.mamba else []
-    files += ["balance.py", "callbacks.py", "grouped.py", "routing.py"] if uses.moe else []
-    files += ["autocast.py"] if uses.mamba or uses.moe else []
-    return tuple(sorted(files))
+    files = {"dispatch.py", "float32.py", "loss.py", "model.py", "modeling_n3c.py", "norm.py"}
+    files |= {"recompute.py", "sequences.py", "state.py", *(name for kind in blocks for name in kind.files)}
+    return tuple(sorted(files | ({"callbacks.py"} if MOE in blocks else set())))
 
 
 def _letters(blocks: Sequence[BlockKind], shared: bool) -> tuple[str, ...]:
@@ -245,18 +248,15 @@ def _parallel(uses: Uses, shared: bool) -> ParallelView:
         "mlp_intermediate_size": uses.mlp,
     }
     names = tuple(name for name, used in classes.items() if used)
-    imported = sorted(["Config", "Model", *names], key=lambda name: (not name.isupper(), name))  # as isort
+    imported = sorted(["Config", "Model", *names], key=import_order)
     return ParallelView(names, tuple(name for name, used in sizes.items() if used), tuple(imported))
 
 
-def _roles(spec: Spec, blocks: Sequence[BlockKind]) -> tuple[tuple[str, str], ...]:
-    """Return (module of a mixer, role) of every weight that a mixer has; stacked experts are one module."""
-    found = [
-        (module.name.replace(".{}", ""), module.role)
-        for kind in blocks
-        for module, _ in kind.present(getattr(spec, kind.table))
-    ]
-    return (*found, *((name, "mamba.ssm") for name in ("A_log", "D", "dt_bias") if MAMBA in blocks))
+def _roles(spec: Spec, blocks: Sequence[BlockKind]) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
+    """Return the roles of every weight that the mixers have, kind by kind; stacked experts are one module."""
+    modules = {kind: [m for m, _ in kind.present(spec.table(kind))] for kind in blocks}
+    named = {kind: [(m.name.replace(".{}", ""), m.role) for m in found] for kind, found in modules.items()}
+    return tuple((kind.symbol, (*named[kind], *kind.vectors.items())) for kind in blocks)
 
 
 def _moe_parts(moe: Moe) -> MoeParts:
@@ -312,8 +312,8 @@ def _literal(value: object, path: str) -> str:
 
 
 def _symbols(pattern: Pattern, path: str) -> str:
-    if type(pattern.symbols) is not str or not pattern.symbols or not set(pattern.symbols) <= set(BY_SYMBOL):
-        raise _refused(path, f"{pattern.symbols!r} is not made of the symbols {' '.join(sorted(BY_SYMBOL))}")
+    if type(pattern.symbols) is not str or not pattern.symbols or not set(pattern.symbols) <= set(by_symbol()):
+        raise _refused(path, f"{pattern.symbols!r} is not made of the symbols {' '.join(sorted(by_symbol()))}")
     return f'"{pattern.symbols}"'
 
 

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import fields
 from functools import cache, partial
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
+from n3c.ir.extensions import guarded, owner
+from n3c.specs.block_kind import OWN_TEMPLATES, BlockKind
 from n3c.specs.huggingface import export_config
 from n3c.specs.schema import Spec
 
@@ -56,15 +58,11 @@ def package_files(view: SpecView) -> list[str]:
         "recompute.py",
         "norm.py",
         "state.py",
+        *view.files,
         "checkpoint.py",
         "quantized.py",
         "huggingface.py",
     ]
-    names += ["autocast.py"] if view.uses.mamba or view.uses.moe else []
-    names += ["attention.py"] if view.uses.attention else []
-    names += ["activation.py"] if view.uses.moe or view.uses.mlp else []
-    names += ["ssd.py", "convolution.py"] if view.uses.mamba else []
-    names += ["balance.py", "grouped.py", "routing.py"] if view.uses.moe else []
     names += ["modeling_n3c.py"] if view.wrapped else []
     names += ["callbacks.py"] if view.wrapped and view.uses.moe else []
     names += ["numerics.py", "blackwell.py"] if view.formats else []
@@ -82,12 +80,16 @@ def kernel_files(view: SpecView) -> list[str]:
 
 def _render(name: str, *views: SpecView | TitanView | MegatronView) -> str:
     variables = {field.name: getattr(view, field.name) for view in views for field in fields(view)}
-    variables |= variables["tables"]
-    return (
-        _environment()
-        .get_template(f"{name}.jinja")
-        .render(variables, import_lines=partial(_import_lines, variables["package"]))
-    )
+    kinds: tuple[BlockKind, ...] = variables["blocks"]
+    environment = _environment(tuple(dict.fromkeys([OWN_TEMPLATES, *(kind.templates for kind in kinds)])))
+    imports = {"import_lines": variables["package"], "relative_import_lines": ""}
+    functions = {function: partial(_import_lines, package) for function, package in imports.items()}
+
+    def render() -> str:
+        return environment.get_template(f"{name}.jinja").render({**variables["tables"], **variables, **functions})
+
+    entry = next((entry for kind in kinds if (entry := owner(kind.templates))), None)
+    return guarded(entry, render)() if entry else render()
 
 
 def _import_lines(package: str, module: str, names: Sequence[str]) -> str:
@@ -99,9 +101,9 @@ def _import_lines(package: str, module: str, names: Sequence[str]) -> str:
 
 
 @cache
-def _environment() -> Environment:
+def _environment(packages: tuple[str, ...]) -> Environment:
     return Environment(
-        loader=PackageLoader("n3c.backends.torch", "templates"),
+        loader=ChoiceLoader([PackageLoader(package, "templates") for package in packages]),
         undefined=StrictUndefined,
         autoescape=False,  # it is Python; `context` lets only literals and identifiers through
         trim_blocks=True,

@@ -6,7 +6,7 @@ import importlib.util
 import itertools
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,12 +14,13 @@ from typing import Any
 _numbers = itertools.count()
 
 
-def load_package(source: Path | Mapping[str, str]) -> Any:
+def load_package(source: Path | Mapping[str, str], parts: Sequence[str] = ()) -> Any:
     """Import a generated package under a unique name, so that several can be imported, and return it.
 
     `source` is the package's folder, `OUT/torch`, or the files that `emit` returns. Those leave nothing on disk, so
-    that `save_checkpoint` writes weights and config.json without code. Raises FileNotFoundError where the folder holds
-    no package, and whatever the generated code raises.
+    that `save_checkpoint` writes weights and config.json without code; modules that the package does not import by
+    itself are named in `parts`, as `training.data`. Raises FileNotFoundError where the folder holds no package, and
+    whatever the generated code raises.
     """
     if isinstance(source, Path):
         return _imported(_package_folder(source))
@@ -27,6 +28,8 @@ def load_package(source: Path | Mapping[str, str]) -> Any:
         write_files(source, Path(folder))
         module = _imported(_package_folder(Path(folder)))
         _import_kernels(module)
+        for part in parts:
+            importlib.import_module(f"{module.__name__}.{part}")
         return module
 
 

@@ -9,17 +9,13 @@ from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
 
-from n3c.specs.blocks import KINDS, MAMBA, MOE
+from n3c.specs.blocks import MAMBA, MOE
+from n3c.specs.kinds import kinds
 from n3c.specs.modules import groups_of
 from n3c.specs.pattern import to_megatron
 from n3c.specs.schema import Spec
 
 from .numerics import training_formats
-
-MODULES = {module.role: module.megatron for kind in KINDS for module in kind.modules if module.megatron is not None} | {
-    "mtp.eh_proj": "mtp.*eh_proj"
-}
-"""The glob that names the modules of a role; inside MTP they begin with `mtp.`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +31,12 @@ class Precision:
     matchers: tuple[tuple[str, str], ...]
     """(glob over module names, format); the first that matches decides."""
     mtp_in_bf16: bool
+
+
+def globs_of_roles() -> dict[str, str]:
+    """Return role → the glob that names its modules; inside MTP they begin with `mtp.`."""
+    modules = (module for kind in kinds() for module in kind.modules)
+    return {m.role: m.megatron for m in modules if m.megatron is not None} | {"mtp.eh_proj": "mtp.*eh_proj"}
 
 
 def megatron_pattern(spec: Spec) -> str:
@@ -74,13 +76,13 @@ def precision(spec: Spec) -> Precision:
 def gaps(spec: Spec) -> list[str]:
     """Return what Megatron-Bridge's provider and recipe cannot say of this spec, in words for the user."""
     found: list[str] = []
-    kinds = {kind for pattern in (spec.model.pattern, spec.mtp and spec.mtp.pattern) for kind in pattern or ()}
+    used = set(spec.blocks)
     mamba, moe = spec.mamba, spec.moe
-    unknown = [kind for kind in KINDS if kind in kinds and not any(module.megatron for module in kind.modules)]
+    unknown = [kind for kind in kinds() if kind in used and not any(module.megatron for module in kind.modules)]
     found += [f"it has no {kind.title} blocks (`{kind.symbol}`)" for kind in unknown]
-    if MAMBA in kinds and mamba is not None and (mamba.conv_kernel != 4 or not mamba.conv_bias):
+    if MAMBA in used and mamba is not None and (mamba.conv_kernel != 4 or not mamba.conv_bias):
         found.append("its convolution has 4 taps and a bias (mamba.conv_kernel, mamba.conv_bias)")
-    if MOE in kinds and moe is not None:
+    if MOE in used and moe is not None:
         if moe.norm_topk_prob != (moe.top_k > 1):
             found.append("it divides the chosen scores by their sum if and only if top_k > 1 (moe.norm_topk_prob)")
         if moe.layers:
@@ -118,9 +120,10 @@ def _formats(spec: Spec) -> tuple[dict[str, dict[int | None, str]], list[int]]:
     """Return role → layer → format, and the trunk layers that have a linear in low precision."""
     formats = dict(training_formats(spec))
     by_role: dict[str, dict[int | None, str]] = defaultdict(dict)
+    named = globs_of_roles()
     low: set[int] = set()
     for group in groups_of(spec):
-        if group.role not in MODULES and group.role.removeprefix("mtp.") not in MODULES:
+        if group.role not in named and group.role.removeprefix("mtp.") not in named:
             continue
         format_ = formats.get(group.name.replace(".{}", ""), "bf16")
         by_role[group.role][group.layer] = format_
@@ -130,6 +133,5 @@ def _formats(spec: Spec) -> tuple[dict[str, dict[int | None, str]], list[int]]:
 
 
 def _glob(role: str) -> str:
-    if role in MODULES:
-        return MODULES[role]
-    return "mtp." + MODULES[role.removeprefix("mtp.")]
+    named = globs_of_roles()
+    return named[role] if role in named else "mtp." + named[role.removeprefix("mtp.")]

@@ -127,10 +127,16 @@ def _bits_a_weight(tensor: TensorInfo, linear: Linear) -> int | None:
 def _is_transposed_result(tensor: TensorInfo, kernel: Kernel, linear: Linear) -> bool:
     """Whether an output is the result as [N, rows]: at K rows it has the dims of the matrix.
 
-    Its kernel reads the input, of rows times K elements, beside the weight; one that widens a weight does not.
+    Its kernel reads the input, of rows times K elements, beside the weight; one that widens a weight does not. Where
+    it gathers the input, it reads a larger table of rows of K, as of experts' buckets.
     """
     dims = tuple(d for d in tensor.dims if d != 1)
-    reads_input = any(t.name != linear.weight and t.elements == linear.rows * linear.shape[1] for t in kernel.inputs)
+    k = linear.shape[1]
+    reads_input = any(
+        t.elements == linear.rows * k or (t.elements > linear.rows * k and t.dims[-1] == k and t.dtype == "Float")
+        for t in kernel.inputs
+        if t.name != linear.weight
+    )
     return reads_input and dims == (linear.shape[0], linear.rows)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
+from n3c.backends.onnx.graph import LOOP
 from n3c.ir.types import DType
 
 LISTING = "Layers:"
@@ -101,6 +102,11 @@ class Kernel:
     def dynamic(self) -> bool:
         """Whether a dim of what it reads or writes is not known."""
         return any(tensor.dynamic for tensor in (*self.inputs, *self.outputs))
+
+    @property
+    def in_loop(self) -> bool:
+        """Whether all that it computes are nodes of a Loop's body."""
+        return bool(self.nodes) and all(f"/{LOOP}" in node for node in self.nodes)
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from n3c.ir.types import DType
 from .layers import Kernel
 from .needs import needs_of, tokens_of
 from .traffic import KernelTraffic, Traffic, kind_of
-from .work import Work, work_of
+from .work import IDLE, Work, work_of
 
 LAUNCH = 3e-6
 """Seconds from the end of one kernel to full speed of the next in a CUDA graph, and its tail: of kernels on an H100."""
@@ -50,7 +50,9 @@ _ARITHMETIC: tuple[Bound, ...] = ("instructions", "L1", "products")
 
 
 def parts_of(work: Work, gpu: Gpu) -> dict[Bound, float]:
-    """Return the seconds of each of the times of a kernel."""
+    """Return the seconds of each of the times of a kernel; none of one that does not run."""
+    if work is IDLE:
+        return dict.fromkeys(get_args(Bound), 0.0)
     clocks = gpu.multiprocessors * gpu.clock
     through_l2 = work.stored + sum(work.passing) + work.sectors + sum(again.further for again in work.repeated)
     return {
@@ -179,6 +181,7 @@ def predict(
         work_of(kernel, needs, linears, moved.context, moved=row.moved.bytes, passing=row.passing)
         for kernel, row in zip(kernels, moved.kernels, strict=True)
     ]
+    works = [IDLE if kernel.in_loop else work for kernel, work in zip(kernels, works, strict=True)]
     flops = _least_flops(program, entry_point, entry, moved.context)
     return {gpu.name: _on(gpu, moved, works, flops) for gpu in gpus}
 

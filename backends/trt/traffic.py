@@ -13,7 +13,8 @@ constants, each once a kernel, whole, but for
                      a gather of rows: no more than it writes; else the whole capacity
   dynamic lengths    `context`
 A tensor of which kernels touch a part only (rows of a merged weight, a cache that is written but not
-attended to) must be moved as far as they do.
+attended to) must be moved as far as they do. Kernels within a Loop count for nothing: no bucket of experts overflows
+where a router loads them evenly.
 Nothing is taken off for what a GPU's caches may keep between kernels, so a plan is never better than
 this says, except where a kernel reads less of an activation than the whole.
 """
@@ -141,7 +142,10 @@ class _Account:
         self.touched: set[Need] = set()
 
     def kernel(self, kernel: Kernel) -> KernelTraffic:
-        """Return what a kernel moves, and the needed bytes that it is the first to move."""
+        """Return what a kernel moves, and the needed bytes that it is the first to move; within a Loop, nothing."""
+        if kernel.in_loop:
+            label = next((label for label in kernel.labels if label in self.kinds), "")
+            return KernelTraffic("overflow", label, self.kinds.get(label, "other"), Moved(0, 0), ())
         passing = [tensor.resolved(self.context).bytes for tensor in _distinct(kernel.constants)]
         stored = ideal = 0
         largest, named = 0, ""

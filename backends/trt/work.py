@@ -62,6 +62,8 @@ _NORM, _NORM_SINGLE = 3.4, 5.0
 _GROUPED_NORM, _GROUPED_NORM_SINGLE = 5.0, 41.0
 """Of the gated norm, whose groups cost divisions."""
 _RELU2 = 2.5
+_ROUND = 3.5
+"""Of rounding to FP8 and back in front of the sum, computed anew for each output. Not counted: estimated."""
 _OTHER = Cost(8.0, 1.0)
 
 
@@ -106,6 +108,10 @@ class Work:
     instructions: float = 0.0
     wavefronts: float = 0.0
     flops: Mapping[DType, float] = field(default_factory=dict[DType, float])
+
+
+IDLE = Work("idle", 0, ())
+"""Of a kernel within a Loop: with a router that loads experts evenly no bucket overflows, so no round is run."""
 
 
 def work_of(
@@ -174,6 +180,8 @@ def _cost(kernel: Kernel, tensor: TensorInfo, linear: Linear) -> Cost:
         around += _GROUPED_NORM_SINGLE if single else _GROUPED_NORM
     if "Relu" in operators:
         around += _RELU2
+    if "QuantizeLinear" in operators:
+        around += _ROUND
     return Cost(cost.instructions + around, cost.wavefronts)
 
 

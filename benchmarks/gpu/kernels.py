@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from .part import Row, Setting, relative_error, report, seconds_of
+from .part import Row, Setting, relative_error, report, seconds_of_each
 
 TITLE = "Kernels of decoding"
 NANO = {"D": 2688, "E": 128, "K": 6, "I": 1856, "L": 2688}
@@ -44,7 +44,7 @@ def _linears(setting: Setting) -> Iterator[Row]:
                 kernel = few_rows_linear if rows <= 16 else many_rows_linear
                 want = x.float() @ copies[0].dequantized(torch.float32).T
                 error = relative_error(kernel(x, copies[0]), want)
-                seconds = _each(setting, [partial(kernel, x, w) for w in copies])
+                seconds = seconds_of_each(setting, [partial(kernel, x, w) for w in copies])
                 yield _row(f"linear {n} x {k}", stored, rows, error, seconds, copies[0].bytes)
 
 
@@ -72,7 +72,7 @@ def _experts(setting: Setting) -> Iterator[Row]:
                     for i, e in enumerate(chosen[t].tolist()):
                         want[t] += weights[t, i] * (_one(down, e) @ (_one(up, e) @ x[t].float()).relu().square())
                 met = len(chosen.unique())
-                seconds = _each(setting, [partial(routed_experts, x, chosen, weights, up, down)], most=8)
+                seconds = seconds_of_each(setting, [partial(routed_experts, x, chosen, weights, up, down)], most=8)
                 size = (up.bytes + down.bytes) * met // s["E"]
                 row = _row(f"experts {name}, {met} met", stored, rows, relative_error(got[:some], want), seconds, size)
                 flops = 4 * rows * s["K"] * s["I"] * s["L"]
@@ -97,7 +97,7 @@ def _mamba(setting: Setting) -> Iterator[Row]:
             def step(window: Any = window, ssm: Any = ssm, projected: Any = projected) -> Any:
                 return mamba2_step(projected, window, ssm, weight, bias, a_log, d, dt_bias, groups=groups)
 
-            seconds = _each(setting, [step], most=8)
+            seconds = seconds_of_each(setting, [step], most=8)
             yield _row("Mamba-2 step", "float32 state", batch * tokens, None, seconds, 2 * ssm.nbytes)
 
 
@@ -117,7 +117,7 @@ def _attention(setting: Setting) -> Iterator[Row]:
         want = torch.nn.functional.scaled_dot_product_attention(
             q.float(), keys[:, :, : length + 1].float(), values[:, :, : length + 1].float(), enable_gqa=True
         )
-        seconds = _each(setting, [partial(cached_attention, q, keys, values, lengths)], most=8)
+        seconds = seconds_of_each(setting, [partial(cached_attention, q, keys, values, lengths)], most=8)
         size = 2 * batch * 2 * length * 128 * 2
         yield _row(f"attention over {length}", "bf16", batch, relative_error(got, want), seconds, size)
 
@@ -132,26 +132,6 @@ def _row(kernel: str, stored: str, rows: int, error: float | None, seconds: floa
         "MB": round(size / 1e6, 2),
         "TB/s": round(size / seconds / 1e12, 2),
     }
-
-
-def _each(setting: Setting, calls: Sequence[Callable[[], object]], most: int = 48) -> float:
-    """Return the seconds of one of the calls, which are made in turn, as one graph on a GPU."""
-    import torch
-
-    turns = [calls[i % len(calls)] for i in range(2 if setting.tiny else max(most, len(calls)))]
-
-    def work() -> None:
-        for call in turns:
-            call()
-
-    if setting.device != "cuda":
-        return seconds_of(setting, work) / len(turns)
-    work()
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        work()
-    return seconds_of(setting, graph.replay, runs=5, warm=2) / len(turns)
 
 
 def _copies(stored: str, shape: tuple[int, ...], setting: Setting) -> list[Any]:

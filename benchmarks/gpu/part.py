@@ -8,7 +8,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +99,26 @@ def seconds_of(setting: Setting, work: Callable[[], object], runs: int = 10, war
         end_event.record()
     torch.cuda.synchronize()
     return float(statistics.median(a.elapsed_time(b) for a, b in pairs)) / 1e3
+
+
+def seconds_of_each(setting: Setting, calls: Sequence[Callable[[], object]], most: int = 48) -> float:
+    """Return the seconds of one of the calls, made in turn, `most` in all where they are fewer; one graph on a GPU."""
+    import torch
+
+    turns = [calls[i % len(calls)] for i in range(2 if setting.tiny else max(most, len(calls)))]
+
+    def work() -> None:
+        for call in turns:
+            call()
+
+    if setting.device != "cuda":
+        return seconds_of(setting, work) / len(turns)
+    work()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        work()
+    return seconds_of(setting, graph.replay, runs=5, warm=2) / len(turns)
 
 
 def wall_seconds_of(setting: Setting, work: Callable[[], object], runs: int = 10, warm: int = 3) -> float:

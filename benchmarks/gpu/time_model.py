@@ -18,7 +18,7 @@ from n3c.backends.trt.timing import duration, parts_of
 from n3c.backends.trt.work import Cost, Repeated, Work
 from n3c.ir.types import DType
 
-from .part import Row, Setting, relative_error, report, seconds_of
+from .part import Row, Setting, relative_error, report, seconds_of_each
 
 TITLE = "The model of time"
 SUM, CHOSEN, VALUES = Cost(4.4, 1.5), Cost(14.5, 25.0), Cost(14.8, 32.0)
@@ -56,7 +56,7 @@ def run(setting: Setting) -> Iterator[Row]:
 
 def _measured(case: Case, setting: Setting, gpu: Gpu) -> Row:
     error = relative_error(case.calls[0](), case.want())
-    measured = _seconds(setting, case.calls)
+    measured = seconds_of_each(setting, case.calls, most=16)
     predicted, bound = duration(parts_of(case.work, gpu))
     return {
         "kernel": case.kernel,
@@ -66,26 +66,6 @@ def _measured(case: Case, setting: Setting, gpu: Gpu) -> Row:
         "off": f"{predicted / measured - 1:+.0%}" if setting.device == "cuda" else "not a GPU",
         "bound by": bound,
     }
-
-
-def _seconds(setting: Setting, calls: Sequence[Callable[[], Any]]) -> float:
-    """Return the seconds of one of the calls, which are made in turn, as one graph on a GPU."""
-    import torch
-
-    turns = [calls[i % len(calls)] for i in range(2 if setting.tiny else max(16, len(calls)))]
-
-    def work() -> None:
-        for call in turns:
-            call()
-
-    if setting.device != "cuda":
-        return seconds_of(setting, work) / len(turns)
-    work()
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        work()
-    return seconds_of(setting, graph.replay, runs=5, warm=2) / len(turns)
 
 
 def _kernels() -> Any:

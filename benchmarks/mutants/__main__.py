@@ -2,12 +2,14 @@
 
 A random sample with a seed is taken of all points of the code (points.py) and of what the templates write down
 (templates.py). Each is changed in a copy of the tree and meets the tests that call its function, in a fork
-(coverage.py, tree.py). Tests that take longer than the limit decide nothing, and are counted apart. Survivors are to be
-judged: a weak test, or a change that means the same.
+(coverage.py, tree.py). Tests that take longer than the limit decide nothing, and are counted apart. Survivors
+are to be judged: a weak test, or a change that means the same; judged.toml names those with the reason, and they are
+drawn no more.
 
-    python -m benchmarks.mutants --count 40 --seed 1 --seconds 1500 --coverage build/mutants/coverage.json
+    python -m benchmarks.mutants --count 40 --seed 1 --seconds 1500 --coverage build/mutants/coverage
 
-The coverage is recorded where the file does not exist, which takes as long as two or three runs of the tests.
+The coverage of test files that the folder lacks is recorded first, which takes as long as the tests do: remove the
+folder when the code has changed.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import json
 import random
 import tempfile
 import time
+import tomllib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,22 +54,39 @@ def survives(mutant: Mutant, tree: Tree, coverage: Coverage, budget: float) -> b
     tests = coverage.of_mutant(mutant, budget)
     if not tests:
         return True
-    files = list(dict.fromkeys(test.partition("::")[0] for test in tests))
-    limit = 60 + _LIMIT * sum(coverage.seconds[test] for test in tests)
     with tree.changed(mutant.path, mutant.change.applied((ROOT / mutant.path).read_text(encoding="utf-8"))):
-        code = tree.pytest(files, Chosen(tests), limit)
-    return None if code is None else code == pytest.ExitCode.OK
+        for part in coverage.in_parts(tests):
+            files = list(dict.fromkeys(test.partition("::")[0] for test in part))
+            code = tree.pytest(files, Chosen(part), limit=60 + _LIMIT * sum(coverage.seconds[test] for test in part))
+            if code != pytest.ExitCode.OK:
+                return None if code is None else False
+    return True
 
 
 def points() -> list[Mutant]:
-    """Return every mutant of the code and of the templates."""
-    found: list[Mutant] = []
+    """Return every mutant of the code and of the templates that is not known to mean the same."""
+    judged, found = equivalent(), list[Mutant]()
     for folder in FOLDERS:
         for path in sorted((ROOT / folder).rglob("*.py")):
             found += mutants_of(ROOT, path)
         for path in sorted((ROOT / folder).rglob("*.jinja")):
             found += mutants_of_template(ROOT, path)
-    return found
+    return [mutant for mutant in found if not is_judged(mutant, judged)]
+
+
+def equivalent() -> set[tuple[str, str]]:
+    """Return path and description, without its line, of the changes that judged.toml tells to mean the same."""
+    entries = tomllib.loads(Path(__file__).with_name("judged.toml").read_text(encoding="utf-8"))["equivalent"]
+    return {(entry["path"], entry["change"]) for entry in entries}
+
+
+def is_judged(mutant: Mutant, judged: set[tuple[str, str]]) -> bool:
+    """Whether a change is one of those."""
+    files = {path for path, _ in judged}
+    if mutant.path not in files:
+        return False
+    described = mutant.described((ROOT / mutant.path).read_text(encoding="utf-8"))
+    return (mutant.path, described.partition(": ")[2]) in judged
 
 
 def files_of(tests: Sequence[str]) -> list[str]:
@@ -84,15 +104,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=7200, help="of the whole run")
     parser.add_argument("--budget", type=float, default=60, help="seconds of tests that a mutant meets")
-    parser.add_argument("--coverage", type=Path, default=ROOT / "build/mutants/coverage.json", metavar="FILE")
+    parser.add_argument("--coverage", type=Path, default=ROOT / "build/mutants/coverage", metavar="FOLDER")
     parser.add_argument("--tests", nargs="*", default=["tests"], help="files or folders whose coverage is recorded")
     options = parser.parse_args()
     import_shared()
     with tempfile.TemporaryDirectory(prefix="n3c-mutants-") as folder:
         tree = Tree(Path(folder))
-        if not options.coverage.is_file():
-            record(tree, files_of(options.tests), limit=1800).write(options.coverage)
-        coverage = Coverage.read(options.coverage)
+        coverage = record(tree, files_of(options.tests), options.coverage.resolve(), limit=1800)
         sample = random.Random(options.seed).sample(points(), options.count)
         end = time.monotonic() + options.seconds
         verdicts: dict[Mutant, bool | None] = {}

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from .calls import FILE_OF_CALLS, Calls
+from .calls import FILE_OF_CALLS, Calls, names_of
 from .points import Mutant
 from .tree import ROOT, Tree
 
@@ -21,16 +21,23 @@ _EMIT = "backends/torch/emit.py"
 _GOLDEN = "tests/support/golden.py"
 FIXTURES = "_fixtureinfo"
 """The attribute of a test that has its fixtures: pytest tells them no other way."""
+_FIRST_SECONDS, _FIRST_FILES = 5.0, 2
 _IMPORTED = ":1"
 """How the name of a file's own code ends, which runs when the file is imported."""
 
 
 @dataclass
 class Coverage:
-    """The tests that pass, with their seconds, and the tests of each function by its name (`Calls.names`)."""
+    """The tests that pass, with their seconds, and the tests of each function by its name (`names_of`)."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     tests: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, other: Coverage) -> None:
+        """Take up the tests of other files."""
+        self.seconds |= other.seconds
+        for name, tests in other.tests.items():
+            self.tests.setdefault(name, []).extend(tests)
 
     def write(self, path: Path) -> None:
         """Write it to a file."""
@@ -63,6 +70,19 @@ class Coverage:
                 budget -= self.seconds[test]
         return chosen or ordered[:1]
 
+    def in_parts(self, tests: Sequence[str]) -> list[list[str]]:
+        """Return the tests of an order in two parts: those of the first files, which take a moment, and the others.
+
+        Most mutants end with the first part, and no other file is imported for them.
+        """
+        seconds, files, place = 0.0, set[str](), 0
+        for place, test in enumerate(tests):
+            seconds += self.seconds[test]
+            files.add(_file(test))
+            if place and (seconds > _FIRST_SECONDS or len(files) > _FIRST_FILES):
+                return [list(tests[:place]), list(tests[place:])]
+        return [list(tests)]
+
     def _callers(self, mutant: Mutant) -> set[str]:
         """Return the tests of the function around; of the whole file where there is none, or of the file's folder."""
         if mutant.path.startswith(_TEMPLATES):
@@ -94,20 +114,20 @@ class Coverage:
         return sorted(tests, key=rank)
 
 
-def record(tree: Tree, files: Sequence[str], limit: float) -> Coverage:
-    """Run the test files, each in a fork, and note what every test that passes calls."""
+def record(tree: Tree, files: Sequence[str], folder: Path, limit: float) -> Coverage:
+    """Run each test file in a fork, note in `folder` what every test that passes calls, and return it all.
+
+    Files that were recorded before are not run again.
+    """
     coverage = Coverage()
     for file in files:
-        out = tree.folder / "calls.json"
-        out.unlink(missing_ok=True)
-        started = time.monotonic()
-        code = tree.pytest(["--maxfail=1000", file], Recorder(tree, out), limit)
-        print(f"{file}: {time.monotonic() - started:.0f} s, code {code}", flush=True)
+        out = folder / f"{file.replace('/', '.')}.json"
+        if not out.is_file():
+            started = time.monotonic()
+            code = tree.pytest(["--maxfail=1000", file], Recorder(tree, out), limit)
+            print(f"{file}: {time.monotonic() - started:.0f} s, code {code}", flush=True)
         if out.is_file():
-            part = Coverage.read(out)
-            coverage.seconds |= part.seconds
-            for name, tests in part.tests.items():
-                coverage.tests.setdefault(name, []).extend(tests)
+            coverage.add(Coverage.read(out))
     return coverage
 
 
@@ -135,7 +155,6 @@ class Recorder:
 
     def pytest_collection_finish(self) -> None:
         """End the imports."""
-        self._calls.stop()
         self._imported = self._taken()
 
     @pytest.hookimpl(wrapper=True)
@@ -144,7 +163,6 @@ class Recorder:
         os.environ[FILE_OF_CALLS] = str(self._tree.folder / "called.txt")
         self._calls.start()
         result = yield
-        self._calls.stop()
         names = self._taken() | self._imported
         info: Mapping[str, Sequence[object]] = getattr(item, FIXTURES).name2fixturedefs
         for definitions in info.values():
@@ -162,6 +180,7 @@ class Recorder:
         self._calls.start()
         result = yield
         self._fixtures.setdefault(fixturedef, set()).update(self._taken() | outside)
+        self._calls.start()
         return result
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -179,9 +198,8 @@ class Recorder:
         coverage.write(self._out)
 
     def _taken(self) -> set[str]:
-        """Return the names of what was called since the last time."""
-        names = self._calls.names(self._tree.root)
-        self._calls.seen.clear()
+        """Return the names of what was called since the calls were noted, and note no more."""
+        names = names_of(self._calls.take(), self._tree.root)
         started = self._tree.folder / "called.txt"
         if started.is_file():
             names |= set(started.read_text(encoding="utf-8").split("\n")) - {""}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from n3c.backends.added import OWN, added_backends
 from n3c.backends.machine import peak_rss_bytes
 from n3c.backends.progress import SILENT, Progress
 from n3c.backends.trt.targets import Flavour, lacking, sm_versions, unpublished
@@ -74,9 +75,11 @@ class Built:
 def build(
     spec: Annotated[Path | str | Spec, SPEC],
     *,
-    target: Annotated[Target, Option("What to build.")],
-    output: Annotated[Path | str | None, Option("Output directory (default: build/<name>).", short="-o")] = None,
-    weights: Annotated[Path | str | None, Option("Checkpoint directory or hub id; must fit the spec.")] = None,
+    target: Annotated[Target, Option("What to build.", added=added_backends)],
+    output: Annotated[Path | str | None, Option("Output directory (default: build/<name>).", "-o", "DIR")] = None,
+    weights: Annotated[
+        Path | str | None, Option("Checkpoint directory or hub id; must fit the spec.", metavar="DIR")
+    ] = None,
     trt: Annotated[Flavour, TRT] = "rtx",
     sm: Annotated[int | str | Sequence[int], SM] = 120,
     weights_mode: Annotated[
@@ -120,7 +123,7 @@ def build(
     counts = count_parameters(program, read)
     flops = tuple(flops_per_token(program, context, mtp=True) for context in (0, 1))
     served = serve(read, after, lacking=lacking(sms), lowered=program)
-    if target != "torch":
+    if target in ("onnx", "trt"):
         require_request(read, served, request)
         require_target(read, sms, trt)
     if checkpoint is not None:
@@ -139,6 +142,11 @@ def build(
         job = Job(request, read, spec_sha256, served, folder, progress)
         if target == "torch":
             warnings += _emit_torch(job, flops[0], flops[1] - flops[0])
+        elif target not in OWN:
+            from n3c.backends.torch.loading import write_files
+
+            progress.phase(f"emit {target}")
+            write_files(added_backends()[target].emit(read, served), folder / target)
         else:
             from .plans import emit_engines
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
+from n3c.backends.added import added_backends
 from n3c.backends.trt.targets import sm_versions
 from n3c.compiler.common_options import Target
 from n3c.ir.diagnostics import N3CError
@@ -19,7 +20,7 @@ BUILDS = "builds"
 
 def record(request: Request) -> dict[str, Any]:
     """Return the options of `request` that shape its target; no path, so that no machine shows in a manifest."""
-    if request.target == "torch":
+    if request.target not in ("onnx", "trt"):
         return {}
     graphs = {"entry": list(request.entries), "stages": request.stages, "weights_mode": request.weights_mode}
     return graphs if request.target == "onnx" else {"trt": request.trt, "sm": list(request.sms), **graphs}
@@ -59,6 +60,8 @@ def _sound(builds: Mapping[str, object]) -> bool:
             return False
         given = cast("dict[str, Any]", options)
         keys = {"torch": set[str](), "onnx": _GRAPHS, "trt": _GRAPHS | {"trt", "sm"}}.get(target)
+        if keys is None and target in added_backends():
+            keys = set()
         if set(given) != keys or (keys and not _sound_graphs(given)) or ("sm" in given and not _sound_plans(given)):
             return False
     return True

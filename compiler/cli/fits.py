@@ -23,4 +23,4 @@ def format_fits(fits: list[dict[str, Any]]) -> str:
         )
         for fit in fits
     ]
-    return format_table(("GPU", "memory", "TensorRT", "fits", "longest context", "most requests", "GPUs needed"), rows)
+    return format_table(("GPU", "memory", "TensorRT", "fits", "context up to", "requests", "GPUs"), rows)

@@ -16,24 +16,41 @@ from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 from .output import print_failure, tell
 from .signals import interruptible
 
-COMMANDS = {
-    "init": "Write a commented spec to start from.",
-    "specs": "List the specs that n3c ships, each usable by its name.",
-    "check": "Find everything that would fail later, without weights, GPU or build.",
-    "inspect": "Count parameters, FLOPs, weight and state bytes.",
-    "diff": "Say what changed between two specs, checkpoints or builds.",
-    "build": "Compile a spec to PyTorch, ONNX or TensorRT.",
-    "quantize": "Quantize a checkpoint to NVFP4 or FP8, in ModelOpt's layout.",
-    "verify": "Compare all implementations of a model, layer by layer.",
-    "repro": "Build again what a build was made of, and compare every file.",
-    "run": "Generate text with a build and the weights of a checkpoint.",
-    "bench": "Measure how fast an engine runs a build.",
-    "import": "Turn a Hugging Face config into a spec.",
-    "export-config": "Turn a spec into a Hugging Face config.json.",
-    "passes": "List the passes.",
-    "schema": "Print the JSON Schema of specs.",
-    "doctor": "Say what this machine can do.",
+SECTIONS = {
+    "Begin": {
+        "init": "Write a commented spec to start from.",
+        "specs": "List the specs that n3c ships, each usable by its name.",
+        "import": "Turn a Hugging Face config into a spec.",
+        "doctor": "Say what this machine can do.",
+    },
+    "Look": {
+        "check": "Find everything that would fail later, without weights, GPU or build.",
+        "inspect": "Count parameters, FLOPs, weight and state bytes.",
+        "diff": "Say what changed between two specs, checkpoints or builds.",
+    },
+    "Make": {
+        "build": "Compile a spec to PyTorch, ONNX or TensorRT.",
+        "quantize": "Quantize a checkpoint to NVFP4 or FP8, in ModelOpt's layout.",
+        "export-config": "Turn a spec into a Hugging Face config.json.",
+    },
+    "Prove": {
+        "verify": "Compare all implementations of a model, layer by layer.",
+        "repro": "Build again what a build was made of, and compare every file.",
+    },
+    "Run": {
+        "run": "Generate text with a build and the weights of a checkpoint.",
+        "serve": "Serve a build by OpenAI's interface over HTTP.",
+        "bench": "Measure how fast an engine runs a build.",
+        "simulate": "Say what a service of many GPUs would do, on paper.",
+    },
+    "Tools": {
+        "passes": "List the passes.",
+        "schema": "Print the JSON Schema of specs.",
+        "completion": "Print the script that completes n3c in a shell.",
+    },
 }
+"""Section of the help → command → what it does."""
+COMMANDS = {name: summary for section in SECTIONS.values() for name, summary in section.items()}
 
 
 class LazyGroup(click.Group):
@@ -53,9 +70,20 @@ class LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the commands without importing them."""
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+        """List the commands, section by section, without importing them."""
+        indent = max(map(len, COMMANDS)) + 2
+        for title, commands in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(f"{name:<{indent - 2}}", summary) for name, summary in commands.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that `args` begin with; NoSuchCommand names those that are spelled like it."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.exceptions.NoSuchCommand as error:
+            raise click.exceptions.NoSuchCommand(error.command_name, possibilities=COMMANDS, ctx=ctx) from None
 
 
 def command_module(command: str) -> str:

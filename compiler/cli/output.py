@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TextIO
 
 import click
@@ -53,9 +53,42 @@ def tell(text: str) -> None:
     _tell(escaped_lines(text))
 
 
+def remark(text: str) -> None:
+    """Print on stderr, as `tell` does, what --quiet leaves out."""
+    if not chosen("quiet"):
+        tell(text)
+
+
+def suggest(*commands: tuple[object, ...]) -> None:
+    """Name on stderr the commands that people take next, each without `n3c`; not with --json or --quiet."""
+    if chosen("quiet") or chosen("json"):
+        return
+    import shlex  # here, as `n3c check --quiet` starts faster without
+
+    for i, words in enumerate(commands):
+        command = " ".join(shlex.quote(str(word)) for word in words)
+        _tell(f"{'' if i else 'next:':<5} n3c {escaped(command)}")
+
+
+def keep(name: str) -> Callable[[click.Context, click.Parameter, bool], bool]:
+    """Return the callback of a flag that `chosen` tells of while its command runs."""
+
+    def kept(context: click.Context, _: click.Parameter, value: bool) -> bool:
+        context.meta[f"n3c.{name}"] = value
+        return value
+
+    return kept
+
+
+def chosen(name: str) -> bool:
+    """Whether the running command has the flag `--name`, one of those that all commands have; not outside of one."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get(f"n3c.{name}"))
+
+
 def _tell(text: str) -> None:
     try:
-        click.echo(text, err=True)
+        click.echo(text, err=True, color=colored())
     except OSError:
         _discard(sys.stderr)
 
@@ -78,8 +111,15 @@ def print_json(data: Mapping[str, Any]) -> None:
 
 
 def colored() -> bool:
-    """Whether stderr shows colors: a terminal, and NO_COLOR unset."""
-    return sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    """Whether stderr shows colors: NO_COLOR says no, then FORCE_COLOR yes, then it must be a terminal, no dumb one."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    return bool(os.environ.get("FORCE_COLOR")) or (sys.stderr.isatty() and os.environ.get("TERM") != "dumb")
+
+
+def animated() -> bool:
+    """Whether stderr is a terminal that somebody watches: no dumb one, and not the record of a CI."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("CI")
 
 
 def print_diagnostics(diagnostics: Iterable[Diagnostic]) -> None:

@@ -1,35 +1,37 @@
-"""Progress on stderr: a live line on a terminal, plain lines otherwise. No percent that is not known."""
+"""Progress on stderr: one live line on a terminal, with a bar where a total is known; plain lines elsewhere."""
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from n3c.ir.text import escaped
 
-from .output import colored, tell
+from .output import animated, chosen, colored, tell
+
+if TYPE_CHECKING:
+    from .live import LiveLine
 
 PLAIN_INTERVAL = 5.0
 """Seconds between plain lines of one phase."""
 
 
 class TerminalProgress:
-    """Phases, what they are at, and the time since the start; a context manager."""
+    """Phases, what they are at, and the time since the start; a context manager. With --quiet it shows nothing."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
         self._phase = ""
         self._last = 0.0
-        self._live: Any = None
+        self._live: LiveLine | None = None
+        self._quiet, self._verbose = chosen("quiet"), chosen("verbose")
 
     def __enter__(self) -> TerminalProgress:
-        if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
-            from rich.console import Console
+        if animated() and not self._quiet and not self._verbose:
+            from .live import LiveLine  # loads rich
 
-            self._live = Console(stderr=True, no_color=not colored()).status("starting")
+            self._live = LiveLine(color=colored())
             self._live.start()
         return self
 
@@ -42,19 +44,20 @@ class TerminalProgress:
     def phase(self, name: str) -> None:
         """Begin a phase."""
         self._phase = name
-        self._show(name, always=True)
+        if self._live is not None:
+            self._live.show(name)
+        else:
+            self._line(name, always=True)
 
     def step(self, what: str, done: int = 0, total: int = 0) -> None:
         """Tell what the phase is at; the count only where a `total` is known."""
-        count = f" {done}/{total}" if total else ""
-        self._show(f"{self._phase}: {what}{count}", always=False)
-
-    def _show(self, text: str, *, always: bool) -> None:
-        line = f"{time.monotonic() - self._start:6.1f} s  {escaped(text)}"
         if self._live is not None:
-            from rich.text import Text
+            self._live.show(f"{self._phase}: {what}", done, total)
+        else:
+            count = f" {done}/{total}" if total else ""
+            self._line(f"{self._phase}: {what}{count}", always=self._verbose)
 
-            self._live.update(Text(line))  # not markup: names may hold brackets
-        elif always or time.monotonic() - self._last > PLAIN_INTERVAL:
+    def _line(self, text: str, *, always: bool) -> None:
+        if not self._quiet and (always or time.monotonic() - self._last > PLAIN_INTERVAL):
             self._last = time.monotonic()
-            tell(line)
+            tell(f"{self._last - self._start:6.1f} s  {escaped(text)}")

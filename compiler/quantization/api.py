@@ -11,7 +11,7 @@ from n3c.runtime.options import Argument, Needs, Option, checked, size_of, usage
 from n3c.specs.files import require_new
 from n3c.specs.schema import Spec
 
-from .request import QuantizeRequest
+from .request import CalibrationData, QuantizeRequest
 
 if TYPE_CHECKING:
     from .driver import Quantized
@@ -25,8 +25,8 @@ AUTO, CALIBRATION = Needs("auto"), Needs("calibration")
 def quantize(
     spec: Annotated[Path | str | Spec | None, Argument("[SPEC]")] = None,
     *,
-    weights: Annotated[Path | str, Option("Checkpoint directory or hub id to quantize.")],
-    output: Annotated[Path | str, Option("Output directory; must be new.", short="-o")],
+    weights: Annotated[Path | str, Option("Checkpoint directory or hub id to quantize.", metavar="DIR")],
+    output: Annotated[Path | str, Option("Output directory; must be new.", short="-o", metavar="DIR")],
     fmt: Annotated[
         str | None, Option("Format of every linear that no rule names: nvfp4, w4a16_nvfp4, fp8 or bf16.")
     ] = None,
@@ -56,9 +56,29 @@ def quantize(
         Option("Most bits a weight of --auto, over the linears it may quantize.", above=0, most=16, needs=AUTO),
     ] = DEFAULT_BITS,
     auto_mtp: Annotated[bool, Option("Let --auto quantize the MTP block too.", needs=AUTO)] = False,
-    calibration: Annotated[Path | str | None, Option("Tokens (.npy, .bin) or, where tokens are bytes, text.")] = None,
+    calibration: Annotated[
+        Path | str | None,
+        Option("Tokens, text, JSON lines, Parquet, Arrow, a folder or a mixture, as train.py's data."),
+    ] = None,
     calibration_samples: Annotated[int, Option("Sequences to take of it.", least=1, needs=CALIBRATION)] = 128,
     calibration_length: Annotated[int, Option("Tokens of a sequence.", least=2, needs=CALIBRATION)] = 512,
+    tokenizer: Annotated[
+        Path | str | None, Option("Folder of tokenizer.json, for text; by default --weights.", needs=CALIBRATION)
+    ] = None,
+    data_format: Annotated[
+        Literal["auto", "tokens", "jsonl", "parquet", "arrow", "text", "bytes"],
+        Option("Of --calibration, where its name does not say it.", needs=CALIBRATION),
+    ] = "auto",
+    text_field: Annotated[
+        str, Option("Field of JSON lines, Parquet and Arrow that is read.", needs=CALIBRATION)
+    ] = "text",
+    messages_field: Annotated[
+        str | None, Option("Field of conversations, which the chat template writes.", needs=CALIBRATION)
+    ] = None,
+    dtype: Annotated[
+        Literal["uint8", "uint16", "uint32", "int32", "int64"] | None,
+        Option("Type of a .bin; by default of the vocabulary.", needs=CALIBRATION),
+    ] = None,
     activation_scales: Annotated[
         Path | str | None, Option("Reuse activation scales: a file (.json or .safetensors), or a quantized checkpoint.")
     ] = None,
@@ -89,6 +109,18 @@ def quantize(
             require_new(Path(file), spec if isinstance(spec, Path) else None, force=force)
     from n3c.backends.safetensors.locate import checkpoint_directory  # loads numpy, which the help does not need
 
+    data = None
+    if calibration is not None:
+        data = CalibrationData(
+            path=Path(calibration),
+            calibration_samples=calibration_samples,
+            calibration_length=calibration_length,
+            tokenizer=_path(tokenizer),
+            data_format=data_format,
+            text_field=text_field,
+            messages_field=messages_field or "",
+            dtype=dtype or "",
+        )
     request = QuantizeRequest(
         weights=checkpoint_directory(weights),
         out=Path(output),
@@ -100,9 +132,7 @@ def quantize(
         effective_bits=effective_bits if auto else None,
         mtp=auto_mtp,
         write_spec=_path(write_spec),
-        calibration=_path(calibration),
-        samples=calibration_samples,
-        length=calibration_length,
+        calibration=data,
         activation_scales=None if activation_scales is None else checkpoint_directory(activation_scales),
         save_activation_scales=_path(save_activation_scales),
         search=search,

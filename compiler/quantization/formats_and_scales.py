@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from n3c.backends.progress import Progress
@@ -18,7 +18,6 @@ from n3c.compiler.quantization.calibration.activation_scales import (
 )
 from n3c.compiler.quantization.calibration.calibrate import calibrate
 from n3c.compiler.quantization.calibration.streamed_model import StreamedModel
-from n3c.compiler.quantization.calibration.tokens import read_tokens
 from n3c.compiler.quantization.search.sensitivity import Chosen, measure
 from n3c.ir.diagnostics import Diagnostic
 from n3c.ir.formats import FORMATS
@@ -27,11 +26,15 @@ from n3c.specs.files import write_text
 from n3c.specs.layer_tables import moe_tables
 from n3c.specs.schema import Spec
 
+from .calibration.tokens import read_tokens
 from .checkpoint_formats import spec_like
 from .request import QuantizeRequest
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+BYTES = 256
+"""The vocabulary in which each byte is a token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +43,15 @@ class FormatsAndScales:
 
     spec: Spec
     scales: Scales = field(default_factory=Scales)
+    opened: list[str] = field(default_factory=list[str])
+    """What was read to calibrate, a line a source."""
     warnings: list[Diagnostic] = field(default_factory=list[Diagnostic])
     chosen: Chosen | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return what `n3c quantize --json` tells of it."""
         data: dict[str, Any] = {} if self.chosen is None else {"auto": self.chosen.as_json()}
+        data |= {"calibration": self.opened} if self.opened else {}
         return data | {"activation_scales": {"inputs": len(self.scales.inputs), "cache": len(self.scales.cache)}}
 
 
@@ -57,14 +63,15 @@ def formats_and_scales(spec: Spec, request: QuantizeRequest, progress: Progress)
     warnings: list[Diagnostic] = []
     if request.like is not None:
         spec, warnings = spec_like(spec, request.like, request.block_shape)
-    ids = _tokens(spec, request)
+    ids, opened = _tokens(spec, request)
     chosen = _chosen(spec, request, ids, progress)
     spec = spec if chosen is None else chosen.spec
     if request.write_spec is not None:
         write_text(request.write_spec, _header(chosen) + dump_spec(spec))
     entries = _scale_entries(spec, request, ids, chosen, progress)
-    scales = Scales() if entries is None else resolve(spec, entries, request.activation_scales or request.calibration)
-    return FormatsAndScales(spec, scales, warnings, chosen)
+    source = request.activation_scales or (request.calibration.path if request.calibration else None)
+    scales = Scales() if entries is None else resolve(spec, entries, source)
+    return FormatsAndScales(spec, scales, opened, warnings, chosen)
 
 
 def _chosen(spec: Spec, request: QuantizeRequest, ids: Tensor | None, progress: Progress) -> Chosen | None:
@@ -95,14 +102,16 @@ def _scale_entries(
     return entries
 
 
-def _tokens(spec: Spec, request: QuantizeRequest) -> Tensor | None:
-    if request.calibration is None:
-        return None
+def _tokens(spec: Spec, request: QuantizeRequest) -> tuple[Tensor | None, list[str]]:
+    """Return the calibration tokens [N, L], and what they were read from; text by the checkpoint's own tokenizer."""
+    data = request.calibration
+    if data is None:
+        return None, []
+    if data.tokenizer is None and spec.model.vocab_size != BYTES and (request.weights / "tokenizer.json").is_file():
+        data = replace(data, tokenizer=request.weights)
     # Fewer choices than experts take another path through the model, where nothing is recorded.
     least = max((2, *(-(-moe.num_experts // moe.top_k) for moe in moe_tables(spec))))
-    return read_tokens(
-        request.calibration, spec.model.vocab_size, samples=request.samples, length=request.length, least=least
-    )
+    return read_tokens(spec, data, least=least)
 
 
 def _quantizes_mtp(spec: Spec) -> bool:

@@ -17,6 +17,22 @@ BLOCK_NAMES = {f"{rows}x{columns}": (rows, columns) for rows, columns in BLOCKS}
 
 
 @dataclass(frozen=True, slots=True)
+class CalibrationData:
+    """What calibration reads, and how. But for `path`, fields are named as options are, most of them train.py's."""
+
+    path: Path
+    calibration_samples: int = 128
+    """Sequences of calibration."""
+    calibration_length: int = 512
+    """Tokens of each."""
+    tokenizer: Path | None = None
+    data_format: str = "auto"
+    text_field: str = "text"
+    messages_field: str = ""
+    dtype: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class QuantizeRequest:
     """A checkpoint, the formats that it gets, and how it is written. Fields are named as the options are."""
 
@@ -42,12 +58,8 @@ class QuantizeRequest:
     write_spec: Path | None = None
     """Where to write the spec with its final rules."""
 
-    calibration: Path | None = None
-    """Tokens (.npy, .bin) or text, from which the scales of activations are measured."""
-    samples: int = 128
-    """Sequences of calibration."""
-    length: int = 512
-    """Tokens of each."""
+    calibration: CalibrationData | None = None
+    """Data from which the scales of activations are measured."""
     activation_scales: Path | None = None
     save_activation_scales: Path | None = None
 

@@ -28,7 +28,7 @@ def diff(
     a: Annotated[Path | str | Spec, Argument("A")],
     b: Annotated[Path | str | Spec, Argument("B")],
     *,
-    context: Annotated[int, CONTEXT] = 8192,
+    context: Annotated[int, replace(CONTEXT, help="Tokens in the cache of each sequence.")] = 8192,
     batch: Annotated[int, BATCH] = 1,
     html: Annotated[Path | str | None, HTML] = None,
     force: Annotated[bool, replace(FORCE, needs=Needs("html"))] = False,

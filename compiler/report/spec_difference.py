@@ -10,7 +10,7 @@ from itertools import zip_longest
 from typing import Any
 
 from n3c.specs.dump import toml_value
-from n3c.specs.reader import fields_of
+from n3c.specs.reader import fields_of, spec_fields
 from n3c.specs.schema import Rule, Spec
 
 
@@ -37,11 +37,12 @@ def compare_specs(a: Spec, b: Spec) -> tuple[Change, ...]:
 
 def _values(table: object, path: str = "") -> Iterator[tuple[str, str]]:
     """Yield dotted key and TOML of every value but rules."""
-    for name in fields_of(type(table)):
-        value, key = getattr(table, name), f"{path}.{name}".removeprefix(".")
+    for name in spec_fields() if isinstance(table, Spec) else fields_of(type(table)):
+        value = table.section(name) if isinstance(table, Spec) else getattr(table, name)
+        key = f"{path}.{name}".removeprefix(".")
         if value is None or name == "rules":
             continue
-        if dataclasses.is_dataclass(value) and name in fields_of(Spec):
+        if dataclasses.is_dataclass(value) and name in spec_fields():
             yield from _values(value, key)
         else:
             yield key, toml_value(value)

@@ -1,4 +1,7 @@
-"""Block kinds, lowered: each is one function that declares its parameters and emits its ops."""
+"""Block kinds, lowered: each is one function that declares its parameters and emits its ops.
+
+The record of a kind names its function (`BlockKind.lowering`); it returns what a block adds to the stream [B, S, D].
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from n3c.ir.rewrite import Builder
 from n3c.ir.source import NegExp, Source, Stack, Tensor
 from n3c.ir.types import Dim, DType, TensorType
 from n3c.specs.block_kind import BlockKind
-from n3c.specs.blocks import ATTENTION, MAMBA, MLP, MOE
 from n3c.specs.schema import Spec
 
 
@@ -46,7 +48,7 @@ class Block:
         buffer: bool = False,
     ) -> Value:
         """Declare a parameter; without `source` it is the tensor of that name."""
-        if self.kind is not None and role not in ("norm", *self.kind.roles, *self.kind.roles_without_module):
+        if self.kind is not None and role not in ("norm", *self.kind.roles, *self.kind.vectors.values()):
             raise KeyError(f"{role}: not a role of {self.kind.title} blocks")
         type_ = TensorType(dtype, dims)
         self.declarations[name] = Declaration(type_, role, source or (lambda label: Tensor(f"{label}.{name}")), buffer)
@@ -83,7 +85,8 @@ class Block:
         return f"mixer.{self.kind.module(role).name.replace('{}', '*')}.weight"
 
 
-def _mamba2(block: Block, spec: Spec, x: Value) -> Value:
+def mamba2(block: Block, spec: Spec, x: Value) -> Value:
+    """Emit a Mamba-2 mixer."""
     m = spec.mamba
     assert m is not None
     d, g = m.inner_size, m.n_groups * m.state_size
@@ -104,7 +107,8 @@ def _mamba2(block: Block, spec: Spec, x: Value) -> Value:
     return block.projection(y, "mamba.out_proj", spec.model.hidden_size, "o")
 
 
-def _attention(block: Block, spec: Spec, x: Value) -> Value:
+def attention(block: Block, spec: Spec, x: Value) -> Value:
+    """Emit grouped-query attention."""
     a = spec.attention
     assert a is not None
     h = block.norm(x, "norm.weight")
@@ -115,7 +119,8 @@ def _attention(block: Block, spec: Spec, x: Value) -> Value:
     return block.projection(y, "attention.o_proj", spec.model.hidden_size, "o")
 
 
-def _moe(block: Block, spec: Spec, x: Value) -> Value:
+def moe(block: Block, spec: Spec, x: Value) -> Value:
+    """Emit a mixture of experts, with its shared expert."""
     m = spec.moe
     assert m is not None
     d, e, i = spec.model.hidden_size, m.num_experts, m.intermediate_size
@@ -143,7 +148,7 @@ def _moe(block: Block, spec: Spec, x: Value) -> Value:
         return block.parameter(name, dims, role, source=lambda at: Stack(f"{at}.{name}", e))
 
     up, down = experts("up", (e, i, width)), experts("down", (e, width, i))
-    y = block.emit(ops.experts, u, indices, weights, up, down, name="y")
+    y = block.emit(ops.experts, u, indices, weights, up, down, name="y", inner_format="")
     if m.latent_size is not None:
         y = block.projection(y, "moe.latent_up", d, "y")
     if m.shared_intermediate_size:
@@ -154,19 +159,11 @@ def _moe(block: Block, spec: Spec, x: Value) -> Value:
     return y
 
 
-def _mlp(block: Block, spec: Spec, x: Value) -> Value:
+def mlp(block: Block, spec: Spec, x: Value) -> Value:
+    """Emit a dense MLP."""
     m = spec.mlp
     assert m is not None
     h = block.norm(x, "norm.weight")
     y = block.projection(h, "mlp.up", m.intermediate_size, "y")
     y = block.emit(ops.relu2, y, name="y")
     return block.projection(y, "mlp.down", spec.model.hidden_size, "y")
-
-
-BLOCKS: dict[BlockKind, Callable[[Block, Spec, Value], Value]] = {
-    MAMBA: _mamba2,
-    ATTENTION: _attention,
-    MOE: _moe,
-    MLP: _mlp,
-}
-"""Kind → the function that emits what a block adds to the residual stream [B, S, D]."""

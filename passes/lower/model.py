@@ -7,6 +7,7 @@ layer. A layer that differs (`[[moe.layers]]`) has a variant, named by its sizes
 from __future__ import annotations
 
 from n3c.ir import ops
+from n3c.ir.extensions import part
 from n3c.ir.program import Call, EntryPoint, Function, Origin, Parameter, Program, Value
 from n3c.ir.source import Tensor
 from n3c.ir.types import DType, TensorType
@@ -15,7 +16,7 @@ from n3c.specs.blocks import MOE
 from n3c.specs.layer_tables import PER_LAYER, spec_of_block
 from n3c.specs.schema import Spec
 
-from .blocks import BLOCKS, Block
+from .blocks import Block
 
 IDS = TensorType(DType.I64, ("B", "S"))
 
@@ -118,7 +119,7 @@ class _Lowering:
         if name not in self.blocks:
             block = self.end(kind.name, [Value("x", self.x)], span_path, name)
             block.kind = kind
-            inner = BLOCKS[kind](block, spec, block.function.inputs[0])
+            inner = part(kind.lowering)(block, spec, block.function.inputs[0])
             block.function.outputs = [block.emit(ops.add, block.function.inputs[0], inner, name="out")]
         prefix = "mtp." if label.startswith("mtp.") else ""
         self.call(name, label, [x], [y], layer=layer, role_prefix=prefix, span_path=span_path)
@@ -153,7 +154,7 @@ class _Lowering:
 
 def variant_name(kind: BlockKind, usual: Spec, of_layer: Spec) -> str:
     """Return the name of a function: that of its kind, with the sizes in which its layer differs from its table."""
-    usual_table, table = getattr(usual, kind.table), getattr(of_layer, kind.table)
+    usual_table, table = usual.table(kind), of_layer.table(kind)
     sizes = [
         f"{letter}{getattr(table, key)}"
         for letter, key in zip("KIU", PER_LAYER, strict=True)

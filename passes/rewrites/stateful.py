@@ -4,6 +4,8 @@
     ssd           → ssd_update over `ssm_state`
     attention     → write_cache and cached_attention over `k_cache` and `v_cache`
 
+Which op continues another is a property of ops (`Continues`), so this holds for those of extensions, too.
+
 In the mode `verify` the window and the SSM state stay where they are: the operands of the call's tokens become
 states too (*pending*), and the next call begins with the `accepted` ones of them. So a rejected draft costs no
 copy of a state.
@@ -36,7 +38,6 @@ KINDS = {"conv_state": "conv", "ssm_state": "ssm", "k_cache": "kv", "v_cache": "
 """States → their kinds; all others are pending operands."""
 SCALES = ("mixer.k_proj.k_scale", "mixer.v_proj.v_scale")
 """Parameters that FP8 caches need and training has not, under ModelOpt's names."""
-_MEMORY = (ops.causal_conv1d, ops.ssd, ops.attention)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class StateTypes:
 
 def memory_ops(function: Function) -> set[ops.OpDef]:
     """Return the ops of `function` that look at more than one token."""
-    return {node.op for node in function.nodes if node.op in _MEMORY}
+    return {node.op for node in function.nodes if node.op is ops.attention or node.op in ops.CONTINUED_BY}
 
 
 def make_stateful(function: Function, mode: Mode, types: StateTypes, made_by: str) -> None:
@@ -72,14 +73,17 @@ class _Stateful:
     """The additional inputs, by name."""
 
     def run(self) -> None:
-        found = {op: [node for node in self.function.nodes if node.op is op] for op in _MEMORY}
-        for node in found[ops.attention]:
+        nodes = list(self.function.nodes)
+        for node in [node for node in nodes if node.op is ops.attention]:
             self.attention(node)
-        for conv, ssd in zip(found[ops.causal_conv1d], found[ops.ssd], strict=True):
-            if self.mode == "verify":
-                self.mamba_verified(conv, ssd)
-            else:
-                self.mamba(conv, ssd)
+        recurrent = [node for node in nodes if node.op in ops.CONTINUED_BY]
+        if self.mode != "verify":
+            for node in recurrent:
+                self.continued(node)
+            return
+        scans = [node for node in recurrent if node.op is not ops.causal_conv1d]
+        for scan in scans:
+            self.verified(scan)
 
     def input(self, name: str) -> Value:
         """Return an additional input, declared when it is first asked for."""
@@ -128,64 +132,79 @@ class _Stateful:
         build.replace(node, y)
         self.keep(written)
 
-    def mamba_states(self, conv: Node, ssd: Node) -> tuple[Value, Value]:
-        """Declare the window of the convolution [B, C, W - 1] and the SSM state [B, H, P, N]."""
-        channels, _, width = conv["weight"].type.static_dims
-        groups, (heads,) = ssd.attributes["n_groups"], ssd["A"].type.static_dims
-        assert isinstance(groups, int)
-        window = self.state("conv_state", (channels, width - 1), self.types.conv_dtype)
-        dims = (heads, _width(ssd["x"]) // heads, _width(ssd["B"]) // groups)
-        return window, self.state("ssm_state", dims, self.types.ssm_dtype)
+    def state_of(self, node: Node) -> Value:
+        """Declare the state that `node` carries: `conv_state` or `ssm_state`."""
+        update = ops.CONTINUED_BY[node.op].continues
+        assert update is not None
+        types = {name: operand.type if operand else None for name, operand in node.named_operands.items()}
+        dtype = self.types.conv_dtype if update.kind == "conv" else self.types.ssm_dtype
+        return self.state(f"{update.kind}_state", update.dims(types, node.attributes), dtype)
 
-    def mamba(self, conv: Node, ssd: Node) -> None:
-        """Continue from window and SSM state, and keep both as they are after the call's tokens."""
-        window, state = self.mamba_states(conv, ssd)
-        counts = self.counts()
-        y, next_window = self.convolved(conv, conv["x"], window, counts, [conv.results[0].name, "conv_state_next"])
-        self.before(conv).replace(conv, y)
-        names = [ssd.results[0].name, "ssm_state_next"]
-        y, next_state = self.scanned(ssd, ssd, {"state": state, "counts": counts}, names)
-        self.before(ssd).replace(ssd, y)
-        self.keep([next_window, next_state])
+    def continued(self, node: Node) -> None:
+        """Continue from the state, and keep it as it is after the call's tokens."""
+        state = self.state_of(node)
+        y, following = self.updated(node, node, state, {"counts": self.counts()}, node.results[0].name)
+        self.before(node).replace(node, y)
+        self.keep([following])
 
-    def mamba_verified(self, conv: Node, ssd: Node) -> None:
+    def verified(self, scan: Node) -> None:
         """Commit the accepted pending tokens, then compute the new ones from the committed states.
 
-        Window and SSM state after the new tokens are dropped: only the operands of these are kept, pending.
+        States after the new tokens are dropped: only the operands of these are kept, pending. What a convolution
+        gives to the scan is computed of its own pending operand.
         """
-        window, state = self.mamba_states(conv, ssd)
-        accepted, x, dt = self.input("accepted"), conv["x"], ssd["dt"]
-        pending_x = self.state("conv_pending", x.type.dims[1:], DType.F32)
-        pending_dt = self.state("dt_pending", dt.type.dims[1:], DType.F32)
-        replayed, committed_window = self.convolved(conv, pending_x, window, accepted, ["replayed", "conv_state_next"])
-        operands = self.replayed_operands(conv, ssd, replayed)
-        operands |= {"dt": pending_dt, "state": state, "counts": accepted}
-        _, committed_state = self.scanned(conv, ssd, operands, ["replayed_y", "ssm_state_next"])
+        conv, pieces = self.convolution_of(scan)
+        chain = [scan] if conv is None else [conv, scan]
+        states = [self.state_of(node) for node in chain]
+        accepted = self.input("accepted")
+        waiting = [] if conv is None else [("conv", conv["x"])]
+        waiting += [(name, v) for name, v in scan.named_operands.items() if v and name not in pieces and _of_tokens(v)]
+        pending = {name: self.state(f"{name}_pending", v.type.dims[1:], DType.F32) for name, v in waiting}
+        first, changed, committed = chain[0], dict[str, Value | None](pending), list[Value]()
+        if conv is not None:
+            operands = {"x": changed.pop("conv"), "counts": accepted}
+            replayed, window = self.updated(conv, conv, states[0], operands, "replayed")
+            changed |= self.replayed_operands(conv, scan, replayed)
+            committed.append(window)
+        _, state = self.updated(first, scan, states[-1], {**changed, "counts": accepted}, "replayed_y")
+        committed.append(state)
+        for node, before in zip(chain, committed, strict=True):
+            y, _ = self.updated(node, node, before, {}, node.results[0].name, dropped=True)
+            self.before(node).replace(node, y)
+        self.keep([*committed, *(value for _, value in waiting)])
 
-        y, _ = self.convolved(conv, x, committed_window, None, [conv.results[0].name, "dropped_window"])
-        self.before(conv).replace(conv, y)
-        y, _ = self.scanned(ssd, ssd, {"state": committed_state}, [ssd.results[0].name, "dropped_state"])
-        self.before(ssd).replace(ssd, y)
-        self.keep([committed_window, committed_state, x, dt])
+    def updated(
+        self, at: Node, node: Node, state: Value, changed: dict[str, Value | None], name: str, *, dropped: bool = False
+    ) -> list[Value]:
+        """Emit, in front of `at`, what continues `node` with `changed` operands: its result and the state after it."""
+        op = ops.CONTINUED_BY[node.op]
+        assert op.continues is not None
+        named = {**dict.fromkeys(op.operands), **node.named_operands, op.continues.state: state, **changed}
+        kept = {"conv": "dropped_window", "ssm": "dropped_state"} if dropped else {}
+        names = [name, kept.get(op.continues.kind, f"{op.continues.kind}_state_next")]
+        return self.before(at).emit_many(op, *named.values(), names=names, **node.attributes)
 
-    def convolved(self, conv: Node, x: Value, window: Value, counts: Value | None, names: list[str]) -> list[Value]:
-        """Emit, in front of `conv`, its update over x from `window`: the result and the window after it."""
-        operands = (x, window, conv["weight"], conv.get("bias"), counts)
-        return self.before(conv).emit_many(ops.causal_conv1d_update, *operands, names=names)
+    def convolution_of(self, scan: Node) -> tuple[Node | None, set[str]]:
+        """Return the convolution of which a scan reads pieces, and the names of these operands."""
+        pieces = {name: v for name, v in scan.named_operands.items() if v and v.node and v.node.op is ops.split}
+        for conv in [node for node in self.function.nodes if node.op is ops.causal_conv1d]:
+            of_it = {name for name, v in pieces.items() if v.node and conv.results[0] in v.node.operands}
+            if of_it:
+                return conv, of_it
+        return None, set()
 
-    def scanned(self, at: Node, ssd: Node, changed: dict[str, Value | None], names: list[str]) -> list[Value]:
-        """Emit, in front of `at`, the update of `ssd` with `changed` operands: the result and the state after it."""
-        named = {**dict.fromkeys(ops.ssd_update.operands), **ssd.named_operands, **changed}
-        return self.before(at).emit_many(ops.ssd_update, *named.values(), names=names, **ssd.attributes)
-
-    def replayed_operands(self, conv: Node, ssd: Node, replayed: Value) -> dict[str, Value | None]:
-        """Cut `replayed` as the result of `conv` is cut: the operands of `ssd` that are pieces of it, by name."""
-        (cut,) = {v.node for v in ssd.operands if v and v.node and conv.results[0] in v.node.operands}
+    def replayed_operands(self, conv: Node, scan: Node, replayed: Value) -> dict[str, Value]:
+        """Cut `replayed` as the result of `conv` is cut: the operands of `scan` that are pieces of it, by name."""
+        (cut,) = {v.node for v in scan.operands if v and v.node and conv.results[0] in v.node.operands}
         assert cut.op is ops.split
         names = [f"replayed_{piece.name}" for piece in cut.results]
         pieces = self.before(conv).emit_many(ops.split, replayed, names=names, **cut.attributes)
         made = {id(old): new for old, new in zip(cut.results, pieces, strict=True)}
-        return {name: made[id(value)] for name, value in ssd.named_operands.items() if id(value) in made}
+        return {name: made[id(value)] for name, value in scan.named_operands.items() if id(value) in made}
+
+
+def _of_tokens(value: Value) -> bool:
+    return value.type.dims[:2] == ("B", "S")
 
 
 def _width(value: Value) -> int:

@@ -24,7 +24,9 @@ CONTEXTS = (128, 1024, 8192)
 @checked
 def bench(
     build: Annotated[Path | str, Argument("BUILD")],
-    weights: Annotated[Path | str | None, Option("Checkpoint directory (default: random weights).")] = None,
+    weights: Annotated[
+        Path | str | None, Option("Checkpoint directory (default: random weights).", metavar="DIR")
+    ] = None,
     *,
     engine: Annotated[EngineName | None, Option(ENGINE_HELP)] = None,
     device: Annotated[Device, Option("Where to run.")] = "cpu",

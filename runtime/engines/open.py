@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 from n3c.backends.progress import SILENT, Progress
 from n3c.backends.safetensors.checkpoint import Checkpoint
+from n3c.passes.serving import serve
 from n3c.runtime.build_folder import OpenedBuild
 
+from .activations import require_scales, with_scales_of
 from .choice import Device, EngineName
 from .interface import Engine
 
@@ -23,9 +25,12 @@ def open_engine(
 ) -> Engine:
     """Return an engine with the entry points `names` for calls of `batch_sizes` sequences.
 
-    N3CError: exit code 4 where device, plans or memory are not there, 6 where the weights do not fit.
+    With a checkpoint that was not calibrated an engine is weight-only, but plans, which are what they were built for.
+    N3CError: exit code 4 where device, plans or memory are not there, 6 where the weights do not fit, or have no
+    activation scales for plans that want them.
     """
-    served, spec = build.served, build.spec
+    spec = with_scales_of(build.spec, build.served.program, checkpoint)
+    served = build.served if spec is build.spec else serve(spec)
     if engine == "onnxruntime":
         from .onnxruntime.open import cpu_engine
 
@@ -33,6 +38,7 @@ def open_engine(
     if engine == "tensorrt":
         from .tensorrt.open import cuda_engine
 
+        require_scales(build.spec, build.served.program, checkpoint)
         return cuda_engine(build, names, batch_sizes, checkpoint, progress)
     if engine == "torch":
         from .torch.open import torch_engine

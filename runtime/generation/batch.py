@@ -12,10 +12,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from n3c.backends.safetensors.checkpoint import Checkpoint
+from n3c.ir.diagnostics import N3CError
 from n3c.runtime.engines.interface import Array, Engine, Snapshot, call
 
 from .capacity import Capacity
 from .drafter import Drafter
+from .logprobs import TokenLogprobs, token_logprobs
 from .prefix_cache import PrefixCache
 from .sequence import Running
 from .speculative import Draft, judge
@@ -28,6 +31,8 @@ class Taken:
     sequence: Running
     token: int
     text: str
+    logprobs: TokenLogprobs | None
+    """Where the sequence asks for them."""
 
 
 @dataclass(slots=True)
@@ -62,12 +67,22 @@ class Batch:
         row = len(self.rows)
         assert row < self.engine.batch
         self.engine.reset([row])
-        if self.cache is not None:
-            sequence.cached = self.cache.longest(sequence.prompt)
-            for snapshot in self.cache.path(sequence.cached):
-                self.engine.restore(row, snapshot)
-            sequence.read = sequence.cached.tokens
+        self._find(row, sequence)
         self.rows.append(sequence)
+
+    def replace_weights(self, checkpoint: Checkpoint) -> None:
+        """Take other weights. Sequences that run go on with them, as prompts of the tokens that they have.
+
+        N3CError (exit code 6) where they do not fit.
+        """
+        self._leave()
+        self.engine.replace_weights(checkpoint)
+        if self.cache is not None:
+            self.cache.clear()
+        self._suspended.clear()
+        for row, sequence in enumerate(self.rows):
+            sequence.again()
+            self._find(row, sequence)
 
     def drop(self, sequence: Running) -> None:
         """Let a sequence leave where it is."""
@@ -80,10 +95,18 @@ class Batch:
             sequence.interrupt()
         self._leave()
 
+    def abandon(self, failure: N3CError) -> None:
+        """Let all sequences fail, after an error of the engine: their states are unknown, and not kept."""
+        for sequence in self.rows:
+            sequence.fail(failure)
+        self.rows.clear()
+        self._suspended.clear()
+        self._taken.clear()
+
     def round(self) -> list[Taken]:
         """Do one round; return the new tokens. A sequence that has ended is no longer in `rows`.
 
-        Raises N3CError (exit code 5) where logits are not finite.
+        One that fails, since its logits are not finite or a grammar goes wrong, ends alone.
         """
         self._leave()  # those that were interrupted since
         reading = [row for row, sequence in enumerate(self.rows) if not sequence.is_read]
@@ -101,6 +124,14 @@ class Batch:
         self._leave()
         return taken
 
+    def _find(self, row: int, sequence: Running) -> None:
+        """Begin a sequence where the cache has the longest part of its prompt."""
+        if self.cache is not None and not sequence.reads_logprobs:
+            sequence.cached = self.cache.longest(sequence.prompt)
+            for snapshot in self.cache.path(sequence.cached):
+                self.engine.restore(row, snapshot)
+            sequence.read = sequence.cached.tokens
+
     def _read(self, rows: Sequence[int]) -> None:
         """Feed a chunk of each prompt; a sequence gets its first token from the chunk in which its prompt ends."""
         chunk = self.engine.signatures["prefill"].inputs["input_ids"].shape[1]
@@ -113,6 +144,7 @@ class Batch:
                 self.engine.restore(row, self._suspended.pop(row))
             begin = sequence.read
             end = min(begin + chunk - begin % chunk, len(sequence.prompt))  # chunks begin where others' begin
+            end = begin + 1 if sequence.reads_logprobs else end
             inputs["input_ids"][row, : end - begin] = sequence.prompt[begin:end]
             following = sequence.prompt[begin + 1 : end + 1]
             inputs["following_ids"][row, : len(following)] = following
@@ -121,6 +153,9 @@ class Batch:
         for row in rows:
             sequence = self.rows[row]
             sequence.read += int(inputs["counts"][row])
+            if sequence.reads_logprobs and not sequence.is_read:
+                token, top = sequence.prompt[sequence.read], sequence.options.logprobs or 0
+                sequence.prompt_logprobs.append(token_logprobs(outputs["logits"][row, 0], token, top))
             if sequence.is_read:
                 self._begin(sequence, {name: value[row, 0] for name, value in outputs.items()})
             elif self.cache is not None and sequence.read % chunk == 0:
@@ -179,17 +214,22 @@ class Batch:
         sequence.pending = 1 + verdict.accepted
         sequence.hidden = outputs["hidden"][verdict.accepted]
         taken = 0
-        for token in (*(draft.token for draft in drafts[: verdict.accepted]), verdict.following):
+        tokens = (*(draft.token for draft in drafts[: verdict.accepted]), verdict.following)
+        for token, logits in zip(tokens, outputs["logits"], strict=False):
             if sequence.ending is None:
-                self._take(sequence, token)
+                self._take(sequence, token, logits)
                 taken += 1
         self._count(taken)
 
     def _draw(self, sequence: Running, logits: Array) -> None:
-        self._take(sequence, sequence.choice(logits, sequence.reasoning).draw(sequence.generator))
+        token = sequence.choice(logits, sequence.guide).draw(sequence.generator)
+        if sequence.ending is None:
+            self._take(sequence, token, logits)
 
-    def _take(self, sequence: Running, token: int) -> None:
-        self._taken.append(Taken(sequence, token, sequence.take(token, self.capacity.context_length)))
+    def _take(self, sequence: Running, token: int, logits: Array) -> None:
+        logprobs = sequence.logprobs(logits, token)
+        text = sequence.take(token, self.capacity.context_length)
+        self._taken.append(Taken(sequence, token, text, logprobs))
 
     def _count(self, tokens: int) -> None:
         self.rounds += 1
@@ -210,7 +250,7 @@ class Batch:
             sequence = self.rows[row]
             if sequence.ending is None:
                 continue
-            if self.cache is not None and sequence.held:
+            if self.cache is not None and sequence.held and sequence.failure is None:
                 self._keep(row, sequence.held)
             last = len(self.rows) - 1
             if row != last:

@@ -32,7 +32,10 @@ class Distribution:
         return float(self.probabilities[place]) if place < len(self.tokens) and self.tokens[place] == token else 0.0
 
     def draw(self, generator: np.random.Generator) -> int:
-        """Draw a token."""
+        """Draw a token, by one random number."""
+        if self.tokens is not None and len(self.tokens) == 1:
+            generator.random()
+            return int(self.tokens[0])
         starts = np.arange(0, len(self.probabilities), BLOCK)
         blocks = np.add.reduceat(self.probabilities, starts, dtype=np.float64)
         block, rest = _place(blocks, generator.random() * float(blocks.sum()))

@@ -43,7 +43,7 @@ class MtpDrafter:
         ids = np.zeros((len(sequences), 1), np.int64)
         hidden = np.zeros((len(sequences), 1, width), np.float32)
         lengths = lengths.copy()
-        reasoning = [s.reasoning if s is not None else None for s in sequences]
+        guides = [sequence.guide if sequence is not None else None for sequence in sequences]
         for i, sequence in enumerate(sequences):
             if sequence is not None:
                 assert sequence.hidden is not None
@@ -53,11 +53,11 @@ class MtpDrafter:
         for _ in range(count):
             outputs = call(engine, "draft", input_ids=ids, hidden=hidden, lengths=lengths)
             for i, sequence in enumerate(sequences):
-                if sequence is not None:
-                    before = reasoning[i]
+                before = guides[i]
+                if sequence is not None and before is not None:
                     proposed = sequence.choice(outputs["logits"][i, 0], before)
                     token = proposed.draw(sequence.generator)
                     drafts[i].append(Draft(token, proposed))
-                    ids[i, 0], reasoning[i] = token, before.after(token) if before is not None else None
+                    ids[i, 0], guides[i] = token, before.after(token) if sequence.ending is None else before
                     hidden[i], lengths[i] = outputs["next_hidden"][i], lengths[i] + 1
         return drafts

@@ -63,7 +63,10 @@ class Generation:
         self.sequences = [Running.begin(p, i, self.options, self.tokenizer) for i, p in enumerate(self.prompts)]
 
     def run(self) -> None:
-        """Continue every sequence to its end. KeyboardInterrupt is passed on; the engine can serve the next request."""
+        """Continue every sequence to its end. KeyboardInterrupt is passed on; the engine can serve the next request.
+
+        Raises N3CError (exit code 5) where logits are not finite.
+        """
         for _ in self.steps():
             pass
 
@@ -76,14 +79,14 @@ class Generation:
                 batch.add(sequence)
             taken: list[Taken] = []
             while not all(sequence.is_read for sequence in self.sequences):
-                taken += batch.round()
+                taken += self._round(batch)
             statistics.prompt_tokens = sum(len(sequence.prompt) for sequence in self.sequences)
             statistics.prefill_seconds = time.perf_counter() - start
             yield self._pieces(taken)
             while any(sequence.ending is None for sequence in self.sequences):
                 start = time.perf_counter()
                 try:
-                    taken = batch.round()
+                    taken = self._round(batch)
                 finally:
                     statistics.decode_seconds += time.perf_counter() - start
                 statistics.rounds, statistics.decoded = batch.rounds, batch.decoded
@@ -91,6 +94,13 @@ class Generation:
         except KeyboardInterrupt:
             self.interrupt()
             raise
+
+    def _round(self, batch: Batch) -> list[Taken]:
+        taken = batch.round()
+        failure = next((s.failure for s in self.sequences if s.failure is not None), None)
+        if failure is not None:
+            raise failure
+        return taken
 
     def interrupt(self) -> None:
         """End every running sequence where it is."""

@@ -76,12 +76,18 @@ class Model:
         temperature: float = ...,
         top_k: int = ...,
         top_p: float = ...,
+        min_p: float = ...,
+        presence_penalty: float = ...,
+        frequency_penalty: float = ...,
+        repetition_penalty: float = ...,
         seed: int = ...,
         stop: Sequence[str] = ...,
         stop_ids: str | Sequence[int] = ...,
         ignore_eos: bool = ...,
         reasoning_budget: int | None = ...,
         thinking_tags: tuple[str, str] = ...,
+        chat: bool = ...,
+        parse_special: bool = ...,
         stream: Literal[False] = ...,
     ) -> "Generated": ...
 
@@ -94,12 +100,18 @@ class Model:
         temperature: float = ...,
         top_k: int = ...,
         top_p: float = ...,
+        min_p: float = ...,
+        presence_penalty: float = ...,
+        frequency_penalty: float = ...,
+        repetition_penalty: float = ...,
         seed: int = ...,
         stop: Sequence[str] = ...,
         stop_ids: str | Sequence[int] = ...,
         ignore_eos: bool = ...,
         reasoning_budget: int | None = ...,
         thinking_tags: tuple[str, str] = ...,
+        chat: bool = ...,
+        parse_special: bool = ...,
         stream: Literal[True],
     ) -> Stream: ...
 
@@ -109,11 +121,35 @@ class Model:
         prompts: Prompt | Sequence[Prompt],
         *,
         max_new_tokens: Annotated[int, Option("Most new tokens.", least=0)] = 128,
-        temperature: Annotated[float, Option("0: greedy.", least=0)] = 0.0,
-        top_k: Annotated[int, Option("Draw from the K likeliest tokens; 0: all.", least=0, needs=SAMPLED)] = 0,
+        temperature: Annotated[
+            float, Option("Draw from softmax(logits / T); 0: the likeliest token.", metavar="T", least=0)
+        ] = 0.0,
+        top_k: Annotated[
+            int, Option("Draw from the K likeliest tokens; 0: all.", metavar="K", least=0, needs=SAMPLED)
+        ] = 0,
         top_p: Annotated[
             float,
-            Option("Draw from the fewest tokens whose probabilities sum to P.", above=0, most=1, needs=SAMPLED),
+            Option(
+                "Draw from the fewest tokens whose probabilities sum to P.", metavar="P", above=0, most=1, needs=SAMPLED
+            ),
+        ] = 1.0,
+        min_p: Annotated[
+            float,
+            Option(
+                "Draw from the tokens of at least P times the likeliest one's probability.",
+                least=0,
+                most=1,
+                needs=SAMPLED,
+            ),
+        ] = 0.0,
+        presence_penalty: Annotated[
+            float, Option("Taken from the logits of tokens that were generated before.", least=-2, most=2)
+        ] = 0.0,
+        frequency_penalty: Annotated[
+            float, Option("Taken from them for each time that they were.", least=-2, most=2)
+        ] = 0.0,
+        repetition_penalty: Annotated[
+            float, Option("Divides the logits of tokens of the prompt or generated before.", above=0, most=10)
         ] = 1.0,
         seed: Annotated[int, Option("Of the random numbers.", least=0, needs=SAMPLED)] = 0,
         stop: Annotated[Sequence[str], Option("Text that ends a sequence, and is not printed; may repeat.")] = (),
@@ -131,20 +167,22 @@ class Model:
                 needs=Needs("reasoning_budget"),
             ),
         ] = ("<think>", "</think>"),
+        chat: Annotated[bool, Option("Take each text as a user's message, by the checkpoint's chat template.")] = False,
+        parse_special: Annotated[bool, Option("Let special tokens in a text be those tokens.")] = False,
         stream: bool = False,
     ) -> "Generated | Stream":
         """Continue `prompts`, each a text or token ids; one alone may be given without a list.
 
         With `stream` the pieces are yielded as they come; the next request ends it where it is.
-        N3CError: exit code 2 where the build cannot take the prompts, 4 where the device is not there, 6 where the
-        weights do not fit or a text has no tokenizer.
+        N3CError: exit code 2 where the build cannot take the prompts or there is no chat template, 4 where the device
+        is not there, 6 where the weights do not fit or a text has no tokenizer.
         """
         from .capacity import Capacity
         from .prompts import parse_ids, tag_ids
         from .sampling import Sampling
         from .sequence import Options
 
-        ids = [self._ids(prompt) for prompt in _listed(prompts)]
+        ids = [self._ids(prompt, chat, parse_special) for prompt in _listed(prompts)]
         if stop and self.tokenizer is None:
             raise usage_error("--stop has no effect: it needs a tokenizer.json in the checkpoint")
         stops = parse_ids(stop_ids) if isinstance(stop_ids, str) else stop_ids
@@ -155,7 +193,9 @@ class Model:
         Capacity.of(spec).require(ids, max(spec.serving.batch_sizes))
         options = Options(
             max_new_tokens=max_new_tokens,
-            sampling=Sampling(temperature, top_k, top_p, seed),
+            sampling=Sampling(
+                temperature, top_k, top_p, seed, min_p, presence_penalty, frequency_penalty, repetition_penalty
+            ),
             stop_texts=tuple(stop),
             tags=tags,
             reasoning_budget=reasoning_budget,
@@ -171,10 +211,13 @@ class Model:
             pass
         return running.result()
 
-    def _ids(self, prompt: Prompt) -> list[int]:
-        from .prompts import encoded
+    def _ids(self, prompt: Prompt, chat: bool, parse_special: bool) -> list[int]:
+        from .prompts import encoded, encoded_chat
 
-        return encoded([prompt], self.tokenizer, self.weights)[0] if isinstance(prompt, str) else list(prompt)
+        if not isinstance(prompt, str):
+            return list(prompt)
+        encode = encoded_chat if chat else encoded
+        return encode(prompt, self.tokenizer, self.weights, parse_special=parse_special)
 
     def _ready(self, sequences: int) -> "Runner":
         """Return what runs `sequences` prompts at once; it is opened anew where the one at hand takes fewer."""
@@ -206,7 +249,7 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 @checked
 def load(
     build: Annotated[Path | str, Argument("BUILD")],
-    weights: Annotated[Path | str | None, Option("Checkpoint directory or hub id; must fit the build.")],
+    weights: Annotated[Path | str | None, Option("Checkpoint directory or hub id; must fit the build.", metavar="DIR")],
     *,
     no_mtp: Annotated[bool, Option("Decode token by token, without drafts.")] = False,
     device: Annotated[Device, Option("Where to run.")] = "cpu",

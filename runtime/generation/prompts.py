@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 
+from .control_tokens import encode_chat, encode_text
 from .reasoning import Tags
 from .tokenizer import Tokenizer
 
@@ -36,9 +36,30 @@ def parse_ids(text: str) -> list[int] | None:
     return [int(part) for part in text.split(",")] if _IDS.fullmatch(text) else None
 
 
-def encoded(texts: Sequence[str], tokenizer: Tokenizer | None, weights: Path) -> list[list[int]]:
-    """Return the token ids of texts; N3CError (exit code 6) where there is no tokenizer."""
-    return [list(_required(tokenizer, weights).encode(text)) for text in texts]
+def encoded(text: str, tokenizer: Tokenizer | None, weights: Path, *, parse_special: bool) -> list[int]:
+    """Return the token ids of a text; N3CError (exit code 6) where there is no tokenizer."""
+    return encode_text(_required(tokenizer, weights), text, parse_special=parse_special)
+
+
+def encoded_chat(message: str, tokenizer: Tokenizer | None, weights: Path, *, parse_special: bool) -> list[int]:
+    """Return the token ids of a chat that is one message of a user.
+
+    N3CError: exit code 2 where the checkpoint has no chat template, 6 where there is no tokenizer.
+    """
+    from .chat_template import find_chat_template
+
+    template = find_chat_template(weights)
+    if template is None:
+        help_ = "put chat_template.jinja beside the weights, or leave --chat out"
+        raise N3CError(Diagnostic("E0840", "no chat template", Span(str(weights)), help=help_), ExitCode.USAGE)
+    return encode_chat(
+        _required(tokenizer, weights),
+        [{"role": "user", "content": message}],
+        {},
+        template.literals,
+        template.render,
+        parse_special=parse_special,
+    )
 
 
 def tag_ids(tags: tuple[str, str], tokenizer: Tokenizer | None, weights: Path) -> Tags:

@@ -19,8 +19,8 @@ class Reasoning:
     """The state of a sequence's reasoning. Immutable, so drafts are followed without changing the sequence."""
 
     tags: Tags
-    budget: int
-    """Tokens allowed after the start tag."""
+    budget: int | None
+    """Tokens allowed after the start tag; None: no limit."""
     tail: tuple[int, ...] = ()
     """The last tokens, as many as a tag is long."""
     used: int | None = None
@@ -52,7 +52,7 @@ class Reasoning:
         return self.forced[0] if self.forced else None
 
     def _limited(self) -> Reasoning:
-        if self.used is None or self.used < self.budget or self.forced:
+        if self.used is None or self.budget is None or self.used < self.budget or self.forced:
             return self
         return replace(self, forced=self.tags.end[self._begun() :])
 

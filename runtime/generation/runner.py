@@ -12,6 +12,7 @@ from n3c.backends.safetensors.checkpoint_fit import fitting_checkpoint
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 from n3c.ir.json_file import is_count, read_json
 from n3c.runtime.build_folder import OpenedBuild
+from n3c.runtime.engines.activations import require_scales, with_scales_of
 from n3c.runtime.engines.choice import Device, EngineName, choose_engine
 from n3c.runtime.engines.interface import Engine
 from n3c.runtime.engines.open import open_engine
@@ -36,6 +37,8 @@ class Runner:
     """None: no speculation."""
     device: Device = "cpu"
     engine_name: EngineName = "onnxruntime"
+    rounding: bool = False
+    """Whether the engine rounds activations, for which other weights must have scales too."""
 
     def generation(self, prompts: Sequence[Sequence[int]], options: Options) -> Generation:
         """Return a request, not yet run; N3CError (exit code 2) where it exceeds the build's capacity."""
@@ -50,7 +53,10 @@ class Runner:
         For reinforcement learning, between rollouts. N3CError (exit code 6) where they do not fit; then the old
         weights stay.
         """
-        self.engine.replace_weights(fitting_checkpoint(self.build.spec, directory))
+        checkpoint = fitting_checkpoint(self.build.spec, directory)
+        if self.rounding:
+            require_scales(self.build.spec, self.build.served.program, checkpoint)
+        self.engine.replace_weights(checkpoint)
 
 
 def open_runner(
@@ -60,11 +66,13 @@ def open_runner(
     device: Device = "cpu",
     engine: EngineName | None = None,
     sequences: int = 1,
+    continuous: bool = False,
     speculate: bool = True,
     progress: Progress = SILENT,
 ) -> Runner:
     """Load `weights` for at most `sequences` sequences at once. `speculate` has effect where the spec has [mtp].
 
+    With `continuous` smaller batches of them run too, for sequences that join and leave.
     Without `engine` it is the usual one of the device. N3CError: exit code 2 for no sequences or an engine that does
     not run on the device, 4 where the device is not there, 6 where the weights do not fit.
     """
@@ -75,10 +83,12 @@ def open_runner(
     speculate = speculate and {"draft", "verify"} <= set(build.served.program.entry_points)
     names = ("prefill", "draft", "verify") if speculate else ("prefill", "decode")
     checkpoint = fitting_checkpoint(spec, weights)
-    opened = open_engine(chosen, build, names, [batch], checkpoint, device, progress)
+    sizes = [size for size in spec.serving.batch_sizes if size < batch and continuous]
+    opened = open_engine(chosen, build, names, [*sizes, batch], checkpoint, device, progress)
     tokenizer = find_tokenizer([weights], spec.model.vocab_size)
     eos = eos_token_ids(weights) or frozenset(spec.model.eos_token_ids)
-    return Runner(build, opened, tokenizer, eos, MtpDrafter() if speculate else None, device, chosen)
+    rounding = with_scales_of(spec, build.served.program, checkpoint).serving.activations == "as_format"
+    return Runner(build, opened, tokenizer, eos, MtpDrafter() if speculate else None, device, chosen, rounding)
 
 
 def require_weights(directory: Path | None) -> Path:

@@ -1,8 +1,10 @@
-"""Sampling a token from logits: greedy, temperature, top-k, top-p."""
+"""Sampling a token from logits: what changes them, and what of their distribution is cut."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,17 @@ class Sampling:
     top_p: float = 1.0
     """Keep the fewest tokens whose probabilities sum to at least this (Holtzman et al., arXiv 1904.09751)."""
     seed: int = 0
+    min_p: float = 0.0
+    """Keep the tokens of at least this part of the likeliest one's probability (Nguyen et al., arXiv 2407.01082)."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of a token that was generated before."""
+    frequency_penalty: float = 0.0
+    """Taken from the logit of a token for each time that it was generated before."""
+    repetition_penalty: float = 1.0
+    """Divides a positive logit of a token of the prompt or generated before, multiplies a negative one (Keskar et al.,
+    arXiv 1909.05858)."""
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
+    """Token → what is added to its logit."""
 
     def __post_init__(self) -> None:
         """Raise N3CError (E0816, exit code 2) for a number that is out of its range or not finite."""
@@ -36,24 +49,53 @@ class Sampling:
         require_number("top_k", self.top_k, least=0)
         require_number("top_p", self.top_p, above=0, most=1)
         require_number("seed", self.seed, least=0)
+        require_number("min_p", self.min_p, least=0, most=1)
+        require_number("presence_penalty", self.presence_penalty, least=-2, most=2)
+        require_number("frequency_penalty", self.frequency_penalty, least=-2, most=2)
+        require_number("repetition_penalty", self.repetition_penalty, above=0, most=10)
+        for token, bias in self.logit_bias.items():
+            require_number("logit_bias", token, least=0)
+            require_number("logit_bias", bias, least=-100, most=100)
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether the tokens before change the logits."""
+        return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
 
     def generator(self, sequence: int) -> np.random.Generator:
         """Return the random numbers of one sequence: they depend on no other sequence of the batch."""
         return np.random.default_rng((self.seed, sequence))
 
 
-def distribution(logits: NDArray[Any], sampling: Sampling) -> Distribution:
-    """Return what `sampling` draws from, given logits [V]: softmax(logits / temperature), cut by top-k, then top-p.
-
-    Greedy is a distribution too, all on one token, so that speculative decoding needs one rule only.
-    Raises N3CError (exit code 5) where a logit is not finite.
-    """
-    best = float(logits.max())  # NaN where a logit is
-    if not np.isfinite(best) or not np.isfinite(logits.min()):
+def require_finite(logits: NDArray[Any]) -> None:
+    """Raise N3CError (E0806, exit code 5) where a logit of the model is not finite."""
+    if not np.isfinite(logits.max()) or not np.isfinite(logits.min()):  # both are NaN where a logit is
         help_ = "are these the weights of this spec? `n3c verify` names the first layer that differs"
         raise N3CError(Diagnostic("E0806", "the model's logits are not finite", help=help_), ExitCode.NUMERICS)
+
+
+def distribution(logits: NDArray[Any], sampling: Sampling) -> Distribution:
+    """Return what `sampling` draws from, given logits [V]: softmax(logits / temperature), cut by top-k, top-p, min-p.
+
+    Greedy is a distribution too, all on one token, so that speculative decoding needs one rule only. Minus infinity is
+    the logit of a token that is never drawn; one at least is finite.
+    """
     if sampling.temperature == 0:
         return certain(int(logits.argmax()))
+    kept, weights = _cut(logits, sampling)
+    if sampling.min_p > 0:
+        likely = np.flatnonzero(weights >= np.float32(sampling.min_p) * weights.max())
+        kept, weights = likely if kept is None else kept[likely], weights[likely]
+    total = weights.sum(dtype=np.float64)
+    if kept is None:
+        weights /= np.float32(total)
+        return Distribution(None, weights)
+    return Distribution(kept, weights / total)
+
+
+def _cut(logits: NDArray[Any], sampling: Sampling) -> tuple[Tokens | None, NDArray[np.float32]]:
+    """Return the tokens that top-k and top-p keep, None for all, and weights in proportion to their probabilities."""
+    best = float(logits.max())
     temperature = np.float32(max(sampling.temperature, float(np.finfo(np.float32).tiny)))
     if 0 < sampling.top_k < len(logits):
         kept = likeliest(logits, sampling.top_k)
@@ -62,15 +104,12 @@ def distribution(logits: NDArray[Any], sampling: Sampling) -> Distribution:
             few = _reaching(weights, sampling.top_p * weights.sum(dtype=np.float64))
             first = likeliest(logits[kept], few)
             kept, weights = kept[first], weights[first]
-    else:
-        weights = _weights(logits, best, temperature)
-        total = weights.sum(dtype=np.float64)
-        if sampling.top_p == 1:
-            weights /= np.float32(total)
-            return Distribution(None, weights)
-        kept = _nucleus(logits, weights, sampling.top_p * total)
-        weights = weights[kept]
-    return Distribution(kept, weights / weights.sum(dtype=np.float64))
+        return kept, weights
+    weights = _weights(logits, best, temperature)
+    if sampling.top_p == 1:
+        return None, weights
+    kept = _nucleus(logits, weights, sampling.top_p * weights.sum(dtype=np.float64))
+    return kept, weights[kept]
 
 
 def likeliest(logits: NDArray[Any], count: int) -> Tokens:

@@ -9,17 +9,21 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from n3c.ir.diagnostics import N3CError
 from n3c.runtime.numbers import require_number
 
 from .distribution import Distribution, certain
+from .grammar import Grammar
+from .guide import Guide
+from .logprobs import TokenLogprobs, token_logprobs
 from .prefix_cache import Entry
 from .reasoning import Reasoning, Tags
-from .sampling import Sampling, distribution
+from .sampling import Sampling
 from .speculative import Draft
 from .text import GrowingText
 from .tokenizer import Tokenizer
 
-Ending = Literal["stop", "length", "interrupted"]
+Ending = Literal["stop", "length", "interrupted", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +35,17 @@ class Options:
     stop_ids: frozenset[int] = frozenset()
     stop_texts: tuple[str, ...] = ()
     """Needs a tokenizer."""
+    shown: frozenset[str] = frozenset()
+    """Special tokens that are part of the text."""
     tags: Tags | None = None
     reasoning_budget: int | None = None
     """Tokens between the tags after which the end tag is forced; None: no limit."""
+    grammar: Grammar | None = None
+    """What the new tokens must spell, after the thinking tags where the prompt opens them."""
+    logprobs: int | None = None
+    """Log-probabilities come with every new token, and those of so many of the likeliest; None: no."""
+    prompt_logprobs: bool = False
+    """And with the tokens of the prompt, which is then read token by token."""
 
     def __post_init__(self) -> None:
         """Raise N3CError (E0816, exit code 2) for a number that is out of its range."""
@@ -50,9 +62,16 @@ class Running:
     options: Options
     generator: np.random.Generator
     growing: GrowingText | None
-    reasoning: Reasoning | None = None
+    guide: Guide
+    """The state behind `tokens`."""
     tokens: list[int] = field(default_factory=list[int])
     ending: Ending | None = None
+    answered: int = 0
+    """Tokens at the end of the prompt that are new: with other weights it was begun again since they were drawn."""
+    failure: N3CError | None = None
+    """Why it failed: of the sequences of a batch it alone ends."""
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
+    """Of the tokens of the prompt that were read, without the first, where they are asked for."""
     read: int = 0
     """Tokens of the prompt that the engine has read."""
     held: int = 0
@@ -67,12 +86,12 @@ class Running:
     @staticmethod
     def begin(prompt: Sequence[int], index: int, options: Options, tokenizer: Tokenizer | None) -> Running:
         """Return sequence `index` of a batch, with nothing generated."""
-        growing = GrowingText(tokenizer, options.stop_texts) if tokenizer is not None else None
-        reasoning = None
-        if options.tags is not None and options.reasoning_budget is not None:
-            reasoning = Reasoning(options.tags, options.reasoning_budget).begin(prompt)
+        growing = GrowingText(tokenizer, options.stop_texts, options.shown) if tokenizer is not None else None
+        reasoning = Reasoning(options.tags, options.reasoning_budget) if options.tags is not None else None
+        grammar = options.grammar.copy() if options.grammar is not None else None
+        guide = Guide.begin(prompt, options.sampling, reasoning, grammar)
         generator = options.sampling.generator(index)
-        return Running(tuple(prompt), options, generator, growing, reasoning, list(prompt))
+        return Running(tuple(prompt), options, generator, growing, guide, list(prompt))
 
     @property
     def is_read(self) -> bool:
@@ -81,13 +100,27 @@ class Running:
 
     @property
     def new(self) -> list[int]:
-        """The tokens after the prompt, the one that stopped it too."""
-        return self.tokens[len(self.prompt) :]
+        """The tokens after the prompt that was given, the one that stopped it too."""
+        return self.tokens[len(self.prompt) - self.answered :]
 
     @property
     def text(self) -> str | None:
         """The text of the new tokens as far as it is certain, which is all of it at the end; None without tokenizer."""
         return self.growing.text if self.growing is not None else None
+
+    @property
+    def reads_logprobs(self) -> bool:
+        """Whether log-probabilities come of the tokens of its prompt, which is then read token by token."""
+        return self.options.prompt_logprobs and not self.answered
+
+    def again(self) -> None:
+        """Be read again, the tokens so far as its prompt: the engine's states of them are gone."""
+        self.answered += len(self.tokens) - len(self.prompt)
+        self.prompt = tuple(self.tokens)
+        self.read = self.held = self.pending = 0
+        self.cached = self.hidden = None
+        if not self.answered:
+            self.prompt_logprobs.clear()
 
     def interrupt(self) -> None:
         """End a sequence that runs where it is; text that was kept back is its text now."""
@@ -101,25 +134,55 @@ class Running:
         """Tokens that the engine's states hold, with what the next `verify` commits."""
         return len(self.tokens) - 1
 
-    def choice(self, logits: NDArray[Any], reasoning: Reasoning | None) -> Distribution:
-        """Return what the next token is drawn from, given logits [V] and the state of reasoning before it."""
-        if reasoning is not None and reasoning.next is not None:
-            return certain(reasoning.next)
-        return distribution(logits, self.options.sampling)
+    def _follow(self, token: int) -> None:
+        """Move the guide on, and end where it lets nothing follow."""
+        try:
+            self.guide = self.guide.after(token)
+        except N3CError as error:
+            self.fail(error)
+        else:
+            if self.guide.complete:
+                self.ending = "stop"
+
+    def fail(self, failure: N3CError) -> None:
+        """End a sequence that runs, for it cannot go on."""
+        if self.ending is None:
+            self.interrupt()
+            self.ending, self.failure = "failed", failure
+
+    def choice(self, logits: NDArray[Any], guide: Guide) -> Distribution:
+        """Return what the next token is drawn from, given logits [V] and the state before it.
+
+        Where there is no such token the sequence fails, and any will do.
+        """
+        try:
+            return guide.distribution(logits)
+        except N3CError as error:
+            self.fail(error)
+            return certain(0)
 
     def choices(self, drafts: Sequence[Draft], logits: NDArray[Any]) -> Callable[[int], Distribution]:
-        """Return a function of n: what the token after n of `drafts` is drawn from, given logits [1 + drafts, V]."""
-        states = [self.reasoning]
-        for draft in drafts:
-            before = states[-1]
-            states.append(before.after(draft.token) if before is not None else None)
-        return lambda n: self.choice(logits[n], states[n])
+        """Return a function of n: what the token after n of `drafts` is drawn from, given logits [1 + drafts, V].
+
+        It may be asked only for drafts that were accepted before.
+        """
+        states = [self.guide]
+
+        def choice(n: int) -> Distribution:
+            while len(states) <= n:
+                states.append(states[-1].after(drafts[len(states) - 1].token))
+            return self.choice(logits[n], states[n])
+
+        return choice
+
+    def logprobs(self, logits: NDArray[Any], token: int) -> TokenLogprobs | None:
+        """Return the log-probabilities at a token's place, given logits [V], where they are asked for."""
+        top = self.options.logprobs
+        return None if top is None else token_logprobs(logits, token, top)
 
     def take(self, token: int, context_length: int) -> str:
         """Append a generated token; return the text that became certain, all of it where the sequence ends."""
         self.tokens.append(token)
-        if self.reasoning is not None:
-            self.reasoning = self.reasoning.after(token)
         piece = ""
         if token in self.options.stop_ids:
             self.ending = "stop"
@@ -127,6 +190,8 @@ class Running:
             piece = self.growing.feed(token)
             if self.growing.stopped:
                 self.ending = "stop"
+        if self.ending is None:
+            self._follow(token)
         if self.ending is None and (len(self.new) >= self.options.max_new_tokens or len(self.tokens) >= context_length):
             self.ending = "length"
         return piece + self.growing.finish() if self.ending is not None and self.growing is not None else piece

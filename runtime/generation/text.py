@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from .tokenizer import Tokenizer
 
@@ -13,8 +13,10 @@ class GrowingText:
     Special tokens are not part of the text either, but a stop string may be one, or hold one.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), shown: Collection[str] = ()) -> None:
+        """`shown` are special tokens that are part of the text all the same."""
         self._tokenizer, self._stream = tokenizer, tokenizer.stream()
+        self._shows_special = shown
         self._stops = tuple(stop for stop in stops if stop)
         self._pending = ""
         """Text that may turn out to be the beginning of a stop string."""
@@ -28,7 +30,7 @@ class GrowingText:
         """Take a token; return the text that became certain. `stopped` then says whether a stop string was found."""
         piece = self._take(self._stream.feed([token]))
         special = self._tokenizer.special(token)
-        return piece if special is None else piece + self._take(special, shown=False)
+        return piece if special is None else piece + self._take(special, shown=special in self._shows_special)
 
     def finish(self) -> str:
         """Return what was kept back, when no token follows."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,12 +36,25 @@ class Tokenizer(Protocol):
         """Return the ids of `text`, with the tokens that begin a prompt if `special`."""
         ...
 
+    def encode_plain(self, text: str) -> list[int]:
+        """Return the ids of `text`, in which nothing is an added token, and nothing begins a prompt."""
+        ...
+
+    @property
+    def added(self) -> Mapping[str, bool]:
+        """The tokens added to the vocabulary, as written → whether it is a special one."""
+        ...
+
     def stream(self) -> Stream:
         """Return a decoder of one sequence, which leaves special tokens out."""
         ...
 
     def special(self, token: int) -> str | None:
         """Return how a special token is written, as `</think>`; None for every other token."""
+        ...
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return what a token stands for in UTF-8, which may be a part of a character."""
         ...
 
 
@@ -58,6 +71,15 @@ class ByteTokenizer:
         """Return the bytes of `text`; there are no special tokens."""
         return list(text.encode("utf-8", errors="surrogateescape"))
 
+    def encode_plain(self, text: str) -> list[int]:
+        """Return the bytes of `text`."""
+        return self.encode(text)
+
+    @property
+    def added(self) -> Mapping[str, bool]:
+        """None."""
+        return {}
+
     def stream(self) -> Stream:
         """Return a decoder in which bytes that are no UTF-8 become U+FFFD."""
         return _ByteStream()
@@ -65,6 +87,10 @@ class ByteTokenizer:
     def special(self, token: int) -> str | None:
         """Return None: every token is a byte."""
         return None
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the byte."""
+        return bytes([token])
 
 
 class _ByteStream:
@@ -85,11 +111,20 @@ class FileTokenizer:
         self._tokenizer = tokenizer
         added: dict[int, Any] = tokenizer.get_added_tokens_decoder()
         self._special: dict[int, str] = {token: entry.content for token, entry in added.items() if entry.special}
+        self.added: Mapping[str, bool] = {entry.content: entry.special for entry in added.values()}
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Return the ids of `text`."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
         return ids
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Return the ids of `text` by the steps of the tokenizer but the first, which finds added tokens."""
+        normalizer, splitter = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
+        if normalizer is not None:
+            text = normalizer.normalize_str(text)
+        pieces = [text] if splitter is None else [piece for piece, _ in splitter.pre_tokenize_str(text)]
+        return [token.id for piece in pieces for token in self._tokenizer.model.tokenize(piece)]
 
     def stream(self) -> Stream:
         """Return a decoder that leaves special tokens out."""
@@ -98,6 +133,26 @@ class FileTokenizer:
     def special(self, token: int) -> str | None:
         """Return the content of a token that tokenizer.json calls special."""
         return self._special.get(token)
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes of a token, of a byte-level tokenizer by its alphabet."""
+        content: str | None = self._tokenizer.id_to_token(token)
+        if content is None:
+            return b""
+        if content not in self.added and type(self._tokenizer.decoder).__name__ == "ByteLevel":
+            return bytes(_BYTE_LEVEL.get(character, 0x3F) for character in content)
+        text: str = self._tokenizer.decode([token], skip_special_tokens=False)
+        return text.encode()
+
+
+def _byte_level() -> dict[str, int]:
+    """Return the alphabet of byte-level BPE (GPT-2): visible characters stand for themselves, others for U+0100 on."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_LEVEL = _byte_level()
 
 
 class _FileStream:

@@ -9,7 +9,8 @@ from .tolerance import Tolerance
 from .trace import Trace
 
 Rounding = Literal["none", "as deployed"]
-"""Whether all is float32 but the weights' own values, or states and activations are rounded to what is deployed."""
+"""Whether all is float32 but the weights' own values, served weight-only, or states and activations are rounded to what
+is deployed."""
 
 
 class Implementation(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
@@ -18,7 +18,7 @@ from n3c.runtime.build_folder import OpenedBuild
 from n3c.runtime.engines.interface import Array
 from n3c.runtime.engines.reference.engine_products import EngineProducts
 from n3c.runtime.engines.tensorrt.open import cuda_engine
-from n3c.runtime.engines.torch.open import torch_engine
+from n3c.runtime.engines.torch.open import gap_of, torch_engine
 from n3c.runtime.engines.torch.weights import CheckpointWeights
 
 from .engine_outputs import EngineOutputs
@@ -27,6 +27,7 @@ from .implementation import Implementation
 from .model_size import MOST_EVALUATED, parameters
 from .onnx_graph import layerwise, whole
 from .onnx_graphs import OnnxGraphs
+from .reference import weight_only
 from .tolerance import AsDeployed, end_to_end, float32
 from .torch_module import TorchModule
 
@@ -60,11 +61,15 @@ def _torch_module(build: OpenedBuild, checkpoint: Checkpoint) -> TorchModule:
     return TorchModule(package, build.spec, checkpoint)
 
 
-def _torch_engine(build: OpenedBuild, checkpoint: Checkpoint, batch: int) -> EngineOutputs:
+def _torch_engine(build: OpenedBuild, checkpoint: Checkpoint, batch: int) -> EngineOutputs | Skipped:
     """Return the engine that `n3c run --engine torch` runs on a CPU: packed weights, float32 activations."""
-    program = build.served.program
-    weights = CheckpointWeights(checkpoint)
-    engine = torch_engine(build.served, build.spec, list(program.entry_points), [batch], weights)
+    gap = gap_of(build.spec)
+    if gap is not None:
+        return Skipped("PyTorch engine, packed", gap)
+    served, weights = weight_only(build), CheckpointWeights(checkpoint)
+    program = served.program
+    spec = replace(build.spec, serving=replace(build.spec.serving, activations="weight_only"))
+    engine = torch_engine(served, spec, list(program.entry_points), [batch], weights)
 
     def states() -> dict[str, Array]:
         return {name: state.clone().numpy() for name, state in engine.states.items()}
@@ -74,7 +79,7 @@ def _torch_engine(build: OpenedBuild, checkpoint: Checkpoint, batch: int) -> Eng
 
 def _float32_graphs(build: OpenedBuild, checkpoint: Checkpoint, batch: int) -> OnnxGraphs:
     """Return the float32 rendering that `n3c run --device cpu` executes."""
-    program = build.served.program
+    program = weight_only(build).program
     entries = [emit_entry(program, name, batch=batch, rendering="float32") for name in program.entry_points]
     graphs = {e.name: [whole(onnx.load_from_string(e.to_bytes()), program, onnx_runtime)] for e in entries}
     weights = {p.name: load(p, checkpoint) for entry in entries for p in entry.parameters}

@@ -72,10 +72,10 @@ def _segments(
     wanted: list[set[str]] = []  # of each part: what later parts or the caller read
     for part in reversed(parts):
         wanted.append(set(needed))
-        needed.update(name for node in part for name in node.input)
+        needed.update(name for node in part for name in _read(node))
     for part, read_later in zip(parts, reversed(wanted), strict=True):
         made = [name for node in part for name in node.output]
-        read = dict.fromkeys(name for node in part for name in node.input if name and name not in set(made))
+        read = dict.fromkeys(name for node in part for name in _read(node) if name and name not in set(made))
         graph = onnx.GraphProto(name=model.graph.name)
         graph.node.extend(part)
         graph.initializer.extend(constants[name] for name in read if name in constants)
@@ -88,6 +88,16 @@ def _segments(
         cut.opset_import.extend(model.opset_import)
         if part:
             yield Segment(load(cut), given, results, labels[0] if labels else "")
+
+
+def _read(node: onnx.NodeProto) -> Iterator[str]:
+    """Yield what a node reads, itself and within its graph, but for what that graph makes."""
+    yield from node.input
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            own = {value.name for value in attribute.g.input}
+            own.update(name for inner in attribute.g.node for name in inner.output)
+            yield from (name for inner in attribute.g.node for name in _read(inner) if name not in own)
 
 
 def _inputs(model: onnx.ModelProto) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
@@ -111,6 +121,6 @@ def _layers(graph: onnx.GraphProto, program: Program) -> dict[str, str]:
     scope = {output: node.name.partition("/")[0] for node in graph.node for output in node.output}
     leaving = {value.name for value in graph.output} - states
     for node in graph.node:
-        leaving.update(name for name in node.input if scope.get(name, "") != node.name.partition("/")[0])
+        leaving.update(name for name in _read(node) if scope.get(name, "") != node.name.partition("/")[0])
     labels = {call.label for call in program.calls()}  # nodes of embedded weights have scopes of their own
     return {label: out for out, label in scope.items() if label in labels and out in leaving and out not in states}

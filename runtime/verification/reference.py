@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.ir.program import Program
 from n3c.passes.base import run_pipeline
+from n3c.passes.serving import Served, serve
 from n3c.passes.widen import Widen
 from n3c.runtime.build_folder import OpenedBuild
 from n3c.runtime.engines.interface import Array
@@ -43,10 +46,16 @@ class Reference:
         return trace
 
 
+def weight_only(build: OpenedBuild) -> Served:
+    """Return what a build serves, without rounding activations: implementations then agree to the order of sums."""
+    serving = replace(build.spec.serving, activations="weight_only")
+    return serve(replace(build.spec, serving=serving))
+
+
 def references(build: OpenedBuild, checkpoint: Checkpoint, batch: int) -> dict[Rounding, Reference]:
     """Return the reference that rounds nothing but weights, and the one that rounds as what is deployed does."""
     program, capacity = build.served.program, build.spec.serving.max_seq_len
-    wide = _float32(program)
+    wide = _float32(weight_only(build).program)
     products = EngineProducts(program, batch)
     return {
         "none": Reference(wide, ReferenceEngine(wide, checkpoint, batch_sizes=[batch], capacity=capacity)),

@@ -48,7 +48,9 @@ class Verified:
 @checked
 def verify(
     build: Annotated[Path | str, Argument("BUILD|CHECKPOINT")],
-    weights: Annotated[Path | str | None, Option("Checkpoint directory or hub id (default: random weights).")] = None,
+    weights: Annotated[
+        Path | str | None, Option("Checkpoint directory or hub id (default: random weights).", metavar="DIR")
+    ] = None,
     *,
     seed: Annotated[int, Option("Of tokens and random weights.", least=0)] = 0,
     progress: Progress = SILENT,

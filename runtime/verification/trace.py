@@ -9,13 +9,12 @@ import numpy as np
 
 from n3c.ir.program import EntryPoint, Program
 from n3c.runtime.engines.interface import Array
+from n3c.specs.kinds import kinds
 
 Trace = Mapping[str, Array]
 """Name of a point → its value: a layer's label for what it gave [B, n, …], a state's name for the state after it."""
 
 
-RESIDUAL = ("mamba2", "attention", "moe", "mlp")
-"""Kinds of functions whose result is their input and what they add."""
 TOKENS = 4
 """Fewer have no median that leaves one out."""
 
@@ -37,31 +36,34 @@ class Difference:
     """Where that is."""
 
 
-def points(entry: EntryPoint, program: Program) -> dict[str, str]:
+def points(entry: EntryPoint, program: Program) -> dict[str, str | None]:
     """Return the points of an entry point in the order of its layers: each label, and after it its states.
 
-    With each stands the label of the layer whose result it adds something to; empty where it is no residual layer.
+    With each stands the label of the layer whose result it adds something to; None where it is no residual layer, and
+    an empty text where all of the result is the layer's own: the MTP block's first layer makes its input, too.
     """
-    order: dict[str, str] = {}
+    order: dict[str, str | None] = {}
     label_of: dict[str, str] = {}
+    residual = {kind.name for kind in kinds()}  # the result of these is their input and what they add
     for call in entry.calls:
-        before = label_of.get(call.inputs[0], "") if program.functions[call.function].kind in RESIDUAL else ""
+        before = label_of.get(call.inputs[0], "") if program.functions[call.function].kind in residual else None
         if call.outputs:
             order.pop(call.label, None)  # a label's last call is what it gave
-            order[call.label] = before
-        order.update(dict.fromkeys(call.states, ""))
+            order[call.label] = "" if before == call.label else before
+        order.update(dict.fromkeys(call.states))
         label_of.update(dict.fromkeys(call.outputs, call.label))
     return order
 
 
-def differences(order: Mapping[str, str], reference: Trace, other: Trace) -> Iterator[Difference]:
+def differences(order: Mapping[str, str | None], reference: Trace, other: Trace) -> Iterator[Difference]:
     """Compare the points that both have, in `order`.
 
     Where the one has more tokens than the other, the last ones are compared: prefill keeps only its last token.
     """
     for point, before in order.items():
         if point in reference and point in other:
-            yield _difference(point, *_aligned(reference[point], other[point]), reference.get(before))
+            base = None if before is None else reference.get(before, np.zeros_like(reference[point]))
+            yield _difference(point, *_aligned(reference[point], other[point]), base)
 
 
 def _aligned(reference: Array, other: Array) -> tuple[Array, Array]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -22,11 +23,12 @@ def part(name: str) -> Any:
         sys.path.remove(str(ROOT))
 
 
-Calls, Coverage = part("calls").Calls, part("coverage").Coverage
+Calls, names_of, Coverage = part("calls").Calls, part("calls").names_of, part("coverage").Coverage
 Change, Mutant, changes_of, mutants_of = (
     getattr(part("points"), name) for name in ("Change", "Mutant", "changes_of", "mutants_of")
 )
-mutants_of_template, scores = part("templates").mutants_of_template, part("__main__").scores
+mutants_of_template, driver = part("templates").mutants_of_template, part("__main__")
+scores = driver.scores
 
 
 @pytest.mark.parametrize(
@@ -112,13 +114,44 @@ def test_text_of_a_template_is_not_what_notices() -> None:
 
 def test_the_names_of_functions() -> None:
     """n3c is imported by links; a generated package lies anywhere; what others wrote has no name."""
-    calls = Calls()
     files = ("/t/import/n3c/ir/ops.py", "/t/tests/support/a.py", "/tmp/x/model.py", "/v/site-packages/b.py", "<string>")
-    for file in files:
-        module = compile("\n\ndef f(): ...", file, "exec")
-        (code,) = (constant for constant in module.co_consts if isinstance(constant, CodeType))
-        calls.seen[id(code)] = code
-    assert calls.names(Path("/t")) == {"ir/ops.py:3", "tests/support/a.py:3", "model.py::f"}
+    modules = [compile("\n\ndef f(): ...", file, "exec") for file in files]
+    codes = [constant for module in modules for constant in module.co_consts if isinstance(constant, CodeType)]
+    assert names_of(codes, Path("/t")) == {"ir/ops.py:3", "tests/support/a.py:3", "model.py::f"}
+
+
+def test_calls_of_every_thread() -> None:
+    """From `start()` to `take()`, in this thread and in those that it starts."""
+    calls = Calls()
+
+    def before() -> None: ...
+
+    def here() -> None: ...
+
+    def there() -> None:
+        here()
+
+    before()
+    calls.start()
+    thread = threading.Thread(target=there)
+    thread.start()
+    thread.join()
+    first = {code.co_name for code in calls.take()}
+    before()
+    calls.start()
+    here()
+    assert {"here", "there"} <= first and "before" not in first
+    assert "here" in {code.co_name for code in calls.take()} and not calls.take()
+
+
+def test_the_first_tests_are_few() -> None:
+    """They are of two files at most, or take five seconds; what most mutants do not survive is quick."""
+    tests = ["a.py::1", "a.py::2", "b.py::1", "c.py::1", "a.py::3"]
+    quick = Coverage(dict.fromkeys(tests, 0.1))
+    assert quick.in_parts(tests) == [tests[:3], tests[3:]]
+    assert quick.in_parts(tests[:3]) == [tests[:3]]
+    slow = Coverage(dict.fromkeys(tests, 3.0))
+    assert slow.in_parts(tests) == [tests[:1], tests[1:]]
 
 
 def test_scores() -> None:
@@ -137,3 +170,16 @@ def test_every_file_of_the_code_has_mutants_that_are_python() -> None:
         text = path.read_text(encoding="utf-8")
         for mutant in mutants_of(ROOT, path)[:5]:
             compile(mutant.change.applied(text), str(path), "exec")
+
+
+def test_what_was_judged_is_still_there_and_drawn_no_more() -> None:
+    judged = driver.equivalent()
+    found: set[tuple[str, str]] = set()
+    for name in {path for path, _ in judged}:
+        path = ROOT / name
+        text = path.read_text(encoding="utf-8")
+        mutants = (mutants_of_template if path.suffix == ".jinja" else mutants_of)(ROOT, path)
+        found |= {
+            (name, mutant.described(text).partition(": ")[2]) for mutant in mutants if driver.is_judged(mutant, judged)
+        }
+    assert found == judged

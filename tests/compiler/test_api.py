@@ -15,7 +15,7 @@ import click
 import pytest
 
 import n3c.compiler
-from n3c.compiler import build, check, diff, export_config, import_config, inspect, quantize, repro
+from n3c.compiler import build, check, diff, export_config, import_config, inspect, quantize, repro, simulate
 from n3c.compiler.cli.main import command_module
 from n3c.ir.diagnostics import ExitCode, N3CError
 from n3c.runtime import load, verify
@@ -40,11 +40,12 @@ COMMANDS: dict[str, tuple[Callable[..., object], ...]] = {
     "verify": (verify,),
     "repro": (repro,),
     "run": (load, Model.generate),
+    "simulate": (simulate,),
     "import": (import_config,),
     "export-config": (export_config,),
 }
-OF_THE_COMMAND_LINE = {"--json", "--debug", "--print-ir-after", "--prompt", "--prompt-ids", "--prompt-file",
-                       "--format", "--warnings-as-errors", "--ir", "--exit-code"}  # fmt: skip
+OF_THE_COMMAND_LINE = {"--json", "--quiet", "--verbose", "--debug", "--print-ir-after", "--prompt", "--prompt-ids",
+                       "--prompt-file", "--format", "--warnings-as-errors", "--ir", "--exit-code"}  # fmt: skip
 """Options about printing and about where prompts come from: Python has its own ways."""
 
 

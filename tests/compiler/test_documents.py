@@ -12,9 +12,10 @@ import pytest
 
 from n3c.compiler.cli.main import COMMANDS
 from n3c.ir.diagnostics import ExitCode
-from support.command import n3c
+from support.command import n3c, n3c_shown
 
 ROOT = Path(__file__).parents[2]
+COMMON = {"--json", "--quiet", "--verbose", "--debug", "--help"}
 FOLDERS = ("ir", "specs", "passes", "backends", "runtime", "compiler")
 
 
@@ -38,7 +39,7 @@ def test_every_command_exit_code_and_option_is_documented() -> None:
     for name in COMMANDS:
         assert f"## n3c {name}\n" in text
         section = text.partition(f"## n3c {name}\n")[2].partition("\n## ")[0]
-        options = set(re.findall(r"--[a-z-]+", n3c(name, "--help").out)) - {"--json", "--debug", "--help"}
+        options = set(re.findall(r"--[a-z-]+", n3c(name, "--help").out)) - COMMON
         assert options <= set(re.findall(r"--[a-z-]+", section)), name
     for code in ExitCode:
         assert f"| {code.value} |" in text
@@ -72,8 +73,7 @@ def test_the_examples_give_what_the_document_shows(tmp_path: Path, monkeypatch: 
     assert len(examples) > 8
     for example in examples:
         command, _, expected = example.partition("\n")
-        result = n3c(*command.split())
-        shown = re.sub(" +", " ", result.err + result.out)
+        shown = re.sub(" +", " ", n3c_shown(*command.split()))
         assert re.fullmatch(_pattern(re.sub(" +", " ", expected)), shown), f"n3c {command}\n{shown}"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import Phase, given, settings
-from jinja2 import FileSystemLoader
+from jinja2 import Environment, FileSystemLoader
 
 from n3c.backends.torch import emit as torch_backend
 from n3c.specs.load import load_spec
@@ -61,8 +61,13 @@ def test_a_template_changed_by_hand_is_found(
     holding = [path for path in templates.rglob("*.jinja") if line in path.read_text(encoding="utf-8")]
     assert len(holding) == 1
     holding[0].write_text(holding[0].read_text(encoding="utf-8").replace(line, changed), encoding="utf-8")
-    environment = vars(torch_backend)["_environment"]().overlay(loader=FileSystemLoader(templates))
-    monkeypatch.setattr(torch_backend, "_environment", lambda: environment)
+    made = vars(torch_backend)["_environment"]
+
+    def environment(packages: tuple[str, ...]) -> Environment:
+        overlaid: Environment = made(packages).overlay(loader=FileSystemLoader(templates))
+        return overlaid
+
+    monkeypatch.setattr(torch_backend, "_environment", environment)
     found = [difference.partition(":")[0] for difference in differences(small_spec(), tmp_path)]
     assert seen in found
     assert ("logits" in found) == (seen == "logits")

@@ -20,7 +20,7 @@ from n3c.runtime.engines.reference.evaluate import evaluate, zero_states
 from n3c.specs.load import load_spec
 from support.command import n3c
 from support.models import random_config
-from support.onnx_run import from_numpy, to_numpy
+from support.onnx_run import FP4DynamicQuantize, from_numpy, to_numpy
 from support.programs import load_parameters
 from support.specs import SPECS
 
@@ -49,7 +49,7 @@ def decode(out: Path, parameters: dict[str, Tensor], ids: Tensor) -> Tensor:
     """Run OUT/onnx/decode.b4.onnx token by token, fed as bindings.json says; return the logits [B, S, V]."""
     bindings = json.loads((out / "trt" / "bindings.json").read_text())
     entry = bindings["entries"][f"decode.b{BATCH}"]
-    session = ReferenceEvaluator(onnx.load(out / entry["onnx"]))
+    session = ReferenceEvaluator(onnx.load(out / entry["onnx"]), new_ops=[FP4DynamicQuantize])
     rows = [Binding(**row | {"shape": tuple(row["shape"])}) for row in bindings["weights"]]
     feeds = {row.name: to_numpy(parameters[row.name], row) for row in rows}
     inputs = [Binding(**row | {"shape": tuple(row["shape"])}) for row in entry["inputs"]]

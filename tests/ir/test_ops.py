@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from n3c.ir import ops
+from n3c.ir.ops import Attribute
 from n3c.ir.types import DType, TensorType
 from n3c.runtime.engines.reference.ops import EVALUATORS
 
@@ -46,6 +47,8 @@ def ssd(**changed: TensorType) -> list[TensorType | None]:
     return [{**fitting, "dt_bias": t(4), **changed}[name] for name in ops.ssd.operands]
 
 
+EXPERTS: dict[str, Attribute] = {"inner_format": ""}
+
 BAD: list[Case] = [
     (ops.linear, [X], {}, "takes 2 operands"),
     (ops.linear, [X, None], {}, "needs operand `weight`"),
@@ -73,9 +76,15 @@ BAD: list[Case] = [
     (ops.dequantize_fp8, [t(2, 4, 8, dtype=FP8), t()], {}, "does not fit"),
     (ops.route, [X, t(7)], ROUTE, "bias .* does not fit"),
     (ops.route, [X, t(8)], ROUTE | {"top_k": 9}, "top_k = 9 of 8 experts"),
-    (ops.experts, [X, INDICES, WEIGHTS, t(4, 16, 9), DOWN], {}, "up .* does not fit"),
-    (ops.experts, [X, INDICES, WEIGHTS, UP, UP], {}, "does not fit up"),
-    (ops.experts, [X, INDICES, t("B", "S", 3), UP, DOWN], {}, "differ"),
+    (ops.experts, [X, INDICES, WEIGHTS, t(4, 16, 9), DOWN], EXPERTS, "up .* does not fit"),
+    (ops.experts, [X, INDICES, WEIGHTS, UP, UP], EXPERTS, "does not fit up"),
+    (ops.experts, [X, INDICES, t("B", "S", 3), UP, DOWN], EXPERTS, "differ"),
+    (ops.experts, [X, INDICES, WEIGHTS, UP, DOWN, t()], EXPERTS, "go together"),
+    (ops.experts, [X, INDICES, WEIGHTS, UP, DOWN, t(4)], {"inner_format": "fp8"}, "inner_scale is f32"),
+    (ops.experts, [X, INDICES, WEIGHTS, UP, DOWN, None, DOWN], EXPERTS, "is not"),
+    (ops.quantize_activation, [X, t()], {"format": "bf16"}, "to nvfp4 or fp8"),
+    (ops.quantize_activation, [X, t(8)], {"format": "fp8"}, "the scale of activations is f32"),
+    (ops.quantize_activation, [X, t()], {"format": "nvfp4"}, "no blocks of 16"),
     (ops.combine_experts, [t("B", "S", 3, 8), WEIGHTS], {}, "do not fit"),
     (ops.causal_conv1d, [X, t(7, 1, 4), None], {}, "weight .* does not fit"),
     (ops.causal_conv1d, [X, CONV, t(7)], {}, "bias .* does not fit"),

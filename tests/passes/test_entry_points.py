@@ -18,7 +18,7 @@ from n3c.passes.serving import serve
 from n3c.runtime.engines.reference.evaluate import evaluate
 from support.programs import load_parameters, random_tensors, save_tensors
 from support.serving import Served
-from support.specs import QUANTIZED, small_spec
+from support.specs import QUANTIZED, small_spec, weight_only
 
 TOKENS, BATCH, CHUNK = 20, 2, 8
 DRAFTED = 3
@@ -28,7 +28,7 @@ class Model:
     """One model: its training program and its served one, with parameters, and what the whole sequence gives."""
 
     def __init__(self, folder: Path, formats: str) -> None:
-        spec = small_spec(formats)
+        spec = weight_only(small_spec(formats))
         checkpoint = save_tensors(random_tensors(lower(spec)), folder)
         plain = lower(spec)
         run_pipeline(plain, [quantize_pass(spec), FuseMoe()])

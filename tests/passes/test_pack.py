@@ -14,7 +14,7 @@ from n3c.passes.pack import CODES, Pack
 from n3c.passes.serving import serve
 from n3c.runtime.engines.reference.evaluate import evaluate, zero_states
 from support.programs import load_parameters, random_tensors, save_tensors
-from support.specs import QUANTIZED, small_spec
+from support.specs import QUANTIZED, small_spec, weight_only
 
 
 def test_types_of_the_same_bytes() -> None:
@@ -28,7 +28,7 @@ def test_types_of_the_same_bytes() -> None:
 
 @pytest.mark.parametrize("lacking", [CODES, (DType.F4E2M1,), (DType.F8E4M3,)], ids=["Ampere", "Ada", "FP8 only"])
 def test_pack_changes_no_number(lacking: tuple[DType, ...], tmp_path: Path) -> None:
-    spec = small_spec(QUANTIZED)
+    spec = weight_only(small_spec(QUANTIZED))
     native, packed = serve(spec).program, serve(spec, lacking=lacking).program
     assert not {p.type.dtype for p in packed.parameters.values()} & set(lacking)
     assert all(p.memory == native.parameters[name].memory for name, p in packed.parameters.items())

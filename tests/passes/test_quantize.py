@@ -10,7 +10,7 @@ from n3c.passes.lower.model import lower
 from n3c.passes.quantize import linear_parameters
 from n3c.passes.serving import serve
 from n3c.specs.load import load_spec
-from n3c.specs.roles import NOT_LINEAR, ROLES
+from n3c.specs.roles import all_roles, not_linear
 from support.specs import QUANTIZED, SMALL, SPECS, small_spec, spec_from_text
 
 
@@ -224,8 +224,8 @@ def test_roles_of_linears_are_those_that_the_ops_say(name: str) -> None:
     program = lower(load_spec(SPECS / f"{name}.toml")[0])
     linears = linear_parameters(program)
     for parameter in program.parameters.values():
-        if parameter.role in ROLES and parameter.name.endswith(".weight"):
-            assert (parameter.name in linears) == (parameter.role not in NOT_LINEAR), parameter.name
+        if parameter.role in all_roles() and parameter.name.endswith(".weight"):
+            assert (parameter.name in linears) == (parameter.role not in not_linear()), parameter.name
 
 
 @pytest.mark.parametrize(

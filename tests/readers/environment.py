@@ -27,6 +27,7 @@ READERS = (
     Reader("vLLM", "vllm_reading", ("vllm",), 2**-8),
     Reader("SGLang", "sglang_reading", ("sglang",), 2**-8),
     Reader("TensorRT Edge-LLM", "edge_llm_reading", ("tensorrt_edgellm",), 2**-11),
+    Reader("TensorRT Edge-LLM to ONNX", "edge_llm_exporting", ("tensorrt_edgellm",), 2**-11),
     Reader("llama.cpp", "llama_cpp_reading", ("llama_cpp_python", "llama_cpp_python/gguf-py"), 1e-6),
     Reader("compressed-tensors", "compressed_tensors_reading", (), 2**-7),
     Reader("transformers", "transformers_reading", (), 0),

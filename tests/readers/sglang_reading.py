@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from .absent import stand_in_for
-from .reading import SCALES_OF_WEIGHTS, MergedParameters, Reading, main, tensors_of
+from .merged import MergedModel
+from .reading import Reading, main, tensors_of
 
 ABSENT = ("IPython", "sglang.kernels.jit", "sglang.kernels.ops", "torchvision", "triton", "uvicorn")
 
@@ -47,26 +48,12 @@ def read(folder: Path) -> Reading:
     reading = Reading()
     for mtp in sorted({name.startswith("mtp.") for name in tensors}):
         model, config = build(folder, mtp=mtp)
-        model.load_weights(iter(tensors.items()))
-        text = config.hf_config
-        q, kv = (heads * text.head_dim for heads in (text.num_attention_heads, text.num_key_value_heads))
-        held = MergedParameters(dict(model.named_parameters()), {"q_proj": q, "k_proj": kv, "v_proj": kv}, "")
-        modules = dict(model.named_modules())
-        for name, tensor in tensors.items():
-            if name.startswith("mtp.") != mtp or name.endswith(SCALES_OF_WEIGHTS):
-                continue
-            place = name.replace("mtp.", "model.") if mtp else name.replace("backbone.", "model.")
-            place = place.replace("embeddings", "embed_tokens")
-            value = held.value(place, tensor.shape[0] if tensor.dim() else 1)
-            if value is not None:
-                reading.values[name] = value
-            if name.endswith(".weight") and (algorithm := algorithm_of(modules, place)):
-                reading.formats[name.removesuffix(".weight")] = algorithm
+        MergedModel(model, config.hf_config, "", algorithm).read(tensors, reading, mtp=mtp)
     return reading
 
 
 def build(folder: Path, *, mtp: bool) -> tuple[Any, Any]:
-    """Return SGLang's model of the checkpoint, or its MTP model, every float in it NaN, and its config."""
+    """Return SGLang's model of the checkpoint, or its MTP model, and its config."""
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
@@ -88,23 +75,14 @@ def build(folder: Path, *, mtp: bool) -> tuple[Any, Any]:
     quantization = loader._get_quantization_config(config, load_config)
     with set_default_torch_dtype(torch.bfloat16):
         model = loader._initialize_model(config, load_config, quantization)
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data.fill_(torch.nan)
     return model, config
 
 
-def algorithm_of(modules: dict[str, Any], place: str) -> str | None:
-    """Return ModelOpt's name of what SGLang runs a linear in; None: not quantized."""
+def algorithm(method: Any) -> str | None:
+    """Return ModelOpt's name of what a layer's method runs; None: floats."""
     from sglang.srt.layers.quantization import modelopt_quant
 
-    name = place.removesuffix(".weight")
-    parent, _, last = name.rpartition(".")
-    if parent.rpartition(".")[0].endswith(".experts"):
-        name = parent.rpartition(".")[0]
-    elif last in ("q_proj", "k_proj", "v_proj"):
-        name = f"{parent}.qkv_proj"
-    match getattr(modules[name], "quant_method", None):
+    match method:
         case modelopt_quant.ModelOptFp8LinearMethod() | modelopt_quant.ModelOptFp8MoEMethod():
             return "FP8"
         case modelopt_quant.ModelOptNvFp4A16LinearMethod():

@@ -6,6 +6,7 @@ Every tensor of 18 checkpoints is compared with n3c's own decoded value, within 
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 
@@ -73,6 +74,18 @@ def runs_something_else(difference: Difference, format_: str) -> bool:
     elsewhere = (".input_scale", ".k_scale", ".v_scale", "_latent_proj.weight")
     missing = [name for name in difference.unread if not name.endswith(elsewhere)]
     return bool(difference.refused or difference.wrong or missing or formats or difference.unusable)
+
+
+def test_edge_llm_exports_what_it_loads(found: Found) -> None:
+    """It packs routed experts in NVFP4 and W4A16_NVFP4 alone, and gives NVFP4 ones an input_scale of 1."""
+    for kind in KINDS:
+        for name in FORMATS:
+            loaded, exported = (found[f"TensorRT Edge-LLM{end}", kind, name] for end in ("", " to ONNX"))
+            refused = any(not module.startswith("mtp.") for module in loaded.unusable)
+            assert bool(exported.refused) == refused, (kind, name, exported.refused)
+            assert all(re.search(r"experts\.\d+\.\w+\.input_scale$", tensor) for tensor in exported.wrong), (kind, name)
+            if name in ("bf16", "fp8", "nvfp4"):  # others have weights in the order of Marlin's kernel
+                assert [tensor for tensor in exported.unread if not tensor.startswith("mtp.")] == [], (kind, name)
 
 
 def test_an_fp8_cache_is_announced_to_those_that_ask(found: Found) -> None:

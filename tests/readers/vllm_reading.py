@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from .absent import stand_in_for
-from .reading import SCALES_OF_WEIGHTS, MergedParameters, Reading, main, tensors_of
+from .merged import MergedModel
+from .reading import Reading, main, tensors_of
 
 ABSENT = ("llguidance", "openai_harmony", "uvloop", "xgrammar")
 
@@ -54,30 +55,15 @@ def read(folder: Path) -> Reading:
     reading = Reading()
     for mtp in sorted({name.startswith("mtp.") for name in tensors}):
         model, config = build(folder, mtp=mtp)
-        model.load_weights(iter(tensors.items()))
-        text = config.model_config.hf_config
-        q, kv = (heads * text.head_dim for heads in (text.num_attention_heads, text.num_key_value_heads))
-        widths = {"q_proj": q, "k_proj": kv, "v_proj": kv}
-        held = MergedParameters(dict(model.named_parameters()), widths, "routed_experts.")
-        modules = dict(model.named_modules())
-        for name, tensor in tensors.items():
-            if name.startswith("mtp.") != mtp or name.endswith(SCALES_OF_WEIGHTS):
-                continue
-            place = name.replace("mtp.", "model.") if mtp else name.replace("backbone.", "model.")
-            place = place.replace("embeddings", "embed_tokens")
-            value = held.value(place, tensor.shape[0] if tensor.dim() else 1)
-            if value is not None:
-                reading.values[name] = value
-            if name.endswith(".weight") and (algorithm := algorithm_of(modules, place)):
-                reading.formats[name.removesuffix(".weight")] = algorithm
+        MergedModel(model, config.model_config.hf_config, "routed_experts.", algorithm).read(tensors, reading, mtp=mtp)
         if not mtp:
-            cache = {layer.kv_cache_dtype for layer in modules.values() if hasattr(layer, "kv_cache_dtype")}
+            cache = {layer.kv_cache_dtype for layer in model.modules() if hasattr(layer, "kv_cache_dtype")}
             reading.kv_cache = "FP8" if any("fp8" in str(dtype) for dtype in cache) else None
     return reading
 
 
 def build(folder: Path, *, mtp: bool) -> tuple[Any, Any]:
-    """Return vLLM's model of the checkpoint, or its MTP model, every float in it NaN, and its config."""
+    """Return vLLM's model of the checkpoint, or its MTP model, and its config."""
     from vllm.config import DeviceConfig, ModelConfig, SpeculativeConfig, VllmConfig, set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.model_executor.model_loader.utils import initialize_model
@@ -100,23 +86,13 @@ def build(folder: Path, *, mtp: bool) -> tuple[Any, Any]:
         given["model_config"] = config.speculative_config.draft_model_config
     with set_default_torch_dtype(torch.bfloat16):
         built = initialize_model(config, **given)
-    for parameter in built.parameters():
-        if parameter.is_floating_point():
-            parameter.data.fill_(torch.nan)
     return built, config
 
 
-def algorithm_of(modules: dict[str, Any], place: str) -> str | None:
-    """Return ModelOpt's name of what vLLM runs a linear in; None: not quantized."""
+def algorithm(method: Any) -> str | None:
+    """Return ModelOpt's name of what a layer's method runs; None: floats."""
     from vllm.model_executor.layers.quantization import modelopt
 
-    name = place.removesuffix(".weight")
-    parent, _, last = name.rpartition(".")
-    if parent.rpartition(".")[0].endswith(".experts"):
-        name = f"{parent.rpartition('.')[0]}.routed_experts"
-    elif last in ("q_proj", "k_proj", "v_proj"):
-        name = f"{parent}.qkv_proj"
-    method = getattr(modules[name], "quant_method", None)
     match method:
         case modelopt.ModelOptFp8MoEMethod():
             return "FP8"

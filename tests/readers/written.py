@@ -1,7 +1,7 @@
 """The checkpoints that n3c writes for the readers: three kinds of model in each format.
 
-The sizes are the smallest that all readers can load: llama.cpp packs 64 weights of an input together, SGLang reads
-the number of Mamba groups under another name than everybody else and otherwise takes 8.
+The sizes are the smallest that all readers can load: llama.cpp packs 64 weights of an input together. They are none
+of the defaults that a reader takes for a key that it does not find.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ initializer_range = 0.1
 num_heads = 8
 head_dim = 16
 state_size = 16
-n_groups = 8
+n_groups = 4
 chunk_size = 8
 [attention]
 num_heads = 4
@@ -96,6 +96,8 @@ FORMATS = {
     "fp8-cache": _MIXED + _FP8_CACHE,
 }
 """What the checkpoint is stored in → the tables of the spec that say so."""
+CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+"""Edge-LLM exports no model without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,7 @@ def write(kind: str, format_: str, folder: Path) -> Written:
     write_checkpoint(folder / "sources" / name, spec)
     save_scales(folder / "sources" / f"{name}.json", entries_of(_ranges(spec)))
     source, scales = folder / "sources" / name, folder / "sources" / f"{name}.json"
+    (source / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     result = n3c("quantize", "--weights", source, "--activation-scales", scales, "-o", folder / name, "--json")
     assert result.code == 0, result.err
     return Written(folder / name, result.data["diagnostics"])

@@ -81,7 +81,7 @@ def test_export_says_what_each_reader_needs() -> None:
     assert not {*PATTERN_LISTS, *MTP_PATTERN_LISTS} & set(config)
     assert config["mtp_hybrid_override_pattern"] == "*E"
     assert (config["num_nextn_predict_layers"], config["mtp_num_layers"]) == (1, 2)
-    assert (config["n_groups"], config["n_group"]) == (8, 1)
+    assert (config["n_groups"], config["mamba_n_groups"], config["n_group"]) == (8, 8, 1)
     assert config["eos_token_id"] == [2, 11]
     assert config["n_shared_experts"] == 1
 
@@ -293,6 +293,31 @@ def test_megatron_depth_is_read() -> None:
     spec, _ = read(json.dumps(OLD | {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.3}))
     assert spec.mtp is not None
     assert (spec.mtp.depth, spec.mtp.loss_scaling_factor) == (2, 0.3)
+
+
+@pytest.mark.parametrize("rest", ["}", "} {", ", x: 1}", ', "b": tru}', ""])
+def test_a_name_given_twice(rest: str) -> None:
+    """It is found before what comes behind it is looked at."""
+    text = '{"a": {"b\\u0063": 1,\n "bc": 2}' + rest
+    with pytest.raises(N3CError) as caught:
+        parse_json(text, "c.json")
+    (found,) = caught.value.diagnostics
+    assert (found.code, found.message, str(found.span)) == ("E0303", "`bc` is given twice", "c.json:2:2")
+
+
+@pytest.mark.parametrize("blocks", [60, 61])
+def test_patterns_that_differ(blocks: int) -> None:
+    """Both are told, one of more than 60 characters by its beginning."""
+    pattern = "M"
+    while len(pattern) < blocks:  # of nothing that repeats, which would be told in short
+        pattern = "".join({"M": "ME-", "E": "M-", "-": "E"}[symbol] for symbol in pattern)
+    pattern = pattern[:blocks]
+    said = f"`{pattern}`" if blocks == 60 else f"61 blocks `{pattern[:40]}...`"
+    text = json.dumps(OLD | {"hybrid_override_pattern": pattern, "layers_block_type": ["mamba"]})
+    with pytest.raises(N3CError) as caught:
+        read(text)
+    (found,) = [item for item in caught.value.diagnostics if item.code == "E0303" and "`layers" in item.message]
+    assert found.message == f"`hybrid_override_pattern` is {said}, but `layers_block_type` is `M`"
 
 
 ERRORS: dict[str, dict[str, Any]] = {

@@ -16,7 +16,7 @@ from n3c.specs.dump import dump_spec, toml_value
 from n3c.specs.load import MAX_SPEC_BYTES, load_spec, parse_spec
 from n3c.specs.pattern import Pattern
 from n3c.specs.places import Text
-from n3c.specs.roles import ROLES, match_roles, select_layers
+from n3c.specs.roles import all_roles, match_roles, select_layers
 from n3c.specs.schema import Serving, Spec
 from n3c.specs.toml_places import TomlPlaces, scan_string
 from support.random_specs import spec_texts, specs
@@ -186,7 +186,7 @@ def test_places_of_every_form() -> None:
 a.b."c d" = 1
 arr = [ 1, # one
   [2, 3],
-  { x = 4 } ]
+  { x = 4, "y z" = [5] , w.v = 6 } ]
 [[t.u]]
 k = 1
 [[t.u]]
@@ -199,6 +199,10 @@ w = 1979-05-27 07:32:00 # date
     assert str(places.value(("a", "b", "c d"))) == "f:1:13"
     assert str(places.value(("arr", 1, 1))) == "f:3:7"
     assert str(places.key(("arr", 2, "x"))) == "f:4:5"
+    assert str(places.key(("arr", 2, "y z"))) == "f:4:12"
+    assert str(places.value(("arr", 2, "y z", 0))) == "f:4:21"
+    assert str(places.key(("arr", 2, "w"))) == str(places.key(("arr", 2, "w", "v"))) == "f:4:26"
+    assert str(places.value(("arr", 2, "w", "v"))) == "f:4:32"
     assert str(places.value(("t", "u", 1, "k"))) == "f:8:5"
     assert str(places.key(("t", "u", 1))) == "f:7:1"
     span = places.value(("t", "u", 1, "v", "w"))
@@ -221,10 +225,10 @@ def test_layer_selectors() -> None:
 
 
 def test_roles() -> None:
-    assert len(ROLES) == len(set(ROLES))
+    assert len(all_roles()) == len(set(all_roles()))
     assert match_roles(["attention.*"]) == {f"attention.{name}_proj" for name in "qkvo"}
     assert match_roles(["moe.latent_*", "lm_head"]) == {"moe.latent_down", "moe.latent_up", "lm_head"}
-    assert match_roles(["*"]) == set(ROLES)
+    assert match_roles(["*"]) == set(all_roles())
     assert not match_roles(["Attention.*"])
 
 

@@ -352,6 +352,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "`re:.*lm_head` is a regular expression",
         "wildcards",
     ),
+    "an unmarked regular expression": (
+        {"quant_algo": "FP8", "ignore": [r"backbone\.layers\.\d+\.mixer\.in_proj"]},
+        r"`backbone\.layers\.\d+\.mixer\.in_proj` is a regular expression",
+        "wildcards",
+    ),
+    "one that looks like a wildcard": ({"quant_algo": "FP8", "ignore": [".*in_proj"]}, "is a regular expression", ""),
     "a regular expression, quantized": (grouped(FLOAT_4, None, "re:.*mlp.*"), "is a regular expression", ""),
     "a long wildcard": ({"quant_algo": "FP8", "ignore": ["*" + "a" * 200]}, "more than 200 characters", ""),
     "many wildcards": ({"quant_algo": "FP8", "ignore": [f"*{n}" for n in range(300)]}, "more than 256", "name the"),

@@ -51,6 +51,14 @@ def n3c(*arguments: object) -> Result:
     return Result(code, out.getvalue(), err.getvalue())
 
 
+def n3c_shown(*arguments: object) -> str:
+    """Run a command in this process, and return what a terminal would show: both streams, in the order of writing."""
+    both = io.StringIO()
+    with contextlib.redirect_stdout(both), contextlib.redirect_stderr(both):
+        run([str(argument) for argument in arguments])
+    return both.getvalue()
+
+
 def default_signals() -> None:
     """Let signals end a program that is started (`preexec_fn`), also where the tests' own shell ignores them.
 

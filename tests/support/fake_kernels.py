@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from n3c.runtime.engines.reference import ops
+from n3c.runtime.engines.torch.activations import Activation, rounded
 from n3c.runtime.engines.torch.kernel_operations import Kernels
 from n3c.runtime.engines.torch.packed import PackedWeight
 
@@ -40,11 +41,18 @@ def fake_kernels(called: list[str]) -> Kernels:
         options = {"n_group": 1, "topk_group": 1, "norm_topk_prob": normalize, "scaling_factor": scaling}
         return ops.route(logits, bias, top_k=top_k, **options)  # type: ignore[arg-type]
 
-    def routed_experts(x: Tensor, chosen: Tensor, weights: Tensor, up: PackedWeight, down: PackedWeight) -> Tensor:
+    def routed_experts(
+        x: Tensor,
+        chosen: Tensor,
+        weights: Tensor,
+        up: PackedWeight,
+        down: PackedWeight,
+        activation: Activation | None = None,
+    ) -> Tensor:
         called.append("routed_experts")
         assert chosen.dtype == torch.int64 and weights.dtype == torch.float32 and x.dim() == chosen.dim() == 2
-        matrices = [w.dequantized(torch.float32) for w in (up, down)]
-        return _experts(x, chosen, weights, *matrices)
+        matrices = up.dequantized(torch.float32), down.dequantized(torch.float32)
+        return _experts(x, chosen, weights, *matrices, activation)
 
     def mamba2_step(
         projected: Tensor,
@@ -104,7 +112,9 @@ def _product(x: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     return (x.float() @ weight.dequantized(torch.float32).T).to(dtype)
 
 
-def _experts(x: Tensor, chosen: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def _experts(
+    x: Tensor, chosen: Tensor, weights: Tensor, up: Tensor, down: Tensor, activation: Activation | None
+) -> Tensor:
     inner = torch.einsum("til,tl->ti", up[chosen].flatten(0, 1), x.float().repeat_interleave(chosen.shape[1], 0))
-    y = torch.einsum("tli,ti->tl", down[chosen].flatten(0, 1), ops.relu2(inner))
+    y = torch.einsum("tli,ti->tl", down[chosen].flatten(0, 1), rounded(activation, ops.relu2(inner)))
     return (y.view(*chosen.shape, -1) * weights[..., None]).sum(1).to(x.dtype)

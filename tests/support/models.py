@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
-from n3c.specs.blocks import BY_SYMBOL
+from n3c.specs.kinds import by_symbol
 
 
 def random_config(seed: int) -> NemotronHConfig:
@@ -23,7 +23,7 @@ def random_config(seed: int) -> NemotronHConfig:
     return NemotronHConfig(
         vocab_size=r.randint(30, 120),
         hidden_size=r.choice([24, 40, 37, 64]),
-        layers_block_type=[BY_SYMBOL[symbol].hf_names[0] for symbol in pattern],
+        layers_block_type=[by_symbol()[symbol].hf_names[0] for symbol in pattern],
         num_attention_heads=kv_heads * r.choice([1, 2, 4]),
         num_key_value_heads=kv_heads,
         head_dim=r.choice([8, 13, 32]),
@@ -54,7 +54,7 @@ def small_config(pattern: str, **changes: Any) -> NemotronHConfig:
     sizes: dict[str, Any] = {
         "vocab_size": 97,
         "hidden_size": 64,
-        "layers_block_type": [BY_SYMBOL[symbol].hf_names[0] for symbol in pattern],
+        "layers_block_type": [by_symbol()[symbol].hf_names[0] for symbol in pattern],
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 16,

@@ -8,14 +8,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from n3c.specs.blocks import KINDS
 from n3c.specs.pattern import Pattern
-from n3c.specs.reader import entry_class, fields_of, plain
-from n3c.specs.roles import ROLES
+from n3c.specs.reader import entry_class, fields_of, plain, spec_fields
+from n3c.specs.roles import all_roles
 from n3c.specs.schema import Spec
 
 
 def _tables() -> Iterator[tuple[str, type]]:
     yield "", Spec
-    for name, (hint, _, _) in fields_of(Spec).items():
+    for name, (hint, _, _) in spec_fields().items():
         if dataclasses.is_dataclass(plain(hint)):
             yield f"[{name}]", plain(hint)
         for key, (entries, _, _) in fields_of(plain(hint)).items() if dataclasses.is_dataclass(plain(hint)) else ():
@@ -60,8 +60,8 @@ Rules are read top-down and the last one that matches a weight decides. `roles` 
 
 def reference() -> str:
     """Return the text of docs/spec.md."""
-    roles = ", ".join(f"`{role}`" for role in ROLES)
-    return HEAD + roles + ".\n" + "".join(_table(title, cls) for title, cls in TABLES)
+    names = ", ".join(f"`{role}`" for role in all_roles())
+    return HEAD + names + ".\n" + "".join(_table(title, cls) for title, cls in TABLES)
 
 
 def _table(title: str, cls: type) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from n3c.specs.load import load_spec
@@ -99,3 +100,8 @@ def small_spec(extra: str = "", *, latent: bool = True, odd: tuple[str, str] | N
         assert odd[0] in text
         text = text.replace(*odd)
     return spec_from_text(text + extra)
+
+
+def weight_only(spec: Spec) -> Spec:
+    """Return a spec that is served without rounding activations."""
+    return replace(spec, serving=replace(spec.serving, activations="weight_only"))

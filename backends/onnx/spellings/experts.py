@@ -11,10 +11,10 @@ from __future__ import annotations
 import onnx_ir as onnx
 
 from n3c.backends.onnx.emitter import DenseWeight, Emitter, Fp8Weight, Nvfp4Weight, Weight
-from n3c.ir.program import Node
+from n3c.ir.program import Node, Value
 
-from . import tables
-from .linears import block_scales, tensor_scale, unscaled
+from . import activations, tables
+from .linears import block_scales, product_scale, unscaled
 
 
 def expand_experts(emitter: Emitter, node: Node) -> None:
@@ -25,26 +25,36 @@ def expand_experts(emitter: Emitter, node: Node) -> None:
 
 def expert_linear(emitter: Emitter, node: Node) -> None:
     """y[b, s, r, n] = Σₖ x[b, s, r or 1, 1, k] · w[indices[b, s, r], n, k], times the expert's scale."""
-    g = emitter.graph
-    indices, weight = emitter.operand(node, "indices"), emitter.weight(node["weight"])
-    chosen = (*emitter.sizes(node["indices"]), *emitter.sizes(node["weight"])[1:])
+    x, x_scale = activations.read(emitter, node["x"])
+    indices, chosen = emitter.operand(node, "indices"), emitter.sizes(node["indices"])
+    emitter.bind(node.results[0], chosen_product(emitter, x, x_scale, node["weight"], indices, chosen))
+
+
+def chosen_product(
+    emitter: Emitter,
+    x: onnx.Value,
+    x_scale: onnx.Value | None,
+    value: Value,
+    indices: onnx.Value,
+    dims: tuple[int, ...],
+) -> onnx.Value:
+    """Return the products of x [B, S, R or 1, K] with weights [E, N, K] of experts `indices`, of `dims` [B, S, R]."""
+    g, weight = emitter.graph, emitter.weight(value)
+    chosen = (*dims, *emitter.sizes(value)[1:])
     if emitter.rendering == "float32":
         matrices = _gathered(emitter, weight, indices)
-        column = g.node("Unsqueeze", emitter.operand(node, "x"), g.i64(-1))
-        y = g.node("Squeeze", g.node("MatMul", matrices, column), g.i64(-1))
+        y = g.node("Squeeze", g.node("MatMul", matrices, g.node("Unsqueeze", x, g.i64(-1))), g.i64(-1))
     elif isinstance(weight, Nvfp4Weight) and weight.packed:
         scales = block_scales(emitter, weight, indices)
         codes = tables.in_blocks(emitter, tables.rows(emitter, weight.codes, indices), chosen)
-        row = g.node("Unsqueeze", emitter.operand(node, "x"), g.i64(-2))
-        y = tables.e2m1_product(emitter, row, codes, scales, chosen)
+        y = tables.e2m1_product(emitter, g.node("Unsqueeze", x, g.i64(-2)), codes, scales, chosen)
     else:
-        rows = _gathered(emitter, weight, indices)
-        column = g.node("Unsqueeze", emitter.operand(node, "x"), g.i64(-2))
-        y = g.node("ReduceSum", g.node("Mul", column, rows), g.i64(-1), keepdims=0)
-    scale = tensor_scale(weight)
-    if scale is not None:
-        y = g.node("Mul", y, g.node("Unsqueeze", tables.rows(emitter, scale, indices), g.i64(-1)))
-    emitter.bind(node.results[0], y)
+        product = g.node("Mul", g.node("Unsqueeze", x, g.i64(-2)), _gathered(emitter, weight, indices))
+        y = g.node("ReduceSum", product, g.i64(-1), keepdims=0)
+    scale = product_scale(emitter, weight, x_scale, emitter.sizes(value)[0])
+    if scale is None:
+        return y
+    return g.node("Mul", y, g.node("Unsqueeze", tables.rows(emitter, scale, indices), g.i64(-1)))
 
 
 def _gathered(emitter: Emitter, weight: Weight, indices: onnx.Value) -> onnx.Value:

@@ -16,15 +16,14 @@ from n3c.ir.formats import NVFP4_BLOCK
 from n3c.ir.program import Node
 from n3c.ir.types import DType
 
-from . import tables
+from . import activations, tables
 
 
 def dequantize_nvfp4(emitter: Emitter, node: Node) -> None:
     """Bind the codes and scales; the op that reads the weight spells the dequantization."""
     codes, scale, scale_2 = (emitter.operand(node, name) for name in ("codes", "scale", "scale_2"))
     packed, packed_scale = (node[name].type.dtype is DType.I8 for name in ("codes", "scale"))
-    w4a4 = emitter.format(node["codes"]) == "nvfp4"
-    emitter.bind_weight(node.results[0], Nvfp4Weight(codes, scale, scale_2, packed, packed_scale, w4a4))
+    emitter.bind_weight(node.results[0], Nvfp4Weight(codes, scale, scale_2, packed, packed_scale))
 
 
 def dequantize_fp8(emitter: Emitter, node: Node) -> None:
@@ -39,28 +38,41 @@ def linear_sum(emitter: Emitter, node: Node) -> None:
     """y[b, s, n] = Σₖ x[b, s, k] · w[n, k], times the tensor's scale where the weight has one."""
     g = emitter.graph
     weight = emitter.weight(node["weight"])
-    column = g.node("Unsqueeze", emitter.operand(node, "x"), g.i64(-2))
+    x, x_scale = activations.read(emitter, node["x"])
+    column = g.node("Unsqueeze", x, g.i64(-2))
     if isinstance(weight, Nvfp4Weight) and weight.packed:
         dims = (*emitter.sizes(node.results[0]), emitter.sizes(node["x"])[-1])
         codes = tables.in_blocks(emitter, weight.codes, dims[-2:])
         y = tables.e2m1_product(emitter, column, codes, block_scales(emitter, weight), dims)
     elif prod(emitter.sizes(node["x"])[:-1]) > 1:
-        y = _rows_fastest(emitter, node, weight)
+        y = _rows_fastest(emitter, node, x, weight)
     else:
         y = g.node("ReduceSum", g.node("Mul", column, unscaled(emitter, weight)), g.i64(-1), keepdims=0)
-    scale = tensor_scale(weight)
+    scale = product_scale(emitter, weight, x_scale)
     emitter.bind(node.results[0], y if scale is None else g.node("Mul", y, scale))
 
 
-def _rows_fastest(emitter: Emitter, node: Node, weight: Weight) -> onnx.Value:
+def product_scale(
+    emitter: Emitter, weight: Weight, x_scale: onnx.Value | None, experts: int | None = None
+) -> onnx.Value | None:
+    """Return what the product of codes is multiplied with, [], or [E] for a stack of `experts`; None for nothing."""
+    g, scale = emitter.graph, tensor_scale(weight)
+    if x_scale is None:
+        return scale
+    if scale is not None:
+        return g.node("Mul", scale, x_scale)
+    return x_scale if experts is None else g.node("Expand", x_scale, g.i64(experts))
+
+
+def _rows_fastest(emitter: Emitter, node: Node, x: onnx.Value, weight: Weight) -> onnx.Value:
     """Return the sums of several rows, made as [N, rows]: neighbouring outputs read one row of the weight.
 
     As [rows, N] the whole weight passes before it is read again: where L2 is smaller than it, from memory.
     """
     g = emitter.graph
     *rows, k = emitter.sizes(node["x"])
-    x = g.node("Reshape", emitter.operand(node, "x"), g.i64(1, -1, k))
-    product = g.node("Mul", g.node("Unsqueeze", unscaled(emitter, weight), g.i64(1)), x)
+    row = g.node("Reshape", x, g.i64(1, -1, k))
+    product = g.node("Mul", g.node("Unsqueeze", unscaled(emitter, weight), g.i64(1)), row)
     y = g.node("ReduceSum", product, g.i64(-1), keepdims=0)
     return g.node("Reshape", g.node("Transpose", y, perm=[1, 0]), g.i64(*rows, -1))
 

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from n3c.compiler.cli import options
+from n3c.compiler.cli.command import n3c_command
 from n3c.compiler.cli.output import print_json, say, say_line
 from n3c.compiler.cli.progress import TerminalProgress
 from n3c.compiler.cli.table import format_table
@@ -32,7 +31,18 @@ HEADER = (
 PREDICTED = ("batch", "context", "GPU", "first token, ms", "token, ms")
 
 
-@click.command("bench", help="Measure the time to the first token and of a token with BUILD, by context and batch.")
+@n3c_command(
+    "bench",
+    "Measure the time to the first token and of a token with BUILD, by context and batch.",
+    examples=(
+        ("every batch size of the spec, by ONNX Runtime on the CPU", "n3c bench build/my-model"),
+        (
+            "one, on a GPU, without plans",
+            "n3c bench build/my-model --engine torch --device cuda --batch 1 --context 1024",
+        ),
+    ),
+    groups={"What is measured": ("--batch", "--context", "--new-tokens", "--runs", "--seed")},
+)
 @options.of(bench)
 @options.common
 def command(build: Path, as_json: bool, **_: Any) -> int:

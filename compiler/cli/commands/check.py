@@ -12,8 +12,9 @@ import click
 from n3c.compiler import check
 from n3c.compiler.cli import options
 from n3c.compiler.cli.annotations import github, sarif
+from n3c.compiler.cli.command import n3c_command
 from n3c.compiler.cli.fits import format_fits
-from n3c.compiler.cli.output import print_diagnostics, print_json, say, say_line
+from n3c.compiler.cli.output import print_diagnostics, print_json, say, say_line, suggest
 from n3c.compiler.cli.table import format_table
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 
@@ -38,7 +39,22 @@ class Outcome:
         return (self.checked.as_json() if self.checked else {}) | {"ok": self.code is ExitCode.OK} | found
 
 
-@click.command("check", help="Find everything that would fail later, without weights, GPU or build.")
+@n3c_command(
+    "check",
+    "Find everything that would fail later, without weights, GPU or build.",
+    examples=(
+        ("every mistake at once", "n3c check my-model.toml"),
+        ("a model with another top-k, from standard input", "n3c check - --set moe.top_k=8"),
+        ("how an RTX 4090 would compute with it", "n3c check super --target trt --sm 89"),
+        ("what holds 8 sequences of 131072 tokens", "n3c check super --batch 8 --context 131072"),
+        ("in CI", "n3c check my-model.toml my-other.toml --format github --warnings-as-errors"),
+    ),
+    groups={
+        "Target": ("--target", "--trt", "--sm"),
+        "Memory": ("--context", "--batch", "--memory"),
+        "What is printed": ("--format", "--warnings-as-errors"),
+    },
+)
 @options.of(check, several=True)
 @click.option(
     "--format",
@@ -66,7 +82,12 @@ def command(spec: tuple[Path, ...], format_: str, warnings_as_errors: bool, as_j
         _print_json(outcomes) if as_json else _print(
             outcomes, shows_fits=bool({"context", "batch", "memory"} & set(given))
         )
-    return max(outcome.code for outcome in outcomes)
+    code = max(outcome.code for outcome in outcomes)
+    if code is ExitCode.OK and len(spec) == 1 and format_ == "text" and str(spec[0]) != "-":
+        overrides = options.overrides(given)
+        target = ("--target", given.get("target", "torch"))
+        suggest(("inspect", *spec, *overrides), ("build", *spec, *target, *overrides))
+    return code
 
 
 def _outcome(spec: Path, given: dict[str, Any], warnings_as_errors: bool) -> Outcome:

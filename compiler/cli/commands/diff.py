@@ -10,6 +10,7 @@ import click
 
 from n3c.compiler import diff
 from n3c.compiler.cli import options
+from n3c.compiler.cli.command import n3c_command
 from n3c.compiler.cli.output import print_diagnostics, print_json, say, say_line
 from n3c.compiler.cli.progress import TerminalProgress
 from n3c.compiler.cli.table import format_table
@@ -21,13 +22,25 @@ if TYPE_CHECKING:
     from n3c.compiler.report.spec_difference import Change
     from n3c.compiler.report.tensor_difference import TensorDifference, Values, WeightDifference
 
-WIDTH = 100
+WIDTH = 80
 """Columns within which both values of a key stand on its line."""
 SHOWN = 40
 """Rows of a list that the terminal gets; --json and --html have all."""
 
 
-@click.command("diff", help="Say what changed between two specs, checkpoints or builds.")
+@n3c_command(
+    "diff",
+    "Say what changed between two specs, checkpoints or builds.",
+    examples=(
+        ("two shipped models", "n3c diff nano lightning"),
+        ("the error of quantization", "n3c diff run/export my-model-nvfp4"),
+        ("two builds, as a page", "n3c diff build/my-model build/other --html diff.html"),
+    ),
+    groups={
+        "What is compared": ("--context", "--batch", "--headers-only"),
+        "What is printed": ("--ir", "--html", "--force", "--exit-code"),
+    },
+)
 @options.of(diff)
 @click.option("--ir", "shows_ir", is_flag=True, help="Print the lines of the IR that differ, not only how many.")
 @click.option("--exit-code", is_flag=True, help="Exit with 5 where A and B differ.")

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import click
-
 from n3c.compiler import export_config
 from n3c.compiler.cli import options
+from n3c.compiler.cli.command import n3c_command
 from n3c.compiler.cli.output import print_diagnostics, print_json, say, say_line
 
 
-@click.command("export-config", help="Turn a SPEC into a Hugging Face nemotron_h config.json.")
+@n3c_command(
+    "export-config",
+    "Turn a SPEC into a Hugging Face nemotron_h config.json.",
+    examples=(
+        ("print the config", "n3c export-config super"),
+        ("write it", "n3c export-config my-model.toml -o config.json"),
+    ),
+)
 @options.of(export_config)
 @options.common
 def command(as_json: bool, **_: Any) -> None:

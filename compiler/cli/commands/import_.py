@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import click
-
 from n3c.compiler import import_config
 from n3c.compiler.cli import options
-from n3c.compiler.cli.output import print_diagnostics, print_json, say, say_line
+from n3c.compiler.cli.command import n3c_command
+from n3c.compiler.cli.output import print_diagnostics, print_json, say, say_line, suggest
 
 
-@click.command("import", help="Turn a Hugging Face config.json, or a checkpoint directory with one, into a spec.")
+@n3c_command(
+    "import",
+    "Turn a Hugging Face config.json, or a checkpoint directory with one, into a spec.",
+    examples=(
+        ("a spec of a checkpoint", "n3c import path/to/checkpoint -o my-model.toml"),
+        ("of a config alone, on stdout", "n3c import config.json"),
+    ),
+)
 @options.of(import_config)
 @options.common
 def command(as_json: bool, **_: Any) -> None:
@@ -24,3 +30,4 @@ def command(as_json: bool, **_: Any) -> None:
         say(imported.text, newline=False)
     else:
         say_line(f"{imported.out}: {imported.spec.name}")
+        suggest(("check", imported.out))

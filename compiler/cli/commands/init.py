@@ -9,7 +9,8 @@ import click
 
 import n3c.compiler
 from n3c.compiler.cli import options
-from n3c.compiler.cli.output import print_json, say_line
+from n3c.compiler.cli.command import n3c_command
+from n3c.compiler.cli.output import print_json, say_line, suggest
 from n3c.specs.files import read_text, require_new, write_text
 from n3c.specs.schema import NAME
 from n3c.specs.shipped import spec_file
@@ -17,7 +18,14 @@ from n3c.specs.shipped import spec_file
 STARTER = Path(n3c.compiler.__file__).with_name("starter.toml")
 
 
-@click.command("init", help="Write a commented spec to start from; its name is that of FILE.")
+@n3c_command(
+    "init",
+    "Write a commented spec to start from; its name is that of FILE.",
+    examples=(
+        ("a small model of every common block", "n3c init my-model.toml"),
+        ("a copy of Super to change", "n3c init my-super.toml --from super"),
+    ),
+)
 @click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
 @click.option("--from", "source", metavar="SPEC", help="Begin with a copy of this spec, as super (`n3c specs`).")
 @click.option("--force", is_flag=True, help="Overwrite a file that is there.")
@@ -34,4 +42,4 @@ def command(file: Path, source: str | None, force: bool, as_json: bool) -> None:
         print_json({"out": str(file), "spec": text})
     else:
         say_line(f"{file}: {'a small model of every common block' if source is None else f'a copy of {source}'}")
-        say_line(f"next: n3c check {file}")
+    suggest(("check", file))

@@ -6,20 +6,33 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import click
-
 from n3c.compiler import inspect
 from n3c.compiler.cli import options
+from n3c.compiler.cli.command import n3c_command
 from n3c.compiler.cli.fits import format_fits
-from n3c.compiler.cli.output import print_diagnostics, print_json, say, say_line
+from n3c.compiler.cli.output import print_diagnostics, print_json, say, say_line, suggest
 from n3c.compiler.cli.progress import TerminalProgress
 from n3c.compiler.cli.table import format_table
 from n3c.compiler.report.units import format_bytes, format_count, format_time
 from n3c.runtime.predicted import PredictedTime
 
 
-@click.command(
-    "inspect", help="Count parameters, FLOPs, weight and state bytes of a SPEC, a checkpoint's config or a build."
+@n3c_command(
+    "inspect",
+    "Count parameters, FLOPs, weight and state bytes of a SPEC, a checkpoint's config or a build.",
+    examples=(
+        ("a shipped model", "n3c inspect super"),
+        ("which RTX 50 cards hold 4 sequences of 32768 tokens", "n3c inspect super --sm 120 --batch 4 --context 32768"),
+        (
+            "a quantized checkpoint, as a page with its error",
+            "n3c inspect my-nvfp4 --html page.html --original my-bf16",
+        ),
+        ("a build", "n3c inspect build/my-model"),
+    ),
+    groups={
+        "What fits": ("--context", "--batch", "--sm", "--trt", "--memory"),
+        "The page": ("--html", "--original", "--run", "--force"),
+    },
 )
 @options.of(inspect)
 @options.common
@@ -36,6 +49,14 @@ def command(path: Path, as_json: bool, **_: Any) -> None:
             _print_times(inspected.times)
     else:
         _print_spec(inspected.figures)
+    if inspected.kind == "spec" and str(path) != "-":
+        overrides = options.overrides(options.given(inspect))
+        page = () if "html" in options.given(inspect) else (("inspect", path, "--html", "page.html", *overrides),)
+        suggest(("build", path, "--target", "torch", *overrides), *page)
+    elif inspected.kind == "checkpoint":
+        suggest(("import", path, "-o", "SPEC.toml"), ("quantize", "--weights", path, "-o", "OUT"))
+    elif inspected.kind == "build":
+        suggest(("verify", path))
 
 
 def _print_spec(figures: dict[str, Any]) -> None:
@@ -62,7 +83,7 @@ def _print_spec(figures: dict[str, Any]) -> None:
     if snapshots["draft_tokens"]:
         say(
             f"drafted tokens     {snapshots['pending_bytes']:,} bytes a request for {snapshots['draft_tokens']}"
-            f" (full copies of the states would be {snapshots['full_copies_bytes']:,})"
+            f"\n{'':<19}({snapshots['full_copies_bytes']:,} if the states were copied)"
         )
     moved = decode["bytes"]
     say(f"\ndecode at batch {decode['batch']}, {decode['context']:,} tokens of context")

@@ -7,28 +7,35 @@ import inspect
 import sys
 from typing import Any
 
-import click
-
 from n3c.compiler.cli import options
+from n3c.compiler.cli.command import n3c_command
 from n3c.compiler.cli.output import print_json, say
 from n3c.passes.lower import model as lowering
-from n3c.passes.pipelines import ELSEWHERE, SERVING, STAGES
+from n3c.passes.pipelines import ELSEWHERE, SERVING, STAGES, added_stages
 
 
-@click.command("passes", help="List the passes in the order in which they run.")
+@n3c_command(
+    "passes",
+    "List the passes in the order in which they run.",
+    examples=(("in the order in which they run", "n3c passes"),),
+)
 @options.common
 def command(as_json: bool) -> None:
     """List the passes."""
     lower = {"name": "lower", "summary": _summary(lowering.__name__), "options": []}
-    described = [lower, *(_describe(pass_) for pass_ in (*SERVING, *ELSEWHERE))]
+    described = [lower, *(_describe(pass_) for pass_ in (*(stage.pass_ for stage in SERVING), *ELSEWHERE))]
+    added = [{**_describe(stage.pass_), "after": stage.after} for stage in added_stages().values()]
     if as_json:
-        print_json({"passes": described, "pipelines": {"serving": list(STAGES)}})
+        print_json({"passes": [*described, *added], "pipelines": {"serving": list(STAGES)}})
         return
     for entry in described:
         say(f"{entry['name']:<12} {entry['summary']}")
         for option in entry["options"]:
             say(f"{'':<12}   {option}")
     say(f"\nserving: {' → '.join(STAGES)}")
+    for entry in added:
+        say(f"\n{entry['name']:<12} {entry['summary']}")
+        say(f"{'':<12} of an extension: `serving.passes` of a spec adds it, after {entry['after']}")
 
 
 def _describe(pass_: type[Any]) -> dict[str, Any]:

@@ -5,17 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import click
-
 from n3c.compiler import repro
 from n3c.compiler.cli import options
+from n3c.compiler.cli.command import n3c_command
 from n3c.compiler.cli.output import print_diagnostics, print_json, say, say_line
 from n3c.compiler.cli.progress import TerminalProgress
 from n3c.compiler.cli.table import format_table
 from n3c.ir.diagnostics import ExitCode
 
 
-@click.command("repro", help="Build again what BUILD was made of, and compare every file.")
+@n3c_command(
+    "repro",
+    "Build again what BUILD was made of, and compare every file.",
+    examples=(("compare every file", "n3c repro build/my-model"),),
+)
 @options.of(repro)
 @options.common
 def command(build: Path, as_json: bool, **_: Any) -> int:

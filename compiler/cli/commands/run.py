@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from n3c.compiler.cli import options
-from n3c.compiler.cli.output import print_diagnostics, print_json, tell
+from n3c.compiler.cli.command import n3c_command
+from n3c.compiler.cli.output import print_diagnostics, print_json, remark
 from n3c.compiler.cli.progress import TerminalProgress
 from n3c.ir.diagnostics import Diagnostic, ExitCode
 from n3c.runtime import load
@@ -30,7 +31,31 @@ class Ids(click.ParamType[list[int]]):
         return ids
 
 
-@click.command("run", help="Generate text with BUILD and the weights of a checkpoint.")
+@n3c_command(
+    "run",
+    "Generate text with BUILD and the weights of a checkpoint.",
+    examples=(
+        ("on the CPU", "n3c run build/my-model --weights my-nvfp4 --prompt 'Once upon'"),
+        ("by TensorRT on a GPU", "n3c run build/my-model --weights my-nvfp4 --prompt 'Once upon' --device cuda"),
+        (
+            "drawn, not the likeliest",
+            "n3c run build/my-model --weights my-nvfp4 --prompt-file FILE --temperature 0.7",
+        ),
+    ),
+    groups={
+        "Prompts": ("--prompt", "--prompt-ids", "--prompt-file"),
+        "Where it runs": ("--device", "--engine", "--no-mtp"),
+        "Sampling": ("--temperature", "--top-k", "--top-p", "--seed"),
+        "Where it ends": (
+            "--max-new-tokens",
+            "--stop",
+            "--stop-ids",
+            "--ignore-eos",
+            "--reasoning-budget",
+            "--thinking-tags",
+        ),
+    },
+)
 @options.of(load)
 @click.option("--prompt", "prompts", multiple=True, help="Text to continue; may repeat: a batch.")
 @click.option("--prompt-ids", type=Ids(), multiple=True, help="Token ids to continue, as 1,2,3; may repeat.")
@@ -62,7 +87,7 @@ def command(
         print_json(generated.as_json())
     else:
         printer.finish(generated)
-        tell(summary(generated))
+        remark(summary(generated))
     if generated.interrupted:
         print_diagnostics([Diagnostic("E0702", "interrupted: what is printed is what there was")])
     return ExitCode.INTERNAL if generated.interrupted else ExitCode.OK

@@ -5,17 +5,20 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import click
-
 from n3c.compiler.cli import options
-from n3c.compiler.cli.output import print_json, say, say_line
+from n3c.compiler.cli.command import n3c_command
+from n3c.compiler.cli.output import print_json, say_line, suggest
 from n3c.compiler.report.cost import layer_counts
 from n3c.specs.files import read_text
 from n3c.specs.load import parse_spec
 from n3c.specs.shipped import shipped_specs
 
 
-@click.command("specs", help="List the specs that n3c ships; their names stand for them wherever a SPEC is taken.")
+@n3c_command(
+    "specs",
+    "List the specs that n3c ships; their names stand for them wherever a SPEC is taken.",
+    examples=(("their names and sizes", "n3c specs"),),
+)
 @options.common
 def command(as_json: bool) -> None:
     """List the specs."""
@@ -26,7 +29,7 @@ def command(as_json: bool) -> None:
     width = max(len(entry["name"]) for entry in found)
     for entry in found:
         say_line(f"{entry['name']:<{width}}  {entry['summary']}")
-    say("\nnext: n3c inspect super, or n3c init --from super FILE")
+    suggest(("inspect", "super"), ("init", "FILE", "--from", "super"))
 
 
 def _described(name: str, text: str, file: str) -> dict[str, Any]:

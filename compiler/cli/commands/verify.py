@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from n3c.compiler.cli import options
-from n3c.compiler.cli.output import print_diagnostics, print_json, say, say_line
+from n3c.compiler.cli.command import n3c_command
+from n3c.compiler.cli.output import print_diagnostics, print_json, say, say_line, suggest
 from n3c.compiler.cli.progress import TerminalProgress
 from n3c.compiler.cli.table import format_table
 from n3c.ir.diagnostics import ExitCode
@@ -20,7 +19,15 @@ if TYPE_CHECKING:
 HEADER = ("implementation", "tensors", "largest error", "allowed", "at", "")
 
 
-@click.command("verify", help="Compare all implementations in BUILD with the reference, layer by layer.")
+@n3c_command(
+    "verify",
+    "Compare all implementations in BUILD, layer by layer, or the files of CHECKPOINT with its record.",
+    examples=(
+        ("with random weights", "n3c verify build/my-model"),
+        ("with those that will be served", "n3c verify build/my-model --weights my-nvfp4"),
+        ("that no file of a checkpoint has changed", "n3c verify my-nvfp4"),
+    ),
+)
 @options.of(verify)
 @options.common
 def command(build: Path, as_json: bool, **_: Any) -> int:
@@ -37,6 +44,8 @@ def command(build: Path, as_json: bool, **_: Any) -> int:
         for skipped in verified.not_compared:
             say_line(f"not compared: {skipped.name} ({skipped.reason})")
         say_line(f"{'ok' if verified.ok else 'FAILED'}: {build} with {verified.weights}")
+    if verified.ok and verified.verdicts:
+        suggest(("run", build, "--weights", options.given(verify).get("weights", "DIR"), "--prompt", "TEXT"))
     return ExitCode.OK if verified.ok else ExitCode.NUMERICS
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -40,9 +40,9 @@ class StreamedModel:
         self.model.eval()
 
     @staticmethod
-    def generate(spec: Spec) -> Any:
-        """Import the generated package of `spec`."""
-        return load_package(emit(spec, hashlib.sha256(dump_spec(spec).encode()).hexdigest()))
+    def generate(spec: Spec, parts: Sequence[str] = ()) -> Any:
+        """Import the generated package of `spec`, with some `parts` that it does not import by itself."""
+        return load_package(emit(spec, hashlib.sha256(dump_spec(spec).encode()).hexdigest()), parts)
 
     @property
     def blocks(self) -> list[str]:

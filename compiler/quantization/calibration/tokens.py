@@ -1,99 +1,101 @@
-"""Calibration tokens from a file: NumPy arrays, raw unsigned integers, or text where the vocabulary is bytes."""
+"""Calibration tokens: read by the generated package of the spec, with what its train.py reads --data with."""
 
 from __future__ import annotations
 
-import stat
+import itertools
+from array import array
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
+from n3c.specs.schema import Spec
+
+from ..request import CalibrationData
+from .streamed_model import StreamedModel
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-BYTES = 256
-"""A vocabulary of this size is bytes; that of any other is its tokenizer's, which n3c does not have."""
+PARTS = ("training.data", "training.chat")
+"""Of a generated package: they read data, and import what else does."""
 
 
-def read_tokens(path: Path, vocab_size: int, *, samples: int, length: int, least: int = 2) -> Tensor:
-    """Return at most `samples` sequences of `length` tokens, int64 [N, L], spread evenly over the file.
+class Sequences(NamedTuple):
+    """Tokens to calibrate with."""
 
-    - `.npy`: integers [T], cut into sequences, or [N, T], each row cut to `length`.
-    - `.bin`: raw unsigned integers, little-endian, of 2 bytes where the vocabulary fits, else of 4.
-    - anything else: UTF-8 text, for a vocabulary of 256 bytes.
+    ids: Tensor
+    """[N, L] int64."""
+    opened: list[str]
+    """What was read, a line a source."""
 
-    Raises N3CError (exit code 6) where the file cannot be read, is empty, has rows of fewer than `least` tokens, or
-    holds ids beyond the vocabulary; (exit code 2) for text that needs a tokenizer.
+
+def read_tokens(spec: Spec, data: CalibrationData, *, least: int = 2) -> Sequences:
+    """Return sequences of `data`, spread evenly over files of tokens and bytes; of documents the first ones.
+
+    Raises N3CError: exit code 6 where a file cannot be read, holds no data of this model, or fewer than `least`
+    tokens; 2 for options that do not fit the data, or a package that these need.
     """
+    training = StreamedModel.generate(spec, PARTS).training
+    try:
+        return _read(training, spec.model.vocab_size, data, least)
+    except training.settings.TrainError as error:
+        code = "E0703" if error.code == ExitCode.USAGE else "E0630"
+        raise N3CError(Diagnostic(code, str(error), Span(str(data.path))), ExitCode(error.code)) from None
+    except OSError as error:
+        message = f"cannot read the calibration data: {error.strerror or error}"
+        diagnostic = Diagnostic("E0601", message, Span(str(error.filename or data.path)))
+        raise N3CError(diagnostic, ExitCode.FILE) from None
+
+
+def _read(training: Any, vocab_size: int, data: CalibrationData, least: int) -> Sequences:
     import torch
 
-    ids = _read(path, vocab_size)
-    if ids.size < 2:
-        raise _fault("E0630", f"{ids.size} tokens: calibration needs at least 2", path)
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab_size:
-        at = int(np.argmax((ids < 0) | (ids >= vocab_size)))
-        message = f"token {at} is {int(ids.reshape(-1)[at])}: the vocabulary has ids 0 to {vocab_size - 1}"
-        raise _fault("E0631", message, path)
-    rows = ids if ids.ndim == 2 else _cut(ids, length)
-    rows = rows[:, :length]
-    if rows.shape[1] < least:
-        message = f"rows of {rows.shape[1]} tokens: calibration needs at least {least}"
+    sources, weights = training.data.sources_of(_settings(training, data))
+    streams = [_stream(training, vocab_size, source, data) for source in sources]
+    length = min(data.calibration_length, *(stream.count for stream in streams))
+    if length < least:
         help_ = "give a longer text, or a larger --calibration-length"
-        raise N3CError(Diagnostic("E0630", message, Span(str(path)), help=help_), ExitCode.FILE)
-    picked = np.unique(np.linspace(0, len(rows) - 1, min(samples, len(rows))).round().astype(np.int64))
-    return torch.from_numpy(rows[picked].astype(np.int64))
+        message = f"sequences of {length} tokens: calibration needs at least {least}"
+        raise N3CError(Diagnostic("E0630", message, Span(str(data.path)), help=help_), ExitCode.FILE)
+    rows: list[Tensor] = []
+    taken, block = 0, training.data.BLOCK
+    for stream, until in zip(streams, itertools.accumulate(training.data.counts_of(weights)), strict=True):
+        windows = training.data.Windows(stream, 0, stream.count, length)
+        share = data.calibration_samples * until // block - taken
+        taken += share
+        picked = np.linspace(0, windows.per_epoch - 1, min(share, windows.per_epoch)).round()
+        rows += [windows.read(int(number)).ids for number in picked]
+    return Sequences(torch.stack(rows), [stream.opened for stream in streams])
 
 
-def _read(path: Path, vocab_size: int) -> NDArray[Any]:
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a device or a pipe may never end
-            raise _fault("E0601", "cannot read the calibration file: it is not a regular file", path)
-        if path.suffix == ".npy":
-            return _array(path)
-        if path.suffix == ".bin":
-            return _raw(path, np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4"))
-        with path.open("rb"):  # whose error says why
-            pass
-        if vocab_size != BYTES:
-            message = f"text needs the tokenizer of this vocabulary of {vocab_size}, which n3c does not have"
-            help_ = "give token ids: .npy, or .bin of unsigned integers"
-            raise N3CError(Diagnostic("E0703", message, Span(str(path)), help=help_), ExitCode.USAGE)
-        return _raw(path, np.dtype(np.uint8))
-    except OSError as error:
-        raise _fault("E0601", f"cannot read the calibration file: {error.strerror or error}", path) from None
+def _settings(training: Any, data: CalibrationData) -> Any:
+    """Return the settings of a train.py that would read `data`."""
+    # What train.py needs beside, and none of which matters to a reader.
+    others = {"out": "", "steps": 1, "seq_len": 2, "warmup": 0.0, "decay": 0.0, "numerics": "float32"}
+    read = {name: getattr(data, name) for name in ("data_format", "text_field", "messages_field", "dtype")}
+    tokenizer = "" if data.tokenizer is None else str(data.tokenizer)
+    return training.settings.checked({"data": str(data.path), "tokenizer": tokenizer, **read, **others})
 
 
-def _array(path: Path) -> NDArray[Any]:
-    if path.stat().st_size == 0:
-        raise _fault("E0630", "the file is empty", path)
-    try:
-        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise _fault("E0630", f"not a NumPy array: {error}", path) from None
-    if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
-        message = f"{array.ndim}-dimensional {array.dtype}: token ids are integers [T] or [N, T]"
-        raise _fault("E0630", message, path)
-    return array
+def _stream(training: Any, vocab_size: int, source: Any, data: CalibrationData) -> Any:
+    """Return the `Tokens` of a source: all of them where they are mapped, else those of the first documents."""
+    import torch
 
-
-def _raw(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
-    size = path.stat().st_size
-    if size == 0 or size % dtype.itemsize:
-        message = f"{size} bytes: token ids of this vocabulary take {dtype.itemsize} bytes each"
-        raise _fault("E0630", message, path)
-    return np.memmap(path, dtype=dtype, mode="r")
-
-
-def _cut(ids: NDArray[Any], length: int) -> NDArray[Any]:
-    """Cut [T] into rows of `length`; what is left over is dropped, a file shorter than one row is one."""
-    length = min(length, len(ids))
-    count = len(ids) // length
-    return ids[: count * length].reshape(count, length)
-
-
-def _fault(code: str, message: str, path: Path) -> N3CError:
-    return N3CError(Diagnostic(code, message, Span(str(path))), ExitCode.FILE)
+    sources, path = training.sources, Path(source.data)
+    found = training.file_kinds.find(path, source)
+    if found.kind in ("tokens", "bytes"):
+        return sources.open_tokens(path, source)
+    for file in found.files:
+        sources.require_no_hole(file)
+    documents = sources.documents_in(found, source)
+    ids, most = array("q"), data.calibration_samples * data.calibration_length
+    with training.token_cache.bounded_memory():
+        for encoded in documents.encode():
+            ids.extend(encoded.ids)
+            if len(ids) >= most:
+                break
+    tokens = torch.frombuffer(ids, dtype=torch.int64) if ids else torch.empty(0, dtype=torch.int64)
+    opened = sources.described(found, len(ids), f"of the first documents, by {documents.name}")
+    return training.tokens.Tokens(path, vocab_size, [tokens], opened=opened)

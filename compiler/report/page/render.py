@@ -19,7 +19,7 @@ from ..blocks import blocks_json
 from ..units import format_bytes, format_count, format_operations
 from .charts import Chart, curve_chart, known_cards, memory_chart, roofline_chart
 from .data import Page, RoleError
-from .ribbon import TITLES, ribbon
+from .ribbon import ribbon, titles
 
 if TYPE_CHECKING:
     from ..difference import Difference
@@ -60,7 +60,7 @@ def render_page(page: Page) -> str:
             page=page,
             figures=figures,
             segments=ribbon(figures, page.subject.spec.model.pattern),
-            titles=TITLES,
+            titles=titles(),
             blocks_of={i: _labels(figures, i) for i in range(len(figures["variants"]))},
             gradients=[_gradient(variant["by_format"]) for variant in figures["variants"]],
             formats=[name for name in FORMATS if name in figures["weights"]["by_format"]],
@@ -99,7 +99,7 @@ def render_difference(difference: Difference) -> str:
                 "b": {label for change in difference.blocks for label in change.labels_b},
             },
             kinds=kinds,
-            titles=TITLES,
+            titles=titles(),
             gradients=[_gradient(variant.by_format()) for variant in variants],
             formats=[name for name in FORMATS if any(name in variant.by_format() for variant in variants)],
         )

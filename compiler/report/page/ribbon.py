@@ -6,21 +6,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from n3c.specs.blocks import KINDS
+from n3c.specs.kinds import kinds
 from n3c.specs.pattern import Pattern
 
-SYMBOLS: dict[str, str] = {kind.name: kind.symbol for kind in KINDS} | {
-    "embedding": "emb",
-    "norm": "norm",
-    "head": "head",
-}
-TITLES: dict[str, str] = {kind.name: kind.title for kind in KINDS} | {
-    "embedding": "embedding",
-    "norm": "final norm",
-    "head": "head",
-}
+_SYMBOLS = {"embedding": "emb", "norm": "norm", "head": "head"}
+_TITLES = {"embedding": "embedding", "norm": "final norm", "head": "head"}
 LEAST = 4
 """Blocks of a group from which each of its repetitions is a segment of its own."""
+
+
+def titles() -> dict[str, str]:
+    """Return the title of each kind of function."""
+    return {kind.name: kind.title for kind in kinds()} | _TITLES
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +44,8 @@ class Segment:
 def ribbon(figures: Mapping[str, Any], pattern: Pattern) -> tuple[Segment, ...]:
     """Return the segments of a model: what is before the layers, the pieces of the pattern, what is behind, MTP."""
     blocks: list[dict[str, Any]] = figures["blocks"]
-    cells = [(b, Cell(b["label"], SYMBOLS.get(b["kind"]) or b["kind"], b["variant"])) for b in blocks]
+    symbols = {kind.name: kind.symbol for kind in kinds()} | _SYMBOLS
+    cells = [(b, Cell(b["label"], symbols.get(b["kind"]) or b["kind"], b["variant"])) for b in blocks]
     layers = [cell for block, cell in cells if block["layer"] is not None]
     mtp = [cell for block, cell in cells if block["label"].startswith("mtp")]
     ends = [cell for block, cell in cells if block["layer"] is None and cell not in mtp]

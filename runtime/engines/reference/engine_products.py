@@ -1,49 +1,47 @@
-"""Matrix products as engines compute them: activations rounded to what the stored type of the weight multiplies with.
+"""Matrix products as engines compute them, in BF16 where not all states of the model are float32.
 
 The ops of the IR are float32. An engine multiplies stored types where a product has many rows, which `prefill` does,
 so what `n3c verify` expects of it is this evaluation: the same numbers are rounded at the same places, and what is
-left between the two is the order of sums. By the format of a weight, as `n3c.backends.onnx.spellings.gemm` documents:
-
-  nvfp4        x / s to E2M1 with an E4M3 scale for 16 elements, s = max|x| of the row / (6 · 448)
-  fp8          x / s to E4M3, s = max|x| of the row / 448
-  the others   x as it is
-
-Where not all states of the model are float32, operands and results of all but FP8 products are BF16 besides.
+left between the two is the order of sums. Operands and results of all but FP8 products are BF16; activations that
+their format rounds are multiplied with their scale after the product, as weights are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from n3c.backends.onnx.forms import batches_of, is_matrix_product
+from n3c.backends.onnx.forms import batches_of, bucket_rows, is_matrix_product
 from n3c.ir import ops
-from n3c.ir.formats import E2M1_MAX, E4M3_MAX, NVFP4_BLOCK
 from n3c.ir.program import Call, EntryPoint, Node, Program
 from n3c.ir.types import DType
 
+from .activations import ACTIVATIONS
 from .evaluate import Evaluator, by_definition
 from .ops import EVALUATORS
 
-E2M1_BOUNDS = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
-"""Halfway between neighbours; a value on one of them goes to the neighbour of even code."""
-E2M1_VALUES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-
 
 @dataclass(frozen=True, slots=True)
-class QuantizedWeight:
-    """A weight [..., N, K] in float32 without the scale of its tensor, [] or one an expert [E]."""
+class Scaled:
+    """A weight [..., N, K] or an activation [..., K] in float32 without the scale of its tensor."""
 
     unscaled: Tensor
     scale: Tensor
+    """[] or, of a weight, one an expert [E]."""
     format: str
+    narrow: Tensor | None = None
+    """Of an activation: the same, rounded from what a product in BF16 takes; a sum rounds the float32 one."""
 
     @property
     def dense(self) -> Tensor:
-        """The weight with its scale."""
-        return self.unscaled * self.scale[..., None, None]
+        """The numbers with their scale."""
+        return self.unscaled * (self.scale[..., None, None] if self.scale.dim() else self.scale)
+
+
+Operand = Tensor | Scaled
 
 
 class EngineProducts:
@@ -60,28 +58,27 @@ class EngineProducts:
             formals = program.functions[call.function].parameters
             codes = call.parameters[formals.index(node["codes"])]
             return _unscaled(node.op.name, program.parameters[codes].format)
+        if node.op is ops.quantize_activation:
+            return self._rounded
         if node.op is ops.experts:
             return self._experts
         if node.op is ops.linear:
             few = not self._is_product(entry, node)
-            return lambda x, weight: EVALUATORS["linear"](x, _dense(weight)) if few else self._product(x, weight)
+            return lambda x, weight: (
+                EVALUATORS["linear"](_dense(x), _dense(weight)) if few else self._product(x, weight)
+            )
         if node.op is ops.expert_linear:
-            return lambda x, indices, weight: EVALUATORS["expert_linear"](x, indices, _dense(weight))
+            return lambda x, indices, weight: EVALUATORS["expert_linear"](_dense(x), indices, _dense(weight))
         return by_definition(program, entry, call, node)
 
     def formats(self, program: Program, entry: EntryPoint, call: Call) -> set[str]:
-        """Return to what the products of a call round activations: nvfp4, fp8, bf16; empty where they round nothing."""
+        """Return to what a call rounds activations: nvfp4, fp8, bf16; empty where it rounds nothing."""
         function, found = program.functions[call.function], set[str]()
-        names = dict(zip(map(id, function.parameters), call.parameters, strict=True))
         for node in function.nodes:
-            for weight in node.weights if node.op.weights and self._is_product(entry, node) else ():
-                codes = weight.stored[0]
-                parameter = program.parameters.get(names.get(id(codes), ""))
-                if parameter is not None and parameter.format in ("nvfp4", "fp8"):
-                    found.add(parameter.format)
-                elif parameter is not None and self._bf16:
-                    found.add("bf16")
-        return found
+            found.update(str(node.attributes[name]) for name in ("format", "inner_format") if name in node.attributes)
+            if self._bf16 and node.op.weights and self._is_product(entry, node):
+                found.add("bf16")
+        return found - {""}
 
     def _is_product(self, entry: EntryPoint, node: Node) -> bool:
         """Whether an engine computes a node as a matrix product of stored types."""
@@ -89,61 +86,100 @@ class EngineProducts:
         return is_matrix_product(node, {"B": batch, "S": entry.tokens})
 
     def _experts(
-        self, x: Tensor, indices: Tensor, weights: Tensor, up: Tensor | QuantizedWeight, down: Tensor | QuantizedWeight
+        self,
+        x: Operand,
+        indices: Tensor,
+        weights: Tensor,
+        up: Operand,
+        down: Operand,
+        inner_scale: Tensor | None = None,
+        up_bytes: Operand | None = None,
+        down_bytes: Operand | None = None,
+        *,
+        inner_format: str,
     ) -> Tensor:
-        """Apply every expert [E, ...] to every token, then sum those that were chosen."""
-        inner = EVALUATORS["relu2"](self._product(x.unsqueeze(1), up))
-        y = self._product(inner, down).permute(0, 2, 1, 3)  # [B, E, S, N] → [B, S, E, N]
-        chosen = y.gather(2, indices.unsqueeze(-1).expand(*indices.shape, y.shape[-1]))
+        """Apply every expert [E, ...] to every token, then sum those that were chosen; by definition what overflows."""
+
+        def finished(active: Tensor, product: Callable[[Operand, Operand], Tensor]) -> Tensor:
+            inner = active if inner_scale is None else self._rounded(active, inner_scale, format=inner_format)
+            y = product(inner, down).permute(0, 2, 1, 3)  # [B, E, S, N] → [B, S, E, N]
+            return y.gather(2, indices.unsqueeze(-1).expand(*indices.shape, y.shape[-1]))
+
+        rows, count = _unsqueezed(x), _dense(up).shape[0]
+        raw, scale = self._raw_product(rows, up)
+        positive = self._result(rows, up, raw).relu()
+        active = self._result(rows, up, positive * positive) * (scale * scale)
+        fits = (_ranks(indices, count) < bucket_rows(indices[..., 0].numel(), indices.shape[-1], count)).unsqueeze(-1)
+        exact = (_dense(rows) @ _dense(up).mT).relu().square()
+        chosen = torch.where(
+            fits, finished(active, self._product), finished(exact, lambda x, weight: _dense(x) @ _dense(weight).mT)
+        )
         total: Tensor = EVALUATORS["combine_experts"](chosen, weights)
         return total
 
-    def _product(self, x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
+    def _product(self, x: Operand, weight: Operand) -> Tensor:
         """Return x [..., S, K] times the weight [N, K], or [B, 1 or E, S, K] times the weights [E, N, K]."""
-        row_scale = torch.ones(())
-        matrix, scale, format_ = weight.float() if isinstance(weight, Tensor) else weight.unscaled, None, ""
-        if isinstance(weight, QuantizedWeight):
-            scale, format_ = weight.scale, weight.format
-        if format_ == "nvfp4":
-            row_scale = _row_scale(x, E2M1_MAX * E4M3_MAX)
-            x = _in_fp4(self._operand(x / row_scale))
-        elif format_ == "fp8":
-            row_scale = _row_scale(x, E4M3_MAX)
-            x = (x / row_scale).to(torch.float8_e4m3fn).float()
-        y = x @ matrix.mT if format_ == "fp8" else self._operand(self._operand(x) @ self._operand(matrix).mT)
-        return y if scale is None else y * (row_scale * scale[..., None, None])
+        y, scale = self._raw_product(x, weight)
+        return self._result(x, weight, y) * scale
+
+    def _raw_product(self, x: Operand, weight: Operand) -> tuple[Tensor, Tensor]:
+        """Return the product of what an engine multiplies, and what it multiplies the result with."""
+        matrix, scale = (
+            (weight.float(), torch.ones(())) if isinstance(weight, Tensor) else (weight.unscaled, weight.scale)
+        )
+        rows, x_scale = (x, torch.ones(())) if isinstance(x, Tensor) else (_of_product(x), x.scale)
+        if not _is_fp8(x, weight):
+            rows, matrix = self._operand(rows), self._operand(matrix)
+        return rows @ matrix.mT, x_scale * scale[..., None, None]
+
+    def _result(self, x: Operand, weight: Operand, y: Tensor) -> Tensor:
+        """Return y as a product of x and the weight gives it."""
+        return y if _is_fp8(x, weight) else self._operand(y)
+
+    def _rounded(self, x: Tensor, scale: Tensor, *, format: str) -> Scaled:
+        """Return an activation without its scale; FP4 of a product is rounded from the product's type."""
+        divided, rounding = x * (1 / scale), ACTIVATIONS[format]
+        narrow = rounding(self._operand(divided)) if format == "nvfp4" else None
+        return Scaled(rounding(divided), scale, format, narrow)
 
     def _operand(self, x: Tensor) -> Tensor:
         """Return float32 x as a product takes or gives it."""
         return x.bfloat16().float() if self._bf16 else x
 
 
+def _is_fp8(x: Operand, weight: Operand) -> bool:
+    return isinstance(x, Scaled) and isinstance(weight, Scaled) and weight.format == "fp8"
+
+
+def _ranks(indices: Tensor, count: int) -> Tensor:
+    """Return how many tokens before it chose the expert of each pair [B, S, K]."""
+    flat = indices.flatten(0, 1)
+    hits = torch.nn.functional.one_hot(flat, count).sum(1).cumsum(0)
+    return (hits.gather(1, flat) - 1).view(indices.shape)
+
+
+def _of_product(x: Scaled) -> Tensor:
+    return x.unscaled if x.narrow is None else x.narrow
+
+
 def _unscaled(op: str, format_: str) -> Evaluator:
     """Return an evaluator of a dequantization that keeps the scale of the tensor apart."""
 
-    def evaluator(codes: Tensor, *scales: Tensor) -> QuantizedWeight:
+    def evaluator(codes: Tensor, *scales: Tensor) -> Scaled:
         *blocks, scale = scales
-        return QuantizedWeight(EVALUATORS[op](codes, *blocks, torch.ones_like(scale)), scale, format_)
+        return Scaled(EVALUATORS[op](codes, *blocks, torch.ones_like(scale)), scale, format_)
 
     return evaluator
 
 
-def _dense(weight: Tensor | QuantizedWeight) -> Tensor:
-    return weight if isinstance(weight, Tensor) else weight.dense
+def _dense(x: Operand) -> Tensor:
+    return x.float() if isinstance(x, Tensor) else x.dense
 
 
-def _row_scale(x: Tensor, largest: float) -> Tensor:
-    """Return what divides each row so that its largest value becomes `largest`, [..., 1]."""
-    peak: Tensor = x.abs().amax(-1, keepdim=True)
-    return peak.clamp(min=1e-20) * (1 / largest)
-
-
-def _in_fp4(x: Tensor) -> Tensor:
-    """Return x [..., K] as E2M1 codes times E4M3 scales of 16 hold it."""
-    blocks: Tensor = x.unflatten(-1, (-1, NVFP4_BLOCK))
-    step = (blocks.abs().amax(-1, keepdim=True) / E2M1_MAX).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
-    ratio = torch.where(step > 0, blocks / step, 0.0).clamp(-E2M1_MAX, E2M1_MAX)
-    size = ratio.abs()
-    code = torch.bucketize(size, E2M1_BOUNDS)  # a tie goes down, and up where that is the even code
-    code += (code < len(E2M1_BOUNDS)) & (code % 2 == 1) & (size == E2M1_BOUNDS[code.clamp(max=6)])
-    return (torch.copysign(E2M1_VALUES[code], ratio) * step).flatten(-2)
+def _unsqueezed(x: Operand) -> Operand:
+    """Return [B, S, K] as [B, 1, S, K]."""
+    return (
+        x.unsqueeze(1)
+        if isinstance(x, Tensor)
+        else Scaled(x.unscaled.unsqueeze(1), x.scale, x.format, None if x.narrow is None else x.narrow.unsqueeze(1))
+    )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from n3c.ir.extensions import part
 from n3c.ir.program import Call, EntryPoint, Function, Node, Program
 from n3c.ir.types import DType, TensorType
 
@@ -31,8 +32,8 @@ Choice = Callable[[Program, EntryPoint, Call, Node], Evaluator]
 
 
 def by_definition(program: Program, entry: EntryPoint, call: Call, node: Node) -> Evaluator:
-    """Return the evaluator that defines the node's op."""
-    return EVALUATORS[node.op.name]
+    """Return the evaluator that defines the node's op: n3c's, or that of the extension which the op is from."""
+    return part(node.op.reference) if node.op.reference else EVALUATORS[node.op.name]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from n3c.ir.ops import CACHE_MAX
 
+from .activations import ACTIVATIONS
+
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 
 
@@ -107,8 +109,25 @@ def route(
     return indices, weights * scaling_factor
 
 
-def experts(x: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def quantize_activation(x: Tensor, scale: Tensor, *, format: str) -> Tensor:
+    return ACTIVATIONS[format](x * (1 / scale)) * scale
+
+
+def experts(
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    inner_scale: Tensor | None = None,
+    up_bytes: Tensor | None = None,
+    down_bytes: Tensor | None = None,
+    *,
+    inner_format: str,
+) -> Tensor:
     inner = relu2(expert_linear(x.unsqueeze(-2), indices, up))
+    if inner_scale is not None:
+        inner = quantize_activation(inner, inner_scale, format=inner_format)
     return combine_experts(expert_linear(inner, indices, down), weights)
 
 
@@ -245,6 +264,7 @@ EVALUATORS: Mapping[str, Callable[..., Any]] = {
         expert_linear,
         dequantize_nvfp4,
         dequantize_fp8,
+        quantize_activation,
         route,
         experts,
         expand_experts,

@@ -37,7 +37,7 @@ HOST_TYPES = {"f32": torch.float32, "i64": torch.int64}
 class TorchEngine:
     """Runs entry points over packed weights.
 
-    All entry points are weight-only: activations have the type `dtype`, whatever the format of a weight. `prefill` is
+    Activations have the type `dtype`, and are rounded in front of linears whose format says so. `prefill` is
     never recorded as a graph: it is bound by arithmetic, and reads another part of the caches each time.
     """
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from n3c.specs.schema import Spec
 
+from .activations import Activation
 from .operations import MakeOperations
 from .packed import PackedWeight
 from .plain import PlainOperations
@@ -34,7 +35,7 @@ class Kernels:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     route: Callable[..., tuple[Tensor, Tensor]]
-    routed_experts: Callable[[Tensor, Tensor, Tensor, PackedWeight, PackedWeight], Tensor]
+    routed_experts: Callable[[Tensor, Tensor, Tensor, PackedWeight, PackedWeight, Activation | None], Tensor]
     mamba2_step: Callable[..., Tensor]
     gated_rms_norm: Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
     cached_attention: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -103,9 +104,17 @@ class KernelOperations(PlainOperations):
         )
         return chosen.view(*x.shape[:-1], -1), weights.view(*x.shape[:-1], -1)
 
-    def experts(self, x: Tensor, chosen: Tensor, weights: Tensor, up: PackedWeight, down: PackedWeight) -> Tensor:
+    def experts(
+        self,
+        x: Tensor,
+        chosen: Tensor,
+        weights: Tensor,
+        up: PackedWeight,
+        down: PackedWeight,
+        inner: Activation | None = None,
+    ) -> Tensor:
         """Read the chosen experts only, each once for all of its tokens."""
-        return self._kernels.routed_experts(x, chosen, weights, up, down)
+        return self._kernels.routed_experts(x, chosen, weights, up, down, inner)
 
     def mamba_step(
         self, mixer: Any, projected: Tensor, window: Tensor, ssm: Tensor, counts: Tensor | None, *, advance: bool

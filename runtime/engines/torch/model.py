@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from n3c.backends.progress import SILENT, Progress
-from n3c.ir.formats import FORMATS
+from n3c.ir.formats import FORMATS, INPUT_SCALE
 from n3c.ir.program import Parameter
 from n3c.ir.types import DType
+from n3c.passes.base import run_pipeline
 from n3c.passes.lower.model import lower
-from n3c.passes.pipelines import quantize_pass
+from n3c.passes.pipelines import quantize_activations_pass, quantize_pass
 from n3c.specs.schema import Spec
 
+from .activations import Activation
 from .modules import Gate, PackedExperts, PackedLinear, PackedMlp
 from .operations import Operations
 from .packed import PackedWeight
@@ -30,7 +32,7 @@ FLOATS = {DType.F32: torch.float32, DType.F16: torch.float16, DType.BF16: torch.
 def stored_parameters(spec: Spec) -> dict[str, Parameter]:
     """Return the parameters of a spec in their deployed formats, one for each tensor, as the checkpoint names them."""
     program = lower(spec)
-    quantize_pass(spec).run(program)
+    run_pipeline(program, [quantize_pass(spec), quantize_activations_pass(spec)])
     return dict(program.parameters)
 
 
@@ -109,17 +111,18 @@ class PackedModel:
         """Return what takes the place of a module of the generated package; None where it stays."""
         made = self._operations
         if isinstance(module, nn.Linear):
-            return PackedLinear(self._weight(f"{name}.weight"), made, torch.float32 if name == "lm_head" else None)
+            dtype = torch.float32 if name == "lm_head" else None
+            return PackedLinear(self._weight(f"{name}.weight"), made, dtype, self._activation(name))
         match type(module).__name__:
             case "MLP":
                 up, down = (self._weight(f"{name}.{side}_proj.weight") for side in ("up", "down"))
-                return PackedMlp(up, down, made)
+                return PackedMlp(up, down, made, self._both_activations(name))
             case "Experts":
                 up, down = (self._weight(f"{name}.*.{side}_proj.weight") for side in ("up", "down"))
-                return PackedExperts(up, down, made)
+                return PackedExperts(up, down, made, self._both_activations(f"{name}.*"))
             case "Router":
                 self._hold_router(name, module)
-                return Gate(module, made)
+                return Gate(module, made, self._activation(name))
             case _:
                 return None
 
@@ -148,6 +151,17 @@ class PackedModel:
         parts = self._allocate(name)
         self._tensors |= parts
         return self._packed(name, parts)
+
+    def _both_activations(self, name: str) -> tuple[Activation | None, Activation | None]:
+        return self._activation(f"{name}.up_proj"), self._activation(f"{name}.down_proj")
+
+    def _activation(self, name: str) -> Activation | None:
+        """Return what the linear of a module reads rounded, with memory for its scale; None where that is not."""
+        scale = self._parameters.get(name + INPUT_SCALE)
+        if scale is None:
+            return None
+        self._tensors[scale.name] = self._empty(scale)
+        return Activation(self._parameters[f"{name}.weight"].format, self._tensors[scale.name])
 
     def _allocate(self, name: str) -> dict[str, Tensor]:
         """Return tensors for the parts of a weight, by the names of their parameters."""

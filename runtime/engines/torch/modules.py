@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .activations import Activation, rounded
 from .operations import Operations
 from .packed import PackedWeight
 
@@ -14,53 +15,78 @@ from .packed import PackedWeight
 class PackedLinear(nn.Module):
     """y [..., N] = x [..., K] W^T."""
 
-    def __init__(self, weight: PackedWeight, operations: Operations, dtype: torch.dtype | None = None) -> None:
-        """Take the type of y where it is not that of x."""
+    def __init__(
+        self,
+        weight: PackedWeight,
+        operations: Operations,
+        dtype: torch.dtype | None = None,
+        activation: Activation | None = None,
+    ) -> None:
+        """Take the type of y where it is not that of x, and what x is rounded to."""
         super().__init__()
-        self._weight, self._operations, self._dtype = weight, operations, dtype
+        self._weight, self._operations, self._dtype, self._activation = weight, operations, dtype, activation
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y."""
-        rows = self._operations.linear(x.flatten(0, -2), self._weight, self._dtype or x.dtype)
+        rows = rounded(self._activation, x.flatten(0, -2))
+        rows = self._operations.linear(rows, self._weight, self._dtype or x.dtype)
         return rows.view(*x.shape[:-1], -1)
 
 
 class PackedMlp(nn.Module):
     """down(relu(up(x))^2)."""
 
-    def __init__(self, up: PackedWeight, down: PackedWeight, operations: Operations) -> None:
+    def __init__(
+        self,
+        up: PackedWeight,
+        down: PackedWeight,
+        operations: Operations,
+        activations: tuple[Activation | None, Activation | None] = (None, None),
+    ) -> None:
+        """Take what each of both linears reads rounded."""
         super().__init__()
-        self._up, self._down, self._operations = up, down, operations
+        self._up, self._down, self._operations, self._activations = up, down, operations, activations
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [B, S, D] for x [B, S, D]."""
-        inner = self._operations.linear(x.flatten(0, -2), self._up, x.dtype, squared_relu=True)
-        return self._operations.linear(inner, self._down, x.dtype).view_as(x)
+        outer, inner = self._activations
+        active = self._operations.linear(rounded(outer, x.flatten(0, -2)), self._up, x.dtype, squared_relu=True)
+        return self._operations.linear(rounded(inner, active), self._down, x.dtype).view_as(x)
 
 
 class PackedExperts(nn.Module):
     """sum over the chosen experts of weight_e * down_e(relu(up_e(x))^2)."""
 
-    def __init__(self, up: PackedWeight, down: PackedWeight, operations: Operations) -> None:
+    def __init__(
+        self,
+        up: PackedWeight,
+        down: PackedWeight,
+        operations: Operations,
+        activations: tuple[Activation | None, Activation | None] = (None, None),
+    ) -> None:
+        """Take what each of both linears reads rounded."""
         super().__init__()
-        self._up, self._down, self._operations = up, down, operations
+        self._up, self._down, self._operations, self._activations = up, down, operations, activations
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """Return [B, S, L] for x [B, S, L], experts and weights [B, S, K], in the type of x."""
         rows, chosen, shares = (t.flatten(0, -2) for t in (x, experts, weights))
-        return self._operations.experts(rows, chosen, shares, self._up, self._down).view_as(x)
+        outer, inner = self._activations
+        y = self._operations.experts(rounded(outer, rows), chosen, shares, self._up, self._down, inner)
+        return y.view_as(x)
 
 
 class Gate(nn.Module):
     """A generated router behind the operations, one of which chooses."""
 
-    def __init__(self, router: Any, operations: Operations) -> None:
+    def __init__(self, router: Any, operations: Operations, activation: Activation | None = None) -> None:
+        """Take what the router's linear reads rounded."""
         super().__init__()
-        self.router, self._operations = router, operations
+        self.router, self._operations, self._activation = router, operations, activation
 
     def forward(self, x: Tensor, batch: object) -> tuple[Tensor, Tensor, None]:
         """Return experts and weights [B, S, K] of x [B, S, D], and no statistics.
 
         `batch` says nothing: an entry point has no padding, as `counts` say what is real, and no given experts.
         """
-        return *self._operations.route(self.router, x), None
+        return *self._operations.route(self.router, rounded(self._activation, x)), None

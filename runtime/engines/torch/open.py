@@ -8,14 +8,22 @@ from typing import Literal
 import torch
 
 from n3c.backends.progress import SILENT, Progress
+from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 from n3c.passes.serving import Served
 from n3c.runtime.engines.cuda import no_memory, require_cuda
+from n3c.specs.blocks import KINDS
 from n3c.specs.schema import Spec
 
 from .engine import TorchEngine
 from .graphs import CudaRecorder
 from .kernel_operations import kernel_operations
 from .weights import WeightSource
+
+
+def gap_of(spec: Spec) -> str | None:
+    """Return what the engine lacks for a spec, in words; None where it can run it: block kinds of extensions."""
+    foreign = next((kind for kind in spec.blocks if kind not in KINDS), None)
+    return None if foreign is None else f"the engine `torch` has no {foreign.title} blocks (`{foreign.symbol}`)"
 
 
 def torch_engine(
@@ -33,8 +41,13 @@ def torch_engine(
 
     Activations are of type `dtype`; without it float32 on a CPU and where all states of the spec are float32, else
     BF16. On a GPU Triton's kernels compute where Triton is installed, and calls that come again are CUDA graphs.
-    N3CError: exit code 4 without a GPU or room on it, 6 where the weights do not fit.
+    N3CError: exit code 4 without a GPU or room on it and for block kinds of extensions, 6 where the weights do not
+    fit.
     """
+    gap = gap_of(spec)
+    if gap is not None:
+        help_ = "the engines onnxruntime, tensorrt and reference run what an extension adds"
+        raise N3CError(Diagnostic("E0817", gap, spec.span("model.pattern"), help=help_), ExitCode.TARGET)
     if device == "cpu":
         place = torch.device("cpu")
         return TorchEngine(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from n3c.specs.schema import Spec
 
+from .activations import Activation
 from .packed import PackedWeight
 
 
@@ -24,7 +25,7 @@ class Operations(Protocol):
     def linear(self, x: Tensor, weight: PackedWeight, dtype: torch.dtype, *, squared_relu: bool = False) -> Tensor:
         """Return x [T, K] W^T as [T, N] of type `dtype`, or the square of its positive part.
 
-        Activations are not quantized.
+        x is taken as it is: who calls rounds it where the format says so.
         """
         ...
 
@@ -40,8 +41,16 @@ class Operations(Protocol):
         """Return the experts [B, T, K] int64 that a generated router chooses for x [B, T, D], and their weights."""
         ...
 
-    def experts(self, x: Tensor, chosen: Tensor, weights: Tensor, up: PackedWeight, down: PackedWeight) -> Tensor:
-        """Return the weighted sum [T, L] of the chosen experts [T, K] of each x [T, L]."""
+    def experts(
+        self,
+        x: Tensor,
+        chosen: Tensor,
+        weights: Tensor,
+        up: PackedWeight,
+        down: PackedWeight,
+        inner: Activation | None = None,
+    ) -> Tensor:
+        """Return the weighted sum [T, L] of the chosen experts [T, K] of each x [T, L]; `down` reads `inner`."""
         ...
 
     def mamba_step(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from n3c.specs.schema import Spec
 
+from .activations import Activation, rounded
 from .packed import PackedWeight
 
 
@@ -41,18 +42,27 @@ class PlainOperations:
         chosen, weights, _ = router(x)
         return chosen, weights
 
-    def experts(self, x: Tensor, chosen: Tensor, weights: Tensor, up: PackedWeight, down: PackedWeight) -> Tensor:
+    def experts(
+        self,
+        x: Tensor,
+        chosen: Tensor,
+        weights: Tensor,
+        up: PackedWeight,
+        down: PackedWeight,
+        inner: Activation | None = None,
+    ) -> Tensor:
         """Dequantize the chosen experts, or all of them where the tokens choose more than there are."""
         if chosen.numel() < up.shape[0]:
             index = chosen.flatten()  # [T * K]
             rows = x.repeat_interleave(chosen.shape[1], 0)[:, :, None]  # [T * K, L, 1]
-            inner = F.relu(_chosen(up, index).dequantized(x.dtype) @ rows).square()
-            y = (_chosen(down, index).dequantized(x.dtype) @ inner).view(*chosen.shape, -1)  # [T, K, L]
+            active = F.relu(_chosen(up, index).dequantized(x.dtype) @ rows).square().squeeze(-1)
+            active = rounded(inner, active)[..., None]
+            y = (_chosen(down, index).dequantized(x.dtype) @ active).view(*chosen.shape, -1)  # [T, K, L]
             return (weights[..., None] * y).sum(-2).to(x.dtype)
         grouped = self._package.grouped
         rows, counts, position = grouped.sort_by_expert(x, chosen, up.shape[0])
-        inner = F.relu(grouped.grouped_linear(rows, up.dequantized(x.dtype), counts)).square()
-        y = grouped.grouped_linear(inner, down.dequantized(x.dtype), counts)
+        active = F.relu(grouped.grouped_linear(rows, up.dequantized(x.dtype), counts)).square()
+        y = grouped.grouped_linear(rounded(inner, active), down.dequantized(x.dtype), counts)
         total: Tensor = grouped.weighted_sum(y, position, weights)
         return total.to(x.dtype)
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.backends.safetensors.sources import load
+from n3c.ir.formats import FORMATS, INPUT_SCALE
 from n3c.ir.program import Parameter
-from n3c.ir.source import CacheScale, Fp8, NegExp, Nvfp4, Source, Stack
+from n3c.ir.source import CacheScale, Fp8, InputScale, NegExp, Nvfp4, Source, Stack
 from n3c.ir.source import Tensor as Named
 
 
@@ -69,6 +70,9 @@ class RandomWeights:
             into.fill_(self._deviation(parameter))
         elif isinstance(source, CacheScale):
             into.fill_(1)
+        elif isinstance(source, InputScale):  # for inputs up to 8
+            weight = self._parameters[parameter.name.removesuffix(INPUT_SCALE) + ".weight"]
+            into.fill_(8 / (FORMATS[weight.format].input_divisor or 1.0))
         elif parameter.buffer:  # a bias of the choice of experts: with one, all tokens would choose the same
             into.zero_()
         elif parameter.role.endswith("norm") or parameter.name.endswith(".D"):

@@ -15,7 +15,7 @@ from n3c.passes.serving import serve
 from n3c.specs.schema import Spec
 from support.programs import load_parameters, random_tensors, save_tensors
 from support.serving import OnnxServed, RuntimeServed, Served
-from support.specs import QUANTIZED, small_spec
+from support.specs import QUANTIZED, small_spec, weight_only
 
 CHUNK = 20  # with two sequences more rows than the one-token form of linears takes
 IDS = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(5))
@@ -61,8 +61,8 @@ class Pair:
 
 @pytest.mark.parametrize("formats", ["", QUANTIZED], ids=["bf16", "quantized"])
 def test_the_float32_rendering_in_onnx_runtime(formats: str, tmp_path: Path) -> None:
-    """Quantized weights are dequantized exactly and activations are left alone, as in the reference."""
-    spec = chunked(formats)
+    """Quantized weights are dequantized exactly; what rounding activations does has tests of its own."""
+    spec = weight_only(chunked(formats))
     program, checkpoint = serve(spec).program, save_tensors(random_tensors(lower(spec)), tmp_path)
     theirs = Served(program, load_parameters(program, checkpoint), 2)
     assert Pair(RuntimeServed(program, checkpoint, 2), theirs).rounds() < 1e-5
@@ -75,17 +75,17 @@ def test_the_float32_rendering_in_onnx_runtime(formats: str, tmp_path: Path) -> 
         ("", "bf16", 6e-2),
         ("", "fp8", 0.15),  # a code more or less of a cache is 1 in 14
         (QUANTIZED.replace('"nvfp4"', '"w4a16_nvfp4"').replace('"fp8"', '"bf16"'), "fp32", 1e-5),
-        (QUANTIZED, "fp32", 0.5),
+        (QUANTIZED, "fp32", 0.1),  # where the order of sums tips a rounding
     ],
     ids=["float32", "bf16 states", "fp8 caches", "weights of 4 bits", "activations of 4 bits"],
 )
 def test_the_files_that_engines_are_built_from(formats: str, states: str, tolerance: float, tmp_path: Path) -> None:
-    """BF16 states make products over many rows BF16; NVFP4 and FP8 quantize their activations, which shows."""
+    """BF16 states make products over many rows BF16; NVFP4 and FP8 round their activations as the reference does."""
     spec = chunked(formats, states, "fp32" if states == "fp32" else "bf16")
     program, checkpoint = serve(spec).program, save_tensors(random_tensors(lower(spec)), tmp_path)
     parameters = load_parameters(program, checkpoint)
     worst = Pair(OnnxServed(program, parameters, 2), Served(program, parameters, 2)).rounds()
-    assert tolerance / 1e3 < worst < tolerance or (tolerance < 1e-4 and worst < tolerance)
+    assert worst < tolerance
 
 
 @pytest.mark.parametrize("name", ["prefill", "decode", "verify", "draft"])
@@ -107,7 +107,7 @@ def test_graphs_are_valid_onnx(name: str) -> None:
 
 
 def test_entry_points_share_the_memory_of_weights() -> None:
-    """What prefill reads as FP4 is what decode reads as bytes; everything else has one name."""
+    """What prefill reads as FP4 and FP8 decode reads as bytes, and so does what overflows; all else has one name."""
     program = serve(small_spec(QUANTIZED)).program
     entries = {name: emit_entry(program, name, batch=1) for name in program.entry_points}
     decode = {binding.memory: binding for binding in entries["decode"].weights}
@@ -115,8 +115,11 @@ def test_entry_points_share_the_memory_of_weights() -> None:
     for memory, binding in decode.items():
         other = prefill[memory]
         if binding.dtype == "i8":
-            assert (other.name, other.dtype) == (f"{binding.name}.fp4", "f4e2m1")
-            assert other.shape == (*binding.shape[:-1], 2 * binding.shape[-1])
+            typed = [twin for twin in entries["prefill"].weights if twin.memory == memory and twin != binding]
+            codes = not binding.name.endswith("_scale")
+            suffix, dtype = (".fp4", "f4e2m1") if codes else (".fp8", "f8e4m3")
+            assert [(twin.name, twin.dtype) for twin in typed] == [(binding.name + suffix, dtype)]
+            assert typed[0].shape == (*binding.shape[:-1], (1 + codes) * binding.shape[-1])
         else:
             assert other == binding
     assert {m for m in prefill if m not in decode} <= {b.memory for b in entries["draft"].weights}

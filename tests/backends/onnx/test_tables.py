@@ -21,7 +21,7 @@ from n3c.runtime.engines.reference.evaluate import evaluate
 from support.onnx_run import OnnxRunner
 from support.programs import as_torch, load_parameters, random_tensors, save_tensors
 from support.serving_inputs import BATCH, arguments
-from support.specs import QUANTIZED, small_spec
+from support.specs import QUANTIZED, small_spec, weight_only
 
 FP8_EXPERTS = QUANTIZED + '[[quantization.rules]]\nroles = ["moe.experts.*"]\nformat = "fp8"\n'
 SERVING = ("max_seq_len = 32", "max_seq_len = 32\nprefill_chunk = 20\ndraft_tokens = 2")
@@ -29,8 +29,8 @@ ADA, AMPERE = (DType.F4E2M1,), (DType.F4E2M1, DType.F8E4M3)
 
 
 def opened(formats: str, folder: Path, lacking: tuple[DType, ...]) -> tuple[Program, Program, Checkpoint]:
-    """Return the program for Blackwell, that for a GPU that lacks types, and a checkpoint."""
-    spec = small_spec(formats, odd=SERVING)
+    """Return the weight-only program for Blackwell, that for a GPU that lacks types, and a checkpoint."""
+    spec = weight_only(small_spec(formats, odd=SERVING))
     checkpoint = save_tensors(random_tensors(lower(spec)), folder)
     return serve(spec).program, serve(spec, lacking=lacking).program, checkpoint
 
@@ -49,7 +49,7 @@ def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("formats", [QUANTIZED, FP8_EXPERTS], ids=["nvfp4 experts", "fp8 experts"])
 @pytest.mark.parametrize("lacks", [ADA, AMPERE], ids=["Ada", "Ampere"])
 def test_the_same_as_on_blackwell(lacks: tuple[DType, ...], formats: str, tmp_path: Path) -> None:
-    """Entry points of few tokens are weight-only on every GPU: logits and states agree."""
+    """Logits and states of few tokens agree."""
     *programs, checkpoint = opened(formats, tmp_path, lacks)
     for name in ("decode", "verify", "draft"):
         native, tabled = (emit_entry(program, name, batch=BATCH) for program in programs)
@@ -58,7 +58,7 @@ def test_the_same_as_on_blackwell(lacks: tuple[DType, ...], formats: str, tmp_pa
 
 
 def test_prefill_is_weight_only(tmp_path: Path) -> None:
-    """Where Blackwell quantizes activations, tables do not: so it agrees with the reference, which does not either."""
+    """It agrees with the reference."""
     program, packed, checkpoint = opened(QUANTIZED, tmp_path, AMPERE)
     entry = emit_entry(packed, "prefill", batch=BATCH)
     values = arguments(entry, program, vocabulary=97, width=64)
@@ -67,6 +67,15 @@ def test_prefill_is_weight_only(tmp_path: Path) -> None:
     result = evaluate(program, "prefill", inputs, load_parameters(program, checkpoint), states)
     outputs = dict(zip(program.entry_points["prefill"].outputs, result.outputs, strict=True))
     compare(run(entry, program, checkpoint), outputs | {name: result.states[name].float() for name in states})
+
+
+def test_a_gpu_rounds_to_the_types_that_it_has() -> None:
+    """Where weights come through tables they are multiplied with activations as they are."""
+    for lacks, rounded in (((), {"nvfp4", "fp8"}), (ADA, {"fp8"}), (AMPERE, set[str]())):
+        program = serve(small_spec(QUANTIZED, odd=SERVING), lacking=lacks).program
+        nodes = [node for function in program.functions.values() for node in function.nodes]
+        formats = {node.attributes.get(name, "") for node in nodes for name in ("format", "inner_format")}
+        assert formats - {""} == rounded
 
 
 def test_bytes_are_the_checkpoints_own(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from n3c.backends.safetensors import nvfp4, packing
+from n3c.backends.safetensors import nvfp4, packing, packing_kernels
 from n3c.backends.safetensors.packing import NotFiniteError, Search, pack_nvfp4
 
 with warnings.catch_warnings():
@@ -175,7 +175,7 @@ def test_every_bf16_value_gets_the_code_of_its_quotient(scale_2: float) -> None:
     """All finite values with a sample of block scales, and float32 values beside the bounds between codes."""
     finite = np.arange(0x7F80, dtype=np.uint16)
     every = np.concatenate([finite, finite | np.uint16(0x8000)])[None, :]
-    table = packing.E4M3 * np.float32(scale_2)
+    table = packing_kernels.E4M3 * np.float32(scale_2)
     for code in (1, 2, 7, 8, 9, 56, 61, 90, 125, 126):
         check_codes(every, code, table)
         between = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, 1e-45], np.float32) * table[code]
@@ -183,10 +183,10 @@ def test_every_bf16_value_gets_the_code_of_its_quotient(scale_2: float) -> None:
         check_codes(np.clip(near, 0, 0x7F7FFFFF).astype(np.uint32).reshape(1, -1), code, table)
 
 
-def check_codes(bits: packing.Bits, code: int, table: packing.Floats) -> None:
+def check_codes(bits: packing_kernels.Bits, code: int, table: packing_kernels.Floats) -> None:
     scales = np.full((1, bits.shape[1] // 16), code, np.uint8)
     out = np.empty((1, bits.shape[1] // 2), np.uint8)
-    packing.pack_rows(bits, scales, table, out)
+    packing_kernels.pack_rows(bits, scales, table, out)
     w = bits.view(ml_dtypes.bfloat16 if bits.dtype == np.uint16 else np.float32).astype(np.float32)
     with np.errstate(all="ignore"):
         expected = nvfp4.pack(nvfp4.e2m1_codes(w / table[code]))
@@ -230,6 +230,17 @@ def test_fp8_has_the_bits_of_pytorch(dtype: torch.dtype) -> None:
         np.testing.assert_array_equal(packing.pack_fp8_rows(as_numpy(weight), scale).codes, expected, make.__name__)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_sums_of_fp8_are_those_of_the_dequantized_weight(dtype: torch.dtype) -> None:
+    for make in (normal, heavy):
+        weight = make(torch.Generator().manual_seed(3), 32, 64).to(dtype)
+        signal, noise = packing.fp8_noise(as_numpy(weight))
+        scale = weight.float().abs().max() / 448
+        exact, values = weight.double(), (weight / scale).to(torch.float8_e4m3fn).double() * scale.double()
+        sums = [float(exact.square().sum()), float((values - exact).square().sum())]
+        np.testing.assert_allclose([signal, noise], sums, rtol=1e-4)
+
+
 @pytest.mark.parametrize("block_rows", [1, 16])
 @pytest.mark.parametrize("search", ["none", "mse"])
 def test_zeros_are_finite(block_rows: int, search: Search) -> None:
@@ -268,7 +279,7 @@ def test_one_file_holds_all_compiled_code() -> None:
     root = Path(__file__).parents[3]
     folders = ("backends", "compiler", "passes", "runtime")
     using = {path for folder in folders for path in (root / folder).rglob("*.py") if "import numba" in path.read_text()}
-    assert {path.name for path in using} == {"packing.py"}
+    assert {path.name for path in using} == {"packing_kernels.py"}
     others = [path for folder in folders for path in (root / folder).rglob("*.py") if path not in using]
     assert not [path for path in others if "@compiled" in path.read_text()]
 
@@ -276,7 +287,7 @@ def test_one_file_holds_all_compiled_code() -> None:
 def test_a_user_without_a_cache_folder_packs_all_the_same() -> None:
     """As installed by root and run with a read-only home: numba then has no place for its compiled code."""
     code = (
-        "import numpy as np; from n3c.backends.safetensors.packing import largest_bits\n"
+        "import numpy as np; from n3c.backends.safetensors.packing_kernels import largest_bits\n"
         "print(largest_bits(np.array([3, 7], np.uint16)))"
     )
     nowhere = os.environ | {"NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator"}

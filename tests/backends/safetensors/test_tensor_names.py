@@ -56,6 +56,9 @@ def rename(folder: Path, change: Callable[[str], str]) -> dict[str, Tensor]:
         ("language_model.mtp.layers.0.eh_proj.weight", "mtp.layers.0.eh_proj.weight"),
         ("language_model.lm_head.weight", "lm_head.weight"),
         ("model.language_model.layers.0.norm.weight", "backbone.layers.0.norm.weight"),
+        ("model.backbone.layers.0.norm.weight", "backbone.layers.0.norm.weight"),
+        ("model.mtp.layers.0.eh_proj.weight", "mtp.layers.0.eh_proj.weight"),
+        ("module.model.lm_head.weight", "lm_head.weight"),
         ("model.vision_tower.blocks.0.weight", "model.vision_tower.blocks.0.weight"),
         ("backbone.embeddings.weight", "backbone.embeddings.weight"),
         ("backbone.embedding_norm.weight", "backbone.embedding_norm.weight"),
@@ -66,7 +69,9 @@ def test_names(found: str, released: str) -> None:
     assert released_name(released) == released
 
 
-@pytest.mark.parametrize("prefix", ["model.", "module.backbone.", "_orig_mod.module.model.", "language_model.model."])
+@pytest.mark.parametrize(
+    "prefix", ["model.", "model.backbone.", "module.backbone.", "_orig_mod.module.model.", "language_model.model."]
+)
 def test_every_prefix_is_read(folder: Path, spec: Spec, prefix: str) -> None:
     outer = prefix.removesuffix("backbone.").removesuffix("model.")
 

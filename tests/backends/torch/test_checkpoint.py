@@ -153,7 +153,7 @@ def test_thousands_of_equal_faults_are_one_line(module: Any, saved: Path) -> Non
     assert all(f" and {others} more: " in line for line in lines)
 
 
-@pytest.mark.parametrize("prefix", ["model", "module.model", "_orig_mod.module.backbone", "language_model.backbone"])
+@pytest.mark.parametrize("prefix", ["model", "model.backbone", "_orig_mod.module.backbone", "model.language_model"])
 def test_names_of_other_programs_are_read(module: Any, saved: Path, tmp_path: Path, prefix: str) -> None:
     expected = load_file(saved / "model.safetensors")
 

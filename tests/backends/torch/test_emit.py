@@ -117,7 +117,15 @@ def test_typed(generated: Path, request: pytest.FixtureRequest) -> None:
         run_tool("mypy", *options, str(package.relative_to(generated / name)), cwd=generated / name)
 
 
-@pytest.mark.parametrize("name", ["tiny", "only_45", "only_4d", "emulated", "emulated_dense"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tiny",
+        "only_4d",
+        "emulated",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("only_45", "emulated_dense")),
+    ],
+)
 def test_train_is_typed(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Experts and MTP, experts, neither; and with numerics.py."""
     kept = getattr(request.config, "cache", None)  # absent under -p no:cacheprovider

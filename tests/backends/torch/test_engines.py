@@ -44,7 +44,9 @@ def test_golden() -> None:
         assert_golden(f"torch/engines/{name}", files[name])
 
 
-@pytest.mark.parametrize("spec", [TINY, tiny_spec("M*-", mtp=None)], ids=["all", "dense"])
+@pytest.mark.parametrize(
+    "spec", [pytest.param(TINY, id="all"), pytest.param(tiny_spec("M*-", mtp=None), marks=pytest.mark.slow, id="dense")]
+)
 def test_typed(spec: Spec, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Strictly typed, but for what comes from torchtitan and Megatron, which have no types."""
     kept = getattr(request.config, "cache", None)  # absent under -p no:cacheprovider

@@ -175,3 +175,17 @@ def test_memory(tmp_path: Path) -> None:
 
     assert peak("chunks") < 80e6
     assert peak("logits") > 500e6  # the test can see them
+
+
+def test_a_loss_of_few_targets(generated: Any) -> None:
+    """It is a mean over the targets: that of one is the loss of its token, and that of none is 0."""
+    torch.manual_seed(4)
+    model = generated.Model().eval()
+    ids = torch.randint(97, (1, 6))
+    labels = torch.full_like(ids, -100)
+    assert model(ids, labels).loss.item() == 0
+    labels[0, 3] = ids[0, 3]
+    with torch.no_grad():
+        out = model(ids, labels)
+        expected = F.cross_entropy(model(ids).logits[0, 2], ids[0, 3])
+    torch.testing.assert_close(out.losses[0], expected)

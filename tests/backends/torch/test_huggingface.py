@@ -304,7 +304,7 @@ def test_a_mask_with_holes_is_no_boundary(saved: tuple[Any, Path]) -> None:
         before = ours(IDS[:1, kept], output_hidden_states=True).hidden_states
         for a, b in zip(alone.hidden_states, before, strict=True):
             torch.testing.assert_close(a[:, kept], b, atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match=r"attention_mask \[2, 12\] is not"):
+    with pytest.raises(ValueError, match=r"shape of attention_mask is \[2, 12\], where"):
         ours(IDS, attention_mask=mask[:, 1:])
 
 

@@ -227,6 +227,32 @@ def test_sort_by_expert(module: Any, multiple: int) -> None:
     torch.testing.assert_close(got, x * weights.sum(-1, keepdim=True))
 
 
+@pytest.mark.parametrize(("groups", "best"), [(2, 1), (4, 1), (4, 2)])
+def test_experts_are_of_the_best_groups(groups: int, best: int) -> None:
+    """A group counts its two best experts; the bias chooses, and does not weigh. In loops over tokens."""
+    torch.manual_seed(2)
+    router = generate(tiny_spec("ME", None, n_group=groups, topk_group=best, top_k=2)).Model().eval().routers()[0]
+    with torch.no_grad():
+        router.e_score_correction_bias.uniform_(-0.2, 0.2)
+        router.weight.normal_()
+    x = torch.randn(1, 40, 64)
+    experts, weights, _ = router(x)
+    scores = (x @ router.weight.T).sigmoid()
+    size = 8 // groups
+    within = 0
+    for t in range(40):
+        choice = (scores[0, t] + router.e_score_correction_bias).tolist()
+        by_group = [sum(sorted(choice[g * size : (g + 1) * size])[-2:]) for g in range(groups)]
+        open_groups = sorted(range(groups), key=lambda group: by_group[group])[-best:]
+        allowed = [e for e in range(8) if e // size in open_groups]
+        chosen = sorted(allowed, key=lambda e: choice[e])[-2:]
+        assert set(experts[0, t].tolist()) == set(chosen)
+        within += set(chosen) == set(sorted(range(8), key=lambda e: choice[e])[-2:])
+        of_chosen = scores[0, t, experts[0, t]]
+        torch.testing.assert_close(weights[0, t], 2.5 * of_chosen / of_chosen.sum())
+    assert 0 < within < 40  # groups matter for some tokens
+
+
 def test_initialisation(module: Any) -> None:
     torch.manual_seed(0)
     with torch.device("meta"):
@@ -256,3 +282,6 @@ def test_initialisation(module: Any) -> None:
             assert torch.equal(tensor, torch.ones_like(tensor)), name
         elif name.endswith("e_score_correction_bias"):
             assert not tensor.any()
+        elif "conv1d" in name:  # uniform within 1 / sqrt(4 taps), as nn.Conv1d
+            assert tensor.abs().max() <= 0.5 and tensor.min() < -0.45 and tensor.max() > 0.45, name
+            assert tensor.std().item() == pytest.approx(0.5 / math.sqrt(3), rel=0.1), name

@@ -125,3 +125,16 @@ def test_labels_that_are_no_token_are_an_error(label: int, return_logits: bool, 
         model(IDS, labels, return_logits=return_logits)
     labels[1, 7] = -100
     model(IDS, labels, return_logits=return_logits)
+
+
+@pytest.mark.parametrize("return_logits", [True, False])
+def test_what_is_said_of_tokens_has_their_shape(return_logits: bool) -> None:
+    model = generate(tiny_spec("M*E", mtp=None)).Model()
+    for option in ("labels", "attention_mask", "document_ids", "routed_experts"):
+        name = option.replace("document_", "document ")
+        for wrong in (IDS[:, :-1], IDS[:1], IDS.flatten()):
+            with pytest.raises(ValueError, match=f"the shape of {name} is .*, where the tokens have"):
+                model(IDS, **{option: wrong}, return_logits=return_logits)
+    for dtype in (torch.float32, torch.int32, torch.uint8, torch.bool):
+        with pytest.raises(ValueError, match=f"labels are {dtype}, and not torch.int64"):
+            model(IDS, IDS.to(dtype), return_logits=return_logits)

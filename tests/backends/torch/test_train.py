@@ -222,7 +222,11 @@ def test_two_processes_equal_one(folder: Path, one: Path, options: list[str], re
 
 @pytest.mark.parametrize(
     "options",
-    [[], pytest.param(["--expert-parallel", "2"], marks=pytest.mark.slow), ["--tensor-parallel", "2"]],
+    [
+        pytest.param([], marks=pytest.mark.slow),
+        pytest.param(["--expert-parallel", "2"], marks=pytest.mark.slow),
+        ["--tensor-parallel", "2"],
+    ],
     ids=["data", "expert", "tensor"],
 )
 def test_muon_average_and_frozen_weights_in_two_processes(

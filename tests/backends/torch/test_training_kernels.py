@@ -355,7 +355,7 @@ def test_scan_in_bfloat16(kernels: Any, packed: bool) -> None:
 
 
 @pytest.mark.usefixtures("bfloat16")
-@pytest.mark.parametrize("numerics", ["bf16", "bf16-split"])
+@pytest.mark.parametrize("numerics", [pytest.param("bf16", marks=pytest.mark.slow), "bf16-split"])
 def test_steps_in_bfloat16(tmp_path: Path, numerics: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps of train.py, packed, with MTP, grouped GEMMs and all kernels, are nearly those without kernels."""
     spec = tiny_spec("ME*-")
@@ -394,7 +394,7 @@ def test_only_measured_sizes_in_bfloat16(package: Any, monkeypatch: pytest.Monke
         assert ssd.mixer_kernels(x.bfloat16(), *sizes) is None
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_model(package: Any, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss and gradients of a model with every block kind, with kernels and without."""
     dispatch = importlib.import_module(f"{package.__name__}.dispatch")

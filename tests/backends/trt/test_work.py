@@ -199,7 +199,7 @@ def test_of_a_real_plan_on_every_gpu(served: Served, tmp_path: Path) -> None:
         assert prediction.total.predicted == pytest.approx(sum(kinds))
         assert prediction.total.predicted == pytest.approx(sum(kernel.seconds for kernel in prediction.kernels))
         assert sum(prediction.total.by_bound.values()) == pytest.approx(prediction.total.predicted)
-        assert {kernel.work.form for kernel in prediction.kernels} == {"sum", "other"}
+        assert {kernel.work.form for kernel in prediction.kernels} == {"sum", "product", "other"}
     json = times_json({"a.s0.plan": found, "a.s1.plan": found}, {"a.s0.plan": "a", "a.s1.plan": "a"})
     one, two = found["RTX 5090"].as_json(), json["a"]["RTX 5090"]
     assert two["kernels"] == 2 * one["kernels"]

@@ -167,10 +167,11 @@ def test_check_tells_the_forms(tmp_path: Path) -> None:
     blackwell, ada, ampere = (forms("--target", "trt", "--sm", sm) for sm in (120, 89, "80,120"))
     assert blackwell.keys() == ada.keys() == ampere.keys()
     assert all(native for _, native in blackwell.values())
-    assert ada["decode", "linears", "fp8"] == ("one kernel from the stored values", True)
-    assert ada["decode", "experts", "nvfp4"] == ("one kernel from bytes, FP4 decoded by tables", False)
-    assert ampere["decode", "linears", "fp8"] == ("one kernel from bytes, FP8 decoded by tables", False)
-    assert ampere["decode", "linears", "bf16"] == ("one kernel from the stored values", True)
+    assert ada["decode.b1", "linears", "fp8"] == ("one kernel from the stored values", True)
+    assert ada["decode.b2", "linears", "fp8"] == ("FP8 x FP8 matrix product", True)  # their activations are rounded
+    assert ada["decode.b2", "experts", "nvfp4"] == ("one kernel from bytes, FP4 decoded by tables", False)
+    assert ampere["decode.b1", "linears", "fp8"] == ("one kernel from bytes, FP8 decoded by tables", False)
+    assert ampere["decode.b1", "linears", "bf16"] == ("one kernel from the stored values", True)
     assert ampere["prefill", "experts", "nvfp4"][0].startswith("BF16 matrix product, FP4 and FP8 weights decoded")
     assert blackwell["prefill", "experts", "nvfp4"][0].startswith("FP4 x FP4 matrix product")
     assert forms("--target", "torch") == forms("--target", "onnx") == {}

@@ -175,7 +175,7 @@ def test_files_that_never_end(tmp_path: Path) -> None:
     for arguments, code, exit_code in [
         (("check", "/dev/zero"), "E0100", 3),
         (("import", "/dev/zero"), "E0100", 3),
-        ((*work, "--calibration", "/dev/zero"), "E0601", 6),
+        ((*work, "--calibration", "/dev/zero"), "E0630", 6),
         ((*work, "--activation-scales", "/dev/zero"), "E0100", 3),
     ]:
         result = n3c(*arguments, "--json")

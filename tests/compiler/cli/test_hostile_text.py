@@ -48,7 +48,7 @@ def spec(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("command", list(COMMANDS))
 def test_paths_and_options(command: str, spec: Path, tmp_path: Path) -> None:
-    takes_nothing = command in ("passes", "schema", "doctor", "specs")
+    takes_nothing = command in ("passes", "schema", "doctor", "specs", "completion")
     outcome = shows_text_only(n3c(command, tmp_path / HOSTILE, "--json"))
     if command == "init":  # which writes a file of any name
         assert (outcome.code, (tmp_path / HOSTILE).is_file()) == (0, True)

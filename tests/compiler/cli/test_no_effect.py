@@ -30,6 +30,8 @@ CASES = [
     ("quantize SPEC --weights W -o OUT --auto-mtp", "--auto-mtp", "--auto"),
     ("quantize SPEC --weights W -o OUT --calibration-samples 128", "--calibration-samples", "--calibration"),
     ("quantize SPEC --weights W -o OUT --calibration-length 9", "--calibration-length", "--calibration"),
+    ("quantize SPEC --weights W -o OUT --tokenizer T", "--tokenizer", "--calibration"),
+    ("quantize SPEC --weights W -o OUT --text-field body", "--text-field", "--calibration"),
     ("quantize SPEC --weights W -o OUT --save-activation-scales s.json", "--save-activation-scales", "--calibration"),
     ("quantize SPEC --weights W -o OUT --like L --fmt fp8", "--fmt", "--like gives all formats"),
     ("quantize PLAIN --weights W -o OUT --fmt fp8 --block 1x16", "--block", "a weight in nvfp4"),
@@ -39,6 +41,9 @@ CASES = [
     ("run BUILD --weights W --prompt a --temperature 0 --top-p 0.5", "--top-p", "--temperature above 0"),
     ("run BUILD --weights W --prompt a --thinking-tags a b", "--thinking-tags", "--reasoning-budget"),
     ("run BUILD --weights W --prompt-ids 1 --stop a", "--stop", "a tokenizer.json"),
+    ("simulate SPEC --gpu B200 --trace t.jsonl --prompt-tokens 9", "--prompt-tokens", "--rate"),
+    ("simulate SPEC --gpu B200 --trace t.jsonl --shared-tokens 9", "--shared-tokens", "--rate"),
+    ("simulate BUILD --gpu B200 --rate 1 --set moe.top_k=2", "--set", "a SPEC"),
 ]
 
 

@@ -48,7 +48,7 @@ def test_a_name_of_nothing_gets_the_closest(tmp_path: Path, monkeypatch: pytest.
 def test_a_new_spec_is_named_by_its_file_and_is_good(tmp_path: Path) -> None:
     file = tmp_path / "my-first.toml"
     result = n3c("init", file)
-    assert result.out.splitlines()[-1] == f"next: n3c check {file}"
+    assert result.err.splitlines()[-1] == f"next: n3c check {file}"
     spec, warnings = load_spec(file)
     assert (spec.name, warnings) == ("my-first", [])
     assert n3c("check", file, "--warnings-as-errors").code == 0

@@ -49,6 +49,8 @@ sys.addaudithook(hear)
 """
 COUNTED = 'mount=/proc; "$@"; code=$?; cat /proc/net/snmp /proc/net/snmp6 > "$N3C_COUNTERS"; exit $code'
 OWN_NETWORK = ("unshare", "--map-root-user", "--net", "sh", "-c", COUNTED, "sh")
+STOPPED = ("sh", "-c", '"$@" > "$N3C_READY" & until test -s "$N3C_READY"; do sleep 0.1; done; kill $!; wait $!', "sh")
+"""What stops a program once it says that it is ready; the hook does not hear a shell."""
 CONNECT = "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect(('192.0.2.1', 53))"
 
 SPEC = (
@@ -75,10 +77,13 @@ LINES: dict[str, list[str]] = {
         "out --weights weights --prompt ab --max-new-tokens 2 --engine torch",
     ],
     "bench": ["out --engine torch --context 4 --new-tokens 2 --runs 1"],
+    "serve": ["out --weights weights --engine torch --port 0 --json"],
+    "simulate": ["spec.toml --gpu L4 --rate 9 --prompt-tokens 9 --output-tokens 4 --acceptance 1.5 --requests 20"],
     "import": ["weights -o imported.toml"],
     "export-config": ["spec.toml -o config.json"],
     "passes": [""],
     "schema": [""],
+    "completion": ["bash", "zsh", "fish"],
     "doctor": [""],
 }
 """Command → what is run of it, one after the other; a command that is not here fails the test."""
@@ -113,7 +118,7 @@ def watched(place: Path, program: list[str], *, alone: bool) -> tuple[int, list[
     }
     imported = os.pathsep.join([str(place / "hook"), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment |= {"HOME": str(place / "home"), "TMPDIR": str(place / "temporary"), "PYTHONPATH": imported}
-    environment |= {"N3C_WATCH_LOG": str(log), "N3C_COUNTERS": str(counters)}
+    environment |= {"N3C_WATCH_LOG": str(log), "N3C_COUNTERS": str(counters), "N3C_READY": str(place / "ready")}
     command = [*(OWN_NETWORK if alone else ()), *program]
     done = subprocess.run(
         command, env=environment, cwd=place / "work", capture_output=True, text=True, timeout=300, check=False
@@ -151,7 +156,8 @@ def report(place: Path, alone: bool) -> Callable[[str, str], None]:
     """Return a function that runs one line and asserts what both watches say."""
 
     def run(command: str, line: str) -> None:
-        code, heard, sent = watched(place, [*PROGRAM, command, *line.split()], alone=alone)
+        stopped = STOPPED if command == "serve" else ()
+        code, heard, sent = watched(place, [*stopped, *PROGRAM, command, *line.split()], alone=alone)
         assert code == 0
         assert [found for found in heard if found[0] != "write"] == []
         assert sent == 0

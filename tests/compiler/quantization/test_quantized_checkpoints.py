@@ -163,6 +163,23 @@ def test_what_is_not_quantized_has_no_quantization_config(exported: tuple[Path, 
     assert (again.quantization.format, again.quantization.rules) == ("bf16", ())
 
 
+def test_fields_of_the_source_keep_their_meaning(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    """`time_step_min` beside `n3c.time_step_min` is transformers' bound; SGLang's name of the groups is added."""
+    (tmp_path / "source").mkdir()
+    for path in exported[0].iterdir():
+        (tmp_path / "source" / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "source/config.json").read_text())
+    config |= {"time_step_min": 1e-12, "n3c": {"name": "trained", "time_step_min": 0.002}}
+    config.pop("mamba_n_groups", None)
+    (tmp_path / "source/config.json").write_text(json.dumps(config))
+    result = n3c("quantize", "--weights", tmp_path / "source", "-o", tmp_path / "out")
+    assert result.code == 0, result.err
+    made = json.loads((tmp_path / "out/config.json").read_text())
+    assert (made["time_step_min"], made["n3c"]["time_step_min"]) == (1e-12, 0.002)
+    assert made["mamba_n_groups"] == made["n_groups"]
+    assert run_import(tmp_path / "out").spec.mamba == run_import(tmp_path / "source").spec.mamba
+
+
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quantized")
@@ -254,7 +271,7 @@ def test_tensorrt_takes_it_as_it_is(few_layers: Path, tmp_path: Path) -> None:
     assert set(held.values()) == {"w4a16_nvfp4", "fp8", "bf16"}
     bound: dict[str, str] = {}
     for row in json.loads((out / "trt/bindings.json").read_text())["weights"]:
-        if not row["name"].endswith(("_scale", "_scale_2")):
+        if "_scale" not in row["name"]:  # of blocks, tensors and activations, and block scales as bytes
             for name in _named(row["source"]):
                 bound[name] = row["dtype"]
     dtypes = {"w4a16_nvfp4": ("f4e2m1", "i8"), "fp8": ("f8e4m3",), "bf16": ("bf16",)}

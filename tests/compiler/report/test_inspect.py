@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from n3c.compiler.cli.table import format_table
 from n3c.compiler.report.units import format_bytes, format_count
 from support.command import n3c, write_small
 from support.specs import QUANTIZED, SPECS
@@ -105,8 +104,7 @@ def test_text_for_people(tmp_path: Path) -> None:
     assert "torch/small/model.py" in text
 
 
-def test_tables() -> None:
-    assert format_table(("a", "long"), [("x", "1"), ("yyy", "22")]) == "a    long\n---  ----\nx       1\nyyy    22"
+def test_units() -> None:
     assert [format_bytes(n) for n in (0, 999, 1000, 79.01e9, 2.5e15)] == [
         "0 B",
         "999 B",

@@ -9,7 +9,7 @@
 
 PATH is one of
 
-    file.npy      token ids, one-dimensional: uint8, uint16, uint32, int32 or int64
+    file.npy      token ids, [T] or rows [N, T]: uint8, uint16, uint32, int32 or int64
     file.bin      token ids and nothing else, little-endian, of --dtype (uint16, or uint32 for a
                   vocabulary of more than 65,536); with file.idx beside it, Megatron's
     .jsonl, .parquet, .arrow, .jsonl.gz (.zst, .bz2, .xz), a folder of save_to_disk

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from n3c.ir.diagnostics import ExitCode, N3CError
 from n3c.runtime.engines.interface import Array
 from n3c.runtime.generation.distribution import Distribution, certain
-from n3c.runtime.generation.sampling import Sampling, distribution, likeliest
+from n3c.runtime.generation.sampling import Sampling, distribution, likeliest, require_finite
 from n3c.runtime.generation.sequence import Options
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.2, 0.3], np.float32))
@@ -200,5 +200,5 @@ def test_what_exceeds_is_the_difference(p: Distribution, q: Distribution) -> Non
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
     with pytest.raises(N3CError, match="E0806") as error:
-        distribution(np.array([0.0, bad], np.float32), Sampling())
+        require_finite(np.array([0.0, bad], np.float32))
     assert error.value.exit_code == ExitCode.NUMERICS

@@ -129,8 +129,9 @@ def test_routing_that_takes_the_least_likely_experts(builds: Callable[[str], Pat
 
 def test_a_weight_of_which_one_value_is_changed(tmp_path: Path) -> None:
     """Weights inside the graphs: one of 6,144 FP4 codes of the MLP's projection is its neighbour."""
-    (tmp_path / "spec.toml").write_text(TEXT.lstrip())
-    write_checkpoint(tmp_path / "weights", spec_from_text(TEXT))
+    text = TEXT.replace("draft_tokens = 2", 'draft_tokens = 2\nactivations = "weight_only"')  # see test_verify.py
+    (tmp_path / "spec.toml").write_text(text.lstrip())
+    write_checkpoint(tmp_path / "weights", spec_from_text(text))
     options = ("--entry", "decode", "--weights-mode", "embedded", "--weights", tmp_path / "weights")
     right = tmp_path / "right"
     assert n3c("build", tmp_path / "spec.toml", "--target", "onnx", *options, "-o", right).code == 0

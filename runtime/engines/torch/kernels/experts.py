@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..activations import Activation, rounded
 from ..packed import PackedWeight
 from .launching import ceil_div, power_of_two, product_type
 from .linear import UNIT, WORD, finished, row_blocks, stored, tile_blocks, words
@@ -114,18 +115,26 @@ def combine_kernel(parts, weights, y, L, K: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(y + token * L + at, total.to(y.dtype.element_ty), mask=at < L)
 
 
-def routed_experts(x: Tensor, chosen: Tensor, weights: Tensor, up: PackedWeight, down: PackedWeight) -> Tensor:
+def routed_experts(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    up: PackedWeight,
+    down: PackedWeight,
+    activation: Activation | None = None,
+) -> Tensor:
     """Return sum_k weights_k down_k(relu(up_k x)^2): [T, L], of x's type, which is bfloat16 or float32.
 
     x [T, L], chosen [T, K] int64, weights [T, K] float32; up [E, I, L] and down [E, L, I] of any formats. L and I are
-    multiples of the words of the formats: 16 of NVFP4, 4 of FP8. A token's experts may repeat.
+    multiples of the words of the formats: 16 of NVFP4, 4 of FP8. A token's experts may repeat. What `down` reads is
+    rounded to `activation`.
     """
     x, chosen, weights = x.contiguous(), chosen.contiguous(), weights.contiguous()
     (tokens, width), top_k = x.shape, chosen.shape[1]
     inner = x.new_empty(tokens * top_k, up.shape[1])
     parts = x.new_empty(tokens * top_k, width, dtype=torch.float32)
     experts_linear(x, chosen, up, inner, squared_relu=True)
-    experts_linear(inner, chosen, down, parts, squared_relu=False)
+    experts_linear(rounded(activation, inner), chosen, down, parts, squared_relu=False)
     y = torch.empty_like(x)
     block = min(power_of_two(width), 512)
     combine_kernel[(tokens, ceil_div(width, block))](parts, weights, y, width, top_k, block, num_warps=4)

@@ -105,10 +105,11 @@ def released_name(name: str) -> str:
 
     `model.` is transformers' in memory, `embedding` that of its releases 5.3 to 5.15.
     """
-    while name.startswith(("module.", "_orig_mod.", "language_model.")):
+    name = name.replace("_orig_mod.", "")
+    while name.startswith(("module.", "model.", "language_model.")):
         name = name.partition(".")[2]
-    if name.startswith("model."):
-        name = "backbone." + name.removeprefix("model.")
+    if name.startswith(("layers.", "embedding", "norm_f.")):
+        name = "backbone." + name
     return name.replace("backbone.embedding.", "backbone.embeddings.")
 
 

@@ -40,6 +40,7 @@ def huggingface_config(model: Model) -> dict[str, object]:
         "mamba_head_dim": config.mamba_head_dim,
         "ssm_state_size": config.mamba_state_size,
         "n_groups": config.mamba_n_groups,
+        "mamba_n_groups": config.mamba_n_groups,  # SGLang's name
         "conv_kernel": config.mamba_conv_kernel,
         "chunk_size": config.mamba_chunk_size,
         "use_conv_bias": True,

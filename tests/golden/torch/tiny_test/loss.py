@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .dispatch import kernels
 from .float32 import widened
+from .sequences import require_shape
 
 IGNORED = -100  # a target that does not count
 MIN_CHUNK = 256  # tokens
@@ -39,11 +40,14 @@ def targets_of(labels: Tensor, ahead: int, documents: Tensor | None) -> Tensor:
     return F.pad(targets, (0, 1), value=IGNORED)
 
 
-def check_labels(labels: Tensor, vocab_size: int) -> None:
-    """Raise ValueError where labels are neither tokens nor IGNORED.
+def check_labels(labels: Tensor, tokens: Tensor, vocab_size: int) -> None:
+    """Raise ValueError where labels are not [B, S] of the tokens, int64, below V or IGNORED.
 
-    On a GPU, and in a graph, that is an assertion on the device, which nothing waits for.
+    On a GPU, and in a graph, values are asserted on the device, which nothing waits for.
     """
+    require_shape("labels", labels, tokens)
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels are {labels.dtype}, and not torch.int64")
     valid = ((labels >= 0) & (labels < vocab_size)) | (labels == IGNORED)
     if labels.is_cuda or torch.compiler.is_compiling():
         torch._assert_async(valid.all(), f"a label is neither {IGNORED} nor below {vocab_size}")

@@ -610,11 +610,11 @@ class Model(nn.Module):
         `routed_experts` [B, S, routers, K] are used as if the backbone's routers had chosen them:
         see routing.py.
         """
+        order, batch = batch_of(input_ids, attention_mask, document_ids, routed_experts)
         if labels is not None:
-            check_labels(labels, self.config.vocab_size)
+            check_labels(labels, input_ids, self.config.vocab_size)
             if attention_mask is not None:
                 labels = labels.masked_fill(attention_mask == 0, IGNORED)
-        order, batch = batch_of(attention_mask, document_ids, routed_experts)
         labels = None if labels is None else arranged(labels, order)
         input_ids, documents = arranged(input_ids, order), batch.documents
         embedded = self.backbone.embeddings(input_ids)  # [B, S, D]

@@ -167,11 +167,9 @@ def sequences(
     cu_seq_lens: Tensor | None,
     routed_experts: Tensor | None,
 ) -> tuple[Tensor | None, Batch]:
-    """Return `batch_of` embeddings x [B, S, D]; ValueError for a mask that does not fit them."""
+    """Return `batch_of` embeddings x [B, S, D]; ValueError for what does not fit them."""
     shape = x.shape[:2]
-    if attention_mask is not None and attention_mask.shape != shape:
-        raise ValueError(f"attention_mask {list(attention_mask.shape)} is not [B, S] {list(shape)}")
-    order, batch = batch_of(attention_mask, seq_idx, routed_experts)
+    order, batch = batch_of(x, attention_mask, seq_idx, routed_experts)
     documents = batch.documents
     if documents is None and position_ids is not None:  # they begin again where a document begins
         position = arranged(position_ids.expand(shape), order)
@@ -433,8 +431,8 @@ class N3CForCausalLM(N3CPreTrainedModel, GenerationMixin):
                 **{CACHE: getattr(out, CACHE)},
             )
 
-        check_labels(labels, self.config.vocab_size)
         x = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        check_labels(labels, x, self.config.vocab_size)
         order, batch = sequences(
             x, attention_mask, seq_idx, position_ids, cu_seq_lens_q, routed_experts
         )

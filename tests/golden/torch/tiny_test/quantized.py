@@ -24,9 +24,16 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .checkpoint import E2M1, CheckpointError, checkpoint_files, read_json, released_name
+from .checkpoint import (
+    E2M1,
+    CheckpointError,
+    checkpoint_files,
+    named_tensors,
+    read_json,
+    released_name,
+)
 from .grouped import grouped_linear
-from .model import Experts
+from .model import Experts, Model
 
 FP8_MAX, FP4_MAX, BLOCK = 448.0, 6.0, 16
 LEAST_SCALE = 2.0**-9  # that e4m3 holds
@@ -199,7 +206,12 @@ class Quantized:
         for path in checkpoint_files(self.directory):
             with safe_open(path, framework="pt") as file:
                 self.files |= {released_name(name): (path, name) for name in file.keys()}
+        with torch.device("meta"):
+            names = named_tensors(Model())
         weights = [name for name in self.files if name + "_scale" in self.files]
+        if unknown := [name for name in weights if name not in names]:
+            what = f"quantizes {unknown[0]} and {len(unknown) - 1} others, which the model has not"
+            raise CheckpointError(f"{directory} {what}")
         self.formats = {name.removesuffix(".weight"): self.format_of(name) for name in weights}
         if not self.formats:
             raise CheckpointError(f"{directory} holds no quantized weight")
@@ -272,11 +284,22 @@ class Quantized:
         return Format(rows, scale, formats[0].by_row, stacks)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor as a whole; all processes together, where it lies in parts on them."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 class Packing:
-    """Weights as they are stored in the formats of a checkpoint; `weights` by their names."""
+    """Weights as they are stored in the formats of a checkpoint.
+
+    Of `weights`, by their names, it takes the largest values that some share a scale by. Where they
+    lie in parts on several processes, all of these make the packing, and one of them calls it.
+    """
 
     def __init__(self, quantized: Quantized, weights: Mapping[str, Tensor]) -> None:
-        self.quantized, self.weights = quantized, weights
+        self.quantized = quantized
+        sharing = [module for module in quantized.formats if quantized.sharing(module)]
+        self.largest = {m: largest(whole(weights[f"{m}.weight"])) for m in sharing}
         self.files: Mapping[str, object] = {CONFIG: quantized.about}
         self.config: Mapping[str, object] = {"quantization_config": quantized.config}
 
@@ -293,9 +316,7 @@ class Packing:
             if not scales:
                 top = largest(tensor)
                 for other in quantized.sharing(module):
-                    its = largest(self.weights[f"{other}.weight"])
-                    its = its.full_tensor() if isinstance(its, DTensor) else its
-                    top = torch.maximum(top, its.to(tensor.device))
+                    top = torch.maximum(top, self.largest[other].to(tensor.device))
                 scales = scales_of(tensor, format_.rows, top)
             parts = parts_of(tensor, scales)
             stored = zip(("", "_scale", "_scale_2"), parts, strict=True)

@@ -26,6 +26,13 @@ class Padding(NamedTuple):
     places: Tensor | None
 
 
+def require_shape(name: str, value: Tensor | None, tokens: Tensor) -> None:
+    """Raise ValueError where what is said of tokens [B, S, ...] does not begin with [B, S], too."""
+    if value is not None and value.shape[:2] != tokens.shape[:2]:
+        shapes = f"{list(value.shape)}, where the tokens have {list(tokens.shape[:2])}"
+        raise ValueError(f"the shape of {name} is {shapes}")
+
+
 class Batch(NamedTuple):
     """What blocks know of whole sequences beside x."""
 
@@ -83,9 +90,18 @@ def numbered(document_ids: Tensor) -> Tensor:
 
 
 def batch_of(
-    attention_mask: Tensor | None, document_ids: Tensor | None, routed_experts: Tensor | None
+    tokens: Tensor,
+    attention_mask: Tensor | None,
+    document_ids: Tensor | None,
+    routed_experts: Tensor | None,
 ) -> tuple[Tensor | None, Batch]:
-    """Return a batch, and the order in which its tokens are to be `arranged`."""
+    """Return a batch of tokens [B, S, ...], and the order in which these are to be `arranged`.
+
+    ValueError for what is of another shape.
+    """
+    require_shape("attention_mask", attention_mask, tokens)
+    require_shape("document ids", document_ids, tokens)
+    require_shape("routed_experts", routed_experts, tokens)
     order, padding = tokens_first(attention_mask)
     documents = None if document_ids is None else numbered(arranged(document_ids, order))
     experts = None if routed_experts is None else arranged(routed_experts, order)

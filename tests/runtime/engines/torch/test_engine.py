@@ -320,9 +320,8 @@ def filled(parameters: dict[str, Parameter], name: str) -> PackedWeight:
     return PackedWeight("nvfp4", data, blocks, scale, shape)
 
 
-def test_no_gpu(mixed: SmallModel) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
+def test_no_gpu(mixed: SmallModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     weights = CheckpointWeights(mixed.checkpoint)
     with pytest.raises(N3CError) as error:
         torch_engine(mixed.served, mixed.spec, ["decode"], [1], weights, "cuda")

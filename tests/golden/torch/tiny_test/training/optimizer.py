@@ -56,7 +56,7 @@ def build_optimizer(model: Model, settings: Settings) -> torch.optim.Optimizer:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        role = role_of(name)
+        role = role_of(name, model.config)
         # Norms, biases, A_log, D and dt_bias are vectors.
         decays = parameter.dim() > 1 and not chosen_by(settings.no_decay, role)
         muon = settings.optimizer == "muon" and by_muon(parameter, role)

@@ -8,34 +8,42 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-from ..model import Model
+from ..model import Config, Model
 from .settings import USAGE, Settings, TrainError
 
-MODULES = {  # of a mixer
-    "in_proj": "mamba.in_proj",
-    "conv1d": "mamba.conv1d",
-    "out_proj": "mamba.out_proj",
-    "gate": "moe.router",
-    "fc1_latent_proj": "moe.latent_down",
-    "fc2_latent_proj": "moe.latent_up",
-    "experts.up_proj": "moe.experts.up",
-    "experts.down_proj": "moe.experts.down",
-    "shared_experts.up_proj": "moe.shared.up",
-    "shared_experts.down_proj": "moe.shared.down",
-    "q_proj": "attention.q_proj",
-    "k_proj": "attention.k_proj",
-    "v_proj": "attention.v_proj",
-    "o_proj": "attention.o_proj",
-    "up_proj": "mlp.up",
-    "down_proj": "mlp.down",
-    "A_log": "mamba.ssm",
-    "D": "mamba.ssm",
-    "dt_bias": "mamba.ssm",
+MODULES = {  # symbol of a block -> module of its mixer -> role
+    "M": {
+        "in_proj": "mamba.in_proj",
+        "conv1d": "mamba.conv1d",
+        "out_proj": "mamba.out_proj",
+        "A_log": "mamba.ssm",
+        "D": "mamba.ssm",
+        "dt_bias": "mamba.ssm",
+    },
+    "E": {
+        "gate": "moe.router",
+        "fc1_latent_proj": "moe.latent_down",
+        "fc2_latent_proj": "moe.latent_up",
+        "experts.up_proj": "moe.experts.up",
+        "experts.down_proj": "moe.experts.down",
+        "shared_experts.up_proj": "moe.shared.up",
+        "shared_experts.down_proj": "moe.shared.down",
+    },
+    "*": {
+        "q_proj": "attention.q_proj",
+        "k_proj": "attention.k_proj",
+        "v_proj": "attention.v_proj",
+        "o_proj": "attention.o_proj",
+    },
+    "-": {
+        "up_proj": "mlp.up",
+        "down_proj": "mlp.down",
+    },
 }
 OTHERS = {"backbone.embeddings": "embedding", "lm_head": "lm_head"}
 
 
-def role_of(name: str) -> str:
+def role_of(name: str, config: Config) -> str:
     """Return the role of a parameter by its name: that of its module, in MTP with `mtp.` before.
 
     Biases have the role of their weight.
@@ -43,9 +51,13 @@ def role_of(name: str) -> str:
     module = name.removesuffix(".weight").removesuffix(".bias")
     if module in OTHERS:
         return OTHERS[module]
-    within = module.partition(".mixer.")[2]
-    role = "eh_proj" if module.endswith(".eh_proj") else MODULES.get(within, "norm")
-    return f"mtp.{role}" if name.startswith("mtp.") else role
+    block, _, within = module.partition(".mixer.")
+    if module.endswith(".eh_proj"):
+        return "mtp.eh_proj"
+    in_mtp = name.startswith("mtp.")
+    pattern = config.mtp_pattern if in_mtp else config.pattern
+    role = MODULES[pattern[int(block.rpartition(".")[2])]].get(within, "norm") if within else "norm"
+    return f"mtp.{role}" if in_mtp else role
 
 
 def chosen_by(globs: str, role: str) -> bool:
@@ -58,7 +70,7 @@ def choose_trained(model: Model, settings: Settings) -> None:
 
     TrainError where a glob matches no role, or nothing is left.
     """
-    roles = {name: role_of(name) for name, _ in model.named_parameters()}
+    roles = {name: role_of(name, model.config) for name, _ in model.named_parameters()}
     for option in ("train", "freeze", "no_decay"):
         for glob in filter(None, getattr(settings, option).split(",")):
             if not any(chosen_by(glob, role) for role in roles.values()):

@@ -267,14 +267,15 @@ def impossible(settings: Settings) -> list[str]:
     if bool(settings.teacher) != bool(settings.quantized):
         problems.append("--teacher and --quantized need each other")
     others_of_teacher = {
-        "--numerics": settings.numerics not in ("float32", "bf16"),
+        f"--numerics {settings.numerics}": settings.numerics not in ("float32", "bf16"),
         "--compile": settings.compile,
+        # A scale is that of a whole matrix or of all experts, of which a process would have a part.
+        "--expert-parallel": settings.expert_parallel > 1,
+        "--tensor-parallel": settings.tensor_parallel > 1,
     }
     if settings.teacher and any(others_of_teacher.values()):
         names = ", ".join(name for name, given in others_of_teacher.items() if given)
-        problems.append(f"--teacher cannot be combined with {names}, but with float32 and bf16")
-    if settings.teacher and "RANK" in os.environ:
-        problems.append("--teacher is for one process without torchrun")
+        problems.append(f"--teacher cannot be combined with {names}")
     if settings.frozen_scales and not settings.quantized:
         problems.append("--frozen-scales needs --quantized")
     if settings.optimizer == "muon" and settings.numerics == "bf16-split":

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from pathlib import Path
 from typing import BinaryIO
 
@@ -50,7 +51,7 @@ def mapped(path: Path, offset: int, dtype: torch.dtype) -> Tensor:
 
 
 def npy_header(path: Path) -> tuple[int, torch.dtype]:
-    """Return where the data of a .npy file begins, and its type (NEP 1)."""
+    """Return where the data of a .npy file begins, and its type (NEP 1); rows follow each other."""
     with path.open("rb") as file:
         start = file.read(12)
         width = 2 if start[6:7] == b"\x01" else 4
@@ -61,13 +62,17 @@ def npy_header(path: Path) -> tuple[int, torch.dtype]:
         if start[:6] != b"\x93NUMPY" or length > NPY_HEADER:
             raise ValueError
         header = ast.literal_eval(text.decode("latin-1"))
-        (count,), dtype = header["shape"], NPY_TYPES[header["descr"]]
-        if type(count) is not int or count < 0:
+        shape, dtype = header["shape"], NPY_TYPES[header["descr"]]
+        if [type(n) for n in shape] not in ([int], [int, int]) or min(shape) < 0:
             raise ValueError
+        if len(shape) > 1 and header["fortran_order"]:
+            raise ValueError
+        count = math.prod(shape)
         size = 8 + width + length + count * dtype.itemsize
     except (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError) as error:
         kinds = ", ".join(NPY_TYPES)
-        raise TrainError(f"{path} is no one-dimensional .npy file of {kinds}", FILES) from error
+        what = f"no .npy file of {kinds}, [T] or rows [N, T]"
+        raise TrainError(f"{path} is {what}", FILES) from error
     if path.stat().st_size != size:
         raise TrainError(f"{path} is not as long as the {count} tokens of its header", FILES)
     return 8 + width + length, dtype

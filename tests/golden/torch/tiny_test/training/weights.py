@@ -18,11 +18,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..checkpoint import copy_tensors, find_tensors, named_tensors, on_disk, save_checkpoint
 from ..model import Experts, Model
-from ..quantized import Packing, Quantized
+from ..quantized import Packing, Quantized, whole
 from .card import copy_small_files, write_card
 from .initialization import init_as_transformers
 from .parallelize import parallelize, parts
@@ -113,6 +112,7 @@ def export(
     """
     path = Path(settings.out) / name
     tensors = model.state_dict() | dict(average or {})
+    stored = None if quantized is None else Packing(quantized, tensors)
     if world.rank == 0:
         with torch.device("meta"):
             released = Model().to(getattr(torch, settings.export_dtype))
@@ -122,7 +122,6 @@ def export(
                 world.say(f"not exported: {name} of --weights is a Git LFS pointer, not the file")
             write_card(folder, settings)
 
-        stored = None if quantized is None else Packing(quantized, tensors)
         save_checkpoint(released, path, gathered(tensors), stored, describe)
     else:
         for _ in gathered(tensors):
@@ -134,5 +133,4 @@ def export(
 def gathered(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield each tensor as a whole, by its name on disk; all processes together."""
     for name, tensor in tensors.items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        yield from on_disk(name, whole)
+        yield from on_disk(name, whole(tensor))

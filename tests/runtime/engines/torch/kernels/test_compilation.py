@@ -40,7 +40,10 @@ def compiled(folder: Path, capability: int, *options: str) -> list[dict[str, Any
     return reports
 
 
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize(
+    "capability",
+    [pytest.param(sm, marks=() if sm in (90, 120) else pytest.mark.slow) for sm in SHARED_MEMORY],
+)
 def test_each_kernel(capability: int, tmp_path: Path) -> None:
     found = {report["kernel"] for report in compiled(tmp_path, capability, "--once", "--only", *EACH_KERNEL)}
     assert found == {

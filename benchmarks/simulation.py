@@ -1,0 +1,226 @@
+"""`n3c simulate` beside the engine that it stands for, and what it says of models on cards that nobody has here.
+
+The engine runs on one thread and its clock is that thread's processor time, so that other work on the machine counts in
+neither; requests come by this clock. The simulation knows the times of the engine's calls, measured beforehand, how
+long prompts and answers are, and how many drafts stood; scheduling, cache and speculation are the very same code.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from n3c.backends.gpus import GPUS
+from n3c.compiler import simulate
+from n3c.compiler.report.capacity import Simulated
+from n3c.passes.lower.model import lower
+from n3c.passes.serving import serve
+from n3c.runtime.engines.torch.open import torch_engine
+from n3c.runtime.engines.torch.weights import CheckpointWeights
+from n3c.runtime.generation.batch import Batch
+from n3c.runtime.generation.capacity import Capacity
+from n3c.runtime.generation.drafter import MtpDrafter
+from n3c.runtime.generation.prefix_cache import PrefixCache
+from n3c.runtime.simulation.call_times import MeasuredTimes
+from n3c.runtime.simulation.kernel_times import KernelTimes
+from n3c.runtime.simulation.measure import measure
+from n3c.runtime.simulation.replica import Replica
+from n3c.runtime.simulation.result import Load, load_of
+from n3c.runtime.simulation.workload import Request, lengths_of, poisson
+from n3c.runtime.verification.random_weights import RandomCheckpoint
+from n3c.specs.load import loaded
+from n3c.specs.shipped import spec_file
+
+TITLE = "`n3c simulate`"
+CHECKED = (
+    "rate",
+    "drafts",
+    "of",
+    "tokens/s",
+    "first token, ms: p50",
+    "p90",
+    "a token, ms: p50",
+    "p90",
+    "found",
+    "sequences",
+)
+CARDS = ("RTX PRO 6000", "H200 SXM", "B200")
+CONTEXTS = (8_192, 131_072, 1_048_576)
+MEMORY = 10**8
+SIZES = (1, 2, 4)
+
+
+@dataclass
+class ProcessorClock:
+    """The processor time of this thread, and the time in which nothing was to be done."""
+
+    _start: float = field(default_factory=time.thread_time)
+    _skipped: float = 0.0
+
+    @property
+    def now(self) -> float:
+        """Seconds."""
+        return time.thread_time() - self._start + self._skipped
+
+    @now.setter
+    def now(self, value: float) -> None:
+        self._skipped += value - self.now
+
+
+def run(quick: bool) -> Iterator[str]:
+    """Yield the check against an engine on this machine; unless `quick` the tables of models and cards too."""
+    yield from _check(80 if quick else 250)
+    if not quick:
+        yield from _services()
+        yield from _drafts()
+
+
+def _check(requests: int) -> Iterator[str]:
+    torch.set_num_threads(1)
+    spec, _ = loaded(spec_file("tiny"), ("serving.batch_sizes=[1, 2, 4]",))
+    served = serve(spec)
+    checkpoint = RandomCheckpoint(lower(spec), 0)
+    yield (
+        f"\n{spec.name}, the PyTorch engine on one thread, {requests} requests: prompts of 90 to 200 tokens, 80 in"
+        " common, 8 to 60 new tokens.\n"
+    )
+    yield f"| {' | '.join(CHECKED)} |"
+    yield f"|{'---:|' * len(CHECKED)}"
+    for drafts in (False, True):
+        names = ("prefill", "draft", "verify") if drafts else ("prefill", "decode")
+        engine = torch_engine(served, spec, names, SIZES, CheckpointWeights(checkpoint))
+        before = measure(engine, spec, repeats=5, clock=time.thread_time)
+        times = before
+        alone = times.call("verify" if drafts else "decode", 4, 200) + (
+            2 * times.call("draft", 4, 200) if drafts else 0
+        )
+        for share in (0.4, 0.8):
+            rate = share / (34 * alone / 4 + 2 * times.call("prefill", 1, 200))
+            prompt, output = lengths_of("", "uniform:90,200"), lengths_of("", "uniform:8,60")
+            random = np.random.default_rng(1)
+            given = [_real(r) for r in poisson(rate, requests, prompt, output, 80, random)]
+            drafter = MtpDrafter() if drafts else None
+            batch = Batch(engine, Capacity.of(spec), drafter, PrefixCache(MEMORY, drafts))
+            clock: Any = ProcessorClock()
+            real = Replica(batch, clock, partial(getattr, clock, "now"))
+            real.run(given)
+            measured = load_of([real])
+            assert measured is not None
+            # other work on the machine slows calls down, in turns: those before and after the run count
+            times = _mean(before, after := measure(engine, spec, repeats=5, clock=time.thread_time))
+            before = after
+            paper = Replica.of(
+                replace(spec.serving, batch_sizes=SIZES), served.plan, times,
+                acceptance=measured.acceptance_length if drafts else None, cache_memory=MEMORY,
+            )  # fmt: skip
+            paper.run(given)
+            said = load_of([paper])
+            assert said is not None
+            yield _checked(rate, drafts, "the engine", measured)
+            yield _checked(rate, drafts, "simulated", said)
+            yield _ratio(rate, drafts, said, measured)
+
+
+def _mean(one: MeasuredTimes, other: MeasuredTimes) -> MeasuredTimes:
+    calls = {
+        name: tuple(
+            (context, (seconds + more) / 2)
+            for (context, seconds), (_, more) in zip(points, other.calls[name], strict=True)
+        )
+        for name, points in one.calls.items()
+    }
+    draw = (one.draw_seconds + other.draw_seconds) / 2
+    return MeasuredTimes(calls, draw, (one.copy_bytes_per_second + other.copy_bytes_per_second) / 2)
+
+
+def _real(request: Request) -> Request:
+    """Return a request with tokens of a vocabulary of bytes: what prompts have in common stays."""
+    return replace(request, prompt=tuple((token * 2654435761 >> 7) % 251 for token in request.prompt))
+
+
+def _figures(load: Load) -> list[float]:
+    first, token = load.first_token, load.token
+    return [load.tokens_per_second, first.p50, first.p90, token.p50, token.p90, load.found, load.running]
+
+
+def _checked(rate: float, drafts: bool, of: str, load: Load) -> str:
+    cells = [f"{value:.2f}" for value in _figures(load)]
+    return f"| {rate:.2f} | {'yes' if drafts else 'no'} | {of} | {' | '.join(cells)} |"
+
+
+def _ratio(rate: float, drafts: bool, said: Load, measured: Load) -> str:
+    pairs = zip(_figures(said), _figures(measured), strict=True)
+    cells = [f"{a / b:.3f}" if b else "" for a, b in pairs]
+    return f"| {rate:.2f} | {'yes' if drafts else 'no'} | **ratio** | {' | '.join(cells)} |"
+
+
+SERVICE = (
+    "model",
+    "card",
+    "cards a replica",
+    "replicas",
+    "cards",
+    "tokens/s",
+    "first token, s: p50",
+    "p99",
+    "a token, ms: p50",
+    "p99",
+    "GPU-seconds a M tokens",
+    "kJ a M tokens",
+)
+
+
+def _services() -> Iterator[str]:
+    """Yield what a service of 100 requests a second takes, of each model on each card."""
+    yield (
+        "\n100 requests a second, prompts lognormal:1000,8000, answers exponential:400; 99 of 100 get their first token"
+        " in 5 s and further ones in 100 ms. Batches of 1, 8, 16 and 32, chunks of 1,024, 16,384 tokens a"
+        " request. Super and Ultra draft 3 tokens, of which a round gives 3.45; Nano has no drafter.\n"
+    )
+    yield f"| {' | '.join(SERVICE)} |"
+    yield f"|{'---|' * 2}{'---:|' * (len(SERVICE) - 2)}"
+    settings = ("serving.batch_sizes=[1, 8, 16, 32]", "serving.prefill_chunk=1024", "serving.max_seq_len=16384")
+    for name, card in itertools.product(("nano", "super", "ultra"), CARDS):
+        done = simulate(
+            name, gpu=card, rate=100.0, prompt_tokens="lognormal:1000,8000", output_tokens="exponential:400",
+            acceptance=None if name == "nano" else 3.45, first_token=5000, token=100, requests=200, set=settings,
+        )  # fmt: skip
+        yield _service(name, card, done)
+
+
+def _service(name: str, card: str, done: Simulated) -> str:
+    if not done.kept:
+        return f"| {name} | {card} | {done.cards} | none keeps it |{' |' * (len(SERVICE) - 4)}"
+    load = done.load
+    cells = (
+        f"{done.cards} | {done.replicas} | {done.cards * done.replicas:,} | {done.tokens_per_second:,.0f}",
+        f"{load.first_token.p50 / 1000:.2f} | {load.first_token.p99 / 1000:.2f}",
+        f"{load.token.p50:.1f} | {load.token.p99:.1f} | {done.gpu_seconds:,.0f} | {(done.joules or 0) / 1000:,.0f}",
+    )
+    return f"| {name} | {card} | {' | '.join(cells)} |"
+
+
+ROUND = ("model", "card", "batch", "context", "a token, ms", "a round, ms", "pays from", "at 3.45, ms", "times faster")
+
+
+def _drafts() -> Iterator[str]:
+    """Yield what a round with drafts costs beside a token without, by model, batch and context."""
+    yield "\nA token without drafts, and a round with three: it pays from so many tokens a round on.\n"
+    yield f"| {' | '.join(ROUND)} |"
+    yield f"|{'---|' * 2}{'---:|' * (len(ROUND) - 2)}"
+    for name, card in (("super", "RTX PRO 6000"), ("super", "B200"), ("ultra", "B200")):
+        spec, _ = loaded(spec_file(name), ("serving.max_seq_len=1048576",))
+        kernels = KernelTimes(serve(spec).program, GPUS[card], spec.model.vocab_size)
+        for batch, context in itertools.product((1, 8, 32), CONTEXTS):
+            token = kernels.call("decode", batch, context) + batch * kernels.draw()
+            drafted = 3 * kernels.call("draft", batch, context) + kernels.call("verify", batch, context)
+            round_ = drafted + batch * (3 + 3.45) * kernels.draw()
+            times = f"{token * 1e3:.1f} | {round_ * 1e3:.1f} | {round_ / token:.2f} | {round_ / 3.45 * 1e3:.1f}"
+            yield f"| {name} | {card} | {batch} | {context:,} | {times} | {3.45 * token / round_:.2f} |"

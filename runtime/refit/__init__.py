@@ -1,0 +1,1 @@
+"""Weights that a trainer pushes into a running engine: received in chunks, checked, and taken all at once."""

@@ -1,0 +1,100 @@
+"""uvicorn around the application: it ends as asked, answering what it has taken."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+from collections.abc import Callable, Generator
+
+import uvicorn
+
+from .app import create_app
+from .served_model import ServedModel
+
+SWITCH_SECONDS = 5e-4
+"""How long the engine's thread may keep Python to itself; with the usual 5 ms the event loop lags as much."""
+
+
+class HttpServer:
+    """Serves a model at an address until `end` is called, or SIGTERM or SIGINT comes to the main thread."""
+
+    def __init__(self, served: ServedModel, host: str, port: int, *, grace: float, access_log: bool = False) -> None:
+        self.served, self.grace = served, grace
+        self.socket = _bound(host, port)
+        config = uvicorn.Config(
+            create_app(served),
+            access_log=access_log,
+            log_level="warning" if not access_log else "info",
+            lifespan="off",
+            server_header=False,
+            date_header=False,
+        )
+        self._server = _Server(config)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def url(self) -> str:
+        """The base of the interface, as clients want it."""
+        host, port = self.socket.getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def run(self, ready: Callable[[], None] = lambda: None) -> None:
+        """Serve, and close the model at the end. `ready` is called before the first request is taken."""
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_SECONDS)
+        try:
+            asyncio.run(self._serve(ready))
+        finally:
+            sys.setswitchinterval(before)
+            self.served.close()
+
+    def end(self) -> None:
+        """Take nothing new, give running requests the grace time, and return from `run`. From any thread."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # it has ended
+                self._loop.call_soon_threadsafe(self._end)
+
+    async def _serve(self, ready: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):  # not the main thread; Windows
+                self._loop.add_signal_handler(number, self._end)
+        ready()
+        await self._server.serve(sockets=[self.socket])
+
+    def _end(self) -> None:
+        """End; asked a second time, at once."""
+        assert self._loop is not None
+        grace = 0.0 if self.served.service.draining else self.grace
+        self.served.service.drain()
+        self._server.should_exit = True
+        self._loop.call_later(grace, self.served.service.end_all)
+        self._loop.call_later(grace + 5, self._force)  # clients that do not read
+
+    def _force(self) -> None:
+        self._server.force_exit = True
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to `HttpServer`."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        yield
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """Return a socket that listens; OSError where the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(2048)
+    except BaseException:
+        listening.close()
+        raise
+    return listening

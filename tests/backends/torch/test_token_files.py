@@ -1,0 +1,79 @@
+"""Files of tokens at the bounds of what `train.py` reads."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import sqlite3
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.orc as orc
+import pytest
+import torch
+from safetensors.torch import save
+
+from .data_files import program
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with program(tmp_path_factory.mktemp("train")) as modules:
+        yield modules
+
+
+@pytest.mark.parametrize(("length", "read"), [(10_000, True), (10_001, False)])
+def test_the_longest_header_of_npy(train: Any, tmp_path: Path, length: int, read: bool) -> None:
+    """As numpy has it: 10,000 bytes, of which most may be spaces."""
+    header = b"{'descr': '<u2', 'fortran_order': False, 'shape': (3,)}".ljust(length)
+    path = tmp_path / "tokens.npy"
+    path.write_bytes(b"\x93NUMPY\x01\x00" + length.to_bytes(2, "little") + header + b"\1\0\2\0\3\0")
+    if read:
+        assert train.token_files.npy_header(path)[0] == 10 + length
+        return
+    with pytest.raises(train.settings.TrainError, match=r"is no \.npy file of .*, \[T\] or rows \[N, T\]$"):
+        train.token_files.npy_header(path)
+
+
+def sqlite(path: Path) -> None:
+    database = sqlite3.connect(path)
+    database.execute("create table t (x)")
+    database.close()
+
+
+def tar(path: Path) -> None:
+    with tarfile.open(path, "w") as archive:
+        archive.addfile(tarfile.TarInfo("a"), io.BytesIO())
+
+
+def zipped(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a", "b")
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "a gzip archive": lambda path: path.write_bytes(gzip.compress(b"text")),
+    "a bzip2 archive": lambda path: path.write_bytes(bz2.compress(b"text")),
+    "an xz archive": lambda path: path.write_bytes(lzma.compress(b"text")),
+    "a zstd archive": lambda path: path.write_bytes(pa.compress(b"text", codec="zstd", asbytes=True)),
+    "a zip archive": zipped,
+    "a tar archive": tar,
+    "an SQLite file": sqlite,
+    "a safetensors file": lambda path: path.write_bytes(save({"x": torch.ones(3)})),
+    "an ORC file": lambda path: orc.write_table(pa.table({"x": [1]}), path),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_what_is_no_text_is_told_by_what_others_wrote(train: Any, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "data.txt"
+    WRITERS[kind](path)
+    settings = train.settings.Settings(data=str(path), out="o", steps=1)
+    with pytest.raises(train.settings.TrainError, match=f"is {kind}, and no text"):
+        train.file_kinds.find(path, settings)

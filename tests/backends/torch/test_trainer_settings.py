@@ -1,0 +1,222 @@
+"""What the files for Megatron-Bridge and torchtitan ask of these is what train.py does: read with stand-ins for both.
+
+Whether they accept it, their own code tells: test_megatron.py, test_torchtitan.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from n3c.specs.load import load_spec
+from n3c.specs.schema import Spec
+from support.specs import SPECS
+from support.stand_ins import stand_ins
+
+from .generated import imported, write_generated
+
+
+@pytest.fixture(scope="module")
+def spec() -> Spec:
+    """A spec with numbers of its own, and NVFP4 in training."""
+    spec = load_spec(SPECS / "tiny.toml")[0]
+    assert spec.training is not None and spec.training.format == "nvfp4"
+    return spec
+
+
+@pytest.fixture(scope="module")
+def train(spec: Spec, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """The modules of train.py, and those for the other trainers: `adapter`, `recipe`, `provider`."""
+    folder = tmp_path_factory.mktemp("trainers")
+    write_generated(spec, folder)
+    with imported(folder) as modules, stand_ins("torchtitan", "megatron"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "set_timeout", None, raising=False)
+        modules.adapter = importlib.import_module("torchtitan_adapter")
+        patch.setattr(modules.adapter, "IGNORE_INDEX", -100)
+        modules.recipe = importlib.import_module("megatron_recipe")
+        patch.setattr(modules.recipe.RecipeConfig, "from_config_dict", dict, raising=False)
+        modules.provider = importlib.import_module("megatron_provider")
+        yield modules
+        for name in ("torchtitan_adapter", "megatron_recipe", "megatron_provider"):
+            del sys.modules[name]
+
+
+def defaults(train: SimpleNamespace) -> Any:
+    return train.settings.Settings(data="d", out="o", steps=1000)
+
+
+def test_megatron_trains_as_train_py(train: SimpleNamespace) -> None:
+    """Rates, schedule, decay and clipping; Megatron counts in steps what train.py has as parts."""
+    ours, steps = defaults(train), 1000
+    theirs = train.recipe.pretrain_config(seq_length=512, stages=1, steps=steps)
+    optimizer, scheduler = theirs.optimizer, theirs.scheduler
+    assert (optimizer.lr, optimizer.min_lr) == pytest.approx((ours.lr, ours.lr * ours.final_lr))
+    assert (optimizer.adam_beta1, optimizer.adam_beta2) == (ours.beta1, ours.beta2)
+    assert (optimizer.weight_decay, optimizer.clip_grad) == (ours.weight_decay, ours.clip)
+    assert scheduler.start_weight_decay == scheduler.end_weight_decay == ours.weight_decay
+    assert (scheduler.lr_decay_style, scheduler.lr_wsd_decay_style) == (ours.schedule.upper(), "minus_sqrt")
+    assert scheduler.lr_warmup_iters == ours.warmup * steps
+    assert scheduler.lr_wsd_decay_iters == ours.decay * steps
+    assert scheduler.lr_decay_iters == theirs.train.train_iters == steps
+    assert theirs.dataset.seq_length == theirs.model.seq_length == 512
+    assert theirs.train.global_batch_size % theirs.train.micro_batch_size == 0
+    assert theirs.ddp.average_in_collective is False  # the loss is a mean over the tokens of all processes
+    assert theirs.model.calculate_per_token_loss is True
+
+
+def test_megatron_begins_on_one_gpu(train: SimpleNamespace) -> None:
+    model = train.recipe.pretrain_config(stages=1).model
+    names = [name for name in vars(model) if name.endswith("_model_parallel_size") or name == "context_parallel_size"]
+    assert len(names) == 4 and all(getattr(model, name) == 1 for name in names)
+    assert model.expert_tensor_parallel_size == 1 and model.sequence_parallel is False
+
+
+def test_megatron_rounds_as_the_spec_says(train: SimpleNamespace, spec: Spec) -> None:
+    """Two-dimensional blocks, random Hadamard transforms and stochastic rounding are not disabled."""
+    assert spec.training is not None and spec.training.block == (16, 16)
+    assert train.recipe.pretrain_config().env_vars == {
+        "NVTE_NVFP4_DISABLE_RHT": 0,
+        "NVTE_NVFP4_DISABLE_STOCHASTIC_ROUNDING": 0,
+        "NVTE_NVFP4_DISABLE_2D_QUANTIZATION": 0,
+    }
+    model = train.recipe.pretrain_config().model
+    assert model.moe_router_padding_for_quantization is True
+    matchers = model.quant_recipe["matchers"].values()
+    assert matchers and all(matcher["enabled"] and matcher["type"] == "glob" for matcher in matchers)
+    assert {matcher["config"] for matcher in matchers} <= set(model.quant_recipe["configs"])
+
+
+def test_megatron_rounds_rows(spec: Spec, tmp_path: Path) -> None:
+    assert spec.training is not None
+    write_generated(replace(spec, training=replace(spec.training, block=(1, 16))), tmp_path)
+    assert '"NVTE_NVFP4_DISABLE_2D_QUANTIZATION": 1,' in (tmp_path / "megatron_recipe.py").read_text()
+
+
+def test_megatron_has_the_model(train: SimpleNamespace, spec: Spec) -> None:
+    """The routers' bias and balance as train.py has them, no dropout, no biases, one set of MTP weights."""
+    ours, model = defaults(train), train.provider.provider(512)
+    assert spec.moe is not None and spec.mtp is not None
+    assert (model.moe_router_bias_update_rate, model.moe_aux_loss_coeff) == (ours.bias_rate, ours.balance)
+    assert model.moe_router_enable_expert_bias is True and model.moe_grouped_gemm is True
+    assert (model.hidden_dropout, model.attention_dropout) == (0, 0)
+    assert model.add_bias_linear is model.gated_linear_unit is model.apply_rope_fusion is False
+    assert model.attention_softmax_in_fp32 is model.apply_query_key_layer_scaling is False
+    assert model.moe_shared_expert_overlap is False and model.moe_permute_fusion is True
+    assert model.is_hybrid_model is model.bf16 is model.mtp_use_repeated_layer is True
+    assert (model.init_method_std, model.layernorm_epsilon) == (spec.model.initializer_range, spec.model.norm_eps)
+    assert (model.mtp_num_layers, model.mtp_loss_scaling_factor) == (spec.mtp.depth, spec.mtp.loss_scaling_factor)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_megatron_is_cut_evenly(train: SimpleNamespace, spec: Spec, stages: int) -> None:
+    """Into stages that differ by at most one layer, in the order of the layers."""
+    if stages == train.provider.STAGES:
+        assert train.provider.provider(512, stages).hybrid_layer_pattern == train.provider.PATTERN
+    main, *steps = train.provider.cut(stages).split("/")
+    parts = main.split("|")
+    assert "".join(parts) == spec.model.pattern.symbols and len(parts) == stages
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert spec.mtp is not None and steps == [spec.mtp.pattern.symbols] * spec.mtp.depth
+
+
+def test_torchtitan_trains_as_train_py(train: SimpleNamespace) -> None:
+    ours, theirs = defaults(train), train.adapter.pretrain()
+    plain, others = theirs.optimizer.param_groups
+    for group, decay in ((plain, 0.0), (others, ours.weight_decay)):
+        assert group.optimizer_kwargs == {
+            "lr": ours.lr, "betas": (ours.beta1, ours.beta2), "eps": ours.eps, "weight_decay": decay
+        }  # fmt: skip
+    assert (theirs.lr_scheduler.decay_ratio, theirs.lr_scheduler.min_lr_factor) == (ours.decay, ours.final_lr)
+    assert theirs.lr_scheduler.warmup_steps == ours.warmup * 10_000  # steps that torchtitan trains by default
+    assert (theirs.training.local_batch_size, theirs.training.seq_len) == (ours.batch_size, ours.seq_len)
+    assert theirs.training.max_norm == ours.clip and theirs.training.disable_cuda_graphs is True
+    assert (theirs.checkpoint.enable, theirs.checkpoint.interval, theirs.checkpoint.keep_latest_k) == (
+        True, ours.save_every, ours.keep
+    )  # fmt: skip
+    assert theirs.model_spec.model.nvfp4 is False and train.adapter.pretrain_nvfp4().model_spec.model.nvfp4 is True
+
+
+def test_torchtitan_decays_what_train_py_decays(train: SimpleNamespace) -> None:
+    plain = re.compile(train.adapter.pretrain().optimizer.param_groups[0].pattern)
+    with torch.device("meta"):
+        model = train.model.Model()
+    settings = defaults(train)
+    groups = train.optimizer.build_optimizer(model, settings).param_groups
+    decayed = {id(parameter) for group in groups if group["weight_decay"] for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert bool(plain.search(name)) == (id(parameter) not in decayed), name
+
+
+@pytest.mark.parametrize(("seed", "taken"), [(7, 7), (None, 0)])
+def test_torchtitans_settings_are_taken_over(train: SimpleNamespace, seed: int | None, taken: int) -> None:
+    for dtype in ("bfloat16", "float32"):
+        model = train.adapter.TitanModel.Config()
+        given = SimpleNamespace(
+            debug=SimpleNamespace(seed=seed),
+            hf_assets_path="folder",
+            training=SimpleNamespace(mixed_precision_param=dtype),
+        )
+        model.update_from_config(config=given)
+        assert (model.seed, model.weights, model.bf16) == (taken, "folder", dtype == "bfloat16")
+
+
+def test_torchtitan_counts_as_train_py(train: SimpleNamespace) -> None:
+    """Parameters, and the FLOPs of a token from which train.py has its speed."""
+    with torch.device("meta"):
+        model = train.model.Model()
+    settings = replace(defaults(train), batch_size=1, seq_len=64)
+    speed = train.metrics.Metrics.speed(SimpleNamespace(settings=settings, peak=0), 64.0)
+    count, flops = train.adapter.TitanModel.Config().get_nparams_and_flops(model, 64)
+    assert count == sum(parameter.numel() for parameter in model.parameters())
+    assert flops == speed["flops_per_second"]  # one token a second
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchtitan_reads_train_pys_windows(train: SimpleNamespace, tmp_path: Path, rank: int) -> None:
+    """Two processes of two sequences: each has its rows of a batch, without targets at the ends of documents."""
+    data = tmp_path / "tokens.npy"
+    torch.manual_seed(0)
+    tokens = torch.randint(1, 90, (400,), dtype=torch.int32)
+    tokens[::10] = 0
+    importlib.import_module("numpy").save(data, tokens.numpy())
+    config = train.adapter.Data.Config(document_separator=0, val_fraction=0.1, token_cache=str(tmp_path))
+    config.dataset_path = str(data)
+    loader = train.adapter.Data(config, dp_world_size=2, dp_rank=rank, seq_len=20, local_batch_size=2)
+    windows = train.data.Windows(loader.windows.tokens, 0, 360, 20, defaults(train).seed)
+    assert loader.windows.per_epoch == windows.per_epoch
+    batches = iter(loader)
+    for step in range(3):
+        inputs, labels = next(batches)
+        for row in range(2):
+            ids = inputs["input"][row]
+            expected = windows.shuffled(4 * step + 2 * rank + row).ids
+            assert torch.equal(ids, expected)
+            for t in range(20):
+                ends = t == 19 or int(ids[t]) == 0
+                assert labels[row, t] == (train.adapter.IGNORE_INDEX if ends else ids[t + 1])
+        assert loader.state_dict() == {"sequences": 4 * (step + 1)}
+    again = train.adapter.Data(config, dp_world_size=2, dp_rank=rank, seq_len=20, local_batch_size=2)
+    again.load_state_dict({"sequences": 4})
+    repeated, _ = next(iter(again))
+    loader.load_state_dict({"sequences": 4})
+    assert torch.equal(repeated["input"], next(iter(loader))[0]["input"])
+
+
+def test_a_mean_over_all_tokens_for_torchtitan(train: SimpleNamespace) -> None:
+    """The loss of the labels' share of the step, with the routers' balance by its factor."""
+    loss = train.adapter.Loss(SimpleNamespace(balance=0.5))
+    out = SimpleNamespace(loss=torch.tensor(3.0), balance_loss=torch.tensor(2.0))
+    labels = torch.tensor([[1, 2, -100, 4]])
+    assert loss(out, labels)[0] == 4.0
+    assert loss(out, labels, torch.tensor(6))[0] == 2.0
+    assert loss(SimpleNamespace(loss=out.loss, balance_loss=None), labels)[0] == 3.0

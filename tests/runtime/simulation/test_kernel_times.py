@@ -1,0 +1,59 @@
+"""The times of ops on a card: against whole steps that were measured, and where audits are moved to other contexts."""
+
+from __future__ import annotations
+
+import pytest
+
+from n3c.backends.gpus import GPUS
+from n3c.passes.serving import serve
+from n3c.runtime.simulation.call_times import AuditedTimes
+from n3c.runtime.simulation.kernel_times import KernelTimes
+from n3c.specs.load import loaded
+from n3c.specs.shipped import spec_file
+
+LONG = ("serving.max_seq_len=131072", "serving.prefill_chunk=2048")
+WEIGHT_ONLY = ('serving.activations="weight_only"',)  # as the engine that was measured computes
+BF16 = ('quantization.format="bf16"', "quantization.rules=[]")
+
+
+def times(name: str, gpu: str, *overrides: str) -> KernelTimes:
+    spec, _ = loaded(spec_file(name), overrides)
+    return KernelTimes(serve(spec).program, GPUS[gpu], spec.model.vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "entry", "batch", "context", "measured_ms"),
+    [
+        (WEIGHT_ONLY, "decode", 1, 1024, 2.20),
+        (WEIGHT_ONLY, "decode", 1, 32768, 2.29),
+        (WEIGHT_ONLY, "decode", 8, 1024, 5.04),
+        (WEIGHT_ONLY, "decode", 8, 32768, 5.60),
+        (BF16, "decode", 1, 1024, 3.29),
+        (BF16, "decode", 1, 32768, 3.38),
+        (BF16, "prefill", 1, 2048, 55.0),
+    ],
+)
+def test_steps_of_nano_that_an_h100_was_measured_at(
+    overrides: tuple[str, ...], entry: str, batch: int, context: int, measured_ms: float
+) -> None:
+    """docs/hardware.md; no step is off by more than a fifth."""
+    found = times("nano", "H100 SXM", *LONG, *overrides).call(entry, batch, context)
+    assert found * 1e3 == pytest.approx(measured_ms, rel=0.2)
+
+
+def test_a_call_takes_longer_with_context_and_sequences() -> None:
+    super_ = times("super", "B200", *LONG)
+    for entry in ("decode", "verify", "draft", "prefill"):
+        assert super_.call(entry, 1, 2048) < super_.call(entry, 1, 131072)
+        assert super_.call(entry, 1, 2048) < super_.call(entry, 4, 2048)
+    assert super_.call("verify", 1, 4096) < 4 * super_.call("decode", 1, 4096)
+
+
+def test_an_audit_is_moved_to_the_context_of_the_call() -> None:
+    kernels = times("super", "B200", *LONG)
+    audited = AuditedTimes(kernels, {"decode.b1": 0.05, "prefill.b1": 0.3}, context=4096)
+    assert audited.call("decode", 1, 4096) == 0.05
+    further = kernels.call("decode", 1, 65536) - kernels.call("decode", 1, 4096)
+    assert audited.call("decode", 1, 65536) == pytest.approx(0.05 + further)
+    assert audited.call("prefill", 4, 4096) == pytest.approx(4 * 0.3)
+    assert audited.call("verify", 8, 4096) == kernels.call("verify", 8, 4096)
