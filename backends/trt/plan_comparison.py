@@ -12,26 +12,19 @@ import numpy as np
 _NAME = re.compile(rb"[\w.*+/-]{12,200}", re.ASCII)
 """What a tensor or a kernel is called in a plan."""
 _PIECE = 1 << 24
-LARGE = 1 << 24
-"""Bytes of a plan beyond which the builder was seen to write some records in another length."""
 
 
 def same_but_for_order(plan: Path, other: Path) -> bool:
     """Whether two plans have the same records, possibly in another order.
 
     TensorRT-RTX writes the table of a plan's tensors in another order in every process, and all else alike. Told by
-    size, names, and how often each byte occurs; which kernels are in a plan is what `audit.json` lists. A plan of
-    24 MB, with a Loop, was also seen a few bytes longer: of `LARGE` plans one part in 10,000 of the bytes, and one in
-    1,000 of the names, may differ. OSError where one cannot be read.
+    size, names, and how often each byte occurs; which kernels are in a plan is what `audit.json` lists. OSError where
+    one cannot be read.
     """
-    size, other_size = plan.stat().st_size, other.stat().st_size
-    slack = size // 10_000 if size > LARGE else 0
-    if abs(size - other_size) > slack:
+    if plan.stat().st_size != other.stat().st_size:
         return False
     (counts, names), (other_counts, other_names) = _content(plan), _content(other)
-    bytes_apart = sum(abs(one - another) for one, another in zip(counts, other_counts, strict=True))
-    names_apart = ((names - other_names) + (other_names - names)).total()
-    return bytes_apart <= slack and names_apart <= (names.total() // 1_000 if slack else 0)
+    return counts == other_counts and names == other_names
 
 
 def _content(plan: Path) -> tuple[list[int], Counter[bytes]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from support.command import n3c
+from support.command import PROGRAM, n3c
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,10 +26,10 @@ def test_the_first_spec_goes_all_the_way(tmp_path: Path, monkeypatch: pytest.Mon
     assert n3c("init", "my-model.toml").code == 0
     for words in commands:
         if words[0] == "n3c":
-            result = n3c(*words[1:])
-            assert result.code == 0, f"{' '.join(words)}\n{result.err}"
-            continue
-        few = [re.sub("^200$", "4", word) for word in words[1:]] + ["--batch-size", "2", "--seq-len", "64"]
-        done = subprocess.run([sys.executable, *few], capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr
+            program = [*PROGRAM, *words[1:]]  # TensorRT-RTX builds a loop otherwise a second time in one process
+        else:
+            few = [re.sub("^200$", "4", word) for word in words[1:]]
+            program = [sys.executable, *few, "--batch-size", "2", "--seq-len", "64"]
+        done = subprocess.run(program, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, f"{' '.join(words)}\n{done.stderr}"
     assert Path("build/my-model/trt/decode.b1.plan").is_file()
