@@ -6,11 +6,16 @@ import multiprocessing
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from multiprocessing.connection import Connection
+from contextlib import suppress
 from typing import Any
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 from n3c.runtime.generation.chat_template import ChatTemplate, Message
+
+if sys.platform == "win32":
+    from multiprocessing.connection import PipeConnection as Connection
+else:
+    from multiprocessing.connection import Connection
 
 
 class Renderer:
@@ -74,7 +79,8 @@ def _serve(pipe: Connection, template: ChatTemplate, memory: int) -> None:
     if sys.platform != "win32":
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        with suppress(ValueError, OSError):  # macOS refuses some limits; the one on time still holds
+            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     pipe.send(None)
     while True:
         try:
