@@ -18,7 +18,7 @@ READERS := .venv-oracles-readers
 RAY := .venv-oracles-ray
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test test-slow test-oracles test-readers test-browser test-ray docs fuzz mutants gpu check lint types golden bench ablations demo clean
+.PHONY: help venv build test test-slow test-oracles test-readers test-browser test-ray docs fuzz mutants gpu check lint types types-mypy types-win32 types-darwin types-pyright golden bench ablations demo clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -28,15 +28,15 @@ venv: $(STAMP) ## Create .venv with everything that build and test need.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "n3c needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[torch,trt,run,serve,auto,dev]'
+	$(BIN)/pip install --no-compile --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[torch,trt,run,serve,auto,dev]'
 	$(BIN)/python -m compileall -q backends compiler ir passes runtime specs
 	@touch $@
 
 build: venv ## Build SPEC (specs/super.toml) for TARGET (trt; or onnx, torch): decode plans, or those of ENTRY (all).
 	$(BIN)/n3c build $(SPEC) --target $(TARGET) $(if $(filter torch,$(TARGET))$(filter all,$(ENTRY)),,--entry $(ENTRY))
 
-test: venv ## Run the tests, JOBS (2) files at a time.
-	$(BIN)/pytest -q --numprocesses $(JOBS) --dist loadfile
+test: venv ## Run the tests, JOBS (2) files at a time, each with one thread: more would wait for each other.
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses $(JOBS) --dist loadfile
 
 test-slow: venv ## Run the full-size builds too (Super and Ultra, several minutes).
 	$(BIN)/pytest -q -m slow
@@ -106,9 +106,15 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 
-types: venv
+types: types-mypy types-win32 types-darwin types-pyright
+
+types-mypy: venv
 	$(BIN)/mypy
-	for platform in win32 darwin; do $(BIN)/mypy --platform $$platform --cache-dir .mypy_cache/$$platform typings/n3c || exit; done
+
+types-win32 types-darwin: types-%: venv
+	$(BIN)/mypy --platform $* --cache-dir .mypy_cache/$* typings/n3c
+
+types-pyright: venv
 	$(BIN)/pyright
 
 check: lint types test ## Lint, types, import layers and tests: what every commit passes.
