@@ -11,5 +11,6 @@ BENCHMARKS = {
     "quantize": "benchmarks.quantize",
     "auto_quantize": "benchmarks.auto_quantize",
     "distillation": "benchmarks.distillation",
+    "agreement": "benchmarks.agreement",
 }
 """Name → module, imported when it is to run."""
