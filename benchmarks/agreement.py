@@ -183,7 +183,7 @@ def _chunks(models: Sequence[Model], ids: list[int]) -> Iterator[str]:
     yield f"| format | activations | largest logit |{''.join(f' chunks of {chunk:,} |' for chunk in CHUNKS)}"
     yield f"|---|---|---:|{'---:|' * len(CHUNKS)}"
     ids, end = [*ids, *ids[:21]], len(ids)
-    models = [model.serving(max_seq_len=len(ids)) for model in models]
+    models = [model.serving(max_seq_len=max(len(ids), *CHUNKS)) for model in models]
     for model in _both_ways(models):
         slow = token_by_token(model.engine(), ids)
         cells = [largest_difference(slow, _read(model.serving(prefill_chunk=c).engine(), ids, end)) for c in CHUNKS]
