@@ -21,7 +21,6 @@ from n3c.passes.serving import serve
 from support.progress import Recorded
 from support.specs import QUANTIZED, small_spec
 
-
 LIBRARY = 8_192_000
 """Bytes of scratch that the builder sets aside, once a plan, for kernels of its library (type `gemm`): FP8 products."""
 
