@@ -18,7 +18,7 @@ from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.compiler import quantize
 from n3c.ir.formats import FORMATS
 from n3c.passes.serving import serve
-from n3c.runtime.engines.interface import Engine
+from n3c.runtime.engines.interface import Array, Engine
 from n3c.runtime.engines.onnxruntime.open import cpu_engine
 from n3c.runtime.engines.reference.engine import ReferenceEngine
 from n3c.runtime.generation.capacity import Capacity
@@ -27,7 +27,17 @@ from n3c.specs.load import load_spec
 from n3c.specs.schema import Quantization, Rule, Spec
 
 from .distillation import KEPT
-from .roads import Parting, by_verification, continued, in_chunks, largest_difference, partings, token_by_token
+from .roads import (
+    Note,
+    Parting,
+    by_verification,
+    continued,
+    in_chunks,
+    largest_difference,
+    partings,
+    token_by_token,
+    unheard,
+)
 from .roundings import Roundings
 from .trained import prepare, train
 
@@ -200,9 +210,8 @@ def _chunks(models: Sequence[Model], ids: list[int]) -> Iterator[str]:
             yield from _tipped(model, ids, end)
 
 
-def _read(engine: Engine, ids: list[int], end: int, roundings: Roundings | None = None) -> dict[int, np.ndarray]:
-    note = {} if roundings is None else {"note": roundings.at}
-    return {**in_chunks(engine, ids[:end], **note), **token_by_token(engine, ids, end, **note)}
+def _read(engine: Engine, ids: list[int], end: int, note: Note = unheard) -> dict[int, Array]:
+    return {**in_chunks(engine, ids[:end], note), **token_by_token(engine, ids, end, note)}
 
 
 def _tipped(model: Model, ids: list[int], end: int) -> Iterator[str]:
@@ -211,8 +220,8 @@ def _tipped(model: Model, ids: list[int], end: int) -> Iterator[str]:
     for chunk in CHUNKS:
         chunked = model.serving(prefill_chunk=chunk)
         own, alike = Roundings(len(ids)), Roundings(len(ids), given=first)
-        _read(chunked.reference(own), ids, end, own)
-        rest = largest_difference(slow, _read(chunked.reference(alike), ids, end, alike))
+        _read(chunked.reference(own), ids, end, own.at)
+        rest = largest_difference(slow, _read(chunked.reference(alike), ids, end, alike.at))
         yield (
             f"| {model.format} | {chunk:,} | {own.share_of(first):.1e} | {own.choices_apart(first)} of {len(ids)} |"
             f" {alike.tipped} of {alike.rounded:,} | {alike.tipped / alike.rounded:.1e} | {rest:.1e} |"
