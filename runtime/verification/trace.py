@@ -88,9 +88,9 @@ def _difference(point: str, reference: Array, other: Array, base: Array | None, 
     apart = np.abs(other - reference)
     size = _size(reference)
     index = np.unravel_index(int(apart.argmax()), apart.shape) if apart.size else ()
-    tokens = np.sqrt(np.square(apart).mean(-1)) if base is not None else np.zeros(1)
+    tokens: Array = np.sqrt(np.square(apart).mean(-1)) if base is not None else np.zeros(1)
     typical = float(np.median(tokens)) if tokens.size >= TOKENS else 0.0
-    if doubtful is not None:
+    if doubtful is not None and base is not None:
         typical = max(typical, _size(np.where(doubtful[:, -tokens.shape[1] :], 0, tokens)))
     share = _size(reference - base) / size if base is not None and base.shape == reference.shape and size > 0 else 1.0
     largest = float(apart.max(initial=0.0))
