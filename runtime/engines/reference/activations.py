@@ -38,8 +38,8 @@ def _in_e2m1(blocks: Tensor, step: Tensor) -> Tensor:
 def can_tip(x: Tensor, distance: Tensor, format: str) -> Tensor:
     """Return where numbers up to `distance` from x [..., K] may be rounded otherwise than x; zeros count as exact."""
     if format == "fp8":
-        differ: Tensor = in_fp8(x - distance) != in_fp8(x + distance)
-        return differ & (x != 0)
+        differ: Tensor = (in_fp8(x - distance) != in_fp8(x + distance)) & (x != 0)
+        return differ
     blocks, near = x.unflatten(-1, (-1, NVFP4_BLOCK)), distance.expand_as(x).unflatten(-1, (-1, NVFP4_BLOCK))
     largest, nearest = blocks.abs().amax(-1, keepdim=True), near.amax(-1, keepdim=True)
     low, high = (in_fp8(peak / E2M1_MAX) for peak in (largest - nearest, largest + nearest))
