@@ -38,13 +38,13 @@ def _in_e2m1(blocks: Tensor, step: Tensor) -> Tensor:
 def can_tip(x: Tensor, distance: Tensor, format: str) -> Tensor:
     """Return where numbers up to `distance` from x [..., K] may be rounded otherwise than x; zeros count as exact."""
     if format == "fp8":
-        differ: Tensor = (in_fp8(x - distance) != in_fp8(x + distance)) & (x != 0)
-        return differ
+        return (in_fp8(x - distance) != in_fp8(x + distance)) & (x != 0)
     blocks, near = x.unflatten(-1, (-1, NVFP4_BLOCK)), distance.expand_as(x).unflatten(-1, (-1, NVFP4_BLOCK))
     largest, nearest = blocks.abs().amax(-1, keepdim=True), near.amax(-1, keepdim=True)
     low, high = (in_fp8(peak / E2M1_MAX) for peak in (largest - nearest, largest + nearest))
-    tips = (low != high) | (_in_e2m1(blocks - near, low) != _in_e2m1(blocks + near, low))
-    return (tips & (blocks != 0)).flatten(-2)
+    tips: Tensor = (low != high) | (_in_e2m1(blocks - near, low) != _in_e2m1(blocks + near, low))
+    tips &= blocks != 0
+    return tips.flatten(-2)
 
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"fp8": in_fp8, "nvfp4": in_nvfp4}
