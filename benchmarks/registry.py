@@ -7,6 +7,8 @@ BENCHMARKS = {
     "engines": "benchmarks.engines",
     "torch": "benchmarks.torch_model",
     "sampling": "benchmarks.sampling",
+    "load": "benchmarks.load",
+    "rounds": "benchmarks.rounds",
     "simulation": "benchmarks.simulation",
     "quantize": "benchmarks.quantize",
     "auto_quantize": "benchmarks.auto_quantize",
