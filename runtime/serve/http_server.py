@@ -18,6 +18,9 @@ from .served_model import ServedModel
 SWITCH_SECONDS = 5e-4
 """How long the engine's thread may keep Python to itself; with the usual 5 ms the event loop lags as much."""
 
+LINGER_SECONDS = 5.0
+"""How long after the grace time a client may still read its answer, and a trainer send its weights."""
+
 
 class HttpServer:
     """Serves a model at an address until `end` is called, SIGTERM or SIGINT comes to the main thread, or it fails."""
@@ -86,7 +89,7 @@ class HttpServer:
         self.served.service.drain()
         self._server.should_exit = True
         self._loop.call_later(grace, self.served.service.end_all)
-        self._loop.call_later(grace + 5, self._force)  # clients that do not read
+        self._loop.call_later(grace + LINGER_SECONDS, self._force)
 
     def _force(self) -> None:
         self._server.force_exit = True

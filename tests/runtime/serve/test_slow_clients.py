@@ -107,7 +107,7 @@ def test_a_body_of_a_request_that_is_refused(connection: socket.socket) -> None:
 
 def test_an_answer_that_nobody_reads(server: HttpServer) -> None:
     """The connection is broken off; the answer that waits for it does not stay in memory."""
-    body = json.dumps({"model": "small", "prompt": "x", "max_tokens": 4000, "n": 16, "stream": True, "logprobs": 20})
+    body = json.dumps({"model": "small", "prompt": "x", "max_tokens": 1500, "n": 4, "stream": True, "logprobs": 20})
     with socket.socket() as connection:
         connection.settimeout(WAIT)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)

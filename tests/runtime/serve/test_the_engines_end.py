@@ -162,6 +162,8 @@ def test_a_resume_ends_a_pause_that_waits(served: ServedModel) -> None:
     """Whoever asked for it may be gone: it must not come true later."""
     service = served.service
     _, ended = started(service)
+    while not service.scheduler.running:
+        pass
     pool = ThreadPoolExecutor(1)
     waiting = pool.submit(service.pause, finish=True)
     while service.scheduler.admits:
