@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 from n3c.compiler import build
 from n3c.passes.lower.model import lower
 from n3c.runtime.generation import sequence
+from n3c.runtime.generation.distribution import Distribution
 from n3c.runtime.generation.sequence import Running
 from n3c.runtime.generation.text import GrowingText
 from n3c.runtime.serve.http_server import HttpServer
@@ -111,6 +112,7 @@ def _measured(work: Path, drafts: bool, answers: str, more: str, tokens: int) ->
     with ExitStack() as patches:
         for owner, name, part in (
             (Running, "choice", "choosing"),
+            (Distribution, "draw", "choosing"),
             (sequence, "token_logprobs", "choosing"),
             (GrowingText, "feed", "text"),
             (Scheduler, "step", "scheduling"),

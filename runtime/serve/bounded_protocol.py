@@ -26,7 +26,7 @@ def bounded_protocol(limits: Limits) -> type[H11Protocol]:
         """Runs while the client reads less than the answer has."""
         _begun = False
 
-        def connection_made(self, transport: asyncio.Transport) -> None:
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
             super().connection_made(transport)
             self._watch()
 

@@ -118,6 +118,7 @@ def serve() -> None:
     print("[null, null]", flush=True)
     for line in sys.stdin:
         messages, variables = json.loads(line)
+        answer: tuple[str | None, str | None]
         try:
             answer = (template.render(messages, variables), None)
         except N3CError as error:

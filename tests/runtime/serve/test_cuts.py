@@ -188,3 +188,22 @@ def test_what_runs_is_finished_within_the_grace(built: Path) -> None:
         while piece := connection.recv(65536):
             told += piece
     assert told.rstrip().endswith(b"0") and b"data: [DONE]" in told
+
+
+def test_comments_come_where_no_event_does(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("n3c.runtime.serve.streaming.PING_SECONDS", 0.05)
+    with listening(slow_served(built)) as server:
+        service = server.served.service
+        service.pause()
+        connection = socket.create_connection(server.socket.getsockname()[:2], WAIT)
+        connection.sendall(request("/v1/completions", stream=True, tokens=3))
+        seen = b""
+        while seen.count(b": ping\n\n") < 2:
+            seen += (piece := connection.recv(65536))
+            assert piece
+        assert b"data: " not in seen
+        service.resume()
+        while b"data: [DONE]\n\n" not in seen:
+            seen += (piece := connection.recv(65536))
+            assert piece
+        connection.close()
