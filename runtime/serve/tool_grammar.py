@@ -80,13 +80,11 @@ def _tag(token: int | None, text: str) -> str:
 
 def _function(rule: str, name: str, schema: Mapping[str, Any]) -> Iterator[str]:
     _require_known(name, schema, _OF_OBJECTS)
-    properties: dict[str, Any] = dict(schema.get("properties") or {})
-    required = schema.get("required") or ()
-    if schema.get("type", "object") != "object" or not _is_names(required):
+    given, required = schema.get("properties") or {}, schema.get("required") or ()
+    if schema.get("type", "object") != "object" or not isinstance(given, dict) or not _is_names(required):
         raise _refused(name, "it is no schema of an object")
-    for missing in required:
-        if missing not in properties:
-            properties[missing] = schema.get("additionalProperties", True)
+    others = {each: schema.get("additionalProperties", True) for each in required if each not in given}
+    properties: dict[str, Any] = {**given, **others}
     uses: list[str] = []
     for index, (parameter, value) in enumerate(properties.items()):
         if not parameter or any(letter.isspace() or letter == ">" for letter in parameter):
@@ -110,17 +108,22 @@ def _parameter(rule: str, place: str, name: str, schema: Any, root: Mapping[str,
 def _text(place: str, schema: Mapping[str, Any]) -> str:
     """Return a terminal of the texts of a schema that a parameter can hold."""
     _require_known(place, schema, _OF_TEXTS)
-    listed = [schema["const"]] if "const" in schema else schema.get("enum")
-    if listed is not None:
-        texts = [each for each in listed if isinstance(each, str)]
-        if not texts or any("</parameter>" in text for text in texts):
-            raise _refused(place, "it has no text that a parameter can hold")
-        return " | ".join(map(_quoted, texts))
+    lists = [*([[schema["const"]]] if "const" in schema else []), *([schema["enum"]] if "enum" in schema else [])]
+    parts = [f"({' | '.join(map(_quoted, _writable(place, each)))})" for each in lists]
     least, most = (_length(place, schema.get(key, default)) for key, default in (("minLength", 0), ("maxLength", None)))
-    parts = [f"/(?s:.{{{least},{most}}})/"]
+    parts.append(f"/(?s:.{{{least},{most}}})/")
     if "pattern" in schema:
         parts.append(_pattern(place, schema["pattern"]))
     return " & ".join((*parts, _CLOSED))
+
+
+def _writable(place: str, given: object) -> list[str]:
+    """Return the texts of a list that a parameter can hold."""
+    listed = cast("list[object]", given) if isinstance(given, list) else []
+    texts = [each for each in listed if isinstance(each, str) and "</parameter>" not in each]
+    if not texts:
+        raise _refused(place, "it has no text that a parameter can hold")
+    return texts
 
 
 def _length(place: str, length: object) -> str:

@@ -168,7 +168,9 @@ def of(**properties: Any) -> dict[str, Any]:
         (of(a={"type": "string", "pattern": "^a|b"}), "`|` beside"),
         (of(a={"type": "string", "pattern": 3}), "no pattern"),
         (of(a={"type": "string", "not": {}}), "`not`"),
+        (of(a={"type": "string", "enum": "ab"}), "no text"),
         ({"required": [3]}, "no schema of an object"),
+        ({"properties": 3}, "no schema of an object"),
     ],
 )
 def test_schemas_that_no_call_can_be_held_to(schema: dict[str, Any], reason: str) -> None:
@@ -190,7 +192,7 @@ HARD = {
         slashes={"type": "string", "pattern": r"^a/[b\/|]{1,3}\\$"},
         found={"type": "string", "pattern": "b|cd", "maxLength": 8},
         union={"anyOf": [{"type": "string", "maxLength": 3}, {"type": "null"}]},
-        quoted={"type": "string", "enum": ['"', "a\nb", "ü", "\\"]},
+        quoted={"type": "string", "enum": ['"', "a\nb", "ü", "\\", "longer"], "maxLength": 3},
         any={"enum": [1, "</parameter>", {"</tool_call>": None}]},
     )
 }
