@@ -95,7 +95,7 @@ ASKED: dict[str, Callable[[Service], Any]] = {
     "pause": lambda service: service.pause(),
     "pause that waits": lambda service: service.pause(finish=True),
     "call": lambda service: service.call(lambda: 3),
-    "submit": lambda service: service.submit([Work((5, 6), ENDLESS)], lambda *_: None),
+    "submit": lambda service: started(service),
 }
 
 
@@ -131,21 +131,16 @@ def test_who_waits_already_is_told(served: ServedModel, name: str, stopped: bool
     pool = ThreadPoolExecutor(4)
     holding = pool.submit(service.call, held)
     assert entered.wait(WAIT)
-    if stopped:
-        stopping = pool.submit(service.stop)
-        while not service.draining:
-            pass
-    else:
-        kill(service)
+    stopping = pool.submit(service.stop) if stopped else pool.submit(kill, service)
+    while stopped and not service.draining:
+        pass
     waiting = pool.submit(ASKED[name], service)
     go_on.set()
     result = waiting.exception(WAIT)
     # what was asked for before the thread died may have been done
     assert isinstance(result, (DrainingError if stopped else N3CError, type(None)))
     assert result is not None or stopped or name == "call"
-    assert holding.exception(WAIT) is None and ended.wait(WAIT)
-    if stopped:
-        assert stopping.exception(WAIT) is None
+    assert holding.exception(WAIT) is stopping.exception(WAIT) is None and ended.wait(WAIT)
     pool.shutdown()
 
 

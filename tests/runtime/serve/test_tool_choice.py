@@ -106,7 +106,7 @@ def test_a_call_is_made(client: OpenAI, choice: Any, temperature: float) -> None
 
 
 def test_the_same_as_a_stream_and_without_drafts(client: OpenAI, folder: Path, tokenizer: Tokenizer) -> None:
-    arguments = {**ASKED, "tool_choice": "required", "parallel_tool_calls": False, "temperature": 1.0}
+    arguments: dict[str, Any] = {**ASKED, "tool_choice": "required", "parallel_tool_calls": False, "temperature": 1.0}
     whole: Any = client.chat.completions.create(**arguments).choices[0].message
     told = [(call.function.name, call.function.arguments) for call in whole.tool_calls]
     with client.chat.completions.stream(**arguments) as stream:
