@@ -53,7 +53,8 @@ def server(built: Path) -> Iterator[HttpServer]:
 
 def request(path: str, stream: bool, tokens: int = 400) -> bytes:
     prompt = {"prompt": "You"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "x"}]}
-    body = json.dumps({"model": "small", "max_tokens": tokens, "stream": stream, "n": 3, **prompt}).encode()
+    options = {"max_tokens": tokens, "stream": stream, "n": 3, "ignore_eos": True}  # none ends by chance
+    body = json.dumps({"model": "small", **options, **prompt}).encode()
     return f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
 
 

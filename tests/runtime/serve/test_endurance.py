@@ -45,6 +45,7 @@ class Held:
     memory: int
     """Resident, bytes."""
     threads: int
+    """But those of the event loop's pool, which come when they are needed and stay."""
     files: int
     requests: Counter[str]
     """Objects of a request that are alive."""
@@ -62,7 +63,8 @@ def held(server: HttpServer) -> Held:
     kinds = (Ticket, Running, Exchange)
     alive = Counter(type(each).__name__ for each in gc.get_objects() if type(each) in kinds)
     files = sum(1 for _ in Path("/proc/self/fd").iterdir())
-    return Held(pages * os.sysconf("SC_PAGE_SIZE"), threading.active_count(), files, alive)
+    threads = sum(not thread.name.startswith("asyncio_") for thread in threading.enumerate())
+    return Held(pages * os.sysconf("SC_PAGE_SIZE"), threads, files, alive)
 
 
 async def ask(url: str, count: int, seed: int) -> Counter[int]:
