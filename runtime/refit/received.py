@@ -88,8 +88,8 @@ class ReceivedCheckpoint(Checkpoint):
             for each in whole:
                 del self._tensors[each]
             raise
-        for each in parts:
-            self._tensors |= each
+        for stored in parts:
+            self._tensors |= stored
 
     def info(self, name: str) -> tuple[str, tuple[int, ...]]:
         """Return safetensors' name of the element type, and the shape."""

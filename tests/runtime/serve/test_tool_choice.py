@@ -218,7 +218,8 @@ def test_every_text_of_the_grammar_is_read_as_calls_that_fit(tokenizer: Tokenize
         random, place, ids = np.random.default_rng(seed), whole.copy(), list[int]()
         if free:
             for each in tokenizer.encode("See: <tool_call>", special=False):
-                place, _ = place.after(each), ids.append(each)
+                ids.append(each)
+                place = place.after(each)
         while not place.complete and len(ids) < 900:
             allowed = np.flatnonzero(place.allowed(size))
             ids.append(end if end in allowed else int(random.choice(allowed)))
