@@ -19,8 +19,9 @@ import pytest
 from n3c.runtime.generation.sequence import Running
 from n3c.runtime.serve.exchange import Exchange
 from n3c.runtime.serve.http_server import HttpServer
+from n3c.runtime.serve.rendering import Renderer
 from n3c.runtime.serve.scheduler import Ticket
-from support.serving_http import listening, small_served
+from support.serving_http import guarded, listening, small_served
 
 CACHE_BYTES = 4_000_000
 FORM = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [1, 2]}}}
@@ -34,7 +35,10 @@ CHAT: dict[str, Any] = {
 
 @pytest.fixture
 def server(built: Path) -> Iterator[HttpServer]:
-    with listening(small_served(built, cache_memory=str(CACHE_BYTES))) as running:
+    served = small_served(built, cache_memory=str(CACHE_BYTES))
+    assert served.renderer is not None
+    patient = Renderer(served.renderer.template, seconds=60, memory=1 << 30)  # a busy machine takes more than 5 seconds
+    with listening(guarded(served, renderer=patient)) as running:
         yield running
 
 
