@@ -100,6 +100,7 @@ def _answer(process: subprocess.Popen[str], seconds: float, *lines: object) -> t
         raise
     finally:
         timer.cancel()
+        timer.join()  # no thread of a request outlives it
     return text, fault
 
 

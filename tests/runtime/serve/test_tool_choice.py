@@ -181,8 +181,9 @@ def test_schemas_that_no_call_can_be_held_to(schema: dict[str, Any], reason: str
 
 def test_what_llguidance_refuses(client: OpenAI) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": of(a={"type": "array", "uniqueItems": True})}}
+    arguments: dict[str, Any] = {**ASKED, "tools": [tool], "tool_choice": "required"}
     with pytest.raises(openai.BadRequestError, match="uniqueItems") as error:
-        client.chat.completions.create(**{**ASKED, "tools": [tool], "tool_choice": "required"})
+        client.chat.completions.create(**arguments)
     assert error.value.param == "tools"
 
 
