@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from .diagnostics import Span
-from .ops import DEQUANTIZE, Attribute, OpDef
+from .op_definition import Attribute, OpDef
+from .ops import DEQUANTIZE
 from .source import Bytes, Source
 from .types import TensorType
 

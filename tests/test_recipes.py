@@ -90,7 +90,7 @@ OP = '''
 @op()
 def swiglu(gate: TensorType, up: TensorType) -> TensorType:
     """y[n] = silu(gate[n]) * up[n], silu(x) = x * sigmoid(x) (arXiv 2002.05202): f32 [B, S, N] each."""
-    _require(gate == up, f"gate {gate} is not as up {up}")
+    require(gate == up, f"gate {gate} is not as up {up}")
     return gate
 '''
 

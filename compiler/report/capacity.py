@@ -192,7 +192,7 @@ def _memory(spec: Spec, served: Served, card: Gpu | None, cards: int | None) -> 
 def _times(
     subject: Subject, served: Served, card: Gpu | None, times: Path | str | None, speculative: bool
 ) -> "CallTimes":
-    from n3c.runtime.simulation.call_times import AuditedTimes, read_times
+    from n3c.runtime.simulation.call_times import PlanTimes, read_times
     from n3c.runtime.simulation.kernel_times import KernelTimes
 
     if card is None:
@@ -202,10 +202,10 @@ def _times(
         return measured
     kernels = KernelTimes(served.program, card, subject.spec.model.vocab_size)
     if subject.kind != "build" or subject.place is None:
-        return kernels
+        return PlanTimes(kernels)
     audited = {
         entry: by_gpu[card.name].microseconds / MILLION
         for entry, by_gpu in predicted_times(subject.place).items()
         if card.name in by_gpu
     }
-    return AuditedTimes(kernels, audited, audited_context(subject.place)) if audited else kernels
+    return PlanTimes(kernels, audited, audited_context(subject.place)) if audited else PlanTimes(kernels)

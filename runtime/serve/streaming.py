@@ -52,19 +52,20 @@ class EventStream(Response):
 async def _events(chunks: AsyncGenerator[dict[str, Any]]) -> AsyncIterator[bytes]:
     try:
         async for chunk in _with_pings(chunks):
-            yield b": ping\n\n" if chunk is None else _event(chunk)
+            yield b": ping\n\n" if chunk is None else event(chunk)
     except ApiError as error:
-        yield _event(error.body())
+        yield event(error.body())
     except N3CError as error:
-        yield _event(from_n3c(error).body())
+        yield event(from_n3c(error).body())
     except Exception:
-        yield _event(internal().body())
+        yield event(internal().body())
         raise
     else:
         yield b"data: [DONE]\n\n"
 
 
-def _event(data: dict[str, Any]) -> bytes:
+def event(data: dict[str, Any]) -> bytes:
+    """Return the event that carries `data`."""
     return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 

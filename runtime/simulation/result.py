@@ -71,12 +71,13 @@ def load_of(replicas: Sequence[Replica]) -> Load | None:
             continue
         begin, end = counted[0].request.at, counted[-1].request.at
         within = [each for each in replica.rounds if begin < each.now <= end]
-        if len(within) < 2:
+        if not within:
             continue
         answered += counted
         rounds += within
         seconds += end - begin
-        busy += within[-1].busy - within[0].busy
+        before = next((each.busy for each in reversed(replica.rounds) if each.now <= begin), 0.0)
+        busy += within[-1].busy - before
     if not seconds:
         return None
     prompts = sum(len(each.request.prompt) for each in answered)
@@ -93,7 +94,7 @@ def load_of(replicas: Sequence[Replica]) -> Load | None:
         requests_per_second=len(answered) / seconds,
         found=sum(each.found for each in answered) / prompts,
         busy=min(1.0, busy / seconds),
-        running=sum(each.running for each in rounds) / len(rounds),
+        running=sum(each.running * each.count for each in rounds) / sum(each.count for each in rounds),
         acceptance_length=sum(replica.batch.decoded for replica in replicas) / drafted if drafted else 1.0,
         saturated=any(replica.waiting_at_end > replica.batch.engine.batch for replica in replicas),
     )

@@ -12,7 +12,7 @@ from n3c.backends.onnx.emit import emit_entry
 from n3c.backends.onnx.registry import SPELLINGS
 from n3c.ir import ops
 from n3c.ir.diagnostics import ExitCode, N3CError, Span
-from n3c.ir.ops import OPS, OpDef
+from n3c.ir.op_definition import OPS, OpDef
 from n3c.ir.program import Origin, Program
 from n3c.ir.rewrite import Builder
 from n3c.ir.types import DType

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,6 +81,40 @@ def test_a_prompt_that_was_read_is_found() -> None:
     kept.run([Request(0.0, prompt(200), 2), Request(1000.0, (*prompt(150), *prompt(50, 900)), 2)])
     assert [each.found for each in kept.answered] == [0, 128]
     assert kept.answered[1].to_first < kept.answered[0].to_first
+
+
+@pytest.mark.parametrize("memory", [None, 10**9])
+@pytest.mark.parametrize("acceptance", [None, 1.0, 2.2, 3.0])
+def test_rounds_that_are_added_up_are_those_that_are_run(acceptance: float | None, memory: int | None) -> None:
+    """Of a service that idles, one with a queue, and one that is overloaded: every time and every figure."""
+    lengths, serving = lengths_of("", "uniform:3,90"), replace(SERVING, batch_sizes=(1, 2))
+    for seed, rate in ((0, 0.002), (1, 0.02), (2, 1.0)):
+        given = list(poisson(rate, 60, lengths, lengths, 0, np.random.default_rng(seed)))
+        ran = [
+            Replica.of(serving, PLAN, TIMES, acceptance=acceptance, cache_memory=memory, seed=seed) for _ in range(2)
+        ]
+        ran[1].paper = None
+        for each in ran:
+            each.run(given)
+        added, stepped = ran
+        assert len(added.rounds) < len(stepped.rounds) / 2
+        assert sum(each.count for each in added.rounds) == len(stepped.rounds)
+        assert (added.batch.rounds, added.batch.decoded) == (stepped.batch.rounds, stepped.batch.decoded)
+        assert [each.first for each in added.answered] == pytest.approx([each.first for each in stepped.answered])
+        assert [each.last for each in added.answered] == pytest.approx([each.last for each in stepped.answered])
+        assert [each.tokens for each in added.answered] == [each.tokens for each in stepped.answered]
+        figures = [load_of([each]) for each in ran]
+        assert figures[0] is not None and figures[1] is not None
+        for name, value in flat(figures[1].as_json()).items():
+            assert flat(figures[0].as_json())[name] == pytest.approx(value, rel=1e-6), name
+
+
+def flat(table: dict[str, Any], name: str = "") -> dict[str, float]:
+    return {
+        key: value
+        for inner, each in table.items()
+        for key, value in (flat(each, f"{inner}.") if isinstance(each, dict) else {name + inner: each}).items()
+    }
 
 
 def test_one_replica_is_all_of_them_in_distribution() -> None:
