@@ -8,6 +8,7 @@ BENCHMARKS = {
     "torch": "benchmarks.torch_model",
     "sampling": "benchmarks.sampling",
     "simulation": "benchmarks.simulation",
+    "capacity": "benchmarks.capacity",
     "quantize": "benchmarks.quantize",
     "auto_quantize": "benchmarks.auto_quantize",
     "distillation": "benchmarks.distillation",

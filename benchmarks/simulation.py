@@ -1,4 +1,4 @@
-"""`n3c simulate` beside the engine that it stands for, and what it says of models on cards that nobody has here.
+"""`n3c simulate` beside the engine that it stands for.
 
 The engine runs on one thread and its clock is that thread's processor time, so that other work on the machine counts in
 neither; requests come by this clock. The simulation knows the times of the engine's calls, measured beforehand, how
@@ -7,7 +7,6 @@ long prompts and answers are, and how many drafts stood; scheduling, cache and s
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,9 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from n3c.backends.gpus import GPUS
-from n3c.compiler import simulate
-from n3c.compiler.report.capacity import Simulated
 from n3c.passes.lower.model import lower
 from n3c.passes.serving import Served, serve
 from n3c.runtime.engines.interface import Engine
@@ -30,7 +26,6 @@ from n3c.runtime.generation.capacity import Capacity
 from n3c.runtime.generation.drafter import MtpDrafter
 from n3c.runtime.generation.prefix_cache import PrefixCache
 from n3c.runtime.simulation.call_times import MeasuredTimes
-from n3c.runtime.simulation.kernel_times import KernelTimes
 from n3c.runtime.simulation.measure import TimedEngine, measure
 from n3c.runtime.simulation.replica import Replica
 from n3c.runtime.simulation.result import Load, load_of
@@ -40,12 +35,10 @@ from n3c.specs.load import loaded
 from n3c.specs.schema import Spec
 from n3c.specs.shipped import spec_file
 
-TITLE = "`n3c simulate`"
+TITLE = "`n3c simulate` beside an engine"
 CHECKED = ("rate", "drafts", "times of calls", "tokens/s", "first token: p50", "p90", "a token: p50", "p90", "found")
 SEEDS = 6
 """Runs of a row, each of other requests."""
-CARDS = ("RTX PRO 6000", "H200 SXM", "B200")
-CONTEXTS = (8_192, 131_072, 1_048_576)
 MEMORY = 10**8
 SIZES = (1, 2, 4)
 
@@ -68,20 +61,14 @@ class ProcessorClock:
 
 
 def run(quick: bool) -> Iterator[str]:
-    """Yield the check against an engine on this machine; unless `quick` the tables of models and cards too."""
-    yield from _check(*((40, 2) if quick else (120, SEEDS)))
-    if not quick:
-        yield from _services()
-        yield from _drafts()
-
-
-def _check(requests: int, seeds: int) -> Iterator[str]:
+    """Yield simulated over measured figures, with the times of calls known from elsewhere and from the run itself."""
+    requests, seeds = (40, 2) if quick else (120, SEEDS)
     torch.set_num_threads(1)
     spec, _ = loaded(spec_file("tiny"), ("serving.batch_sizes=[1, 2, 4]",))
     yield (
         f"\n{spec.name}, the PyTorch engine on one thread, {seeds} runs of {requests} requests a row: prompts of 90 to"
-        " 200 tokens, 80 in common, 8 to 60 new tokens. Simulated over measured, the mean of the runs and the half width"
-        " of its 95 % confidence interval.\n"
+        " 200 tokens, 80 in common, 8 to 60 new tokens. Simulated over measured, the mean of the runs and half of"
+        " the width of its 95 % confidence interval.\n"
     )
     yield f"| {' | '.join(CHECKED)} |"
     yield f"|{'---:|' * len(CHECKED)}"
@@ -185,68 +172,3 @@ def _with_interval(values: Sequence[float]) -> str:
 
 T_975 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
 """Degrees of freedom → the quantile of Student's t distribution."""
-
-
-SERVICE = (
-    "model",
-    "card",
-    "cards a replica",
-    "replicas",
-    "cards",
-    "tokens/s",
-    "first token, s: p50",
-    "p99",
-    "a token, ms: p50",
-    "p99",
-    "GPU-seconds a M tokens",
-    "kJ a M tokens",
-)
-
-
-def _services() -> Iterator[str]:
-    """Yield what a service of 100 requests a second takes, of each model on each card."""
-    yield (
-        "\n100 requests a second, prompts lognormal:1000,8000, answers exponential:400; 99 of 100 get their first token"
-        " in 5 s and further ones in 100 ms. Batches of 1, 8, 16 and 32, chunks of 1,024, 16,384 tokens a"
-        " request. Super and Ultra draft 3 tokens, of which a round gives 3.45; Nano has no drafter.\n"
-    )
-    yield f"| {' | '.join(SERVICE)} |"
-    yield f"|{'---|' * 2}{'---:|' * (len(SERVICE) - 2)}"
-    settings = ("serving.batch_sizes=[1, 8, 16, 32]", "serving.prefill_chunk=1024", "serving.max_seq_len=16384")
-    for name, card in itertools.product(("nano", "super", "ultra"), CARDS):
-        done = simulate(
-            name, gpu=card, rate=100.0, prompt_tokens="lognormal:1000,8000", output_tokens="exponential:400",
-            acceptance=None if name == "nano" else 3.45, first_token=5000, token=100, requests=200, set=settings,
-        )  # fmt: skip
-        yield _service(name, card, done)
-
-
-def _service(name: str, card: str, done: Simulated) -> str:
-    if not done.kept:
-        return f"| {name} | {card} | {done.cards} | none keeps it |{' |' * (len(SERVICE) - 4)}"
-    load = done.load
-    cells = (
-        f"{done.cards} | {done.replicas} | {done.cards * done.replicas:,} | {done.tokens_per_second:,.0f}",
-        f"{load.first_token.p50 / 1000:.2f} | {load.first_token.p99 / 1000:.2f}",
-        f"{load.token.p50:.1f} | {load.token.p99:.1f} | {done.gpu_seconds:,.0f} | {(done.joules or 0) / 1000:,.0f}",
-    )
-    return f"| {name} | {card} | {' | '.join(cells)} |"
-
-
-ROUND = ("model", "card", "batch", "context", "a token, ms", "a round, ms", "pays from", "at 3.45, ms", "times faster")
-
-
-def _drafts() -> Iterator[str]:
-    """Yield what a round with drafts costs beside a token without, by model, batch and context."""
-    yield "\nA token without drafts, and a round with three: it pays from so many tokens a round on.\n"
-    yield f"| {' | '.join(ROUND)} |"
-    yield f"|{'---|' * 2}{'---:|' * (len(ROUND) - 2)}"
-    for name, card in (("super", "RTX PRO 6000"), ("super", "B200"), ("ultra", "B200")):
-        spec, _ = loaded(spec_file(name), ("serving.max_seq_len=1048576",))
-        kernels = KernelTimes(serve(spec).program, GPUS[card], spec.model.vocab_size)
-        for batch, context in itertools.product((1, 8, 32), CONTEXTS):
-            token = kernels.call("decode", batch, context) + batch * kernels.draw()
-            drafted = 3 * kernels.call("draft", batch, context) + kernels.call("verify", batch, context)
-            round_ = drafted + batch * (3 + 3.45) * kernels.draw()
-            times = f"{token * 1e3:.1f} | {round_ * 1e3:.1f} | {round_ / token:.2f} | {round_ / 3.45 * 1e3:.1f}"
-            yield f"| {name} | {card} | {batch} | {context:,} | {times} | {3.45 * token / round_:.2f} |"

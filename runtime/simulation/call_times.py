@@ -51,7 +51,8 @@ class PlanTimes:
         return fed * self._plan(entry, 1, context) if entry == "prefill" else self._plan(entry, sequences, context)
 
     def _plan(self, entry: str, sequences: int, context: int) -> float:
-        known, seconds = self.audited.get(f"{entry}.b{sequences}"), self.kernels.call(entry, sequences, context)
+        seconds = self.kernels.call(entry, sequences, context)
+        known = self.audited.get(f"{entry}.b{sequences}") if self.audited else None
         return seconds if known is None else known + seconds - self.kernels.call(entry, sequences, self.context)
 
     def copy(self, size: int) -> float:

@@ -96,12 +96,15 @@ class Replica:
     """The engine, where it computes nothing: then rounds are added up as far as they can be."""
     answered: list[Answered] = field(default_factory=list[Answered], init=False)
     """In the order in which they came."""
+    refused: int = field(default=0, init=False)
+    """Requests whose prompts are longer than the model's context."""
     rounds: list[Round] = field(default_factory=list[Round], init=False)
     waiting_at_end: int = field(default=0, init=False)
     """Requests that had no row yet when the last one came."""
     _tokens: int = field(default=0, init=False)
     """New ones since the last round that was noted."""
     _failure: N3CError | None = field(default=None, init=False)
+    _refusal: N3CError | None = field(default=None, init=False)
 
     @staticmethod
     def of(
@@ -130,7 +133,7 @@ class Replica:
     def run(self, requests: Iterable[Request]) -> None:
         """Answer requests, which come in the order of their times.
 
-        N3CError: exit code 2 for a prompt that the model has no room for, else what the engine fails with.
+        N3CError: exit code 2 where no prompt fits, else what the engine fails with.
         """
         coming, clock, batch = deque(requests), self.clock, self.batch
         scheduler = Scheduler(batch, None, sys.maxsize - batch.engine.batch, clock=lambda: clock.now)
@@ -147,6 +150,8 @@ class Replica:
             if self._failure is not None:
                 raise self._failure
             self._note(1)
+        if self._refusal is not None and not self.answered:
+            raise self._refusal
 
     def _pass_quiet_rounds(self, scheduler: Scheduler, engine: SimulatedEngine, until: float) -> None:
         quiet = pass_quiet_rounds(self.batch, engine, until)
@@ -163,7 +168,6 @@ class Replica:
 
     def _submit(self, scheduler: Scheduler, request: Request) -> None:
         answered = Answered(request)
-        self.answered.append(answered)
         options = Options(max_new_tokens=request.output_tokens)
         work = Work(request.prompt, options, len(self.answered))
 
@@ -172,5 +176,11 @@ class Replica:
             self._tokens += len(update.tokens)
             self._failure = update.failure or self._failure
 
-        answered.ticket = scheduler.ticket(work, told)
-        scheduler.submit(answered.ticket)
+        try:
+            answered.ticket = scheduler.ticket(work, told)
+        except N3CError as error:
+            self.refused += 1
+            self._refusal = error
+        else:
+            self.answered.append(answered)
+            scheduler.submit(answered.ticket)

@@ -19,6 +19,8 @@ class Load:
     """What a replica did, from the coming of the first request that counts to that of the last."""
 
     requests: int
+    refused: int
+    """Requests whose prompts are longer than the model's context."""
     seconds: float
     first_token: Percentiles
     """From the coming of a request, in milliseconds."""
@@ -45,6 +47,7 @@ class Load:
         """Return the form of `n3c simulate --json`, key `replica`."""
         return {
             "requests": self.requests,
+            "refused": self.refused,
             "seconds": round(self.seconds, 3),
             "time_to_first_token_ms": self.first_token.as_json(),
             "time_per_token_ms": self.token.as_json(),
@@ -85,6 +88,7 @@ def load_of(replicas: Sequence[Replica]) -> Load | None:
     a_token = [each.a_token for each in answered if each.a_token is not None]
     return Load(
         requests=len(answered),
+        refused=sum(replica.refused for replica in replicas),
         seconds=seconds,
         first_token=Percentiles.of([each.to_first for each in answered]),
         token=Percentiles.of(a_token or [0.0]),

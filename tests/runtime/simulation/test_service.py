@@ -83,6 +83,15 @@ def test_a_prompt_that_was_read_is_found() -> None:
     assert kept.answered[1].to_first < kept.answered[0].to_first
 
 
+def test_prompts_that_are_too_long_are_refused() -> None:
+    some = replica()
+    some.run([Request(0.0, prompt(10), 3), Request(1.0, prompt(600), 3), Request(2.0, prompt(12), 3)])
+    assert some.refused == 1 and [len(each.request.prompt) for each in some.answered] == [10, 12]
+    with pytest.raises(N3CError, match="600 tokens") as raised:
+        replica().run([Request(0.0, prompt(600), 3)])
+    assert raised.value.exit_code is ExitCode.USAGE
+
+
 @pytest.mark.parametrize("memory", [None, 10**9])
 @pytest.mark.parametrize("acceptance", [None, 1.0, 2.2, 3.0])
 def test_rounds_that_are_added_up_are_those_that_are_run(acceptance: float | None, memory: int | None) -> None:
