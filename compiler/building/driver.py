@@ -185,17 +185,7 @@ def _manifest(job: Job, counts: Parameters, builds: dict[str, Any]) -> dict[str,
             for r in served.reports
         ],
         "parameters": counts.as_json(),
-        "ledger": [
-            {
-                "name": entry.name,
-                "role": entry.role,
-                "shape": list(entry.shape),
-                "rule": entry.rule,
-                "format": entry.format,
-                "bytes": entry.bytes,
-            }
-            for entry in served.program.ledger
-        ],
+        "ledger": [entry.as_json() for entry in served.program.ledger],
         "state_plan": served.plan.as_json(),
         "files": outdir.described_files(job.folder),
     }

@@ -138,7 +138,7 @@ def test_every_condition_of_a_shape_rule_refuses_a_case(monkeypatch: pytest.Monk
     """Each `_require` of `n3c.ir.ops` is what refuses at least one of the cases."""
     tree = ast.parse(Path(ops.__file__).read_text(encoding="utf-8"))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
-    conditions = {node.lineno for node in calls if isinstance(node.func, ast.Name) and node.func.id == "_require"}
+    conditions = {node.lineno for node in calls if isinstance(node.func, ast.Name) and node.func.id == "require"}
     refused: set[int] = set()
 
     def recording(condition: bool, message: str) -> None:
@@ -146,7 +146,7 @@ def test_every_condition_of_a_shape_rule_refuses_a_case(monkeypatch: pytest.Monk
             refused.add(inspect.stack()[1].lineno)
             raise ValueError(message)
 
-    monkeypatch.setattr(ops, "_require", recording)
+    monkeypatch.setattr(ops, "require", recording)
     for op, operands, attributes, _ in BAD:
         with pytest.raises(ValueError):
             op.infer(operands, attributes)

@@ -7,7 +7,6 @@ import gzip
 import io
 import os
 import resource
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from .training_program import TEXT, arguments, failure, opened, program, write_text
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with program(tmp_path_factory.mktemp("train")) as modules:
-        yield modules
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    return write_text(tmp_path)
+from .training_program import TEXT, arguments, failure, opened
 
 
 def npy(array: Any) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from .generated import KEPT_FLOAT32
-from .training_program import arguments, failure, program, write_text
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with program(tmp_path_factory.mktemp("train")) as modules:
-        yield modules
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    return write_text(tmp_path)
+from .training_program import arguments, failure
 
 
 def test_weights_depend_on_the_seed_and_the_name_alone(train: Any) -> None:

@@ -6,7 +6,6 @@ import ast
 import importlib.metadata
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,7 @@ from n3c.backends.torch.emit import emit
 from n3c.specs.schema import Training
 
 from .generated import SHA256, tiny_spec
-from .training_program import arguments, failure, program, write_text
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with program(tmp_path_factory.mktemp("train")) as modules:
-        yield modules
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    return write_text(tmp_path)
+from .training_program import arguments, failure
 
 
 @pytest.mark.parametrize(

@@ -5,25 +5,13 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from .training_program import arguments, failure, program, write_text
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with program(tmp_path_factory.mktemp("train")) as modules:
-        yield modules
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    return write_text(tmp_path)
+from .training_program import arguments, failure
 
 
 class Terminal(io.StringIO):

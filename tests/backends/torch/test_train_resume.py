@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import resource
-from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -17,18 +16,7 @@ import torch
 from n3c.specs.schema import Rule, Training
 
 from .generated import imported, tiny_spec, write_generated
-from .training_program import arguments, failure, program, write_text
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with program(tmp_path_factory.mktemp("train")) as modules:
-        yield modules
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    return write_text(tmp_path)
+from .training_program import arguments, failure
 
 
 def test_an_earlier_run_is_not_mixed_in(

@@ -1,34 +1,13 @@
-"""What tests of train.py share: a program of a model of bytes, a text, and its command line, run in this process."""
+"""What tests of train.py share: a text, and the command line, run in this process."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .generated import imported, tiny_spec, write_generated
-
 TEXT = b"a small text, again and again; " * 40
-
-
-@contextmanager
-def program(folder: Path) -> Generator[Any]:
-    """Import the generated training program of a small model of bytes."""
-    spec = tiny_spec("ME*", mtp=None)
-    write_generated(replace(spec, model=replace(spec.model, vocab_size=256)), folder)
-    with imported(folder) as modules:
-        yield modules
-
-
-def write_text(folder: Path) -> Path:
-    """Write a text into a folder, and return its path."""
-    path = folder / "text"
-    path.write_bytes(TEXT)
-    return path
 
 
 def arguments(data: Path, out: Path, *more: str) -> list[str]:
