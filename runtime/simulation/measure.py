@@ -122,8 +122,9 @@ class TimedEngine:
         points: dict[str, list[tuple[int, float]]] = {}
         for call in self.calls:
             points.setdefault(f"{call.entry}.b{call.sequences}", []).append((call.context, call.seconds))
-        copied, seconds = (sum(each) for each in zip(*self.copies, strict=True)) if self.copies else (1, 0.0)
-        return MeasuredTimes({n: _line(p) for n, p in points.items()}, draw_seconds, copied / max(seconds, 1e-9))
+        copied, seconds = (sum(each[part] for each in self.copies) for part in (0, 1))
+        rate = (copied or 1) / max(seconds, 1e-9)
+        return MeasuredTimes({name: _line(each) for name, each in points.items()}, draw_seconds, rate)
 
 
 def _line(points: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
