@@ -28,8 +28,8 @@ def problems(settings: Any, values: dict[str, Any]) -> list[str]:
 
 DEFAULTS = {
     "batch_size": 16, "seq_len": 256, "accumulation": 1, "document_separator": -1, "tokenizer": "",
-    "data_format": "auto", "text_field": "text", "messages_field": "", "dtype": "", "document_boundaries": True, "token_cache": "",
-    "token_cache_gb": 100.0, "seed": 0, "numerics": "", "weights": "", "init": "published", "teacher": "",
+    "data_format": "auto", "text_field": "text", "messages_field": "", "dtype": "",
+    "document_boundaries": True, "token_cache": "", "token_cache_gb": 100.0, "seed": 0, "numerics": "", "weights": "", "init": "published", "teacher": "",
     "quantized": "", "activations": "stored", "frozen_scales": False, "train": "*", "freeze": "", "optimizer": "adamw",
     "lr": 1e-3, "final_lr": 0.01, "schedule": "wsd", "warmup": 0.02, "decay": 0.2, "weight_decay": 0.1,
     "no_decay": "embedding", "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "clip": 1.0, "ema": 0.0, "bias_rate": 1e-3,
