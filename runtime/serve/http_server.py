@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator
 import uvicorn
 
 from .app import create_app
+from .log import LOG
 from .served_model import ServedModel
 
 SWITCH_SECONDS = 5e-4
@@ -26,7 +27,9 @@ class HttpServer:
         self.socket = _bound(host, port)
         config = uvicorn.Config(
             create_app(served),
+            http="h11",
             access_log=access_log,
+            log_config=LOG,
             log_level="warning" if not access_log else "info",
             lifespan="off",
             server_header=False,
@@ -94,6 +97,9 @@ def _bound(host: str, port: int) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
         listening.listen(2048)
+    except (TypeError, ValueError) as error:  # no host has such a name
+        listening.close()
+        raise OSError(str(error)) from error
     except BaseException:
         listening.close()
         raise

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard, cast
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
-from n3c.ir.json_file import read_json
+from n3c.ir.json_file import is_count, read_json
 
 from .kernel_times import KernelTimes
 
@@ -138,7 +139,7 @@ def _is_list(value: object) -> TypeGuard[list[Any]]:
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_count(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _no_times(path: Path, message: str) -> N3CError:

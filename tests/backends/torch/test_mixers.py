@@ -82,7 +82,7 @@ def test_kernels_scan_what_they_were_found_right_for(
     answer = (x + 1, state + 1)
     kernels = SimpleNamespace(mamba2=SimpleNamespace(scan=lambda *_: answer))
     monkeypatch.setattr(module.ssd, "kernels", lambda _: kernels)
-    assert (module.ssd.scan(x, dt, A, B, C, 4, state) == answer) is fast
+    assert (module.ssd.scan(x, dt, A, B, C, 4, state)[0] is answer[0]) is fast
 
 
 def test_ssd_step_is_ssd(module: Any) -> None:

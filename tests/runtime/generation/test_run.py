@@ -160,7 +160,11 @@ def test_prompts_that_do_not_fit(run: Callable[..., Result]) -> None:
     [
         *(("--temperature", bad) for bad in ("nan", "inf", "-1", "x")),
         *(("--top-p", bad) for bad in ("nan", "0", "1.5", "-0.1", "inf")),
-        *((f"--{name}", bad) for name in ("top-k", "seed", "max-new-tokens") for bad in ("-1", str(2**63), "1.5")),
+        *(
+            (f"--{name}", bad)
+            for name in ("top-k", "seed", "max-new-tokens")
+            for bad in ("-1", str(2**63), "1" + "0" * 400, "1.5")
+        ),
         ("--reasoning-budget", "-1"),
         ("--reasoning-budget", str(2**63)),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -144,6 +145,10 @@ LINE = '{"timestamp": 0, "input_length": 1, "output_length": 1}'
         ("[]", "timestamp"),
         ("{", "line"),
         ('{"timestamp": -1, "input_length": 1, "output_length": 1}', "timestamp"),
+        (LINE.replace("0", "1e999"), "timestamp"),
+        (LINE.replace("0", "1" + "0" * 400), "timestamp"),
+        (LINE.replace("0", "NaN"), "timestamp"),
+        (LINE.replace("0", "true"), "timestamp"),
         ('{"timestamp": 0, "input_length": 0, "output_length": 1}', "input_length"),
         ('{"timestamp": 0, "input_length": 4000000000, "output_length": 1}', "input_length"),
         ('{"timestamp": 0, "input_length": 1, "output_length": 1, "hash_ids": [-1]}', "hash_ids"),
@@ -162,8 +167,10 @@ def test_a_bad_line_is_named(line: str, said: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "0", "-3", "uniform:5", "uniform:9,2", "normal:1,2", "lognormal:0,4", "1e3", "99999999"]
-)
+    "text",
+    ["", "0", "-3", "uniform:5", "uniform:9,2", "normal:1,2", "lognormal:0,4", "1e3", "99999999",
+     "exponential:16777217", f"exponential:{'9' * 400}"],
+)  # fmt: skip
 def test_lengths_that_are_none(text: str) -> None:
     with pytest.raises(N3CError, match="--prompt-tokens"):
         lengths_of("--prompt-tokens", text)
@@ -193,6 +200,44 @@ def test_measured_times_lie_on_lines_between_what_was_measured(tmp_path: Path) -
         times.require(["decode"], [1, 2], path)
 
 
+def test_prompts_that_do_not_fit_are_never_made(tmp_path: Path) -> None:
+    """A line of eighty bytes can ask for millions of tokens."""
+    random, length = np.random.default_rng(0), lengths_of("", "8")
+    path = tmp_path / "trace.jsonl"
+    path.write_text('{"timestamp": 0, "input_length": 8, "output_length": 1}')
+    for longest in (7, 8):
+        for made in (
+            poisson(1.0, 1, length, length, 0, random, longest),
+            poisson(1.0, 1, lengths_of("", "1"), length, 7, random, longest),
+            trace(path, longest),
+        ):
+            if longest == 8:
+                assert [len(request.prompt) for request in made] == [8]
+            else:
+                with pytest.raises(N3CError, match="a prompt has 8 tokens, but the model has room for 7") as raised:
+                    list(made)
+                assert raised.value.exit_code is ExitCode.USAGE
+
+
+def test_blocks_behind_a_prompt_take_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    row = {"timestamp": 0, "input_length": 600, "output_length": 1, "hash_ids": list(range(5000))}
+    path.write_text(json.dumps(row))
+    tracemalloc.start()
+    (request,) = trace(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert request.prompt == tuple(range(600)) and peak < 10**7
+
+
+TIMES_FILE = '{"calls": {"decode.b1": [[10, 0.5]]}, "draw_seconds": 0.25, "copy_bytes_per_second": 1000.0}'
+
+
+def test_a_file_of_times(tmp_path: Path) -> None:
+    (tmp_path / "times.json").write_text(TIMES_FILE)
+    assert read_times(tmp_path / "times.json") == MeasuredTimes({"decode.b1": ((10, 0.5),)}, 0.25, 1000.0)
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -201,8 +246,11 @@ def test_measured_times_lie_on_lines_between_what_was_measured(tmp_path: Path) -
         '{"calls": {"decode.b1": []}}',
         '{"calls": {"decode.b1": [[1]]}}',
         '{"calls": {"decode.b1": [[1, 2]]}}',
+        *(TIMES_FILE.replace(value, other)
+          for value in ("10", "0.5", "0.25", "1000.0")
+          for other in ("1e999", "-1e999", "NaN", "true", "-1", "1" + "0" * 400)),
     ],
-)
+)  # fmt: skip
 def test_a_file_without_times_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "times.json"
     path.write_text(text)
