@@ -103,7 +103,7 @@ def recurrence(
         (2, 150, 4, 2, 3, 5, True, True),
         (1, 130, 2, 1, 32, 16, True, False),
         (2, 64, 4, 4, 8, 24, False, True),
-        (1, 1, 2, 1, 16, 16, False, True),
+        (2, 1, 2, 1, 16, 16, False, True),
     ],
 )
 def test_scan(
