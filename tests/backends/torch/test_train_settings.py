@@ -47,6 +47,14 @@ def test_defaults(settings: Any) -> None:
     assert vars(settings.Settings(**required)) == required | DEFAULTS
 
 
+@pytest.mark.parametrize("name", ["steps", "save_every", "profile_step", "lr"])
+def test_whole_numbers_have_64_bits(settings: Any, name: str) -> None:
+    for wrong in (2**63, -(2**63) - 1, 10**400):
+        with pytest.raises(settings.TrainError, match=f"{name} has more than 64 bits") as error:
+            settings.checked({"data": "d", "out": "o", "steps": 1, name: wrong})
+        assert error.value.code == 2
+
+
 LONGEST, VOCABULARY = tiny_spec().model.max_position_embeddings, tiny_spec().model.vocab_size
 
 
