@@ -52,7 +52,7 @@ EIGHT = HALF.to(torch.float8_e4m3fn)
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_weight(layout: str, tensors: dict[str, Tensor], format_: str, tmp_path: Path) -> None:
-    save_file(tensors, tmp_path / "model.safetensors")
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
     found = inventory(Checkpoint(tmp_path))
     assert weight_formats(Checkpoint(tmp_path)) == {"a.weight": format_}
     assert (found.layout, found.files, found.tensors) == (layout, 1, len(tensors))
@@ -61,5 +61,5 @@ def test_a_weight(layout: str, tensors: dict[str, Tensor], format_: str, tmp_pat
 
 
 def test_scales_without_a_weight(tmp_path: Path) -> None:
-    save_file({"a.input_scale": ONE, "b.bias": ONE}, tmp_path / "model.safetensors")
+    save_file({"a.input_scale": ONE, "b.bias": ONE.clone()}, tmp_path / "model.safetensors")
     assert weight_formats(Checkpoint(tmp_path)) == {"a.weight": "scales without a weight", "b.bias": "f32"}
