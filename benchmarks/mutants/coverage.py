@@ -113,10 +113,10 @@ class Coverage:
     def _ordered(self, tests: Iterable[str], path: str) -> list[str]:
         stem = f"test_{Path(path).name.partition('.')[0]}.py"
 
-        def rank(test: str) -> tuple[int, float]:
+        def rank(test: str) -> tuple[int, float, str]:
             file = Path(_file(test))
             near = 0 if file.name == stem else 1 if file.is_relative_to(_mirror(path)) else 2
-            return near, self.seconds[test]
+            return near, self.seconds[test], test
 
         return sorted(tests, key=rank)
 
