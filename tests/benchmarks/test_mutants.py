@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -176,7 +176,7 @@ class StandInForTree:
         self.is_changed = False
 
     @contextlib.contextmanager
-    def changed(self, path: str, text: str) -> Iterator[None]:
+    def changed(self, path: str, text: str) -> Generator[None]:
         self.is_changed = True
         yield
         self.is_changed = False

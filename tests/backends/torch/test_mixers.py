@@ -80,8 +80,14 @@ def test_kernels_scan_what_they_were_found_right_for(
     x, B, C = (torch.zeros(1, length, 2, channels, dtype=dtype) for channels in (P, N, N))
     dt, A, state = torch.ones(1, length, 2), -torch.ones(2), torch.zeros(1, 2, P, N)
     answer = (x + 1, state + 1)
-    kernels = SimpleNamespace(mamba2=SimpleNamespace(scan=lambda *_: answer))
-    monkeypatch.setattr(module.ssd, "kernels", lambda _: kernels)
+
+    def scan(*_: object) -> tuple[Tensor, Tensor]:
+        return answer
+
+    def kernels(_: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(mamba2=SimpleNamespace(scan=scan))
+
+    monkeypatch.setattr(module.ssd, "kernels", kernels)
     assert (module.ssd.scan(x, dt, A, B, C, 4, state)[0] is answer[0]) is fast
 
 
