@@ -13,6 +13,7 @@ from n3c.backends.hashing import sha256_file
 from n3c.backends.onnx.embedded import WeightsFile, embed
 from n3c.backends.onnx.emit import OnnxEntry, emit_entry
 from n3c.backends.onnx.forms import batches_of
+from n3c.backends.onnx.linear_forms import fastest_for
 from n3c.backends.onnx.stages import balanced, layer_bytes, stages
 from n3c.backends.trt.audit import Audit, audit, audit_json
 from n3c.backends.trt.build import PlanResult, build_plan
@@ -155,7 +156,8 @@ def _weights(job: Job) -> Generator[WeightsFile | None]:
 
 def _emit(job: Job, part: Part, weights: WeightsFile | None) -> OnnxEntry:
     job.progress.phase(f"emit {part.staged_name}")
-    entry = emit_entry(job.served.program, part.entry_point, batch=part.batch, progress=job.progress)
+    choose = fastest_for(job.served.program, job.request.sms)
+    entry = emit_entry(job.served.program, part.entry_point, batch=part.batch, choose=choose, progress=job.progress)
     if weights is not None:
         embed(entry, weights)
     entry.save(job.folder / "onnx" / part.onnx)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from n3c.backends.onnx.linear_forms import fastest_for
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.ir.program import Program
 from n3c.passes.base import run_pipeline
@@ -56,7 +57,7 @@ def references(build: OpenedBuild, checkpoint: Checkpoint, batch: int) -> dict[R
     """Return the reference that rounds nothing but weights, and the one that rounds as what is deployed does."""
     program, capacity = build.served.program, build.spec.serving.max_seq_len
     wide = _float32(weight_only(build).program)
-    products = EngineProducts(program, batch)
+    products = EngineProducts(program, batch, fastest_for(program, build.sms))
     return {
         "none": Reference(wide, ReferenceEngine(wide, checkpoint, batch_sizes=[batch], capacity=capacity)),
         "as deployed": Reference(

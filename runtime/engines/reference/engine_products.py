@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from n3c.backends.onnx.forms import batches_of, bucket_rows, is_matrix_product
+from n3c.backends.onnx.forms import batches_of
+from n3c.backends.onnx.linear_forms import Choose, LinearForms, bucket_rows, fastest_for, has_wide_products
 from n3c.ir import ops
 from n3c.ir.program import Call, EntryPoint, Node, Program
-from n3c.ir.types import DType
 
 from .activations import ACTIVATIONS
 from .evaluate import Evaluator, by_definition
@@ -47,10 +47,15 @@ Operand = Tensor | Scaled
 class EngineProducts:
     """Chooses evaluators: engines' products where an engine has a matrix product, definitions elsewhere."""
 
-    def __init__(self, program: Program, batch: int) -> None:
-        """Take the sequences of a call; `prefill` is built for fewer."""
-        self._batch = batch
-        self._bf16 = any(state.type.dtype is not DType.F32 for state in program.states.values())
+    def __init__(self, program: Program, batch: int, choose: Choose | None = None) -> None:
+        """Take the sequences of a call; `prefill` is built for fewer. `choose` is that of `emit_entry`."""
+        self._bf16 = not has_wide_products(program)
+        self._forms = {
+            name: LinearForms(
+                program, entry, {"B": batches_of(name, (batch,))[0], "S": entry.tokens}, choose or fastest_for(program)
+            )
+            for name, entry in program.entry_points.items()
+        }
 
     def __call__(self, program: Program, entry: EntryPoint, call: Call, node: Node) -> Evaluator:
         """Return the evaluator of a node."""
@@ -63,10 +68,9 @@ class EngineProducts:
         if node.op is ops.experts:
             return self._experts
         if node.op is ops.linear:
-            few = not self._is_product(entry, node)
-            return lambda x, weight: (
-                EVALUATORS["linear"](_dense(x), _dense(weight)) if few else self._product(x, weight)
-            )
+            if self._forms[entry.name].rounds(node):
+                return self._product
+            return lambda x, weight: EVALUATORS["linear"](_dense(x), _dense(weight))
         if node.op is ops.expert_linear:
             return lambda x, indices, weight: EVALUATORS["expert_linear"](_dense(x), indices, _dense(weight))
         return by_definition(program, entry, call, node)
@@ -76,14 +80,9 @@ class EngineProducts:
         function, found = program.functions[call.function], set[str]()
         for node in function.nodes:
             found.update(str(node.attributes[name]) for name in ("format", "inner_format") if name in node.attributes)
-            if self._bf16 and node.op.weights and self._is_product(entry, node):
+            if self._forms[entry.name].rounds(node):
                 found.add("bf16")
         return found - {""}
-
-    def _is_product(self, entry: EntryPoint, node: Node) -> bool:
-        """Whether an engine computes a node as a matrix product of stored types."""
-        (batch,) = batches_of(entry.name, (self._batch,))
-        return is_matrix_product(node, {"B": batch, "S": entry.tokens})
 
     def _experts(
         self,
