@@ -92,6 +92,8 @@ class Choice:
     experts: int
     top_k: int
     tokens: int
+    by_expert: bool = False
+    """Whether those who chose the same come one after the other."""
 
     @property
     def distinct(self) -> float:
@@ -103,6 +105,8 @@ class Choice:
 
         Tokens come one after the other: an expert that one of the last `kept` chose, too, is still there.
         """
+        if self.by_expert:
+            return self.distinct
         missed = 1 - self.top_k / self.experts
         return self.top_k * sum(missed ** min(token, kept) for token in range(self.tokens))
 

@@ -5,6 +5,10 @@
   siblings     a sum for each row beside each other, in one kernel: it reads and decodes the weight once for up to 32
   product      a matrix product on tensor cores, behind kernels that prepare its operands
 
+and of linears of chosen experts, where a sum reads those of a token after those of another:
+
+  by_expert    the pairs of a token and an expert in the order of experts: each is read from memory once
+
 `kernels` says what each compiles to, in the terms in which the audit judges plans; `n3c.backends.kernel_time` makes
 time of it on the GPUs that a plan is for. What is admissible is no matter of time:
 
@@ -19,20 +23,22 @@ Standard library only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 from typing import Literal
 
 from n3c.backends.gpus import Gpu, gpus_of
 from n3c.backends.kernel_time import seconds
-from n3c.backends.kernel_work import FP4_BY_TABLE, OTHER, Repeated, Work, rounded_up, sum_cost
+from n3c.backends.kernel_work import FP4_BY_TABLE, OTHER, Choice, Repeated, Work, rounded_up, sum_cost
 from n3c.ir import ops
 from n3c.ir.formats import NVFP4_BLOCK
 from n3c.ir.program import EntryPoint, Node, Program, Value
 from n3c.ir.types import DType
 
-LinearForm = Literal["sum", "sum_by_rows", "siblings", "product"]
+LinearForm = Literal["sum", "sum_by_rows", "siblings", "product", "by_expert"]
+MOST_SORTED = 3840
+"""Pairs that TopK sorts."""
 MOST_SIBLINGS = 32
 """Outputs of one kernel. What one reads with more of them the builder writes to memory in float32 first."""
 
@@ -59,6 +65,8 @@ class Applied:
     """Whether nothing may be rounded that the format does not round: in all entry points but prefill."""
     beside_loop: bool = False
     """Whether the entry point has a Loop."""
+    choice: Choice | None = None
+    """Of chosen experts: who chooses how many."""
 
     @property
     def by_table(self) -> bool:
@@ -79,6 +87,9 @@ Choose = Callable[[Applied], LinearForm]
 
 def admissible(applied: Applied) -> tuple[LinearForm, ...]:
     """Return the forms that a linear may take, at least one, whatever their time."""
+    if applied.choice is not None:
+        pairs = applied.choice.tokens * applied.choice.top_k
+        return ("sum", "by_expert") if applied.choice.tokens > 1 and pairs <= MOST_SORTED else ("sum",)
     found: list[LinearForm] = []
     if not applied.beside_loop:
         found.append("sum")
@@ -101,6 +112,8 @@ def kernels(form: LinearForm, applied: Applied) -> tuple[Work, ...]:
     """Return what the kernels of a form do, those in front that prepare its operands included."""
     (n, k), rows = applied.shape, applied.rows
     x, y = 4 * rows * k, 4 * rows * n
+    if applied.choice is not None:
+        return tuple(_chosen(form, applied, applied.choice))
     if form == "product":
         return tuple(_product(applied, x, y))
     rounding = 3 if applied.rounded and applied.blocked else 0  # division, codes, values
@@ -128,6 +141,21 @@ def _siblings(applied: Applied) -> Iterator[Work]:
         instructions, wavefronts = n * k * cost.instructions, n * k * cost.wavefronts
         yield Work("sum", applied.bytes, (4 * rows * k, 4 * rows * n), (), 0, instructions, wavefronts)
     yield _elementwise(4 * applied.rows * n)  # they are joined, if not in the next kernel
+
+
+def _chosen(form: LinearForm, applied: Applied, choice: Choice) -> Iterator[Work]:
+    n, k = applied.shape
+    pairs = choice.tokens * choice.top_k
+    if form == "by_expert":
+        choice = replace(choice, by_expert=True)
+        yield _elementwise(4 * pairs)  # the order, for both linears, and its inverse
+        yield _elementwise(4 * pairs * k)
+        yield _elementwise(4 * pairs * n)
+    cost = sum_cost(applied.dtype, applied.around, fp8=not applied.blocked, by_table=applied.by_table)
+    elements, again = float(pairs * n * k), (Repeated(applied.bytes * choice.top_k, choice.tokens, choice),)
+    stored = round(applied.bytes * choice.distinct)
+    handed = (4 * pairs * k, 4 * pairs * n)
+    yield Work("sum", stored, handed, again, 0, elements * cost.instructions, elements * cost.wavefronts)
 
 
 def _product(applied: Applied, x: int, y: int) -> Iterator[Work]:
@@ -237,8 +265,12 @@ class LinearForms:
     def _applied(self, node: Node) -> Applied:
         weight = node["weight"]
         codes, rows = weight.stored[0], rows_of(node, self._dims)
-        *_, n, k = weight.type.static_dims
+        *experts, n, k = weight.type.static_dims
         blocked = weight.node is not None and weight.node.op is ops.dequantize_nvfp4
+        if node.op is ops.expert_linear:
+            top_k = node["indices"].type.bind(self._dims).static_dims[-1]
+            choice = Choice(experts[0], top_k, rows)
+            return Applied(codes.type.dtype, blocked, (n, k), rows, exact=self._exact, choice=choice)
         rounding = _made_by(node["x"], ops.quantize_activation)
         around: set[str] = set()
         if rounding is None or not blocked:  # FP4 is rounded to in kernels of its own, which a norm ends in

@@ -37,6 +37,8 @@ class Linear:
     """Rows that one matrix is applied to in a call: sequences times tokens."""
     widened: str = ""
     """The format that the graph itself dequantizes the weight to, once a call, for a matrix product; else empty."""
+    by_expert: bool = False
+    """Of chosen experts: whether those who chose the same come one after the other."""
 
     @property
     def expected(self) -> str:
@@ -56,14 +58,19 @@ def linears_of(program: Program, entry: EntryPoint, dims: Mapping[str, int], for
         for call in entry.calls
         for node in program.functions[call.function].nodes
         for weight in node.weights
-        for linear in _linears(program, call, node, weight, dims, wide if forms.is_product(node) else None)
+        for linear in _linears(program, call, node, weight, dims, wide, forms)
     )
 
 
 def _linears(
-    program: Program, call: Call, node: Node, weight: Value, dims: Mapping[str, int], wide: bool | None
+    program: Program,
+    call: Call,
+    node: Node,
+    weight: Value,
+    dims: Mapping[str, int],
+    wide: bool,
+    forms: LinearForms,
 ) -> Iterator[Linear]:
-    """Yield the linears of a weight; `wide` says whether it is in a float32 product, None in none."""
     parameter = program.bound(call, weight.stored[0])
     total = selected = weight.type.elements
     *_, n, k = weight.type.static_dims
@@ -79,7 +86,8 @@ def _linears(
             total=total,
             shape=(n, k),
             rows=rows_of(node, dims),
-            widened="" if wide is None else _widened(parameter, wide),
+            widened=_widened(parameter, wide) if forms.is_product(node) else "",
+            by_expert=node.op is ops.expert_linear and forms.of(node) == "by_expert",
         )
 
 

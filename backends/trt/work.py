@@ -15,6 +15,7 @@ compared with.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from math import prod
 
 from n3c.backends.kernel_work import (
@@ -82,7 +83,8 @@ def _sum(
             elements = float(linear.selected)
             scales = [t for t in kernel.inputs if t.name == f"{tensor.name}_scale"]
             expert = sum(t.bytes // t.dims[0] for t in (tensor, *scales))
-            repeated.append(Repeated(expert * need.choice.top_k, need.choice.tokens, need.choice))
+            choice = replace(need.choice, by_expert=linear.by_expert)
+            repeated.append(Repeated(expert * choice.top_k, choice.tokens, choice))
         else:
             passes = 1 if outputs > 1 else linear.rows
             elements = float(passes * _codes(tensor, linear) * tensor.elements)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from n3c.backends.gpus import GPUS, Gpu, gpus_of
+from n3c.backends.kernel_work import Choice
 from n3c.backends.onnx.linear_forms import (
     Applied,
     LinearForm,
@@ -31,6 +32,8 @@ NORM = frozenset({"RMSNormalization"})
 IN_PROJ = Applied(DType.F8E4M3, False, (18560, 4096), 1, True, NORM | {"QuantizeLinear"}, exact=True)
 HEAD = Applied(DType.BF16, False, (131072, 4096), 1, False, NORM, exact=True)
 LATENT_UP = Applied(DType.BF16, False, (4096, 1024), 1, exact=True)
+EXPERTS = Applied(DType.I8, True, (2688, 1024), 1, exact=True, choice=Choice(512, 22, 1))
+"""Of Super."""
 NVFP4 = Applied(DType.F4E2M1, True, (10304, 2688), 1, True, exact=True)
 
 
@@ -44,6 +47,9 @@ NVFP4 = Applied(DType.F4E2M1, True, (10304, 2688), 1, True, exact=True)
         (replace(IN_PROJ, rows=8), "product"),
         (replace(IN_PROJ, rows=8, dtype=DType.I8, rounded=False), "siblings"),  # no FP8: a product widens the weight
         (replace(IN_PROJ, shape=(128, 64), rows=8), "sum"),  # of a tiny model, whose time is that of launches
+        (EXPERTS, "sum"),
+        (replace(EXPERTS, rows=32, choice=Choice(512, 22, 32)), "by_expert"),
+        (replace(EXPERTS, rows=256, choice=Choice(512, 22, 256)), "sum"),  # more pairs than TopK sorts
         (NVFP4, "product"),
         (replace(NVFP4, shape=(3712, 2688)), "sum"),
         (replace(NVFP4, rounded=False, around=NORM), "sum"),
@@ -59,6 +65,8 @@ def test_the_gpu_decides() -> None:
     """37.7 MB for two rows stay in the L2 of one card, and come from memory again on the other."""
     qkv = Applied(DType.BF16, False, (4608, 4096), 2, False, NORM, exact=True)
     assert (fastest(PRO)(qkv), fastest(SPARK)(qkv)) == ("sum", "siblings")
+    experts = replace(EXPERTS, rows=4, choice=Choice(512, 22, 4))  # 88 of 1.5 MB: 36 MB of L2 or 128
+    assert (fastest(PRO)(experts), fastest(SPARK)(experts)) == ("sum", "by_expert")
     nano = serve(load_spec(SPECS / "nano.toml")[0]).program
     assert (fastest_for(nano)(qkv), fastest_for(nano, (121,))(qkv)) == ("sum", "siblings")
     assert fastest_for(nano, (120,)) is fastest(GPUS["RTX 5090"], PRO)  # others do not hold its weights
@@ -71,6 +79,9 @@ SIZES = st.integers(1, 512).map(lambda n: 16 * n)
 
 @st.composite
 def linears(draw: st.DrawFn) -> Applied:
+    if draw(st.booleans()):
+        top_k, tokens = draw(st.integers(1, 22)), draw(st.integers(1, 64))
+        return replace(EXPERTS, rows=tokens, choice=Choice(draw(st.integers(top_k, 512)), top_k, tokens))
     dtype = draw(st.sampled_from(TYPES))
     blocked = dtype is DType.F4E2M1 or (dtype is DType.I8 and draw(st.booleans()))
     return Applied(

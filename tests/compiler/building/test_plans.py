@@ -144,7 +144,7 @@ def test_embedded_weights(tmp_path: Path) -> None:
     assert read_sidecar(out / "trt/draft.b1.plan").weights_mode == "embedded"
     assert json.loads((out / "trt/audit.json").read_text())["summary"]["mismatches"] == 0
     sizes = {f["path"]: f["bytes"] for f in json.loads((out / "manifest.json").read_text())["files"]}
-    assert sizes["trt/draft.b1.plan"] > sizes["onnx/weights.data"] > 10 * sizes["onnx/draft.onnx"]
+    assert sizes["trt/draft.b1.plan"] > sizes["onnx/weights.data"] > 5 * sizes["onnx/draft.onnx"]
 
 
 def test_a_model_too_large_to_embed() -> None:
@@ -184,6 +184,6 @@ def test_forms_of_large_weights_differ_by_what_is_rounded() -> None:
     """Super on Blackwell: products of FP8 for any rows; BF16, which rounds nothing, as sums where drafts are judged."""
     forms = forms_of(SPECS / "super.toml", "--target", "trt")
     sums, product = "one kernel from the stored values", "FP8 x FP8 matrix product"
-    assert [forms[entry, "linears", "fp8"][0] for entry in ("decode", "verify", "prefill")] == [product] * 3
-    assert [forms[entry, "linears", "bf16"][0] for entry in ("decode", "verify", "draft")] == [sums] * 3
+    assert [forms[entry, "linears", "fp8"][0] for entry in ("decode.b4", "verify", "prefill")] == [product] * 3
+    assert [forms[entry, "linears", "bf16"][0] for entry in ("decode.b4", "verify", "draft")] == [sums] * 3
     assert forms["prefill", "linears", "bf16"][0] == "BF16 matrix product"
