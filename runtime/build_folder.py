@@ -31,8 +31,8 @@ class OpenedBuild:
     def sms(self) -> tuple[int, ...]:
         """The SM versions that its plans are for, as its manifest records; none of a build without plans."""
         plans = cast("dict[str, Any]", self.manifest.get("builds", {})).get("trt")
-        given = cast("dict[str, Any]", plans).get("sm") if isinstance(plans, dict) else None
-        return tuple(sm for sm in cast("list[Any]", given) if isinstance(sm, int)) if isinstance(given, list) else ()
+        given: object = cast("dict[str, Any]", plans).get("sm") if isinstance(plans, dict) else None
+        return tuple(sm for sm in cast("list[object]", given) if isinstance(sm, int)) if isinstance(given, list) else ()
 
     def has(self, file: str) -> bool:
         """Whether the build has `file`, a path below it."""
