@@ -19,8 +19,9 @@ from n3c.passes.widen import Widen
 
 from .bindings import Binding
 from .emitter import Emitter, Rendering
+from .entry_forms import LinearForms, fastest_for, has_wide_products
 from .graph import GraphBuilder
-from .linear_forms import Choose, LinearForms, fastest_for, has_wide_products
+from .linear_forms import Choose
 from .linears import Linear, linears_of
 from .registry import SPELLINGS
 

@@ -13,7 +13,8 @@ from n3c.ir import ops
 from n3c.ir.program import EntryPoint, Parameter, Program
 from n3c.ir.types import DType
 
-from .linear_forms import Choose, LinearForms
+from .entry_forms import LinearForms
+from .linear_forms import Choose
 
 _PRODUCTS = {
     "nvfp4": "FP4 x FP4 matrix product",

@@ -12,7 +12,7 @@ from n3c.ir.program import Call, EntryPoint, Node, Parameter, Program, Value
 from n3c.ir.source import Source, Tensor, leaves
 from n3c.ir.types import DType
 
-from .linear_forms import LinearForms, has_wide_products, rows_of
+from .entry_forms import LinearForms, has_wide_products, rows_of
 
 _UNQUANTIZED = {DType.F32: "fp32", DType.F16: "fp16", DType.BF16: "bf16"}
 

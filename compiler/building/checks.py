@@ -34,8 +34,8 @@ class Checked:
 
     def forms(self) -> "tuple[Form, ...]":
         """Return how TensorRT computes the linears of each entry point; nothing where another target was asked for."""
+        from n3c.backends.onnx.entry_forms import fastest_for
         from n3c.backends.onnx.forms import forms
-        from n3c.backends.onnx.linear_forms import fastest_for
 
         if self.target not in (None, "trt"):
             return ()

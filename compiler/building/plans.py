@@ -12,8 +12,8 @@ from typing import Any
 from n3c.backends.hashing import sha256_file
 from n3c.backends.onnx.embedded import WeightsFile, embed
 from n3c.backends.onnx.emit import OnnxEntry, emit_entry
+from n3c.backends.onnx.entry_forms import fastest_for
 from n3c.backends.onnx.forms import batches_of
-from n3c.backends.onnx.linear_forms import fastest_for
 from n3c.backends.onnx.stages import balanced, layer_bytes, stages
 from n3c.backends.trt.audit import Audit, audit, audit_json
 from n3c.backends.trt.build import PlanResult, build_plan

@@ -10,7 +10,7 @@ from onnx.external_data_helper import load_external_data_for_model
 
 from n3c.backends.onnx.bindings import read_bindings
 from n3c.backends.onnx.emit import emit_entry
-from n3c.backends.onnx.linear_forms import fastest_for
+from n3c.backends.onnx.entry_forms import fastest_for
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.backends.safetensors.sources import load
 from n3c.backends.torch.emit import emit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from n3c.backends.onnx.linear_forms import fastest_for
+from n3c.backends.onnx.entry_forms import fastest_for
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.ir.program import Program
 from n3c.passes.base import run_pipeline

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from n3c.backends.onnx.entry_forms import LinearForms, bucket_rows, fastest_for, has_wide_products
 from n3c.backends.onnx.forms import batches_of
-from n3c.backends.onnx.linear_forms import Choose, LinearForms, bucket_rows, fastest_for, has_wide_products
+from n3c.backends.onnx.linear_forms import Choose
 from n3c.ir import ops
 from n3c.ir.program import Call, EntryPoint, Node, Program
 

@@ -10,16 +10,8 @@ from hypothesis import strategies as st
 
 from n3c.backends.gpus import GPUS, Gpu, gpus_of
 from n3c.backends.kernel_work import Choice
-from n3c.backends.onnx.linear_forms import (
-    Applied,
-    LinearForm,
-    LinearForms,
-    admissible,
-    fastest,
-    fastest_for,
-    rounds,
-    seconds_of,
-)
+from n3c.backends.onnx.entry_forms import LinearForms, fastest_for
+from n3c.backends.onnx.linear_forms import Applied, LinearForm, admissible, fastest, rounds, seconds_of
 from n3c.ir import ops
 from n3c.ir.program import Program
 from n3c.ir.types import DType
