@@ -11,6 +11,7 @@ from torch import Tensor
 from n3c.backends.onnx.emit import emit_entry
 from n3c.backends.onnx.linear_forms import Choose, LinearForm
 from n3c.backends.onnx.registry import SPELLINGS
+from n3c.backends.onnx.spellings.one_token import MOST_HEADS
 from n3c.ir import ops
 from n3c.ir.diagnostics import ExitCode, N3CError, Span
 from n3c.ir.ops import OPS, OpDef
@@ -214,6 +215,17 @@ def test_cached_attention(tokens: int, dtype: DType, tolerance: float, places: i
     positions = one.integers("positions", torch.arange(places))
     program = one.apply(ops.cached_attention, q, *caches, lengths, positions, num_heads=4, num_kv_heads=2)
     compare(one, program, tolerance)
+
+
+@pytest.mark.parametrize("heads", [1, MOST_HEADS, MOST_HEADS + 1])
+def test_heads_that_share_keys(heads: int) -> None:
+    """One token: a sum for each head beside each other, or one for all."""
+    one = OneOp()
+    caches = [one.weight(name, 2, 2, 6, 8) for name in ("k_cache", "v_cache")]
+    lengths, positions = one.integers("lengths", torch.tensor([0, 4])), one.integers("positions", torch.arange(5))
+    q = one.input("q", 2, 1, 2 * heads * 8)
+    program = one.apply(ops.cached_attention, q, *caches, lengths, positions, num_heads=2 * heads, num_kv_heads=2)
+    compare(one, program)
 
 
 def test_last_token() -> None:
