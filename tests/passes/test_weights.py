@@ -13,6 +13,7 @@ import n3c.compiler
 import n3c.ir
 import n3c.passes
 import n3c.runtime
+from n3c.backends.onnx.entry_forms import LinearForms, fastest_for
 from n3c.backends.onnx.linears import linears_of
 from n3c.ir import ops
 from n3c.ir.program import Call, EntryPoint, Function, Origin, Parameter, Program, Value
@@ -61,7 +62,8 @@ def test_a_new_op_is_quantized_and_audited(new_op: ops.OpDef) -> None:
     dequantize, node = function.nodes
     assert (dequantize.op, node["matrix"].node) == (ops.dequantize_nvfp4, dequantize)
     assert node["offset"].type.dtype is DType.BF16
-    (linear,) = linears_of(program, program.entry_points["run"], {"B": 1, "S": 1})
+    entry, dims = program.entry_points["run"], {"B": 1, "S": 1}
+    (linear,) = linears_of(program, entry, dims, LinearForms(program, entry, dims, fastest_for(program)))
     assert (linear.name, linear.requested, linear.shape) == ("m", "nvfp4", (16, 32))
 
 
