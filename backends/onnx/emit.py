@@ -76,6 +76,13 @@ class OnnxEntry:
         data: bytes = onnx.to_proto(self.model).SerializeToString(deterministic=True)
         return data
 
+    def to_nameless_bytes(self) -> bytes:
+        """Return the serialised model without the names that leave no trace in a plan: its own and its producer's."""
+        proto = onnx.to_proto(self.model)
+        proto.graph.name = proto.producer_name = ""
+        data: bytes = proto.SerializeToString(deterministic=True)
+        return data
+
     def save(self, path: Path) -> int:
         """Write the model and return its size in bytes."""
         return path.write_bytes(self.to_bytes())

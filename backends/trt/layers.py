@@ -14,9 +14,6 @@ from math import prod
 from n3c.backends.onnx.graph import LOOP
 from n3c.ir.types import DType
 
-LISTING = "Layers:"
-"""How the builder's message with the listing begins."""
-
 _TYPES = {
     "Float": DType.F32,
     "Half": DType.F16,
