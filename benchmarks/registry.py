@@ -5,6 +5,7 @@ from __future__ import annotations
 BENCHMARKS = {
     "check": "benchmarks.check",
     "engines": "benchmarks.engines",
+    "building": "benchmarks.building",
     "torch": "benchmarks.torch_model",
     "sampling": "benchmarks.sampling",
     "simulation": "benchmarks.simulation",
