@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from n3c.backends.trt.builder_process import Order, Step
 from n3c.backends.trt.builders import Builders, builders_at_once
 from n3c.ir.diagnostics import ExitCode, N3CError, Span
 from support.fake_tensorrt_module import install_stand_in
+from support.processes import alive, children
 
 SPAN = Span("m.toml", 3, 5)
 
@@ -37,13 +37,6 @@ def order(folder: Path, name: str, model: bytes = b"onnx", sm: int = 90) -> Orde
 
 def ignored(_: Mapping[str, Step]) -> None:
     """Nobody looks at steps."""
-
-
-def alive(pid: int) -> bool:
-    """Whether a process is there, and is not only waited for by its parent."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
 
 
 def test_the_largest_graph_is_built_first(tmp_path: Path) -> None:
@@ -80,7 +73,7 @@ def fails(folder: Path, model: bytes, sm: int = 90) -> N3CError:
     with pytest.raises(N3CError) as caught, Builders(2) as running:
         running.order(order(folder, "slow", b"slow  "))
         running.order(order(folder, "bad", model, sm))
-        for _ in running.results(lambda _: pids.extend(process.pid for process in running._running)):
+        for _ in running.results(lambda _: pids.extend(children(os.getpid()))):
             raise AssertionError("nothing can be built")
     assert pids and not any(map(alive, pids))
     assert time.monotonic() - begun < 50, "the other process was waited for"

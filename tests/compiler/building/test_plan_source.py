@@ -21,6 +21,7 @@ from n3c.compiler.building.plan_source import PlanSource
 from n3c.ir.diagnostics import N3CError
 from support.command import PROGRAM, default_signals, n3c, tree, write_small
 from support.fake_tensorrt_module import install_stand_in
+from support.processes import alive, children
 from support.progress import Recorded
 
 SERVING = ("max_seq_len = 32", "batch_sizes = [1, 2]\nmax_seq_len = 32\nprefill_chunk = 8\ndraft_tokens = 2")
@@ -57,7 +58,8 @@ def test_the_same_build_with_and_without_cache_with_one_and_more_processes(spec:
 
 def test_what_is_asked_otherwise_is_built(spec: Path, tmp_path: Path) -> None:
     def counts(**changes: Any) -> tuple[int, int]:
-        built = build(spec, output=tmp_path / "out", **(ARGUMENTS | {"entry": ["draft"]} | changes))
+        arguments: dict[str, Any] = {**ARGUMENTS, "entry": ["draft"], **changes}
+        built = build(spec, output=tmp_path / "out", **arguments)
         return built.plans["built"], built.plans["cached"]
 
     assert counts() == (2, 0)
@@ -147,25 +149,17 @@ def test_an_interrupt_ends_all_processes_and_leaves_nothing(number: signal.Signa
         assert process.stderr is not None
         while "(Parsing ONNX)" not in process.stderr.readline():
             assert process.poll() is None
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        pids = [path for path in Path("/proc").iterdir() if path.name.isdigit() and _parent(path) == process.pid]
-        assert pids or not children.exists()
+        pids = children(process.pid)
+        assert pids
         process.send_signal(number)
         _, err = process.communicate(timeout=30)
     assert (process.returncode, err.strip().splitlines()[-1]) == (1, "error[E0702]: interrupted")
     for _ in range(100):
-        if not any(path.exists() for path in pids):
+        if not any(map(alive, pids)):
             break
         time.sleep(0.1)
-    assert not any(path.exists() for path in pids)
+    assert not any(map(alive, pids))
     assert {path.name for path in tmp_path.iterdir()} <= {"small.toml", "modules", "cache"}
-
-
-def _parent(process: Path) -> int | None:
-    try:
-        return int((process / "stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return None
 
 
 def test_each_plan_has_a_line_with_what_is_left(spec: Path, tmp_path: Path) -> None:
