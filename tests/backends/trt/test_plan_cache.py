@@ -119,12 +119,16 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setenv("N3C_CACHE_DIR", str(tmp_path))
     assert cache_folder() == tmp_path
     monkeypatch.delenv("N3C_CACHE_DIR")
-    monkeypatch.setenv("HOME", "/home/me")
-    for named, folder in (("/caches", "/caches/n3c"), ("relative", "/home/me/.cache/n3c"), ("", "/home/me/.cache/n3c")):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for named, folder in (
+        ("/caches", "/caches/n3c"),
+        ("relative", f"{tmp_path}/.cache/n3c"),
+        ("", f"{tmp_path}/.cache/n3c"),
+    ):
         monkeypatch.setenv("XDG_CACHE_HOME", named)
         assert cache_folder() == Path(folder)
     monkeypatch.setattr("sys.platform", "darwin")
-    assert cache_folder() == Path("/home/me/Library/Caches/n3c")
+    assert cache_folder() == Path(f"{tmp_path}/Library/Caches/n3c")
 
     def homeless() -> Path:
         raise RuntimeError("no home")
