@@ -9,6 +9,7 @@ which is neither the name's number nor 2^30 times it. The clock is the one at wh
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from n3c.ir.types import DType
@@ -107,6 +108,11 @@ _DEVICES = {
     "H200 SXM": "H200",
 }
 """GPU → what its driver calls it, where that does not contain the name."""
+
+
+def gpus_of(sms: Collection[int]) -> tuple[Gpu, ...]:
+    """Return the known GPUs of these SM versions, the smallest memory first."""
+    return tuple(gpu for gpu in GPUS.values() if gpu.sm in sms)
 
 
 def gpu_named(device: str) -> Gpu | None:

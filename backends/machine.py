@@ -88,6 +88,21 @@ def memory_bytes() -> int | None:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
 
 
+def available_memory_bytes() -> int | None:
+    """Return how much memory programs may still take: what Linux calls available, within the limit of the container."""
+    try:
+        rows = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        available = int(next(row for row in rows if row.startswith("MemAvailable:")).split()[1]) * 1024
+    except (OSError, StopIteration):
+        return None
+    with contextlib.suppress(OSError, ValueError, StopIteration):  # `max` where there is no limit
+        limit, held = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text("ascii")) for name in ("max", "current"))
+        rows = Path("/sys/fs/cgroup/memory.stat").read_text(encoding="ascii").splitlines()
+        cached = int(next(row for row in rows if row.startswith("inactive_file ")).split()[1])
+        available = min(available, limit - held + cached)
+    return available
+
+
 def peak_rss_bytes() -> int | None:
     """Return the most memory that this process has held."""
     if sys.platform == "win32":

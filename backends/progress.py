@@ -16,6 +16,10 @@ class Progress(Protocol):
         """Report what the phase is at: `done` of `total`, where a total is known."""
         ...
 
+    def item(self, what: str, done: int, total: int) -> None:
+        """Report that `what`, the last of `done` items of the phase's `total`, is finished."""
+        ...
+
 
 class _Silent:
     """Progress that is dropped."""
@@ -25,6 +29,9 @@ class _Silent:
 
     def step(self, what: str, done: int = 0, total: int = 0) -> None:
         """Ignore a step."""
+
+    def item(self, what: str, done: int, total: int) -> None:
+        """Ignore an item."""
 
 
 SILENT: Progress = _Silent()

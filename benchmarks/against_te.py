@@ -29,10 +29,11 @@ PACKAGE = "transformer_engine.pytorch"
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 
-def load_reference(wheel: Path, folder: Path) -> Any:
-    """Return the module of the reference quantizer."""
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder, [n for n in archive.namelist() if "/custom_recipes/" in n])
+def stand_ins(recipes: Path) -> dict[str, types.ModuleType]:
+    """Return modules by name, for `sys.modules`: what the reference quantizer imports from Transformer Engine.
+
+    `recipes` is the folder `custom_recipes`, from which the quantizer itself can be imported then.
+    """
 
     class Storage:
         """Stands in for QuantizedTensorStorage."""
@@ -46,18 +47,25 @@ def load_reference(wheel: Path, folder: Path) -> Any:
     def is_custom(_: object) -> bool:
         return True
 
-    stubs: dict[str, dict[str, Any]] = {
+    contents: dict[str, dict[str, Any]] = {
         "transformer_engine": {"__path__": []},
         PACKAGE: {"__path__": []},
-        f"{PACKAGE}.custom_recipes": {"__path__": [str(folder / PACKAGE.replace(".", "/") / "custom_recipes")]},
+        f"{PACKAGE}.custom_recipes": {"__path__": [str(recipes)]},
         f"{PACKAGE}.quantized_tensor": {"QuantizedTensorStorage": Storage, "Quantizer": Quantizer},
         f"{PACKAGE}.tensor": {"__path__": []},
         f"{PACKAGE}.tensor.utils": {"is_custom": is_custom},
     }
-    for name, content in stubs.items():
-        module = types.ModuleType(name)
-        module.__dict__.update(content)
-        sys.modules[name] = module
+    modules = {name: types.ModuleType(name) for name in contents}
+    for name, content in contents.items():
+        modules[name].__dict__.update(content)
+    return modules
+
+
+def load_reference(wheel: Path, folder: Path) -> Any:
+    """Return the module of the reference quantizer."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder, [n for n in archive.namelist() if "/custom_recipes/" in n])
+    sys.modules.update(stand_ins(folder / PACKAGE.replace(".", "/") / "custom_recipes"))
     return importlib.import_module(f"{PACKAGE}.custom_recipes.reference_nvfp4")
 
 

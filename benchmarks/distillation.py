@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from n3c.backends.torch.emit import emit
-from n3c.backends.torch.loading import load_package, write_files
+from n3c.backends.torch.loading import load_package
 from n3c.compiler import quantize
 from n3c.specs.load import load_spec
 from n3c.specs.schema import Quantization, Rule, Spec
+
+from .trained import prepare, train
 
 TITLE = "Distillation into NVFP4"
 
@@ -53,31 +51,22 @@ def _column(numbers: list[float]) -> str:
 
 def measure(spec: Spec, folder: Path, seed: int, teacher_steps: int, steps: int) -> dict[str, tuple[float, float]]:
     """Return cross-entropy and divergence of each model of a seed."""
-    text = folder / "text"
-    if not text.exists():
-        sources = sorted(Path(os.__file__).parent.glob("*.py"))
-        text.write_bytes(b"".join(source.read_bytes() for source in sources))
-        write_files(emit(spec, "0" * 64), folder)
+    text = prepare(spec, folder)
     out = folder / f"seed{seed}"
     sizes = ["--batch-size", "8", "--seq-len", str(LENGTH), "--seed", str(seed), "--val-every", "0"]
-    _train(folder, out / "teacher", *sizes, "--steps", str(teacher_steps), "--lr", "0.003")
+    train(folder, out / "teacher", *sizes, "--steps", str(teacher_steps), "--lr", "0.003")
     teacher, ptq = out / "teacher" / "export", out / "ptq"
     quantize(spec, weights=teacher, output=ptq, calibration=text, calibration_samples=32, calibration_length=LENGTH)
     models = {"teacher": (teacher, None), "PTQ": (ptq, ptq)}
     for name, options in (("scales follow", []), ("scales frozen", ["--frozen-scales"])):
         place = out / name.replace(" ", "_")
         given = [*sizes, "--steps", str(steps), "--lr", "0.00005", "--teacher", str(teacher), "--quantized", str(ptq)]
-        _train(folder, place, *given, *options)
+        train(folder, place, *given, *options)
         models[f"QAD, {name}"] = (place / "export", place / "export")
     data = torch.frombuffer(bytearray(text.read_bytes()), dtype=torch.uint8).long()
     ids = data[-SEQUENCES * LENGTH :].view(SEQUENCES, LENGTH)
     logits = {name: _logits(folder, weights, formats, ids) for name, (weights, formats) in models.items()}
     return {name: _losses(ours, logits["teacher"], ids) for name, ours in logits.items()}
-
-
-def _train(folder: Path, out: Path, *options: str) -> None:
-    command = [sys.executable, str(folder / "train.py"), "--data", str(folder / "text"), "--out", str(out), *options]
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
 
 
 @torch.no_grad()

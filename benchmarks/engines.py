@@ -20,7 +20,7 @@ TITLE = "`n3c build --target trt`"
 COLUMNS = ("layers", "plans", "emit s", "build s", "CPU s", "plan MB", "peak GB", "CPU s a layer", "times the peer's",
            "precision")  # fmt: skip
 WHOLE = ("spec", "SM", "stages", "plans", "wall s", "CPU s", "plans MB", "peak GB", "precision")
-ENTRIES = ("entry point", "plans", "CPU s", "MB", "kernels", "scratch MB", "moved a call, MB", "times the least")
+ENTRIES = ("entry point", "plans", "s", "MB", "kernels", "scratch MB", "moved a call, MB", "times the least")
 STAGE_LAYERS = 22
 """Layers of a stage, where plans are built in stages."""
 ONE_PLAN_LAYERS = 64
@@ -96,7 +96,7 @@ def _entry_row(entry: str, plans: list[dict[str, Any]]) -> str:
         return sum(float(found[key]) for found in plans)
 
     moved, least = (sum(found["traffic"][key] for found in plans) for key in ("bytes", "ideal"))
-    cells = f"{total('cpu_seconds'):.0f} | {total('bytes') / 1e6:.1f} | {total('kernels'):.0f}"
+    cells = f"{total('seconds'):.0f} | {total('bytes') / 1e6:.1f} | {total('kernels'):.0f}"
     scratch = max(found["scratch_bytes"] for found in plans) / 1e6
     return f"| {entry} | {len(plans)} | {cells} | {scratch:.1f} | {moved / 1e6:,.1f} | {moved / least:.3f} |"
 

@@ -1,4 +1,4 @@
-"""`n3c simulate` beside the engine that it stands for, and what it says of models on cards that nobody has here.
+"""`n3c simulate` beside the engine that it stands for.
 
 The engine runs on one thread and its clock is that thread's processor time, so that other work on the machine counts in
 neither; requests come by this clock. The simulation knows the times of the engine's calls, measured beforehand, how
@@ -7,9 +7,8 @@ long prompts and answers are, and how many drafts stood; scheduling, cache and s
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -17,11 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from n3c.backends.gpus import GPUS
-from n3c.compiler import simulate
-from n3c.compiler.report.capacity import Simulated
 from n3c.passes.lower.model import lower
-from n3c.passes.serving import serve
+from n3c.passes.serving import Served, serve
+from n3c.runtime.engines.interface import Engine
 from n3c.runtime.engines.torch.open import torch_engine
 from n3c.runtime.engines.torch.weights import CheckpointWeights
 from n3c.runtime.generation.batch import Batch
@@ -29,30 +26,19 @@ from n3c.runtime.generation.capacity import Capacity
 from n3c.runtime.generation.drafter import MtpDrafter
 from n3c.runtime.generation.prefix_cache import PrefixCache
 from n3c.runtime.simulation.call_times import MeasuredTimes
-from n3c.runtime.simulation.kernel_times import KernelTimes
-from n3c.runtime.simulation.measure import measure
+from n3c.runtime.simulation.measure import TimedEngine, measure
 from n3c.runtime.simulation.replica import Replica
 from n3c.runtime.simulation.result import Load, load_of
 from n3c.runtime.simulation.workload import Request, lengths_of, poisson
 from n3c.runtime.verification.random_weights import RandomCheckpoint
 from n3c.specs.load import loaded
+from n3c.specs.schema import Spec
 from n3c.specs.shipped import spec_file
 
-TITLE = "`n3c simulate`"
-CHECKED = (
-    "rate",
-    "drafts",
-    "of",
-    "tokens/s",
-    "first token, ms: p50",
-    "p90",
-    "a token, ms: p50",
-    "p90",
-    "found",
-    "sequences",
-)
-CARDS = ("RTX PRO 6000", "H200 SXM", "B200")
-CONTEXTS = (8_192, 131_072, 1_048_576)
+TITLE = "`n3c simulate` beside an engine"
+CHECKED = ("rate", "drafts", "times of calls", "tokens/s", "first token: p50", "p90", "a token: p50", "p90", "found")
+SEEDS = 6
+"""Runs of a row, each of other requests."""
 MEMORY = 10**8
 SIZES = (1, 2, 4)
 
@@ -75,57 +61,83 @@ class ProcessorClock:
 
 
 def run(quick: bool) -> Iterator[str]:
-    """Yield the check against an engine on this machine; unless `quick` the tables of models and cards too."""
-    yield from _check(80 if quick else 250)
-    if not quick:
-        yield from _services()
-        yield from _drafts()
-
-
-def _check(requests: int) -> Iterator[str]:
+    """Yield simulated over measured figures, with the times of calls known from elsewhere and from the run itself."""
+    requests, seeds = (40, 2) if quick else (120, SEEDS)
     torch.set_num_threads(1)
     spec, _ = loaded(spec_file("tiny"), ("serving.batch_sizes=[1, 2, 4]",))
-    served = serve(spec)
-    checkpoint = RandomCheckpoint(lower(spec), 0)
     yield (
-        f"\n{spec.name}, the PyTorch engine on one thread, {requests} requests: prompts of 90 to 200 tokens, 80 in"
-        " common, 8 to 60 new tokens.\n"
+        f"\n{spec.name}, the PyTorch engine on one thread, {seeds} runs of {requests} requests a row: prompts of 90 to"
+        " 200 tokens, 80 in common, 8 to 60 new tokens. Simulated over measured, the mean of the runs and half of"
+        " the width of its 95 % confidence interval.\n"
     )
     yield f"| {' | '.join(CHECKED)} |"
     yield f"|{'---:|' * len(CHECKED)}"
     for drafts in (False, True):
-        names = ("prefill", "draft", "verify") if drafts else ("prefill", "decode")
-        engine = torch_engine(served, spec, names, SIZES, CheckpointWeights(checkpoint))
-        before = measure(engine, spec, repeats=5, clock=time.thread_time)
-        times = before
-        alone = times.call("verify" if drafts else "decode", 4, 200) + (
-            2 * times.call("draft", 4, 200) if drafts else 0
-        )
+        server = _Server.of(spec, drafts)
         for share in (0.4, 0.8):
-            rate = share / (34 * alone / 4 + 2 * times.call("prefill", 1, 200))
-            prompt, output = lengths_of("", "uniform:90,200"), lengths_of("", "uniform:8,60")
-            random = np.random.default_rng(1)
-            given = [_real(r) for r in poisson(rate, requests, prompt, output, 80, random)]
-            drafter = MtpDrafter() if drafts else None
-            batch = Batch(engine, Capacity.of(spec), drafter, PrefixCache(MEMORY, drafts))
-            clock: Any = ProcessorClock()
-            real = Replica(batch, clock, partial(getattr, clock, "now"))
-            real.run(given)
-            measured = load_of([real])
-            assert measured is not None
-            # other work on the machine slows calls down, in turns: those before and after the run count
-            times = _mean(before, after := measure(engine, spec, repeats=5, clock=time.thread_time))
-            before = after
-            paper = Replica.of(
-                replace(spec.serving, batch_sizes=SIZES), served.plan, times,
-                acceptance=measured.acceptance_length if drafts else None, cache_memory=MEMORY,
-            )  # fmt: skip
-            paper.run(given)
-            said = load_of([paper])
-            assert said is not None
-            yield _checked(rate, drafts, "the engine", measured)
-            yield _checked(rate, drafts, "simulated", said)
-            yield _ratio(rate, drafts, said, measured)
+            rate = share * server.most_requests()
+            runs = [server.compared(rate, requests, seed) for seed in range(1, seeds + 1)]
+            for number, name in enumerate(("before and after the run", "in the run")):
+                cells = [_with_interval(column) for column in zip(*(run[number] for run in runs), strict=True)]
+                yield f"| {rate:.2f} | {'yes' if drafts else 'no'} | {name} | {' | '.join(cells)} |"
+
+
+@dataclass
+class _Server:
+    """The PyTorch engine under the batch and cache of serving."""
+
+    spec: Spec
+    served: Served
+    drafts: bool
+    engine: Engine
+    before: MeasuredTimes
+    """The newest times that were measured of the engine alone."""
+
+    @staticmethod
+    def of(spec: Spec, drafts: bool) -> _Server:
+        served = serve(spec)
+        names = ("prefill", "draft", "verify") if drafts else ("prefill", "decode")
+        engine = torch_engine(served, spec, names, SIZES, CheckpointWeights(RandomCheckpoint(lower(spec), 0)))
+        return _Server(spec, served, drafts, engine, measure(engine, spec, clock=time.thread_time))
+
+    def most_requests(self) -> float:
+        """Return the requests a second that four at once would be answered at, of 34 tokens and two chunks each."""
+        call = self.before.call
+        a_round = call("verify", 4, 200) + 2 * call("draft", 4, 200) if self.drafts else call("decode", 4, 200)
+        return 1 / (34 * a_round / 4 + 2 * call("prefill", 1, 200))
+
+    def compared(self, rate: float, requests: int, seed: int) -> tuple[list[float], list[float]]:
+        """Return simulated figures over those of a run: with the times of calls around it, and with those in it."""
+        prompt, output = lengths_of("", "uniform:90,200"), lengths_of("", "uniform:8,60")
+        given = [_real(r) for r in poisson(rate, requests, prompt, output, 80, np.random.default_rng(seed))]
+        engine: Any = TimedEngine(self.engine, time.thread_time)
+        drafter = MtpDrafter() if self.drafts else None
+        batch = Batch(engine, Capacity.of(self.spec), drafter, PrefixCache(MEMORY, self.drafts))
+        clock: Any = ProcessorClock()
+        real = Replica(batch, clock, partial(getattr, clock, "now"))
+        begin = time.thread_time()
+        real.run(given)
+        others = time.thread_time() - begin - engine.seconds
+        measured = load_of([real])
+        assert measured is not None
+        drawn = sum(each.tokens for each in real.answered) + (2 * batch.rounds if self.drafts else 0)
+        within: MeasuredTimes = engine.times(others / drawn)
+        # other work on the machine slows calls down, in turns: those before and after the run count
+        around = _mean(self.before, after := measure(self.engine, self.spec, clock=time.thread_time))
+        self.before = after
+        within = replace(within, calls={**around.calls, **within.calls})
+        acceptance = measured.acceptance_length if self.drafts else None
+        return self._ratios(around, acceptance, given, measured), self._ratios(within, acceptance, given, measured)
+
+    def _ratios(
+        self, times: MeasuredTimes, acceptance: float | None, given: Sequence[Request], measured: Load
+    ) -> list[float]:
+        serving = replace(self.spec.serving, batch_sizes=SIZES)
+        paper = Replica.of(serving, self.served.plan, times, acceptance=acceptance, cache_memory=MEMORY)
+        paper.run(given)
+        said = load_of([paper])
+        assert said is not None
+        return [a / b for a, b in zip(_figures(said), _figures(measured), strict=True)]
 
 
 def _mean(one: MeasuredTimes, other: MeasuredTimes) -> MeasuredTimes:
@@ -147,80 +159,16 @@ def _real(request: Request) -> Request:
 
 def _figures(load: Load) -> list[float]:
     first, token = load.first_token, load.token
-    return [load.tokens_per_second, first.p50, first.p90, token.p50, token.p90, load.found, load.running]
+    return [load.tokens_per_second, first.p50, first.p90, token.p50, token.p90, load.found]
 
 
-def _checked(rate: float, drafts: bool, of: str, load: Load) -> str:
-    cells = [f"{value:.2f}" for value in _figures(load)]
-    return f"| {rate:.2f} | {'yes' if drafts else 'no'} | {of} | {' | '.join(cells)} |"
+def _with_interval(values: Sequence[float]) -> str:
+    """Return the mean of ratios, and the half width of its interval by Student's t distribution."""
+    if len(values) < 2:
+        return f"{values[0]:.2f}"
+    half = T_975[len(values) - 1] * float(np.std(values, ddof=1)) / len(values) ** 0.5
+    return f"{np.mean(values):.2f} ± {half:.2f}"
 
 
-def _ratio(rate: float, drafts: bool, said: Load, measured: Load) -> str:
-    pairs = zip(_figures(said), _figures(measured), strict=True)
-    cells = [f"{a / b:.3f}" if b else "" for a, b in pairs]
-    return f"| {rate:.2f} | {'yes' if drafts else 'no'} | **ratio** | {' | '.join(cells)} |"
-
-
-SERVICE = (
-    "model",
-    "card",
-    "cards a replica",
-    "replicas",
-    "cards",
-    "tokens/s",
-    "first token, s: p50",
-    "p99",
-    "a token, ms: p50",
-    "p99",
-    "GPU-seconds a M tokens",
-    "kJ a M tokens",
-)
-
-
-def _services() -> Iterator[str]:
-    """Yield what a service of 100 requests a second takes, of each model on each card."""
-    yield (
-        "\n100 requests a second, prompts lognormal:1000,8000, answers exponential:400; 99 of 100 get their first token"
-        " in 5 s and further ones in 100 ms. Batches of 1, 8, 16 and 32, chunks of 1,024, 16,384 tokens a"
-        " request. Super and Ultra draft 3 tokens, of which a round gives 3.45; Nano has no drafter.\n"
-    )
-    yield f"| {' | '.join(SERVICE)} |"
-    yield f"|{'---|' * 2}{'---:|' * (len(SERVICE) - 2)}"
-    settings = ("serving.batch_sizes=[1, 8, 16, 32]", "serving.prefill_chunk=1024", "serving.max_seq_len=16384")
-    for name, card in itertools.product(("nano", "super", "ultra"), CARDS):
-        done = simulate(
-            name, gpu=card, rate=100.0, prompt_tokens="lognormal:1000,8000", output_tokens="exponential:400",
-            acceptance=None if name == "nano" else 3.45, first_token=5000, token=100, requests=200, set=settings,
-        )  # fmt: skip
-        yield _service(name, card, done)
-
-
-def _service(name: str, card: str, done: Simulated) -> str:
-    if not done.kept:
-        return f"| {name} | {card} | {done.cards} | none keeps it |{' |' * (len(SERVICE) - 4)}"
-    load = done.load
-    cells = (
-        f"{done.cards} | {done.replicas} | {done.cards * done.replicas:,} | {done.tokens_per_second:,.0f}",
-        f"{load.first_token.p50 / 1000:.2f} | {load.first_token.p99 / 1000:.2f}",
-        f"{load.token.p50:.1f} | {load.token.p99:.1f} | {done.gpu_seconds:,.0f} | {(done.joules or 0) / 1000:,.0f}",
-    )
-    return f"| {name} | {card} | {' | '.join(cells)} |"
-
-
-ROUND = ("model", "card", "batch", "context", "a token, ms", "a round, ms", "pays from", "at 3.45, ms", "times faster")
-
-
-def _drafts() -> Iterator[str]:
-    """Yield what a round with drafts costs beside a token without, by model, batch and context."""
-    yield "\nA token without drafts, and a round with three: it pays from so many tokens a round on.\n"
-    yield f"| {' | '.join(ROUND)} |"
-    yield f"|{'---|' * 2}{'---:|' * (len(ROUND) - 2)}"
-    for name, card in (("super", "RTX PRO 6000"), ("super", "B200"), ("ultra", "B200")):
-        spec, _ = loaded(spec_file(name), ("serving.max_seq_len=1048576",))
-        kernels = KernelTimes(serve(spec).program, GPUS[card], spec.model.vocab_size)
-        for batch, context in itertools.product((1, 8, 32), CONTEXTS):
-            token = kernels.call("decode", batch, context) + batch * kernels.draw()
-            drafted = 3 * kernels.call("draft", batch, context) + kernels.call("verify", batch, context)
-            round_ = drafted + batch * (3 + 3.45) * kernels.draw()
-            times = f"{token * 1e3:.1f} | {round_ * 1e3:.1f} | {round_ / token:.2f} | {round_ / 3.45 * 1e3:.1f}"
-            yield f"| {name} | {card} | {batch} | {context:,} | {times} | {3.45 * token / round_:.2f} |"
+T_975 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
+"""Degrees of freedom → the quantile of Student's t distribution."""

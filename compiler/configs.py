@@ -74,7 +74,7 @@ def import_config(
 
     read, out = checkpoint_directory(source), None if output is None else Path(output)
     if out is not None:
-        require_new(out, read / "config.json" if read.is_dir() else read, force=force)
+        require_new(out, read, force=force)
     imported = import_checkpoint(read)
     if out is not None:
         write_text(out, imported.text)

@@ -12,145 +12,17 @@ whatever the storage types are.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from math import prod
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, cast
 
 from .formats import NVFP4_BLOCK
+from .op_definition import Attribute, Continues, Types, op, require
 from .types import Dim, DType, TensorType
-
-Attribute = int | float | bool | str | tuple[int, ...]
-Types = tuple[TensorType, ...]
-Flops = Callable[[Mapping[str, TensorType | None], Types, Mapping[str, Attribute]], int]
-"""FLOPs of operands by name, results and attributes; a multiply-add is two, symbolic dims count as one."""
-T = TypeVar("T")
 
 CACHE_MAX = 352.0
 """Largest value in an FP8 cache. E4M3 reaches 448, but two codes beyond 352 are no finite FP16 number, as which
 engines write them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Continues:
-    """What makes an op the one that continues another from a state.
-
-    It has the operands of the other, the state, and `counts` i64 [B]: how many of the tokens count, all where it is
-    left out. Its results are that of the other and the state after the tokens that count.
-    """
-
-    op: OpDef
-    """What begins from a state of zeros."""
-    state: str
-    """Its operand that is the state, [B, *dims]."""
-    kind: Literal["conv", "ssm"]
-    """How the state is stored and accounted for: as a window of inputs, or as what a recurrence carries."""
-    dims: Callable[[Mapping[str, TensorType | None], Mapping[str, Attribute]], tuple[Dim, ...]]
-    """The sizes of the state, of the types of the other's operands by name and its attributes."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class OpDef:
-    """An op definition, made by `@op`. Compares by identity."""
-
-    name: str
-    doc: str
-    operands: tuple[str, ...]
-    optional: frozenset[str]
-    attributes: tuple[str, ...]
-    rule: Callable[..., TensorType | Types]
-    weights: tuple[str, ...] = ()
-    """Operands that are weights of linears, [..., out, in]: what formats apply to, and what audits follow.
-
-    An op with weights reads the rows that it multiplies as its operand `x`, [B, S, ..., in].
-    """
-    flops: Flops | None = None
-    continues: Continues | None = None
-    """For an op that continues another from a state."""
-    reference: str | None = None
-    """`module:function` of its reference evaluation, for an op of an extension: those of n3c's ops stand in a table."""
-    spelling: str | None = None
-    """The same of its ONNX spelling."""
-
-    def position(self, operand: str) -> int:
-        """Return the place of an operand by its name; KeyError if the op has none of that name."""
-        if operand not in self.operands:
-            raise KeyError(f"{self.name} has operands {list(self.operands)}, not `{operand}`")
-        return self.operands.index(operand)
-
-    def infer(self, operands: Sequence[TensorType | None], attributes: Mapping[str, Attribute]) -> Types:
-        """Return the result types; ValueError where the operands or attributes do not fit.
-
-        Optional operands at the end may be left out.
-        """
-        operands = self.padded(operands)
-        if len(operands) != len(self.operands):
-            raise ValueError(f"{self.name} takes {len(self.operands)} operands, not {len(operands)}")
-        for name, operand in zip(self.operands, operands, strict=True):
-            if operand is None and name not in self.optional:
-                raise ValueError(f"{self.name} needs operand `{name}`")
-        if set(attributes) != set(self.attributes):
-            raise ValueError(f"{self.name} has attributes {sorted(self.attributes)}, not {sorted(attributes)}")
-        results = self.rule(*operands, **attributes)
-        return results if isinstance(results, tuple) else (results,)
-
-    def padded(self, operands: Sequence[T | None]) -> list[T | None]:
-        """Return `operands` with None for the optional ones that are left out at the end."""
-        missing = self.operands[len(operands) :]
-        return [*operands, *(None for name in missing if name in self.optional)]
-
-
-OPS: dict[str, OpDef] = {}
-"""Every op by its name."""
-CONTINUED_BY: dict[OpDef, OpDef] = {}
-"""Op that looks at earlier tokens → the op that continues it from a state. Attention has caches instead."""
-
-
-def op(
-    *,
-    weights: tuple[str, ...] = (),
-    flops: Flops | None = None,
-    continues: Continues | None = None,
-    reference: str | None = None,
-    spelling: str | None = None,
-) -> Callable[[Callable[..., TensorType | Types]], OpDef]:
-    """Define an op by its shape rule; the arguments are fields of its `OpDef`.
-
-    ValueError for a name that another op has.
-    """
-
-    def define(rule: Callable[..., TensorType | Types]) -> OpDef:
-        parameters = inspect.signature(rule).parameters.values()
-        positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-        definition = OpDef(
-            name=rule.__name__.rstrip("_"),
-            doc=inspect.cleandoc(rule.__doc__ or ""),
-            operands=tuple(p.name for p in positional),
-            optional=frozenset(p.name for p in positional if p.default is None),
-            attributes=tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY),
-            rule=rule,
-            weights=weights,
-            flops=flops,
-            continues=continues,
-            reference=reference,
-            spelling=spelling,
-        )
-        for name in (*weights, "x") if weights else ():
-            definition.position(name)
-        if definition.name in OPS:
-            raise ValueError(f"there is an op `{definition.name}` already")
-        OPS[definition.name] = definition
-        if continues is not None:
-            CONTINUED_BY[continues.op] = definition
-        return definition
-
-    return define
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 def _elements(type_: TensorType) -> int:
@@ -167,7 +39,7 @@ def _matmul_flops(operands: Any, results: Types, attributes: Any) -> int:
 @op()
 def embedding(ids: TensorType, table: TensorType) -> TensorType:
     """y[b, s] = table[ids[b, s]]: ids i64 [B, S], table [V, D] → f32 [B, S, D]."""
-    _require(ids.dtype is DType.I64, f"ids must be i64, not {ids}")
+    require(ids.dtype is DType.I64, f"ids must be i64, not {ids}")
     return TensorType(DType.F32, (*ids.dims, table.dims[-1]))
 
 
@@ -180,7 +52,7 @@ def shift_left(ids: TensorType) -> TensorType:
 @op()
 def last_token(x: TensorType, counts: TensorType) -> TensorType:
     """y[b, 0] = x[b, counts[b] - 1], and x[b, 0] where counts[b] = 0: x [B, S, D], counts i64 [B] → [B, 1, D]."""
-    _require(len(x.dims) == 3 and counts == TensorType(DType.I64, x.dims[:1]), f"counts {counts} do not fit {x}")
+    require(len(x.dims) == 3 and counts == TensorType(DType.I64, x.dims[:1]), f"counts {counts} do not fit {x}")
     return TensorType(x.dtype, (x.dims[0], 1, x.dims[2]))
 
 
@@ -190,7 +62,7 @@ def last_token(x: TensorType, counts: TensorType) -> TensorType:
 @op()
 def add(x: TensorType, y: TensorType) -> TensorType:
     """z = x + y, of equal shapes."""
-    _require(x.dims == y.dims, f"cannot add {x} and {y}")
+    require(x.dims == y.dims, f"cannot add {x} and {y}")
     return x
 
 
@@ -203,16 +75,16 @@ def relu2(x: TensorType) -> TensorType:
 @op()
 def concat(x: TensorType, y: TensorType) -> TensorType:
     """z = [x, y] along the last dim."""
-    _require(x.dims[:-1] == y.dims[:-1], f"cannot concatenate {x} and {y}")
+    require(x.dims[:-1] == y.dims[:-1], f"cannot concatenate {x} and {y}")
     last = (x.dims[-1], y.dims[-1])
-    _require(all(isinstance(d, int) for d in last), "concat needs static last dims")
+    require(all(isinstance(d, int) for d in last), "concat needs static last dims")
     return x.with_last(sum(d for d in last if isinstance(d, int)))
 
 
 @op()
 def split(x: TensorType, *, sizes: tuple[int, ...]) -> Types:
     """Cut x along the last dim into pieces of `sizes`."""
-    _require(x.dims[-1] == sum(sizes), f"cannot split {x} into {sizes}")
+    require(x.dims[-1] == sum(sizes), f"cannot split {x} into {sizes}")
     return tuple(x.with_last(size) for size in sizes)
 
 
@@ -222,7 +94,7 @@ def split(x: TensorType, *, sizes: tuple[int, ...]) -> Types:
 @op()
 def rms_norm(x: TensorType, weight: TensorType, *, eps: float) -> TensorType:
     """y = x / sqrt(mean(x²) + eps) · weight over the last dim (arXiv 1910.07467)."""
-    _require(weight.dims == x.dims[-1:], f"weight {weight} does not fit {x}")
+    require(weight.dims == x.dims[-1:], f"weight {weight} does not fit {x}")
     return x
 
 
@@ -232,8 +104,8 @@ def gated_rms_norm(x: TensorType, gate: TensorType, weight: TensorType, *, group
 
     The gate comes before the norm (`norm_before_gate=False` of mamba_ssm's RMSNormGated).
     """
-    _require(x.dims == gate.dims and weight.dims == x.dims[-1:], f"{gate} and {weight} do not fit {x}")
-    _require(isinstance(x.dims[-1], int) and x.dims[-1] % groups == 0, f"{x} does not divide into {groups} groups")
+    require(x.dims == gate.dims and weight.dims == x.dims[-1:], f"{gate} and {weight} do not fit {x}")
+    require(isinstance(x.dims[-1], int) and x.dims[-1] % groups == 0, f"{x} does not divide into {groups} groups")
     return x
 
 
@@ -243,7 +115,7 @@ def gated_rms_norm(x: TensorType, gate: TensorType, weight: TensorType, *, group
 @op(weights=("weight",), flops=_matmul_flops)
 def linear(x: TensorType, weight: TensorType) -> TensorType:
     """y = x Wᵀ: x [..., in], weight W [out, in] → [..., out]. No bias: no linear of the family has one."""
-    _require(len(weight.dims) == 2 and weight.dims[1] == x.dims[-1], f"weight {weight} does not fit {x}")
+    require(len(weight.dims) == 2 and weight.dims[1] == x.dims[-1], f"weight {weight} does not fit {x}")
     return x.with_last(weight.dims[0])
 
 
@@ -253,9 +125,9 @@ def expert_linear(x: TensorType, indices: TensorType, weight: TensorType) -> Ten
 
     x [B, S, K or 1, in], indices i64 [B, S, K], weight W [E, out, in] → f32 [B, S, K, out].
     """
-    _require(len(x.dims) == 4 and len(weight.dims) == 3, f"expert_linear of {x} and {weight}")
-    _require(weight.dims[2] == x.dims[-1], f"weight {weight} does not fit {x}")
-    _require(x.dims[2] in (1, indices.dims[-1]), f"{x} does not fit indices {indices}")
+    require(len(x.dims) == 4 and len(weight.dims) == 3, f"expert_linear of {x} and {weight}")
+    require(weight.dims[2] == x.dims[-1], f"weight {weight} does not fit {x}")
+    require(x.dims[2] in (1, indices.dims[-1]), f"{x} does not fit indices {indices}")
     return TensorType(DType.F32, (*indices.dims, weight.dims[1]))
 
 
@@ -268,22 +140,22 @@ def dequantize_nvfp4(codes: TensorType, scale: TensorType, scale_2: TensorType) 
     result is the exact product in float32. A 16x16 block repeats its scale in 16 rows, so both block
     shapes read alike.
     """
-    _require(codes.dtype in (DType.F4E2M1, DType.I8), f"codes must be f4e2m1 or i8, not {codes}")
+    require(codes.dtype in (DType.F4E2M1, DType.I8), f"codes must be f4e2m1 or i8, not {codes}")
     last = codes.dims[-1]
-    _require(isinstance(last, int), "codes need a static last dim")
+    require(isinstance(last, int), "codes need a static last dim")
     k = int(last) * (2 if codes.dtype is DType.I8 else 1)
-    _require(k % NVFP4_BLOCK == 0, f"K = {k} is not a multiple of {NVFP4_BLOCK}")
-    _require(scale.dtype in (DType.F8E4M3, DType.I8), f"scale must be f8e4m3 or i8, not {scale}")
-    _require(scale.dims == (*codes.dims[:-1], k // NVFP4_BLOCK), f"scale {scale} does not fit {codes}")
-    _require(scale_2 == TensorType(DType.F32, codes.dims[:-2]), f"scale_2 {scale_2} does not fit {codes}")
+    require(k % NVFP4_BLOCK == 0, f"K = {k} is not a multiple of {NVFP4_BLOCK}")
+    require(scale.dtype in (DType.F8E4M3, DType.I8), f"scale must be f8e4m3 or i8, not {scale}")
+    require(scale.dims == (*codes.dims[:-1], k // NVFP4_BLOCK), f"scale {scale} does not fit {codes}")
+    require(scale_2 == TensorType(DType.F32, codes.dims[:-2]), f"scale_2 {scale_2} does not fit {codes}")
     return TensorType(DType.F32, (*codes.dims[:-1], k))
 
 
 @op()
 def dequantize_fp8(codes: TensorType, scale: TensorType) -> TensorType:
     """w = codes · scale: codes f8e4m3 [..., out, in] or the same bytes as i8, scale f32 [] or [E] → f32."""
-    _require(codes.dtype in (DType.F8E4M3, DType.I8), f"codes must be f8e4m3 or i8, not {codes}")
-    _require(scale == TensorType(DType.F32, codes.dims[:-2]), f"scale {scale} does not fit {codes}")
+    require(codes.dtype in (DType.F8E4M3, DType.I8), f"codes must be f8e4m3 or i8, not {codes}")
+    require(scale == TensorType(DType.F32, codes.dims[:-2]), f"scale {scale} does not fit {codes}")
     return codes.with_dtype(DType.F32)
 
 
@@ -294,10 +166,10 @@ def quantize_activation(x: TensorType, scale: TensorType, *, format: str) -> Ten
     fp8: y = e4m3(x · (1 / scale)) · scale; beyond 448 · scale it is that.
     nvfp4: for each 16 elements along K x' = x · (1 / scale), s = e4m3(max|x'| / 6), y = e2m1(x' / s) · s · scale.
     """
-    _require(format in ("nvfp4", "fp8"), f"activations are quantized to nvfp4 or fp8, not {format}")
-    _require(scale == TensorType(DType.F32, ()), f"the scale of activations is f32[], not {scale}")
+    require(format in ("nvfp4", "fp8"), f"activations are quantized to nvfp4 or fp8, not {format}")
+    require(scale == TensorType(DType.F32, ()), f"the scale of activations is f32[], not {scale}")
     last = x.dims[-1]
-    _require(format == "fp8" or (isinstance(last, int) and last % NVFP4_BLOCK == 0), f"{x} has no blocks of 16")
+    require(format == "fp8" or (isinstance(last, int) and last % NVFP4_BLOCK == 0), f"{x} has no blocks of 16")
     return x
 
 
@@ -327,8 +199,8 @@ def route(
     `norm_topk_prob`, times `scaling_factor`. (DeepSeek-V3, arXiv 2412.19437; the bias selects only.)
     """
     experts = logits.dims[-1]
-    _require(bias.dims == (experts,), f"bias {bias} does not fit {logits}")
-    _require(isinstance(experts, int) and top_k <= experts, f"top_k = {top_k} of {experts} experts")
+    require(bias.dims == (experts,), f"bias {bias} does not fit {logits}")
+    require(isinstance(experts, int) and top_k <= experts, f"top_k = {top_k} of {experts} experts")
     dims: tuple[Dim, ...] = (*logits.dims[:-1], top_k)
     return TensorType(DType.I64, dims), TensorType(DType.F32, dims)
 
@@ -359,14 +231,12 @@ def experts(
     `down_bytes` are `up` and `down` again, from codes that can be gathered by expert, where those cannot.
     """
     for weight, again in ((up, up_bytes), (down, down_bytes)):
-        _require(again is None or again == weight, f"{again} is not {weight}")
-    _require((inner_scale is None) == (inner_format == ""), "inner_scale and inner_format go together")
-    _require(
-        inner_scale is None or inner_scale == TensorType(DType.F32, ()), f"inner_scale is f32[], not {inner_scale}"
-    )
-    _require(len(up.dims) == 3 and up.dims[2] == x.dims[-1], f"up {up} does not fit {x}")
-    _require(down.dims == (up.dims[0], up.dims[2], up.dims[1]), f"down {down} does not fit up {up}")
-    _require(indices.dims == weights.dims, f"indices {indices} and weights {weights} differ")
+        require(again is None or again == weight, f"{again} is not {weight}")
+    require((inner_scale is None) == (inner_format == ""), "inner_scale and inner_format go together")
+    require(inner_scale is None or inner_scale == TensorType(DType.F32, ()), f"inner_scale is f32[], not {inner_scale}")
+    require(len(up.dims) == 3 and up.dims[2] == x.dims[-1], f"up {up} does not fit {x}")
+    require(down.dims == (up.dims[0], up.dims[2], up.dims[1]), f"down {down} does not fit up {up}")
+    require(indices.dims == weights.dims, f"indices {indices} and weights {weights} differ")
     return x
 
 
@@ -379,7 +249,7 @@ def expand_experts(x: TensorType) -> TensorType:
 @op()
 def combine_experts(y: TensorType, weights: TensorType) -> TensorType:
     """z[b, s] = Σₖ weights[b, s, k] · y[b, s, k]: y [B, S, K, L], weights f32 [B, S, K] → [B, S, L]."""
-    _require(weights.dims == y.dims[:-1], f"weights {weights} do not fit {y}")
+    require(weights.dims == y.dims[:-1], f"weights {weights} do not fit {y}")
     return TensorType(y.dtype, (*y.dims[:-2], y.dims[-1]))
 
 
@@ -396,8 +266,8 @@ def causal_conv1d(x: TensorType, weight: TensorType, bias: TensorType | None = N
 
     x [B, S, X], weight [X, 1, W], bias [X] → [B, S, X].
     """
-    _require(len(weight.dims) == 3 and weight.dims[:2] == (x.dims[-1], 1), f"weight {weight} does not fit {x}")
-    _require(bias is None or bias.dims == x.dims[-1:], f"bias {bias} does not fit {x}")
+    require(len(weight.dims) == 3 and weight.dims[:2] == (x.dims[-1], 1), f"weight {weight} does not fit {x}")
+    require(bias is None or bias.dims == x.dims[-1:], f"bias {bias} does not fit {x}")
     return x
 
 
@@ -423,14 +293,14 @@ def causal_conv1d_update(
     """
     causal_conv1d.infer([x, weight, bias], {})
     width = weight.dims[-1]
-    _require(isinstance(width, int), "the convolution needs a static width")
-    _require(window.dims == (x.dims[0], x.dims[-1], int(width) - 1), f"window {window} does not fit {x} and {weight}")
+    require(isinstance(width, int), "the convolution needs a static width")
+    require(window.dims == (x.dims[0], x.dims[-1], int(width) - 1), f"window {window} does not fit {x} and {weight}")
     _require_counts(counts, x)
     return x, window
 
 
 def _require_counts(counts: TensorType | None, x: TensorType) -> None:
-    _require(counts is None or counts == TensorType(DType.I64, x.dims[:1]), f"counts {counts} do not fit {x}")
+    require(counts is None or counts == TensorType(DType.I64, x.dims[:1]), f"counts {counts} do not fit {x}")
 
 
 def _ssd_flops(operands: Any, results: Types, attributes: Any) -> int:
@@ -458,12 +328,12 @@ def ssd(
     group i // (H / G); h [B, H, P, N] → y [B, S, H·P]. `chunk_size` is how it is computed, not what.
     """
     heads = A.dims[0]
-    _require(dt.dims == (*x.dims[:-1], heads), f"dt {dt} does not fit {x} and A {A}")
-    _require(D.dims == A.dims and dt_bias.dims == A.dims, "A, D and dt_bias differ in heads")
-    _require(B.dims == C.dims, f"B {B} and C {C} differ")
+    require(dt.dims == (*x.dims[:-1], heads), f"dt {dt} does not fit {x} and A {A}")
+    require(D.dims == A.dims and dt_bias.dims == A.dims, "A, D and dt_bias differ in heads")
+    require(B.dims == C.dims, f"B {B} and C {C} differ")
     sizes = [d for d in (heads, x.dims[-1], B.dims[-1]) if isinstance(d, int)]
-    _require(len(sizes) == 3, "ssd needs static widths")
-    _require(
+    require(len(sizes) == 3, "ssd needs static widths")
+    require(
         sizes[1] % sizes[0] == 0 and sizes[0] % n_groups == 0 and sizes[2] % n_groups == 0, "ssd widths do not divide"
     )
     return x
@@ -500,7 +370,7 @@ def ssd_update(
     heads, channels, width = A.dims[0], x.dims[-1], B.dims[-1]
     assert isinstance(heads, int) and isinstance(channels, int) and isinstance(width, int)  # as ssd requires
     dims = (x.dims[0], heads, channels // heads, width // n_groups)
-    _require(state.dims == dims, f"state {state} does not fit {x} and B {B}: [B, H, P, N] is {list(dims)}")
+    require(state.dims == dims, f"state {state} does not fit {x} and B {B}: [B, H, P, N] is {list(dims)}")
     _require_counts(counts, x)
     return x, state
 
@@ -515,9 +385,9 @@ def attention(q: TensorType, k: TensorType, v: TensorType, *, num_heads: int, nu
     q [B, S, J·Z], k and v [B, S, Y·Z]; query head i reads head i // (J / Y) → [B, S, J·Z].
     """
     sizes = [d for d in (q.dims[-1], k.dims[-1]) if isinstance(d, int)]
-    _require(len(sizes) == 2 and k.dims == v.dims, f"attention of {q}, {k}, {v}")
-    _require(num_heads % num_kv_heads == 0, f"{num_heads} heads over {num_kv_heads} key/value heads")
-    _require(sizes[0] * num_kv_heads == sizes[1] * num_heads, f"{q} and {k} differ in head_dim")
+    require(len(sizes) == 2 and k.dims == v.dims, f"attention of {q}, {k}, {v}")
+    require(num_heads % num_kv_heads == 0, f"{num_heads} heads over {num_kv_heads} key/value heads")
+    require(sizes[0] * num_kv_heads == sizes[1] * num_heads, f"{q} and {k} differ in head_dim")
     return q
 
 
@@ -535,12 +405,12 @@ def write_cache(
     i64 [B] in 0…S, S where left out. Values are rounded to the type of the cache; with a scale f32 [] the
     cache holds new / scale (of an FP8 cache), clamped to ±352.
     """
-    _require(len(cache.dims) == 4 and cache.dims[0] == new.dims[0], f"cache {cache} does not fit {new}")
+    require(len(cache.dims) == 4 and cache.dims[0] == new.dims[0], f"cache {cache} does not fit {new}")
     sizes = [d for d in (new.dims[-1], cache.dims[1], cache.dims[3]) if isinstance(d, int)]
-    _require(len(sizes) == 3 and sizes[0] == sizes[1] * sizes[2], f"cache {cache} does not fit {new}")
-    _require(lengths == TensorType(DType.I64, new.dims[:1]), f"lengths {lengths} do not fit {new}")
+    require(len(sizes) == 3 and sizes[0] == sizes[1] * sizes[2], f"cache {cache} does not fit {new}")
+    require(lengths == TensorType(DType.I64, new.dims[:1]), f"lengths {lengths} do not fit {new}")
     _require_counts(counts, new)
-    _require(scale is None or scale == TensorType(DType.F32, ()), f"the scale of a cache is f32[], not {scale}")
+    require(scale is None or scale == TensorType(DType.F32, ()), f"the scale of a cache is f32[], not {scale}")
     return cache
 
 
@@ -563,15 +433,15 @@ def cached_attention(
     them → [B, S, J·Z]. key_positions i64 [end] = 0…end - 1 with lengths[b] + S ≤ end ≤ C: positions after
     it are not read, so that the cost follows end. What an FP8 cache holds is multiplied with its scale.
     """
-    _require(k_cache == v_cache, f"caches {k_cache} and {v_cache} differ")
-    _require(
+    require(k_cache == v_cache, f"caches {k_cache} and {v_cache} differ")
+    require(
         len(k_cache.dims) == 4 and k_cache.dims[:2] == (q.dims[0], num_kv_heads), f"cache {k_cache} does not fit {q}"
     )
     sizes = [d for d in (q.dims[-1], k_cache.dims[-1]) if isinstance(d, int)]
-    _require(len(sizes) == 2 and sizes[0] == num_heads * sizes[1], f"{q} has not {num_heads} heads of {k_cache}")
-    _require(num_heads % num_kv_heads == 0, f"{num_heads} heads over {num_kv_heads} key/value heads")
-    _require(lengths == TensorType(DType.I64, q.dims[:1]), f"lengths {lengths} do not fit {q}")
-    _require(key_positions.dtype is DType.I64 and len(key_positions.dims) == 1, f"key_positions are {key_positions}")
+    require(len(sizes) == 2 and sizes[0] == num_heads * sizes[1], f"{q} has not {num_heads} heads of {k_cache}")
+    require(num_heads % num_kv_heads == 0, f"{num_heads} heads over {num_kv_heads} key/value heads")
+    require(lengths == TensorType(DType.I64, q.dims[:1]), f"lengths {lengths} do not fit {q}")
+    require(key_positions.dtype is DType.I64 and len(key_positions.dims) == 1, f"key_positions are {key_positions}")
     for scale in (k_scale, v_scale):
-        _require(scale is None or scale == TensorType(DType.F32, ()), f"the scale of a cache is f32[], not {scale}")
+        require(scale is None or scale == TensorType(DType.F32, ()), f"the scale of a cache is f32[], not {scale}")
     return q

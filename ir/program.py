@@ -13,10 +13,12 @@ tables in place; `verify` says whether what they left is sound.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from .diagnostics import Span
-from .ops import DEQUANTIZE, Attribute, OpDef
+from .op_definition import Attribute, OpDef
+from .ops import DEQUANTIZE
 from .source import Bytes, Source
 from .types import TensorType
 
@@ -230,6 +232,10 @@ class LedgerEntry:
     format: str
     bytes: int
     """With its scales."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return an entry of `ledger` in a manifest, and of `weights` in a report."""
+        return {**asdict(self), "shape": list(self.shape)}
 
 
 @dataclass(slots=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .ops import Attribute, OpDef
+from .op_definition import Attribute, OpDef
 from .program import Function, Node, Origin, Value
 
 _NUMBER = re.compile(r"_\d+$")

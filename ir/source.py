@@ -63,6 +63,8 @@ class Nvfp4:
     operand: Source
     part: str
     block_rows: int
+    scaled_with: tuple[str, ...] = ()
+    """Tensors that have one scale of a matrix, by their largest magnitude, the operand among them; empty: its own."""
 
     def __str__(self) -> str:
         return f"nvfp4_{self.part}({self.operand}, {self.block_rows}x16)"
@@ -74,6 +76,8 @@ class Fp8:
 
     operand: Source
     part: str
+    scaled_with: tuple[str, ...] = ()
+    """As of NVFP4."""
 
     def __str__(self) -> str:
         return f"fp8_{self.part}({self.operand})"

@@ -3,7 +3,8 @@
 Pattern: a parameter that ops read as a weight of linears only (`OpDef.weights`). It becomes codes and scales in front
 of a `dequantize_*` node; layers whose weights differ in format get functions of their own
 (`moe@nvfp4+fp8`). Everything else keeps its stored type. The coverage ledger tells, for every
-weight, the rule that decided. First in the pipeline: later passes merge and lay out by format.
+weight, the rule that decided. q, k and v of a layer have one scale where they have one format. First in the
+pipeline: later passes merge and lay out by format.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from n3c.ir.diagnostics import ExitCode, N3CError
 from n3c.ir.formats import FORMATS, NVFP4_BLOCK, WeightFormat
 from n3c.ir.program import Function, LedgerEntry, Parameter, Program, Value
 from n3c.ir.rewrite import Builder
-from n3c.ir.source import Fp8, Nvfp4
+from n3c.ir.source import Fp8, Nvfp4, tensor_names
 from n3c.specs.rules import FormatRule, FormatRules, Misfit, misfit_diagnostics
 
 
@@ -95,7 +96,23 @@ def _misfit(parameter: Parameter, rule: FormatRule | None, linears: Collection[s
     return Misfit(parameter, shape, rule, "E0405", reason, f"set block = [1, 16] in the rule, or {bf16}", span)
 
 
-def _parts(parameter: Parameter, rule: FormatRule) -> list[Parameter]:
+MERGED = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
+"""Roles whose weights have one scale within a layer, where their formats agree: readers merge them into one linear."""
+
+
+def _scaled_together(program: Program, formats: dict[str, FormatRule]) -> dict[str, tuple[str, ...]]:
+    """Return the tensors that have one scale, by the name of each parameter among them."""
+    groups: dict[tuple[str, str], dict[str, str]] = {}
+    for name, rule in formats.items():
+        parameter = program.parameters[name]
+        if parameter.role.removeprefix("mtp.") in MERGED:
+            (tensor,) = tensor_names(parameter.source)
+            layer = tensor.removesuffix(".weight").rpartition(".")[0]
+            groups.setdefault((layer, rule.format), {})[name] = tensor
+    return {name: tuple(group.values()) for group in groups.values() if len(group) > 1 for name in group}
+
+
+def _parts(parameter: Parameter, rule: FormatRule, scaled_with: tuple[str, ...]) -> list[Parameter]:
     """Return the parameters that replace `parameter`."""
     format_ = _format(rule)
     return [
@@ -103,9 +120,9 @@ def _parts(parameter: Parameter, rule: FormatRule) -> list[Parameter]:
             parameter,
             name=parameter.name + part.suffix,
             type=part.type(parameter.type),
-            source=Nvfp4(parameter.source, part.name, rule.block_rows)
+            source=Nvfp4(parameter.source, part.name, rule.block_rows, scaled_with)
             if format_.blocked
-            else Fp8(parameter.source, part.name),
+            else Fp8(parameter.source, part.name, scaled_with),
             origin=parameter.origin.by(Quantize.name),
             format=rule.format,
         )
@@ -122,7 +139,8 @@ def _entry(parameter: Parameter, rule: FormatRule | None) -> LedgerEntry:
 
 
 def _rewrite(program: Program, formats: dict[str, FormatRule]) -> None:
-    parts = {name: _parts(program.parameters[name], rule) for name, rule in formats.items()}
+    together = _scaled_together(program, formats)
+    parts = {name: _parts(program.parameters[name], rule, together.get(name, ())) for name, rule in formats.items()}
     variants: dict[tuple[str, tuple[str, ...]], Function] = {}
     for call in program.calls():
         original = program.functions[call.function]

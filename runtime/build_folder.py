@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 from n3c.passes.serving import Served, serve
@@ -26,6 +26,13 @@ class OpenedBuild:
     spec: Spec
     served: Served
     manifest: dict[str, Any]
+
+    @property
+    def sms(self) -> tuple[int, ...]:
+        """The SM versions that its plans are for, as its manifest records; none of a build without plans."""
+        plans = cast("dict[str, Any]", self.manifest.get("builds", {})).get("trt")
+        given: object = cast("dict[str, Any]", plans).get("sm") if isinstance(plans, dict) else None
+        return tuple(sm for sm in cast("list[object]", given) if isinstance(sm, int)) if isinstance(given, list) else ()
 
     def has(self, file: str) -> bool:
         """Whether the build has `file`, a path below it."""

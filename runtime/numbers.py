@@ -14,7 +14,7 @@ def out_of_range(
     value: float, *, least: float | None = None, above: float | None = None, most: float | None = None
 ) -> str | None:
     """Return why `value` is not a finite number within the bounds, or None where it is."""
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         return f"{value} is not a finite number"
     if least is not None and value < least:
         return f"{value} is less than {least:g}"

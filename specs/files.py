@@ -42,20 +42,23 @@ def _decoded(data: bytes, file: str, most: int) -> str:
         raise N3CError(Diagnostic("E0100", message, span), ExitCode.SPEC) from None
 
 
-def require_new(path: Path, source: Path | None = None, *, force: bool = False) -> None:
+def require_new(path: Path, *sources: Path | None, force: bool = False) -> None:
     """Raise N3CError (E0602, FILE) before any work where writing `path` would lose a file.
 
-    A folder and `source`, the file that is read, are never replaced; a file or a link that is there only with
-    `force`. A device or a pipe, as /dev/stdout, has nothing to lose.
+    A folder is never replaced, nor one of `sources`, which are read, nor what is in a source that is a folder; a file
+    or a link that is there only with `force`. A device or a pipe, as /dev/stdout, has nothing to lose.
     """
     try:
         there = path.exists()
         if there and not path.is_file() and not path.is_dir():
             return
-        if there and source is not None and source.exists() and path.samefile(source):
-            raise _not_written(path, "it is the file that is read", "choose another name")
         if path.is_dir():
             raise _not_written(path, "Is a directory", "name a file")
+        for source in sources if there else ():
+            if source is not None and source.exists() and path.samefile(source):
+                raise _not_written(path, "it is the file that is read", "choose another name")
+            if source is not None and source.is_dir() and path.resolve().is_relative_to(source.resolve()):
+                raise _not_written(path, f"it is in {shown(str(source))}, which is read", "choose another name")
         if (there or path.is_symlink()) and not force:
             kind = "a link" if path.is_symlink() else "a file"
             raise _not_written(path, f"{kind} of that name is there", "--force overwrites it")

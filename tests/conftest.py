@@ -1,4 +1,7 @@
-"""Small models gain nothing from many threads; Triton kernels run in its interpreter; no extension is seen."""
+"""Small models gain nothing from many threads; Triton kernels run in its interpreter; no extension is seen.
+
+The plans of a session are kept for it alone.
+"""
 
 import os
 from collections.abc import Iterator
@@ -16,3 +19,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("N3C_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -144,6 +144,7 @@ def test_a_pass_that_nobody_has(n3c: Command) -> None:
     code, _, said = n3c.check(asked)
     assert code == 3
     assert f"spec.toml:{asked.count(chr(10))}:10: error[E0522]: no extension has a pass `faster`" in said
+    assert "help: no extension with passes is installed" in said
     code, _, said = n3c.check(SMALL + 'passes = ["Faster!"]\n')
     assert code == 3
     assert "error[E0111]" in said

@@ -90,7 +90,7 @@ OP = '''
 @op()
 def swiglu(gate: TensorType, up: TensorType) -> TensorType:
     """y[n] = silu(gate[n]) * up[n], silu(x) = x * sigmoid(x) (arXiv 2002.05202): f32 [B, S, N] each."""
-    _require(gate == up, f"gate {gate} is not as up {up}")
+    require(gate == up, f"gate {gate} is not as up {up}")
     return gate
 '''
 
@@ -153,6 +153,7 @@ def command(as_json: bool) -> None:
 '''
 
 
+@pytest.mark.slow
 def test_add_a_command(copy: Copy) -> None:
     copy.create("compiler/cli/commands/hello.py", COMMAND)
     copy.insert("compiler/cli/main.py", '        "passes":', '        "hello": "Greet.",\n')
@@ -202,6 +203,7 @@ def test_pause_changes_nothing(spec: Spec, checkpoint: Checkpoint) -> None:
 '''
 
 
+@pytest.mark.slow
 def test_add_a_pass(copy: Copy) -> None:
     copy.create("passes/pause.py", PASS)
     copy.insert("passes/pipelines.py", "from .plan_state", "from .pause import Pause\n")

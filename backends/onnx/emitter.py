@@ -12,6 +12,7 @@ from n3c.ir.program import Node, Value
 from n3c.ir.types import DType
 
 from .graph import GraphBuilder
+from .linear_forms import LinearForm
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +85,24 @@ class Emitter:
     """The context in which a spelling emits its op. `dims` gives each symbolic dim its size."""
 
     def __init__(
-        self, graph: GraphBuilder, dims: dict[str, int], rendering: Rendering = "engine", *, wide: bool = True
+        self,
+        graph: GraphBuilder,
+        dims: dict[str, int],
+        form: Callable[[Node], LinearForm],
+        rendering: Rendering = "engine",
+        *,
+        wide: bool = True,
     ) -> None:
         self.graph = graph
         self.dims = dims
+        self.form = form
+        """The form of a linear, in what is for engines."""
         self.rendering: Rendering = rendering
         self.wide = wide
         """Whether matrix products over many rows take activations in float32 rather than in BF16."""
         self._rounded: dict[int, Rounded] = {}
         self._views: dict[int, onnx.Value] = {}
+        self._norms: dict[int, Callable[[], Sequence[onnx.Value]]] = {}
         self._written: dict[int, Rows] = {}
         self._values: dict[int, onnx.Value] = {}
         self._weights: dict[int, Weight] = {}
@@ -134,6 +144,17 @@ class Emitter:
     def written(self, value: Value) -> Rows | None:
         """Return what a call wrote to make `value`, where it must not be read back."""
         return self._written.get(id(value))
+
+    def bind_norm(self, made: onnx.Value, parts: Callable[[], Sequence[onnx.Value]]) -> None:
+        """Note how the ONNX value `made` of an RMSNorm comes of x · weight and 1 / rms, which `parts` makes."""
+        self._norms[id(made)] = parts
+
+    def norm_parts(self, made: onnx.Value) -> tuple[onnx.Value, onnx.Value] | None:
+        """Return x · weight and 1 / rms, whose product is `made`, where that is the result of an RMSNorm."""
+        if id(made) not in self._norms:
+            return None
+        weighted, reciprocal = self.shared_many(("norm", id(made)), self._norms[id(made)])
+        return weighted, reciprocal
 
     def get(self, value: Value) -> onnx.Value:
         """Return what stands for `value`; KeyError if only a quantized weight does."""

@@ -5,21 +5,16 @@ Standard library only.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 from n3c.ir import ops
-from n3c.ir.program import EntryPoint, Node, Parameter, Program
+from n3c.ir.program import EntryPoint, Parameter, Program
 from n3c.ir.types import DType
 
-FEW_ROWS = 32
-"""Rows (sequences times tokens) up to which a linear is a product and a sum in one kernel, not a matrix product."""
-
-ROUNDED_ROWS = {"fp8": 1, "nvfp4": 3}
-"""The same for linears whose format rounds activations: FP8 x FP8 reads a weight once for all rows in two kernels;
-FP4 x FP4 tiles the scales of its blocks first, which four rows pay back."""
+from .entry_forms import LinearForms
+from .linear_forms import Choose
 
 _PRODUCTS = {
     "nvfp4": "FP4 x FP4 matrix product",
@@ -54,36 +49,6 @@ class Form:
         }
 
 
-def rows_of(node: Node, dims: Mapping[str, int]) -> int:
-    """Return how many rows (sequences times tokens) a node with weights is applied to."""
-    return prod(node["x"].type.bind(dims).static_dims[:2])
-
-
-def is_matrix_product(node: Node, dims: Mapping[str, int]) -> bool:
-    """Return whether a node with weights is matrix products; else each is a product and a sum in one kernel."""
-    return node.op is ops.experts or (node.op is ops.linear and rows_of(node, dims) > _few_rows(node))
-
-
-def _few_rows(node: Node) -> int:
-    """Return up to how many rows a linear is a sum; where it rounds activations, a product gives the same numbers."""
-    if node["x"].type.dims[1] == 1:
-        # The head of prefill, for one token whatever the chunk: beside a Loop, as experts that overflow are, engines
-        # write a weight that a sum reads to memory in float32 first.
-        return 0
-    reader = node["x"].node
-    if reader is None or reader.op is not ops.quantize_activation:
-        return FEW_ROWS
-    return ROUNDED_ROWS[str(reader.attributes["format"])]
-
-
-def bucket_rows(rows: int, top_k: int, experts: int) -> int:
-    """Return the rows of an expert's bucket where `rows` tokens choose `top_k` experts each: at most `rows`.
-
-    Twice the mean, in steps of 32: a router that loads experts evenly stays below that by far.
-    """
-    return min(rows, -(-2 * rows * top_k // (experts * 32)) * 32)
-
-
 def batches_of(entry: str, batch_sizes: Iterable[int]) -> tuple[int, ...]:
     """Return the batch sizes for which `entry` is built.
 
@@ -93,12 +58,15 @@ def batches_of(entry: str, batch_sizes: Iterable[int]) -> tuple[int, ...]:
     return (1,) if entry == "prefill" else tuple(batch_sizes)
 
 
-def forms(program: Program, batch_sizes: Iterable[int], lacking: Collection[DType]) -> tuple[Form, ...]:
-    """Return the forms of all entry points, in their order, for GPUs that know no type of `lacking`."""
+def forms(program: Program, batch_sizes: Iterable[int], lacking: Collection[DType], choose: Choose) -> tuple[Form, ...]:
+    """Return the forms of all entry points, in their order, for GPUs that know no type of `lacking`.
+
+    `program` is the one that is served there, and `choose` chooses the forms of linears.
+    """
     found: list[Form] = []
     for name, entry in program.entry_points.items():
         by_batch = {
-            batch: tuple(dict.fromkeys(_forms(program, entry, batch, lacking)))
+            batch: tuple(dict.fromkeys(_forms(program, entry, batch, lacking, choose)))
             for batch in batches_of(name, batch_sizes)
         }
         alike = len(set(by_batch.values())) == 1
@@ -109,15 +77,16 @@ def forms(program: Program, batch_sizes: Iterable[int], lacking: Collection[DTyp
 
 
 def _forms(
-    program: Program, entry: EntryPoint, batch: int, lacking: Collection[DType]
+    program: Program, entry: EntryPoint, batch: int, lacking: Collection[DType], choose: Choose
 ) -> Iterator[tuple[str, str, str, bool]]:
+    linears = LinearForms(program, entry, {"B": batch, "S": entry.tokens}, choose)
     for call in entry.calls:
         for node in program.functions[call.function].nodes:
             for weight in node.weights:
                 parameter = program.bound(call, weight.stored[0])
                 native = not (parameter.format != "bf16" and _types(parameter) & set(lacking))
                 kind = "linears" if node.op is ops.linear else "experts"
-                product = is_matrix_product(node, {"B": batch, "S": entry.tokens})
+                product = linears.is_product(node)
                 yield kind, parameter.format, _how(parameter, product, native, lacking), native
 
 

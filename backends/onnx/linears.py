@@ -12,7 +12,7 @@ from n3c.ir.program import Call, EntryPoint, Node, Parameter, Program, Value
 from n3c.ir.source import Source, Tensor, leaves
 from n3c.ir.types import DType
 
-from .forms import is_matrix_product, rows_of
+from .entry_forms import LinearForms, has_wide_products, rows_of
 
 _UNQUANTIZED = {DType.F32: "fp32", DType.F16: "fp16", DType.BF16: "bf16"}
 
@@ -37,6 +37,8 @@ class Linear:
     """Rows that one matrix is applied to in a call: sequences times tokens."""
     widened: str = ""
     """The format that the graph itself dequantizes the weight to, once a call, for a matrix product; else empty."""
+    by_expert: bool = False
+    """Of chosen experts: whether those who chose the same come one after the other."""
 
     @property
     def expected(self) -> str:
@@ -44,27 +46,30 @@ class Linear:
         return self.widened or self.requested
 
 
-def linears_of(
-    program: Program, entry: EntryPoint, dims: Mapping[str, int], *, wide: bool = False
-) -> tuple[Linear, ...]:
+def linears_of(program: Program, entry: EntryPoint, dims: Mapping[str, int], forms: LinearForms) -> tuple[Linear, ...]:
     """Return the linears of an entry point in the order of its calls; merged ones once for each part.
-
-    `wide` says that matrix products are float32 ones.
 
     A stack of experts is one linear, named with `*` for the expert, as in
     `backbone.layers.1.mixer.experts.*.up_proj`.
     """
+    wide = has_wide_products(program)
     return tuple(
         linear
         for call in entry.calls
         for node in program.functions[call.function].nodes
         for weight in node.weights
-        for linear in _linears(program, call, node, weight, dims, wide)
+        for linear in _linears(program, call, node, weight, dims, wide, forms)
     )
 
 
 def _linears(
-    program: Program, call: Call, node: Node, weight: Value, dims: Mapping[str, int], wide: bool
+    program: Program,
+    call: Call,
+    node: Node,
+    weight: Value,
+    dims: Mapping[str, int],
+    wide: bool,
+    forms: LinearForms,
 ) -> Iterator[Linear]:
     parameter = program.bound(call, weight.stored[0])
     total = selected = weight.type.elements
@@ -81,7 +86,8 @@ def _linears(
             total=total,
             shape=(n, k),
             rows=rows_of(node, dims),
-            widened=_widened(parameter, wide) if is_matrix_product(node, dims) else "",
+            widened=_widened(parameter, wide) if forms.is_product(node) else "",
+            by_expert=node.op is ops.expert_linear and forms.of(node) == "by_expert",
         )
 
 

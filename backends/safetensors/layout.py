@@ -43,8 +43,8 @@ class Weight:
     format: str
     """nvfp4, w4a16_nvfp4, fp8, or `KEEP`."""
     block_rows: int
-    shares_scale: str
-    """Weights with the same mark get one scale, as readers merge q, k and v; empty: its own."""
+    scaled_with: tuple[str, ...]
+    """Weights that have one scale of a matrix, this one among them; empty: its own."""
     scalars: tuple[tuple[str, float], ...]
     """float32 tensors that are stored after it: input_scale, k_scale, v_scale."""
     spelling: str
@@ -101,34 +101,46 @@ def plan_weights(
     the names in the files of the result, where they are others.
     """
     rules = {entry.name: entry.rule for entry in program.ledger}
-    known: dict[str, tuple[str, str, str, int]] = {}
+    known: dict[str, _Decided] = {}
     for parameter in program.parameters.values():
-        source, format_, rows = parameter.source, KEEP, 0
+        source, rule = parameter.source, rules.get(parameter.name, "")
+        decided = _Decided(parameter.role, rule)
         if isinstance(source, (Nvfp4, Fp8)):
             if source.part != "codes":
                 continue
-            format_, rows = parameter.format, source.block_rows if isinstance(source, Nvfp4) else 0
-        for name in tensor_names(source):
-            known[name] = (parameter.role, rules.get(parameter.name, ""), format_, rows)
+            rows = source.block_rows if isinstance(source, Nvfp4) else 0
+            decided = _Decided(parameter.role, rule, parameter.format, rows, source.scaled_with)
+        known |= dict.fromkeys(tensor_names(source), decided)
     weights: list[Weight] = []
     for name in checkpoint:
         reason = "of another model" if name in checkpoint.others else "not in the spec"
-        decided = known.get(name, ("", reason, KEEP, 0))
+        decided = known.get(name, _Decided("", reason))
         spelling = spellings.get(name, name) if spellings is not None else name
         weights.append(_weight(name, checkpoint, decided, input_scales, kv_scales, spelling))
     return weights
 
 
+@dataclass(frozen=True, slots=True)
+class _Decided:
+    """What the passes say of a tensor."""
+
+    role: str
+    rule: str
+    format: str = KEEP
+    block_rows: int = 0
+    scaled_with: tuple[str, ...] = ()
+
+
 def _weight(
     name: str,
     checkpoint: Checkpoint,
-    decided: tuple[str, str, str, int],
+    decided: _Decided,
     input_scales: Mapping[str, float],
     kv_scales: Mapping[str, float],
     spelling: str,
 ) -> Weight:
     dtype, shape = checkpoint.info(name)
-    role, rule, format_, rows = decided
+    format_ = decided.format
     module = name.removesuffix(".weight")
     scalars: list[tuple[str, float]] = []
     if format_ != KEEP and FORMATS[format_].input_divisor:
@@ -136,23 +148,18 @@ def _weight(
         scalars += [] if scale is None else [(module + INPUT_SCALE, scale)]
     if name.endswith(".weight"):
         scalars += [(module + kv, kv_scales[module + kv]) for kv in CACHE_SCALES if module + kv in kv_scales]
-    merged = role.removeprefix("mtp.") in _MERGED and format_ != KEEP
-    shares = f"{module.rpartition('.')[0]}:{format_}" if merged else ""
     return Weight(
         name,
         dtype,
         shape,
-        role=role,
-        rule=rule,
+        role=decided.role,
+        rule=decided.rule,
         format=format_,
-        block_rows=rows,
-        shares_scale=shares,
+        block_rows=decided.block_rows,
+        scaled_with=decided.scaled_with,
         scalars=tuple(scalars),
         spelling=spelling,
     )
-
-
-_MERGED = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
 
 
 def plan_shards(weights: Sequence[Weight], max_bytes: int = MAX_SHARD_BYTES) -> list[Shard]:
@@ -205,4 +212,4 @@ def _lines(shards: Sequence[Shard]) -> Iterator[str]:
     for shard in shards:
         yield f"{shard.file} {hashlib.sha256(shard.header).hexdigest()}"
         for w in shard.weights:
-            yield f"{w.name} {w.dtype} {w.shape} {w.format} {w.block_rows} {w.shares_scale} {w.scalars} {w.rule}"
+            yield f"{w.name} {w.dtype} {w.shape} {w.format} {w.block_rows} {w.scaled_with} {w.scalars} {w.rule}"

@@ -33,16 +33,20 @@ class Nvfp4Matrix:
     scale_2: np.float32
 
 
-def quantize(weight: NDArray[np.generic], block_rows: int) -> Nvfp4Matrix:
-    """Quantize `weight` [N, K], of any float type; ValueError where a dim does not divide or a value is not finite."""
+def quantize(weight: NDArray[np.generic], block_rows: int, amax: np.float32 | None = None) -> Nvfp4Matrix:
+    """Quantize `weight` [N, K], of any float type; ValueError where a dim does not divide or a value is not finite.
+
+    `amax` is the largest magnitude of all matrices that have its scale; None: it alone has it.
+    """
     w = np.asarray(weight, dtype=np.float32)
     rows, columns = w.shape
     if columns % NVFP4_BLOCK or rows % block_rows:
         raise ValueError(f"[{rows}, {columns}] does not divide into blocks of {block_rows}x{NVFP4_BLOCK}")
     tiles = np.abs(w).reshape(rows // block_rows, block_rows, columns // NVFP4_BLOCK, NVFP4_BLOCK).max(axis=(1, 3))
-    amax = tiles.max(initial=np.float32(0))
-    if not np.isfinite(amax):
+    largest = tiles.max(initial=np.float32(0))
+    if not np.isfinite(largest):
         raise ValueError("the weight holds NaN or infinity")
+    amax = largest if amax is None else amax
     if amax == 0:
         ones = np.ones((rows, columns // NVFP4_BLOCK), dtype=ml_dtypes.float8_e4m3fn)
         return Nvfp4Matrix(np.zeros((rows, columns // 2), np.uint8), ones, np.float32(1))

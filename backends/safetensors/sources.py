@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -35,6 +34,8 @@ from .header import ELEMENT_NAMES
 from .packing import NotFiniteError, fp8_scale, largest, pack_fp8_rows
 
 Array = NDArray[np.generic]
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Element types of weights that are not quantized yet."""
 
 NUMPY_DTYPES = {dtype: DTYPES[name] for dtype, name in ELEMENT_NAMES.items()}
 """Stored types in numpy; FP4 codes are bytes of two."""
@@ -71,10 +72,8 @@ def _evaluate(source: Source, checkpoint: Checkpoint) -> Array:
             return -np.exp(_evaluate(operand, checkpoint).astype(np.float32))
         case Bytes(operand):
             return _evaluate(operand, checkpoint).view(np.int8)
-        case Nvfp4(operand, part, block_rows):
-            return _each_matrix(operand, checkpoint, lambda name: _nvfp4(checkpoint, name, part, block_rows))
-        case Fp8(operand, part):
-            return _each_matrix(operand, checkpoint, lambda name: _fp8(checkpoint, name, part))
+        case Nvfp4() | Fp8():
+            return _each_matrix(source.operand, checkpoint, lambda name: _part(source, name, source.part, checkpoint))
         case Rounded(operand):
             return _evaluate(operand, checkpoint).astype(ml_dtypes.bfloat16).astype(np.float32)
         case CacheScale(name):
@@ -84,11 +83,8 @@ def _evaluate(source: Source, checkpoint: Checkpoint) -> Array:
         case InputScale():
             stored = [checkpoint.read(name).reshape(()) for name in source.names if name in checkpoint]
             return np.asarray(max(stored, default=1), np.float32)
-        case Dequantized(Nvfp4() as codes):
-            rows = codes.block_rows
-            return _each_matrix(codes.operand, checkpoint, lambda name: _dequantized_nvfp4(checkpoint, name, rows))
         case Dequantized(codes):
-            return _each_matrix(codes.operand, checkpoint, lambda name: _dequantized_fp8(checkpoint, name))
+            return _each_matrix(codes.operand, checkpoint, lambda name: _dequantized(codes, name, checkpoint))
 
 
 def _each_matrix(source: Source, checkpoint: Checkpoint, part: Callable[[str], Array]) -> Array:
@@ -97,47 +93,48 @@ def _each_matrix(source: Source, checkpoint: Checkpoint, part: Callable[[str], A
     return np.stack(pieces) if isinstance(source, Stack) else pieces[0]
 
 
-def _nvfp4(checkpoint: Checkpoint, name: str, part: str, block_rows: int) -> Array:
-    stored = NVFP4.part_names(name)
-    if stored["scale_2"] in checkpoint:
+def _part(source: Nvfp4 | Fp8, name: str, part: str, checkpoint: Checkpoint) -> Array:
+    """Return a part of a matrix as the checkpoint stores it, or as it is quantized on the way."""
+    stored = _names(source, name)
+    if stored["scale_2" if isinstance(source, Nvfp4) else "scale"] in checkpoint:
         return checkpoint.read(stored[part])
-    return nvfp4_parts(name, checkpoint.read(name), block_rows, checkpoint.directory)[stored[part]]
+    return quantized_parts(source, name, checkpoint)[stored[part]]
 
 
-def nvfp4_parts(name: str, weight: Array, block_rows: int, place: Path) -> dict[str, Array]:
-    """Return the tensors in which NVFP4 stores the matrix `name`, by their names; N3CError for one that it cannot.
+def _names(source: Nvfp4 | Fp8, name: str) -> dict[str, str]:
+    return (NVFP4 if isinstance(source, Nvfp4) else FP8).part_names(name)
 
-    `place` is what the error names.
+
+def quantized_parts(source: Nvfp4 | Fp8, name: str, checkpoint: Checkpoint) -> dict[str, Array]:
+    """Return the tensors in which the format of `source` stores its matrix `name`, by their names, as `n3c quantize`.
+
+    N3CError (E0607, exit code 6) for a matrix that it cannot store, or beside one that has its scale and is not finite.
     """
+    weight, stored = checkpoint.read(name), _names(source, name)
+    together = [each for each in source.scaled_with if checkpoint.info(each)[0] in FLOATS]
+    amax = max((_largest(each, checkpoint) for each in together), default=None)
+    if isinstance(source, Fp8):
+        scale = fp8_scale(_largest(name, checkpoint) if amax is None else amax)
+        codes = pack_fp8_rows(weight, scale).codes.view(ml_dtypes.float8_e4m3fn)
+        return {stored["codes"]: codes, stored["scale"]: np.asarray(scale)}
     try:
-        matrix = nvfp4.quantize(weight, block_rows)
+        matrix = nvfp4.quantize(weight, source.block_rows, amax)
     except ValueError as error:
-        raise file_error("E0607", f"tensor `{name}`: {error}", place) from error
-    return {stored: np.asarray(getattr(matrix, part)) for part, stored in NVFP4.part_names(name).items()}
+        raise file_error("E0607", f"tensor `{name}`: {error}", checkpoint.directory) from error
+    return {stored[part]: np.asarray(getattr(matrix, part)) for part in stored}
 
 
-def _fp8(checkpoint: Checkpoint, name: str, part: str) -> Array:
-    stored = FP8.part_names(name)
-    if stored["scale"] in checkpoint:
-        return checkpoint.read(stored[part])
-    return fp8_parts(name, checkpoint.read(name), checkpoint.directory)[stored[part]]
-
-
-def fp8_parts(name: str, weight: Array, place: Path) -> dict[str, Array]:
-    """Return the tensors in which FP8 stores the matrix `name`, as `nvfp4_parts` does."""
+def _largest(name: str, checkpoint: Checkpoint) -> np.float32:
     try:
-        scale = fp8_scale(largest(weight))
+        return largest(checkpoint.read(name))
     except NotFiniteError as error:
         message = f"tensor `{name}`: the weight holds NaN or infinity ({error.value} at {list(error.index)})"
-        raise file_error("E0607", message, place) from error
-    parts = {"codes": pack_fp8_rows(weight, scale).codes.view(ml_dtypes.float8_e4m3fn), "scale": np.asarray(scale)}
-    return {stored: parts[part] for part, stored in FP8.part_names(name).items()}
+        raise file_error("E0607", message, checkpoint.directory) from error
 
 
-def _dequantized_nvfp4(checkpoint: Checkpoint, name: str, block_rows: int) -> Array:
-    codes, scale, scale_2 = (_nvfp4(checkpoint, name, part, block_rows) for part in ("codes", "scale", "scale_2"))
-    return nvfp4.dequantize(nvfp4.Nvfp4Matrix(codes.view(np.uint8), scale, np.float32(scale_2.reshape(()))))
-
-
-def _dequantized_fp8(checkpoint: Checkpoint, name: str) -> Array:
-    return _fp8(checkpoint, name, "codes").astype(np.float32) * _fp8(checkpoint, name, "scale").astype(np.float32)
+def _dequantized(source: Nvfp4 | Fp8, name: str, checkpoint: Checkpoint) -> Array:
+    parts = {part: _part(source, name, part, checkpoint) for part in _names(source, name)}
+    if isinstance(source, Fp8):
+        return parts["codes"].astype(np.float32) * parts["scale"].astype(np.float32)
+    scale_2 = np.float32(parts["scale_2"].reshape(()))
+    return nvfp4.dequantize(nvfp4.Nvfp4Matrix(parts["codes"].view(np.uint8), parts["scale"], scale_2))

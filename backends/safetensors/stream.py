@@ -70,10 +70,7 @@ class Quantizer:
         self._checkpoint = checkpoint
         self._search: Search = search
         self._band_bytes = band_bytes
-        self._sharing: dict[str, list[Weight]] = {}
-        for weight in weights:
-            if weight.shares_scale:
-                self._sharing.setdefault(weight.shares_scale, []).append(weight)
+        self._weights = {weight.name: weight for weight in weights}
 
     def bands(self, weight: Weight) -> list[tuple[int, int]]:
         """Return the rows of each band; multiples of 16, so that no block is cut."""
@@ -137,8 +134,8 @@ class Quantizer:
         """Return the bands whose largest magnitude must be known before `weight` can be packed."""
         if weight.format == KEEP:
             return []
-        sharing = self._sharing.get(weight.shares_scale, [weight])
-        bands = [(each, first, last) for each in sharing for first, last in self.bands(each)]
+        together = [self._weights[name] for name in weight.scaled_with or (weight.name,)]
+        bands = [(each, first, last) for each in together for first, last in self.bands(each)]
         return bands if len(bands) > 1 else []
 
     def _read(self, weight: Weight, first: int, last: int) -> Array:

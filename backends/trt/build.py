@@ -14,15 +14,18 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from n3c.backends.machine import peak_rss_bytes
 from n3c.backends.progress import SILENT, Progress
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 
-from .layers import Kernel, parse_layers
 from .log import Captured, Steps, make_logger, make_monitor, make_writer
 from .module import flavour_of
 from .targets import named, require
+
+if TYPE_CHECKING:
+    from .layers import Kernel
 
 _HEARTBEAT = 0.2
 """Seconds between reports of progress."""
@@ -40,13 +43,22 @@ class PlanResult:
 
     path: Path
     bytes: int
-    kernels: tuple[Kernel, ...]
+    listing: str
+    """What the builder says of its kernels."""
     scratch_bytes: int
     """Device memory that the plan needs besides weights, inputs and outputs."""
-    parse_seconds: float
-    seconds: float
-    """Parsing and building."""
-    warnings: tuple[str, ...]
+    parse_seconds: float = 0.0
+    seconds: float = 0.0
+    """Parsing and building; 0 of a plan that was built before."""
+    peak_rss_bytes: int | None = None
+    """The most memory that the process which built it has held."""
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """The kernels of the listing, read anew each time; ValueError where it is not understood."""
+        from .layers import parse_layers  # here, as processes that only build do without
+
+        return parse_layers(self.listing)
 
 
 def build_plan(
@@ -99,11 +111,11 @@ def build_plan(
     return PlanResult(
         plan,
         plan.stat().st_size,
-        parse_layers(captured.listing),
+        captured.listing,
         max(captured.figures.values(), default=0),
         parsed - start,
         time.perf_counter() - start,
-        tuple(captured.warnings),
+        peak_rss_bytes(),
     )
 
 

@@ -14,10 +14,7 @@ from math import prod
 from n3c.backends.onnx.graph import LOOP
 from n3c.ir.types import DType
 
-LISTING = "Layers:"
-"""How the builder's message with the listing begins."""
-
-_TYPES = {
+DTYPES = {
     "Float": DType.F32,
     "Half": DType.F16,
     "BFloat16": DType.BF16,
@@ -26,7 +23,8 @@ _TYPES = {
     "Int64": DType.I64,
     "Int8": DType.I8,
 }
-BITS = {name: dtype.bits for name, dtype in _TYPES.items()} | {"Int32": 32, "UInt8": 8, "Bool": 8}
+"""TensorRT's name of an element type → the type of programs."""
+BITS = {name: dtype.bits for name, dtype in DTYPES.items()} | {"Int32": 32, "UInt8": 8, "Bool": 8}
 """TensorRT's name of an element type → bits of one element. The last three hold what programs have no values of."""
 
 SYNCHRONISATION = ("signal", "wait", "shape_call")

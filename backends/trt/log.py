@@ -9,12 +9,13 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from .layers import LISTING
+LISTING = "Layers:"
+"""How the builder's message with the listing begins."""
 
-_ERROR, _WARNING = 1, 2
+_ERROR = 1
 """Severities of ILogger: 0 internal error, 1 error, 2 warning, 3 info, 4 verbose."""
 _KEPT = 64
-"""Messages of a kind that are kept, so that a build that complains without end stays small."""
+"""Errors that are kept, so that a build that complains without end stays small."""
 _SILENCE = 1.0
 """Seconds without an event after which the builder is in its one long step, which has none."""
 COMPILING = "Compiling kernels"
@@ -22,11 +23,10 @@ _FIGURES = ("Max Scratch Memory: ", "Total Activation Memory: ")
 
 
 class Captured:
-    """The messages of a build that matter: errors, warnings, memory figures and the layer listing."""
+    """The messages of a build that matter: errors, memory figures and the layer listing."""
 
     def __init__(self) -> None:
         self.errors: list[str] = []
-        self.warnings: list[str] = []
         self.figures: dict[str, int] = {}
         """Figure → bytes."""
         self.listing = ""
@@ -34,20 +34,14 @@ class Captured:
     def take(self, severity: int, message: str) -> None:
         """Keep `message` if it matters."""
         if severity <= _ERROR:
-            self._keep(self.errors, message)
-        elif severity == _WARNING:
-            self._keep(self.warnings, message)
+            if len(self.errors) < _KEPT:
+                self.errors.append(message)
         elif message.startswith(LISTING):
             self.listing = message
         elif message.startswith(_FIGURES):
             figure, _, rest = message.partition(": ")
             number = rest.split(" ", 1)[0]
             self.figures[figure] = int(number) if number.isdigit() else 0
-
-    @staticmethod
-    def _keep(kept: list[str], message: str) -> None:
-        if len(kept) < _KEPT:
-            kept.append(message)
 
 
 def make_logger(trt: Any, captured: Captured) -> Any:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import prod
 
+from n3c.backends.kernel_work import Choice
 from n3c.backends.onnx.bindings import Binding
 from n3c.backends.onnx.emit import OnnxEntry
 from n3c.ir import ops
-from n3c.ir.costs import distinct_experts
 from n3c.ir.program import EntryPoint, Program
 from n3c.ir.types import DType
 
@@ -30,28 +30,6 @@ class Need:
     def moved(self, kernel: Kernel, tensor: TensorInfo, context: int) -> int:
         """Return the bytes that `kernel` moves of it, seen as `tensor`; `context` is what an unknown dim counts as."""
         return min(tensor.resolved(context).bytes, self.ideal)
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """Tokens that choose experts, each for itself: how often an expert is read."""
-
-    experts: int
-    top_k: int
-    tokens: int
-
-    @property
-    def distinct(self) -> float:
-        """Experts that are read at least once, by expectation."""
-        return distinct_experts(self.experts, self.top_k, self.tokens)
-
-    def fetched(self, kept: int) -> float:
-        """Return how many experts are read from memory, by expectation, where a cache holds those of `kept` tokens.
-
-        Tokens come one after the other: an expert that one of the last `kept` chose, too, is still there.
-        """
-        missed = 1 - self.top_k / self.experts
-        return self.top_k * sum(missed ** min(token, kept) for token in range(self.tokens))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

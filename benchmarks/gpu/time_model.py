@@ -1,4 +1,4 @@
-"""The model of time (`backends/trt/timing.py`) against kernels of the forms that it models, written for the purpose.
+"""The model of time (`backends/kernel_time.py`) against kernels of the forms that it models, written for the purpose.
 
 Weights rotate among copies that together exceed L2, as they do in a model, and calls are replayed as one graph. The
 instructions of these kernels were counted as those of the builder's were, in what Triton compiles for SM 90.
@@ -13,9 +13,8 @@ from functools import partial
 from typing import Any
 
 from n3c.backends.gpus import GPUS, Gpu, gpu_named
-from n3c.backends.trt.needs import Choice
-from n3c.backends.trt.timing import duration, parts_of
-from n3c.backends.trt.work import Cost, Repeated, Work
+from n3c.backends.kernel_time import duration, parts_of
+from n3c.backends.kernel_work import Choice, Cost, Repeated, Work
 from n3c.ir.types import DType
 
 from .part import Row, Setting, relative_error, report, seconds_of_each

@@ -2,14 +2,13 @@
 
 A random sample with a seed is taken of all points of the code (points.py) and of what the templates write down
 (templates.py). Each is changed in a copy of the tree and meets the tests that call its function, in a fork
-(coverage.py, tree.py). Tests that take longer than the limit decide nothing, and are counted apart. Survivors
-are to be judged: a weak test, or a change that means the same; judged.toml names those with the reason, and they are
-drawn no more.
+(coverage.py, tree.py), the nearest and quickest first; a test that never ends notices, too. Survivors are to be judged:
+a weak test, or a change that means the same; judged.toml names those with the reason, and they are drawn no more.
 
     python -m benchmarks.mutants --count 40 --seed 1 --seconds 1500 --coverage build/mutants/coverage
 
 The coverage of test files that the folder lacks is recorded first, which takes as long as the tests do: remove the
-folder when the code has changed.
+files of tests that have changed.
 """
 
 from __future__ import annotations
@@ -33,34 +32,62 @@ from .templates import mutants_of_template
 from .tree import ROOT, Tree, import_shared
 
 FOLDERS = ("ir", "passes", "specs", "backends", "runtime/generation")
-_LIMIT = 8.0
-"""Times as long as they took alone is what tests of a mutant may take."""
+PASSED = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+_LIMIT, _START = 8.0, 60.0
+"""Times as long as they took alone, behind that many seconds, is what tests of a mutant may take."""
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A plugin of pytest that runs the tests of a list, in its order."""
+    """A plugin of pytest that runs the tests of a list, in its order, and names the one that runs in a file."""
 
     tests: Sequence[str]
+    running: Path
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Keep the tests of the list."""
         order = {test: place for place, test in enumerate(self.tests)}
         items[:] = sorted((item for item in items if item.nodeid in order), key=lambda item: order[item.nodeid])
 
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """Name the test."""
+        self.running.write_text(nodeid, encoding="utf-8")
 
-def survives(mutant: Mutant, tree: Tree, coverage: Coverage, budget: float) -> bool | None:
-    """Whether every test passes with the change; None where they take too long."""
-    tests = coverage.of_mutant(mutant, budget)
-    if not tests:
-        return True
-    with tree.changed(mutant.path, mutant.change.applied((ROOT / mutant.path).read_text(encoding="utf-8"))):
-        for part in coverage.in_parts(tests):
+
+class Trials:
+    """A tree whose tests meet mutants, with the coverage of the tests; each mutant meets `budget` seconds of them."""
+
+    def __init__(self, tree: Tree, coverage: Coverage, budget: float) -> None:
+        self._tree = tree
+        self._coverage = coverage
+        self._budget = budget
+        self._sound = set[str]()
+
+    def noticed_by(self, mutant: Mutant) -> str | None:
+        """Return the first test that fails with the change, or never ends; None where every test passes.
+
+        A test that fails without the change as well says nothing: it is forgotten, and the others are run.
+        """
+        changed = mutant.change.applied((ROOT / mutant.path).read_text(encoding="utf-8"))
+        while True:
+            with self._tree.changed(mutant.path, changed):
+                test = self._first_failure(self._coverage.of_mutant(mutant, self._budget))
+            if test is None or test in self._sound or self._first_failure([test]) is None:
+                self._sound |= {test} if test else set()
+                return test
+            print(f"fails without a change: {test}", flush=True)
+            self._coverage.drop(test)
+
+    def _first_failure(self, tests: Sequence[str]) -> str | None:
+        """Return the test that fails or never ends; the first one where its file cannot be imported."""
+        for part in self._coverage.in_parts(tests):
             files = list(dict.fromkeys(test.partition("::")[0] for test in part))
-            code = tree.pytest(files, Chosen(part), limit=60 + _LIMIT * sum(coverage.seconds[test] for test in part))
-            if code != pytest.ExitCode.OK:
-                return None if code is None else False
-    return True
+            running = self._tree.folder / "running.txt"
+            running.write_text(part[0], encoding="utf-8")
+            limit = _START + _LIMIT * sum(self._coverage.seconds[test] for test in part)
+            if self._tree.pytest(files, Chosen(part, running), limit) not in PASSED:
+                return running.read_text(encoding="utf-8")
+        return None
 
 
 def points() -> list[Mutant]:
@@ -103,7 +130,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=7200, help="of the whole run")
-    parser.add_argument("--budget", type=float, default=60, help="seconds of tests that a mutant meets")
+    parser.add_argument("--budget", type=float, default=30, help="seconds of tests that a mutant meets")
     parser.add_argument("--coverage", type=Path, default=ROOT / "build/mutants/coverage", metavar="FOLDER")
     parser.add_argument("--tests", nargs="*", default=["tests"], help="files or folders whose coverage is recorded")
     options = parser.parse_args()
@@ -112,31 +139,30 @@ def main() -> None:
         tree = Tree(Path(folder))
         coverage = record(tree, files_of(options.tests), options.coverage.resolve(), limit=1800)
         sample = random.Random(options.seed).sample(points(), options.count)
+        trials, verdicts = Trials(tree, coverage, options.budget), dict[Mutant, str | None]()
         end = time.monotonic() + options.seconds
-        verdicts: dict[Mutant, bool | None] = {}
         for mutant in sample:
-            if time.monotonic() > end:
+            started = time.monotonic()
+            if started > end:
                 break
-            verdicts[mutant] = verdict = survives(mutant, tree, coverage, options.budget)
-            if verdict is not False:
-                described = mutant.described((ROOT / mutant.path).read_text(encoding="utf-8"))
-                print(f"{'survives' if verdict else 'undecided'} (of {len(verdicts)}): {described}", flush=True)
+            verdicts[mutant] = test = trials.noticed_by(mutant)
+            described = mutant.described((ROOT / mutant.path).read_text(encoding="utf-8"))
+            verdict = f"noticed by {test}" if test else "SURVIVES"
+            print(f"{len(verdicts)}: {described}\n    {verdict} ({time.monotonic() - started:.1f} s)", flush=True)
     print(json.dumps({"seed": options.seed} | scores(verdicts), indent=1))
 
 
-def scores(verdicts: dict[Mutant, bool | None]) -> dict[str, object]:
-    """Return how many mutants of each folder were tried, noticed and left undecided, and of all."""
+def scores(verdicts: dict[Mutant, str | None]) -> dict[str, object]:
+    """Return how many mutants of each folder were tried and noticed, and of all."""
 
     def folder(mutant: Mutant) -> str:
         parent = mutant.path.split("/")[0]
         return "templates" if mutant.path.endswith(".jinja") else parent
 
     tried = Counter(folder(mutant) for mutant in verdicts)
-    noticed = Counter(folder(mutant) for mutant, verdict in verdicts.items() if verdict is False)
-    undecided = Counter(folder(mutant) for mutant, verdict in verdicts.items() if verdict is None)
-    by_folder = {name: {"tried": tried[name], "noticed": noticed[name], "undecided": undecided[name]}
-                 for name in sorted(tried)}  # fmt: skip
-    return {"tried": tried.total(), "noticed": noticed.total(), "undecided": undecided.total(), "folders": by_folder}
+    noticed = Counter(folder(mutant) for mutant, test in verdicts.items() if test is not None)
+    by_folder = {name: {"tried": tried[name], "noticed": noticed[name]} for name in sorted(tried)}
+    return {"tried": tried.total(), "noticed": noticed.total(), "folders": by_folder}
 
 
 if __name__ == "__main__":

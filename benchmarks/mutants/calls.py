@@ -52,16 +52,17 @@ class Calls:
 
 
 def names_of(codes: Iterable[CodeType], root: Path) -> set[str]:
-    """Return `path:line` of each function below `root`, and `path::name` of those of generated packages.
+    """Return `path:qualified name` of each function below `root`, and `path::name` of those of generated packages.
 
-    The path of generated code is the file's name alone, as templates are named by it.
+    The path of generated code is the file's name alone, as templates are named by it. Lines move and names stay: what
+    was recorded holds for as long as the code is much the same.
     """
     found: set[str] = set()
     for code in codes:
         path = code.co_filename
         if path.startswith(f"{root}/"):
             inside = path[len(str(root)) + 1 :].removeprefix(IMPORTED_FROM)
-            found.add(f"{inside}:{code.co_firstlineno}")
+            found.add(f"{inside}:{code.co_qualname}")
         elif "site-packages" not in path and not path.startswith((sys.base_prefix, "<")):
             found.add(f"{path.rpartition('/')[2]}::{code.co_name}")
     return found

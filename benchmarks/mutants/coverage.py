@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from .calls import FILE_OF_CALLS, Calls, names_of
-from .points import Mutant
+from .points import MODULE, Mutant
 from .tree import ROOT, Tree
 
 _TEMPLATES = "backends/torch/templates/"
@@ -22,8 +22,6 @@ _GOLDEN = "tests/support/golden.py"
 FIXTURES = "_fixtureinfo"
 """The attribute of a test that has its fixtures: pytest tells them no other way."""
 _FIRST_SECONDS, _FIRST_FILES = 5.0, 2
-_IMPORTED = ":1"
-"""How the name of a file's own code ends, which runs when the file is imported."""
 
 
 @dataclass
@@ -48,6 +46,13 @@ class Coverage:
     def read(cls, path: Path) -> Coverage:
         """Read what `write` wrote."""
         return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+    def drop(self, test: str) -> None:
+        """Forget a test."""
+        del self.seconds[test]
+        for tests in self.tests.values():
+            if test in tests:
+                tests.remove(test)
 
     def of_mutant(self, mutant: Mutant, budget: float) -> list[str]:
         """Return the tests to run, those of the file's own folder first, `budget` seconds of them and one at least.
@@ -81,7 +86,7 @@ class Coverage:
             files.add(_file(test))
             if place and (seconds > _FIRST_SECONDS or len(files) > _FIRST_FILES):
                 return [list(tests[:place]), list(tests[place:])]
-        return [list(tests)]
+        return [list(tests)] if tests else []
 
     def _callers(self, mutant: Mutant) -> set[str]:
         """Return the tests of the function around; of the whole file where there is none, or of the file's folder."""
@@ -93,23 +98,25 @@ class Coverage:
 
     def _callers_of_template(self, mutant: Mutant) -> set[str]:
         """Return the tests of the function in the file that the template makes, or of one of that name in any."""
-        ends = f"::{mutant.function_name or ''}"
-        name = f"{Path(mutant.path.removesuffix('.jinja')).name}{ends}"
-        if mutant.function_name is None:
-            return self._of(lambda other: other.startswith(name)) or self._of(lambda other: other.startswith(_EMIT))
+        file, ends = Path(mutant.path.removesuffix(".jinja")).name, f"::{mutant.change.function}"
+        name = f"{file}{ends}"
+        if mutant.change.function == MODULE:
+            return self._of(lambda other: other.startswith(f"{file}::")) or self._of(
+                lambda other: other.startswith(_EMIT)
+            )
         return self._of(lambda other: other == name) or self._of(lambda other: other.endswith(ends))
 
     def _of(self, named: Callable[[str], bool]) -> set[str]:
         return {test for name, tests in self.tests.items() if named(name) for test in tests
-                if not name.endswith(_IMPORTED)}  # fmt: skip
+                if not name.endswith(f":{MODULE}")}  # fmt: skip
 
     def _ordered(self, tests: Iterable[str], path: str) -> list[str]:
         stem = f"test_{Path(path).name.partition('.')[0]}.py"
 
-        def rank(test: str) -> tuple[int, float]:
+        def rank(test: str) -> tuple[int, float, str]:
             file = Path(_file(test))
             near = 0 if file.name == stem else 1 if file.is_relative_to(_mirror(path)) else 2
-            return near, self.seconds[test]
+            return near, self.seconds[test], test
 
         return sorted(tests, key=rank)
 

@@ -24,6 +24,10 @@ GUARDS = ("frozen", "slots", "strict")
 """Keywords that guard against a slip in the code, and change nothing that it does."""
 
 
+MODULE = "<module>"
+"""The name of a file's own code, which runs when the file is imported."""
+
+
 @dataclass(frozen=True)
 class Change:
     """Characters `start` to `end` of a text, and what stands there instead."""
@@ -31,8 +35,11 @@ class Change:
     start: int
     end: int
     after: str
-    function: int
-    """The line on which the innermost function around it begins, as its code object tells it; 1 outside of any."""
+    function: str
+    """The qualified name of the innermost function around it; `MODULE` outside of any.
+
+    In a template the name alone, as a class may begin in another file.
+    """
 
     def applied(self, text: str) -> str:
         """Return the text with the change."""
@@ -46,8 +53,6 @@ class Mutant:
     path: str
     line: int
     change: Change
-    function_name: str | None = None
-    """The function around a change of a template, whose lines are other ones in what is generated."""
 
     def described(self, text: str) -> str:
         """Return place, line and change for a person: `ir/ops.py:12: if a [< → <=] b:`."""
@@ -67,7 +72,7 @@ def mutants_of(root: Path, path: Path) -> list[Mutant]:
 
 def changes_of(text: str) -> list[Change]:
     """Return the changes of a Python text, in their order; SyntaxError where it is none."""
-    return sorted(_Walk(text).below(ast.parse(text), 1), key=lambda change: change.start)
+    return sorted(_Walk(text).below(ast.parse(text), "", MODULE), key=lambda change: change.start)
 
 
 class _Walk:
@@ -80,19 +85,22 @@ class _Walk:
         for line in self._lines:
             self._starts.append(self._starts[-1] + len(line))
 
-    def below(self, node: ast.AST, function: int) -> Iterator[Change]:
-        """Yield the changes of a node and of those below it."""
+    def below(self, node: ast.AST, names: str, function: str) -> Iterator[Change]:
+        """Yield the changes of a node in `function` and below it; qualified names below begin with `names`."""
         if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.keyword) and node.arg in GUARDS):
             return
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            function = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            function = names + node.name
+            names = f"{function}.<locals>."
+        elif isinstance(node, ast.ClassDef):
+            names += f"{node.name}."
         for start, end, after in self._own(node):
             yield Change(start, end, after, function)
         for name, value in ast.iter_fields(node):
             if name not in ("annotation", "returns"):
                 for inner in value if isinstance(value, list) else [value]:
                     if isinstance(inner, ast.AST):
-                        yield from self.below(inner, function)
+                        yield from self.below(inner, names, function)
 
     def _own(self, node: ast.AST) -> Iterator[tuple[int, int, str]]:
         if isinstance(node, ast.Compare):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from .points import Change, Mutant, changes_of
+from .points import MODULE, Change, Mutant, changes_of
 
 _MARK = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}", re.DOTALL)
 _LONGEST = 40  # lines of a statement
@@ -26,8 +26,8 @@ def mutants_of_template(root: Path, path: Path) -> list[Mutant]:
     for row, offset, changes in _statements(lines):
         function = _function_around(lines, row)
         for change in changes:
-            moved = replace(change, start=change.start + offset, end=change.end + offset)
-            found.append(Mutant(name, text.count("\n", 0, moved.start) + 1, moved, function))
+            moved = replace(change, start=change.start + offset, end=change.end + offset, function=function)
+            found.append(Mutant(name, text.count("\n", 0, moved.start) + 1, moved))
     return found
 
 
@@ -69,11 +69,11 @@ def _changes(text: str) -> list[Change] | None:
         return None
 
 
-def _function_around(lines: list[str], row: int) -> str | None:
-    """Return the name of the function whose body a line is in."""
+def _function_around(lines: list[str], row: int) -> str:
+    """Return the name of the function whose body a line is in; `MODULE` where there is none."""
     indent = len(lines[row]) - len(lines[row].lstrip(" "))
     for line in reversed(lines[: row + 1]):
         found = re.match(r"( *)(def|class) (\w+)", line)
         if found and (line is lines[row] or len(found[1]) < indent):
-            return found[3] if found[2] == "def" else None
-    return None
+            return found[3] if found[2] == "def" else MODULE
+    return MODULE

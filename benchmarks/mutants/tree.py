@@ -7,6 +7,7 @@ tenth of a second. n3c itself is imported by each fork, from the copy.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import shutil
@@ -14,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,7 @@ _SHARED = (
     "transformers", "transformers.modeling_utils", "transformers.generation", "jsonschema", "filelock", "tokenizers",
     "triton", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.nn.attention.flex_attention",
 )  # fmt: skip
-"""Packages that tests import, as far as they are installed."""
+"""Packages that tests import, as far as they are installed; those of pytest's plugins come with them."""
 
 
 def import_shared() -> None:
@@ -35,7 +37,10 @@ def import_shared() -> None:
     for name in _SHARED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    for plugin in entry_points(group="pytest11"):
+        plugin.load()
     assert "n3c" not in sys.modules, "every fork has an n3c of its own"
+    gc.freeze()  # a fork that collects garbage would copy all of it
 
 
 class Tree:

@@ -34,10 +34,14 @@ class Checked:
 
     def forms(self) -> "tuple[Form, ...]":
         """Return how TensorRT computes the linears of each entry point; nothing where another target was asked for."""
+        from n3c.backends.onnx.entry_forms import fastest_for
         from n3c.backends.onnx.forms import forms
 
-        asked = self.target in (None, "trt")
-        return forms(self.served.program, self.spec.serving.batch_sizes, lacking(self.sms)) if asked else ()
+        if self.target not in (None, "trt"):
+            return ()
+        types = lacking(self.sms)
+        program = (serve(self.spec, lacking=types) if types else self.served).program
+        return forms(program, self.spec.serving.batch_sizes, types, fastest_for(program, self.sms))
 
     def as_json(self) -> dict[str, Any]:
         """Return the form of `n3c check --json`."""

@@ -15,8 +15,9 @@ from typing import Annotated, Any
 from n3c.backends.added import OWN, added_backends
 from n3c.backends.machine import peak_rss_bytes
 from n3c.backends.progress import SILENT, Progress
+from n3c.backends.trt.plan_cache import CACHE_BYTES
 from n3c.backends.trt.targets import Flavour, lacking, sm_versions, unpublished
-from n3c.compiler.common_options import SET, SM, SPEC, TRT, Target
+from n3c.compiler.common_options import FOR_PLANS, SET, SM, SPEC, TRT, Target
 from n3c.compiler.report.cost import Parameters, count_parameters, flops_per_token
 from n3c.compiler.report.tool_versions import tool_versions
 from n3c.ir.diagnostics import Diagnostic, Severity
@@ -24,7 +25,7 @@ from n3c.ir.program import Program
 from n3c.passes.lower.model import lower
 from n3c.passes.serving import serve
 from n3c.runtime.manifest import MANIFEST
-from n3c.runtime.options import Needs, Option, checked
+from n3c.runtime.options import Needs, Option, checked, size_of
 from n3c.specs.dump import dump_spec
 from n3c.specs.load import loaded
 from n3c.specs.schema import Spec
@@ -38,6 +39,7 @@ from .request import Entry, Job, Request, WeightsMode, require_request
 REPRODUCIBLE = "SOURCE_DATE_EPOCH"
 """Set by whoever wants the same bytes from the same input (reproducible-builds.org): no time is written then."""
 FOR_GRAPHS = Needs("target", ("onnx", "trt"))
+CACHED = Needs("no_cache", (False,), said="a cache: leave --no-cache out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +56,11 @@ class Built:
     """Of each entry point at each batch size the bytes that it moves and must move, as in audit.json."""
     time: dict[str, Any]
     """The predicted time of each on each GPU that it is for, as in audit.json."""
+    plans: dict[str, int]
+    """How many plans were `built`, `cached` (taken from the cache) or are the `same` as another one of the build."""
     seconds: float
     peak_rss_bytes: int | None
+    """The most memory that a process of the build has held."""
 
     def as_json(self) -> dict[str, Any]:
         """Return the form of `n3c build --json`."""
@@ -63,6 +68,7 @@ class Built:
             "ok": not self.mismatches,
             "out": str(self.out),
             "files": list(self.files),
+            "plans": self.plans,
             "seconds": round(self.seconds, 3),
             "peak_rss_bytes": self.peak_rss_bytes,
             "traffic": self.traffic,
@@ -96,6 +102,23 @@ def build(
         int,
         Option("Cut each entry point into this many plans, at layer boundaries.", least=1, most=64, needs=FOR_GRAPHS),
     ] = 1,
+    jobs: Annotated[
+        int | None,
+        Option(
+            "Build so many plans at once (default: as cores and free memory allow, at 3 GB each).",
+            "-j",
+            least=1,
+            most=1024,
+            needs=FOR_PLANS,
+        ),
+    ] = None,
+    no_cache: Annotated[
+        bool, Option("Build every plan: take none from the user's cache, and keep none there.", needs=FOR_PLANS)
+    ] = False,
+    cache_size: Annotated[
+        int | str | None,
+        Option("How large the cache of plans may become (default: 4GB).", metavar="SIZE", needs=CACHED),
+    ] = None,
     set: Annotated[Sequence[str], SET] = (),
     after: Callable[[str, Program], None] | None = None,
     progress: Progress = SILENT,
@@ -111,6 +134,7 @@ def build(
     out = Path(output) if output is not None else Path("build") / read.name
     outdir.require_writable(out)
     sms = sm_versions(sm) if target == "trt" else ()
+    cache_bytes = 0 if no_cache else CACHE_BYTES if cache_size is None else size_of("--cache-size", cache_size)
     checkpoint = None
     if weights is not None:
         from n3c.backends.safetensors.locate import checkpoint_directory
@@ -139,7 +163,7 @@ def build(
         replaced = ("trt", "onnx") if target == "trt" else (target,)
         builds = outdir.keep_other_targets(out, folder, spec_sha256, replaced) | {target: record(request)}
         (folder / "spec.toml").write_text(resolved, encoding="utf-8", newline="\n")
-        job = Job(request, read, spec_sha256, served, folder, progress)
+        job = Job(request, read, spec_sha256, served, folder, progress, jobs, cache_bytes)
         if target == "torch":
             warnings += _emit_torch(job, flops[0], flops[1] - flops[0])
         elif target not in OWN:
@@ -151,12 +175,14 @@ def build(
             from .plans import emit_engines
 
             judged = emit_engines(job)
+            warnings += judged.notes
         progress.phase("manifest")
         manifest = _manifest(job, counts, builds)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8", newline="\n")
     seconds = time.perf_counter() - start
-    found = (judged.mismatches, judged.traffic, judged.time)
-    return Built(out, manifest["files"], warnings, *found, seconds, peak_rss_bytes())
+    found = (judged.mismatches, judged.traffic, judged.time, judged.plans)
+    peak = max((peak for peak in (peak_rss_bytes(), judged.builders_peak) if peak), default=None)
+    return Built(out, manifest["files"], warnings, *found, seconds, peak)
 
 
 def _emit_torch(job: Job, flops: int, flops_of_context: int) -> list[Diagnostic]:
@@ -185,17 +211,7 @@ def _manifest(job: Job, counts: Parameters, builds: dict[str, Any]) -> dict[str,
             for r in served.reports
         ],
         "parameters": counts.as_json(),
-        "ledger": [
-            {
-                "name": entry.name,
-                "role": entry.role,
-                "shape": list(entry.shape),
-                "rule": entry.rule,
-                "format": entry.format,
-                "bytes": entry.bytes,
-            }
-            for entry in served.program.ledger
-        ],
+        "ledger": [entry.as_json() for entry in served.program.ledger],
         "state_plan": served.plan.as_json(),
         "files": outdir.described_files(job.folder),
     }

@@ -18,3 +18,8 @@ class Judged:
     """Of each entry point and batch size, as in audit.json."""
     time: dict[str, Any] = field(default_factory=dict[str, Any])
     """Of each entry point and batch size on each GPU, as in audit.json."""
+    plans: dict[str, int] = field(default_factory=dict[str, int])
+    """How many plans came from where."""
+    builders_peak: int | None = None
+    """The most memory that a process which built a plan has held, in bytes."""
+    notes: list[Diagnostic] = field(default_factory=list[Diagnostic])

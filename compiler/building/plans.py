@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from n3c.backends.hashing import sha256_file
+from n3c.backends.onnx.bindings import FILE
 from n3c.backends.onnx.embedded import WeightsFile, embed
 from n3c.backends.onnx.emit import OnnxEntry, emit_entry
+from n3c.backends.onnx.entry_forms import fastest_for
 from n3c.backends.onnx.forms import batches_of
 from n3c.backends.onnx.stages import balanced, layer_bytes, stages
 from n3c.backends.trt.audit import Audit, audit, audit_json
-from n3c.backends.trt.build import PlanResult, build_plan
+from n3c.backends.trt.build import PlanResult
+from n3c.backends.trt.builder_process import Order
+from n3c.backends.trt.builders import BUILDER_BYTES, Builders, builders_at_once
 from n3c.backends.trt.constants import weights_as_inputs
 from n3c.backends.trt.module import load_trt
+from n3c.backends.trt.plan_cache import plan_key
 from n3c.backends.trt.plan_file import Sidecar, write_sidecar
 from n3c.backends.trt.targets import served_gpus
 from n3c.backends.trt.timing import Prediction, predict, times_json
@@ -27,7 +32,8 @@ from n3c.passes.serving import Served
 from n3c.specs.schema import Spec
 
 from .judged import Judged
-from .request import Job
+from .plan_source import PlanSource
+from .request import BUILDER_COPIES, Job, weight_bytes
 
 CONTEXT = 4096
 """Tokens of each sequence at which traffic and time are stated, where the cache holds as many."""
@@ -51,27 +57,31 @@ class Part:
         return self.name if self.stage is None else f"{self.name}.s{self.stage}"
 
 
-@dataclass(slots=True)
-class _Made:
-    """The rows of bindings.json and audit.json of the parts that are done."""
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What the kernels of a plan say of it."""
 
-    job: Job
-    bindings: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
-    weights: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
-    audits: dict[str, Audit] = field(default_factory=dict[str, Audit])
-    traffic: dict[str, Traffic] = field(default_factory=dict[str, Traffic])
-    times: dict[str, dict[str, Prediction]] = field(default_factory=dict[str, dict[str, Prediction]])
-    """Plan → GPU → time."""
-    entries: dict[str, str] = field(default_factory=dict[str, str])
+    audit: Audit
+    traffic: Traffic
+    times: Mapping[str, Prediction]
+    """GPU → time."""
 
-    def graph(self, part: Part, entry: OnnxEntry) -> None:
-        """Remember a graph: its inputs and outputs, and where its weights come from."""
+
+class _Bindings:
+    """The rows of bindings.json: what graphs read and return, and where their weights come from."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, dict[str, Any]] = {}
+        self.entries: dict[str, dict[str, Any]] = {}
+
+    def add(self, part: Part, entry: OnnxEntry) -> None:
+        """Add a graph."""
         for binding in entry.weights:
             row = binding.as_json()
             known = self.weights.setdefault(binding.name, row)
             if known != row:
                 raise AssertionError(f"weight {binding.name} has two layouts: {known} and {row}")
-        self.bindings[part.staged_name] = {
+        self.entries[part.staged_name] = {
             "onnx": f"onnx/{part.onnx}",
             "stage": part.stage,
             "inputs": entry.inputs,
@@ -80,16 +90,10 @@ class _Made:
             "weights": [binding.name for binding in entry.weights],
         }
 
-    def plan(self, part: Part, entry: OnnxEntry, result: PlanResult) -> None:
-        """Judge a plan: the precisions that it realises, the bytes that it moves, the time that GPUs would take."""
-        plan, program, request = result.path.name, self.job.served.program, self.job.request
-        kernels = weights_as_inputs(result.kernels, entry.weights)
-        self.audits[plan] = audit(entry.linears, kernels, entry.output_names, result.scratch_bytes)
-        context = min(CONTEXT, self.job.spec.serving.max_seq_len)
-        self.traffic[plan] = traffic(program, part.entry_point, entry, kernels, context=context)
-        gpus = served_gpus(request.sms, request.trt)
-        self.times[plan] = predict(program, part.entry_point, entry, kernels, self.traffic[plan], gpus)
-        self.entries[plan] = part.name
+    def as_json(self, weights_mode: str) -> dict[str, Any]:
+        """Return the file: weights, the same for every batch size and mostly for every entry point, stand once."""
+        weights = list(self.weights.values())
+        return {"schema": 1, "weights_mode": weights_mode, "weights": weights, "entries": self.entries}
 
 
 def parts_of(served: Served, spec: Spec, *, entries: Sequence[str], count: int) -> Iterator[Part]:
@@ -111,34 +115,89 @@ def parts_of(served: Served, spec: Spec, *, entries: Sequence[str], count: int) 
 
 def emit_engines(job: Job) -> Judged:
     """Write OUT/onnx, and OUT/trt for the target trt; return what the audit says."""
-    request, folder = job.request, job.folder
-    trt = load_trt(request.trt) if request.target == "trt" else None  # where it is missing, say so before any work
-    made = _Made(job)
-    (folder / "onnx").mkdir()
-    if trt is not None:
-        (folder / "trt").mkdir()
-    with _weights(job) as weights:
-        for part in parts_of(job.served, job.spec, entries=request.entries, count=request.stages):
-            entry = _emit(job, part, weights)
-            made.graph(part, entry)
-            if trt is not None:
-                result = _build(job, part, entry, trt)
-                made.plan(part, entry, result)
-                _describe(job, part, result, trt.__version__)
-    # Weights are the same for every batch size and mostly for every entry point, so they are listed once.
-    bindings = {
-        "schema": 1,
-        "weights_mode": request.weights_mode,
-        "weights": list(made.weights.values()),
-        "entries": made.bindings,
-    }
-    _write_json(folder / ("onnx" if trt is None else "trt") / "bindings.json", bindings)
-    if trt is None:
+    (job.folder / "onnx").mkdir()
+    parts = list(parts_of(job.served, job.spec, entries=job.request.entries, count=job.request.stages))
+    bindings = _Bindings()
+    if job.request.target == "onnx":
+        for part, entry in _emitted(job, parts):
+            bindings.add(part, entry)
+        _write_json(job.folder / "onnx" / FILE, bindings.as_json(job.request.weights_mode))
         return Judged()
-    moved, times = traffic_json(made.traffic, made.entries), times_json(made.times, made.entries)
-    _write_json(folder / "trt" / "audit.json", audit_json(made.audits) | {"traffic": moved, "time": times})
-    mismatches = [diagnostic for verdict in made.audits.values() for diagnostic in verdict.diagnostics()]
-    return Judged(mismatches, moved["entries"], times)
+    version = load_trt(job.request.trt).__version__  # where it is missing, say so before any work
+    (job.folder / "trt").mkdir()
+    judgements: dict[str, Judgement] = {}
+    with Builders(job.builders or _builders(job)) as builders:
+        source = PlanSource(builders, job.cache_bytes)
+        wanted: dict[Path, tuple[Part, OnnxEntry]] = {}
+        for part, entry in _emitted(job, parts):
+            bindings.add(part, entry)
+            order = _order(job, part, entry)
+            wanted[order.plan] = (part, entry)
+            source.want(order, _key(order, entry, version) if job.request.weights_mode == "bound" else None)
+        for plan in source.plans(job.progress):
+            part, entry = wanted.pop(plan.path)
+            judgements[part.staged_name] = _judged(job, part, entry, plan)
+            _describe(job, part, plan, version)
+    _write_json(job.folder / "trt" / FILE, bindings.as_json(job.request.weights_mode))
+    return _audited(job, parts, judgements, source)
+
+
+def _builders(job: Job) -> int:
+    """Return how many plans to build at once."""
+    if job.request.weights_mode == "bound":
+        return builders_at_once()
+    return builders_at_once(BUILDER_BYTES + BUILDER_COPIES * weight_bytes(job.served.program))
+
+
+def _emitted(job: Job, parts: Sequence[Part]) -> Iterator[tuple[Part, OnnxEntry]]:
+    """Write the graph of each part, and yield it."""
+    choose = fastest_for(job.served.program, job.request.sms)
+    with _weights(job) as weights:
+        for part in parts:
+            job.progress.phase(f"emit {part.staged_name}")
+            entry = emit_entry(
+                job.served.program, part.entry_point, batch=part.batch, choose=choose, progress=job.progress
+            )
+            if weights is not None:
+                embed(entry, weights)
+            entry.save(job.folder / "onnx" / part.onnx)
+            yield part, entry
+
+
+def _order(job: Job, part: Part, entry: OnnxEntry) -> Order:
+    request, folder = job.request, job.folder
+    model, plan = folder / "onnx" / part.onnx, folder / "trt" / f"{part.staged_name}.plan"
+    return Order(model, plan, request.trt, request.sms, entry.dynamic_inputs, entry.spans)
+
+
+def _key(order: Order, entry: OnnxEntry, version: str) -> str:
+    return plan_key(entry.to_nameless_bytes(), order.flavour, version, order.sms, order.ranges)
+
+
+def _judged(job: Job, part: Part, entry: OnnxEntry, plan: PlanResult) -> Judgement:
+    """Judge a plan: the precisions that it realises, the bytes that it moves, the time that GPUs would take."""
+    program, request = job.served.program, job.request
+    kernels = weights_as_inputs(plan.kernels, entry.weights)
+    context = min(CONTEXT, job.spec.serving.max_seq_len)
+    moved = traffic(program, part.entry_point, entry, kernels, context=context)
+    gpus = served_gpus(request.sms, request.trt)
+    return Judgement(
+        audit(entry.linears, kernels, entry.output_names, plan.scratch_bytes),
+        moved,
+        predict(program, part.entry_point, entry, kernels, moved, gpus),
+    )
+
+
+def _audited(job: Job, parts: Sequence[Part], judgements: Mapping[str, Judgement], source: PlanSource) -> Judged:
+    """Write audit.json, in the order of `parts` whichever plan was first, and return what it says."""
+    entries = {f"{part.staged_name}.plan": part.name for part in parts}
+    found = {f"{part.staged_name}.plan": judgements[part.staged_name] for part in parts}
+    audits = {plan: judgement.audit for plan, judgement in found.items()}
+    moved = traffic_json({plan: judgement.traffic for plan, judgement in found.items()}, entries)
+    times = times_json({plan: judgement.times for plan, judgement in found.items()}, entries)
+    _write_json(job.folder / "trt" / "audit.json", audit_json(audits) | {"traffic": moved, "time": times})
+    mismatches = [diagnostic for verdict in audits.values() for diagnostic in verdict.diagnostics()]
+    return Judged(mismatches, moved["entries"], times, source.counts.as_json(), source.peak, source.notes)
 
 
 @contextlib.contextmanager
@@ -151,29 +210,6 @@ def _weights(job: Job) -> Generator[WeightsFile | None]:
 
     with WeightsFile(job.folder / "onnx", Checkpoint(job.request.weights)) as file:
         yield file
-
-
-def _emit(job: Job, part: Part, weights: WeightsFile | None) -> OnnxEntry:
-    job.progress.phase(f"emit {part.staged_name}")
-    entry = emit_entry(job.served.program, part.entry_point, batch=part.batch, progress=job.progress)
-    if weights is not None:
-        embed(entry, weights)
-    entry.save(job.folder / "onnx" / part.onnx)
-    return entry
-
-
-def _build(job: Job, part: Part, entry: OnnxEntry, trt: Any) -> PlanResult:
-    plan = f"{part.staged_name}.plan"
-    job.progress.phase(f"build {plan}")
-    return build_plan(
-        job.folder / "onnx" / part.onnx,
-        job.folder / "trt" / plan,
-        trt,
-        sms=job.request.sms,
-        ranges=entry.dynamic_inputs,
-        progress=job.progress,
-        locate=entry.locate,
-    )
 
 
 def _describe(job: Job, part: Part, result: PlanResult, version: str) -> None:

@@ -39,9 +39,10 @@ class Recorded:
         return "embedded" if self.options.get("weights_mode") == "embedded" else "bound"
 
     def arguments(self, weights: Path | str | None) -> dict[str, Any]:
-        """Return the arguments of `build` for it; the checkpoint is asked for where weights are inside."""
+        """Return the arguments of `build` to make it anew; the checkpoint is asked for where weights are inside."""
         inside = {"weights": weights} if self.weights_mode == "embedded" else {}
-        return {"target": self.target, **self.options, **inside}
+        anew = {"no_cache": True} if self.target == "trt" else {}
+        return {"target": self.target, **self.options, **inside, **anew}
 
 
 def recorded(manifest: Mapping[str, Any]) -> tuple[Recorded, ...] | None:

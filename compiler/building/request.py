@@ -49,6 +49,10 @@ class Job:
     served: Served
     folder: Path
     progress: Progress
+    builders: int | None = None
+    """Processes that build plans at once; None: as many as the machine allows."""
+    cache_bytes: int = 0
+    """How large the cache of plans may become; 0: none is asked."""
 
 
 def require_request(spec: Spec, served: Served, request: Request) -> None:
@@ -73,9 +77,14 @@ def _usage(spec: Spec, served: Served, request: Request) -> Iterator[Diagnostic]
         yield Diagnostic("E0706", "--weights-mode embedded needs the weights", help="add --weights DIR")
 
 
+def weight_bytes(program: Program) -> int:
+    """Return the bytes of all weights."""
+    return sum(parameter.type.bytes for parameter in program.memories())
+
+
 def require_memory(program: Program, memory: int, span: Span | None) -> None:
     """Raise N3CError (E0513, exit code 4) where building plans with weights inside takes more than `memory` bytes."""
-    weights = sum(parameter.type.bytes for parameter in program.memories())
+    weights = weight_bytes(program)
     if BUILDER_COPIES * weights > memory:
         needed = f"{BUILDER_COPIES * weights / 1e9:.1f} GB, {BUILDER_COPIES} times {weights / 1e9:.1f} GB of weights"
         message = f"embedding needs about {needed}; this machine has {memory / 1e9:.1f} GB of memory"

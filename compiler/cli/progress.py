@@ -22,7 +22,7 @@ class TerminalProgress:
 
     def __init__(self) -> None:
         self._start = time.monotonic()
-        self._phase = ""
+        self._phase, self._begun = "", self._start
         self._last = 0.0
         self._live: LiveLine | None = None
         self._quiet, self._verbose = chosen("quiet"), chosen("verbose")
@@ -43,7 +43,7 @@ class TerminalProgress:
 
     def phase(self, name: str) -> None:
         """Begin a phase."""
-        self._phase = name
+        self._phase, self._begun = name, time.monotonic()
         if self._live is not None:
             self._live.show(name)
         else:
@@ -56,6 +56,15 @@ class TerminalProgress:
         else:
             count = f" {done}/{total}" if total else ""
             self._line(f"{self._phase}: {what}{count}", always=self._verbose)
+
+    def item(self, what: str, done: int, total: int) -> None:
+        """Tell that an item is finished, on a line of its own or as the count of the live line, and what is left."""
+        if self._live is not None:
+            self._live.show(self._phase, done, total)
+            return
+        seconds = (time.monotonic() - self._begun) * (total - done) / done
+        left = f", about {seconds:.0f} s left" if seconds >= 1 else ""
+        self._line(f"{self._phase}: {what}, {done} of {total}{left}", always=True)
 
     def _line(self, text: str, *, always: bool) -> None:
         if not self._quiet and (always or time.monotonic() - self._last > PLAIN_INTERVAL):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from collections.abc import Sequence
@@ -35,10 +36,12 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     for row in cells:
         table.add_row(*map(Text, row))  # as `Text` names are no markup
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _UNBOUNDED
-    console = Console(width=width, color_system=None, no_color=True, legacy_windows=False, force_terminal=False)
-    with console.capture() as captured:
-        console.print(table)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+    written = io.StringIO()  # a console of its own does not touch stdout, which can be full
+    console = Console(
+        file=written, width=width, color_system=None, no_color=True, legacy_windows=False, force_terminal=False
+    )
+    console.print(table)
+    return "\n".join(line.rstrip() for line in written.getvalue().splitlines())
 
 
 def format_peak(size: int | None) -> str:

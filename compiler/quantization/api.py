@@ -104,9 +104,11 @@ def quantize(
         raise usage_error("--fmt has no effect: --like gives all formats")
     if force and write_spec is None and save_activation_scales is None:
         raise usage_error("--force has no effect: it needs --write-spec or --save-activation-scales")
+    read = [Path(place) for place in (spec, weights, like, calibration, activation_scales)
+            if isinstance(place, (Path, str))]  # fmt: skip
     for file in (write_spec, save_activation_scales):
         if file is not None:
-            require_new(Path(file), spec if isinstance(spec, Path) else None, force=force)
+            require_new(Path(file), *read, force=force)
     from n3c.backends.safetensors.locate import checkpoint_directory  # loads numpy, which the help does not need
 
     data = None

@@ -7,36 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from n3c.ir.program import LedgerEntry, Program
 from n3c.passes.serving import Served
 
 from .cost import call_flops
-
-
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """A weight of a block, as the ledger has it; its name is that within the block."""
-
-    name: str
-    role: str
-    shape: tuple[int, ...]
-    rule: str
-    format: str
-    bytes: int
-
-    def as_json(self) -> dict[str, Any]:
-        """Return one entry of `variants[].weights`."""
-        return {
-            "name": self.name,
-            "role": self.role,
-            "shape": list(self.shape),
-            "rule": self.rule,
-            "format": self.format,
-            "bytes": self.bytes,
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +28,8 @@ class Variant:
     state_bytes_per_request: int
     """SSM state and convolution window."""
     kv_bytes_per_token: int
-    weights: tuple[Weight, ...]
+    weights: tuple[LedgerEntry, ...]
+    """By their names within the block."""
 
     @property
     def bytes(self) -> int:
@@ -152,16 +130,15 @@ def blocks_of(places: Sequence[Place], served: Served, layers: int) -> list[Bloc
                 place.flops,
                 fixed.get(place.layer, 0),
                 growing.get(place.layer, 0),
-                tuple(_weight(place.label, ledger[name]) for name in place.names),
+                tuple(_within(place.label, ledger[name]) for name in place.names),
             ),
         )
         for place in places
     ]
 
 
-def _weight(label: str, entry: LedgerEntry) -> Weight:
-    name = entry.name.removeprefix(f"{label}.")
-    return Weight(name, entry.role, entry.shape, entry.rule, entry.format, entry.bytes)
+def _within(label: str, entry: LedgerEntry) -> LedgerEntry:
+    return replace(entry, name=entry.name.removeprefix(f"{label}."))
 
 
 def _state_bytes(served: Served) -> tuple[Mapping[int | None, int], Mapping[int | None, int]]:

@@ -90,9 +90,9 @@ def simulate(
     *,
     gpu: Annotated[str | None, Option(f"The card: {', '.join(GPUS)}.", metavar="NAME")] = None,
     times: Annotated[Path | str | None, Option("Measured times of calls instead of a card's.", metavar="FILE")] = None,
-    replicas: Annotated[int, Option("Servers of the model.", least=1)] = 1,
+    replicas: Annotated[int, Option("Servers of the model.", least=1, most=10**6)] = 1,
     cards: Annotated[int | None, Option("GPUs of a replica (default: as many as hold it).", least=1)] = None,
-    rate: Annotated[float | None, Option("Requests a second, to all replicas together.", above=0)] = None,
+    rate: Annotated[float | None, Option("Requests a second, to all replicas together.", least=1e-6)] = None,
     prompt_tokens: Annotated[str, Option("Length of prompts.", metavar="DIST", needs=RATED)] = "512",
     output_tokens: Annotated[str, Option("Length of answers.", metavar="DIST", needs=RATED)] = "256",
     shared_tokens: Annotated[int, Option("Tokens with which all prompts begin.", least=0, needs=RATED)] = 0,
@@ -108,7 +108,9 @@ def simulate(
         int | str | None, Option("Of kept prefixes, a replica (default: what is free).", metavar="SIZE")
     ] = None,
     no_prefix_cache: Annotated[bool, Option("Keep no prefixes.")] = False,
-    requests: Annotated[int, Option("Requests that are simulated, of a sample of the replicas.", least=20)] = 500,
+    requests: Annotated[
+        int, Option("Requests that are simulated, of some of the replicas.", least=20, most=10**6)
+    ] = 500,
     seed: Annotated[int, Option("Of arrivals, lengths and drafts.", least=0)] = 0,
     set: Annotated[Sequence[str], replace(SET, needs=Needs("path", test=is_spec, said="a SPEC"))] = (),
 ) -> Simulated:
@@ -135,6 +137,7 @@ def simulate(
         most = "this model drafts nothing" if spec.mtp is None else f"a round has at most {1 + drafts} tokens"
         raise usage_error(f"--acceptance {acceptance:g}: {most}")
 
+    from n3c.runtime.generation.capacity import Capacity
     from n3c.runtime.simulation.replica import Replica
     from n3c.runtime.simulation.service import Poisson, Service, ServiceLevel, Traced
     from n3c.runtime.simulation.workload import lengths_of
@@ -142,8 +145,11 @@ def simulate(
     number, free = _memory(spec, served, card, cards)
     memory = None if no_prefix_cache else free if cache_memory is None else size_of("--cache-memory", cache_memory)
     prompt, output = lengths_of("--prompt-tokens", prompt_tokens), lengths_of("--output-tokens", output_tokens)
+    longest = Capacity.of(spec).context_length
     workload: Workload = (
-        Traced(Path(trace)) if trace is not None else Poisson(rate or 0.0, prompt, output, shared_tokens)
+        Traced(Path(trace), longest)
+        if trace is not None
+        else Poisson(rate or 0.0, prompt, output, shared_tokens, longest)
     )
     called = _times(subject, served, card, times, acceptance is not None)
 
@@ -192,7 +198,7 @@ def _memory(spec: Spec, served: Served, card: Gpu | None, cards: int | None) -> 
 def _times(
     subject: Subject, served: Served, card: Gpu | None, times: Path | str | None, speculative: bool
 ) -> "CallTimes":
-    from n3c.runtime.simulation.call_times import AuditedTimes, read_times
+    from n3c.runtime.simulation.call_times import PlanTimes, read_times
     from n3c.runtime.simulation.kernel_times import KernelTimes
 
     if card is None:
@@ -202,10 +208,10 @@ def _times(
         return measured
     kernels = KernelTimes(served.program, card, subject.spec.model.vocab_size)
     if subject.kind != "build" or subject.place is None:
-        return kernels
+        return PlanTimes(kernels)
     audited = {
         entry: by_gpu[card.name].microseconds / MILLION
         for entry, by_gpu in predicted_times(subject.place).items()
         if card.name in by_gpu
     }
-    return AuditedTimes(kernels, audited, audited_context(subject.place)) if audited else kernels
+    return PlanTimes(kernels, audited, audited_context(subject.place)) if audited else PlanTimes(kernels)

@@ -42,8 +42,7 @@ def diff(
     """
     subjects = open_subject(a), open_subject(b)
     if html is not None:
-        for subject in subjects:
-            require_new(Path(html), subject.place, force=force)
+        require_new(Path(html), *(subject.place for subject in subjects), force=force)
     progress.phase("compare specs")
     specs = [subject.spec for subject in subjects]
     blocks, functions, figures = zip(*(_compiled(spec, context, batch) for spec in specs), strict=True)

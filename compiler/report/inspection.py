@@ -86,7 +86,8 @@ def inspect(
         raise usage_error(f"n3c knows no GPU of SM {sm} that this TensorRT serves: --memory SIZE tells of any other")
     subject = open_subject(path, set)
     if html is not None:
-        require_new(Path(html), subject.place, force=force)
+        read = (Path(place) for place in (original, run) if place is not None)
+        require_new(Path(html), subject.place, *read, force=force)
     source = None if original is None else open_subject(original)
     if source is not None and (source.checkpoint is None or subject.checkpoint is None):
         raise usage_error("--original: both must be checkpoints with weights")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from n3c.ir import ops
+from n3c.ir.op_definition import Attribute, OpDef
 from n3c.ir.program import Function, Value
 from n3c.ir.rewrite import Builder
 from n3c.ir.source import NegExp, Source, Stack, Tensor
@@ -56,13 +57,11 @@ class Block:
         self.function.parameters.append(value)
         return value
 
-    def emit(self, op: ops.OpDef, *operands: Value | None, name: str, **attributes: ops.Attribute) -> Value:
+    def emit(self, op: OpDef, *operands: Value | None, name: str, **attributes: Attribute) -> Value:
         """Append a node with one result and return that; ValueError where the operands do not fit the op."""
         return self.emit_many(op, *operands, names=[name], **attributes)[0]
 
-    def emit_many(
-        self, op: ops.OpDef, *operands: Value | None, names: list[str], **attributes: ops.Attribute
-    ) -> list[Value]:
+    def emit_many(self, op: OpDef, *operands: Value | None, names: list[str], **attributes: Attribute) -> list[Value]:
         """Append a node and return its results, one a name; ValueError where the operands do not fit the op."""
         return Builder(self.function, self.function.origin).emit_many(op, *operands, names=names, **attributes)
 

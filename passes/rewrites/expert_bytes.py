@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from n3c.ir import ops
-from n3c.ir.ops import OpDef
+from n3c.ir.op_definition import OpDef
 from n3c.ir.program import Call, Function, Node, Program, Value
 from n3c.ir.rewrite import Builder
 from n3c.ir.source import Bytes

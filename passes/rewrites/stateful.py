@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from n3c.ir import ops
+from n3c.ir.op_definition import CONTINUED_BY, OpDef
 from n3c.ir.program import Function, Node, Value
 from n3c.ir.rewrite import Builder
 from n3c.ir.types import Dim, DType, TensorType
@@ -51,9 +52,9 @@ class StateTypes:
     conv_dtype: DType
 
 
-def memory_ops(function: Function) -> set[ops.OpDef]:
+def memory_ops(function: Function) -> set[OpDef]:
     """Return the ops of `function` that look at more than one token."""
-    return {node.op for node in function.nodes if node.op is ops.attention or node.op in ops.CONTINUED_BY}
+    return {node.op for node in function.nodes if node.op is ops.attention or node.op in CONTINUED_BY}
 
 
 def make_stateful(function: Function, mode: Mode, types: StateTypes, made_by: str) -> None:
@@ -76,7 +77,7 @@ class _Stateful:
         nodes = list(self.function.nodes)
         for node in [node for node in nodes if node.op is ops.attention]:
             self.attention(node)
-        recurrent = [node for node in nodes if node.op in ops.CONTINUED_BY]
+        recurrent = [node for node in nodes if node.op in CONTINUED_BY]
         if self.mode != "verify":
             for node in recurrent:
                 self.continued(node)
@@ -134,7 +135,7 @@ class _Stateful:
 
     def state_of(self, node: Node) -> Value:
         """Declare the state that `node` carries: `conv_state` or `ssm_state`."""
-        update = ops.CONTINUED_BY[node.op].continues
+        update = CONTINUED_BY[node.op].continues
         assert update is not None
         types = {name: operand.type if operand else None for name, operand in node.named_operands.items()}
         dtype = self.types.conv_dtype if update.kind == "conv" else self.types.ssm_dtype
@@ -177,7 +178,7 @@ class _Stateful:
         self, at: Node, node: Node, state: Value, changed: dict[str, Value | None], name: str, *, dropped: bool = False
     ) -> list[Value]:
         """Emit, in front of `at`, what continues `node` with `changed` operands: its result and the state after it."""
-        op = ops.CONTINUED_BY[node.op]
+        op = CONTINUED_BY[node.op]
         assert op.continues is not None
         named = {**dict.fromkeys(op.operands), **node.named_operands, op.continues.state: state, **changed}
         kept = {"conv": "dropped_window", "ssm": "dropped_state"} if dropped else {}

@@ -11,6 +11,7 @@ from n3c.runtime.build_folder import OpenedBuild, open_build
 from n3c.runtime.engines.choice import ENGINE_HELP, Device, EngineName, choose_engine, require_device
 from n3c.runtime.options import Argument, Option, checked
 from n3c.runtime.predicted import predicted_times
+from n3c.specs.keys import COUNT
 
 if TYPE_CHECKING:  # these load numpy
     from n3c.runtime.engines.interface import Engine
@@ -32,7 +33,7 @@ def bench(
     device: Annotated[Device, Option("Where to run.")] = "cpu",
     no_mtp: Annotated[bool, Option("Decode token by token, without drafts.")] = False,
     batch: Annotated[
-        Sequence[int], Option("Sequences at once; may repeat (default: serving.batch_sizes).", least=1)
+        Sequence[int], Option("Sequences at once; may repeat (default: serving.batch_sizes).", least=1, most=COUNT)
     ] = (),
     context: Annotated[
         Sequence[int], Option("Tokens of a prompt; may repeat (default: 128, 1024, 8192, as fits).", least=1)

@@ -45,7 +45,7 @@ Message = Mapping[str, object]
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template, and the special tokens that it may name. Pickles: it may be rendered in another process."""
+    """A template, and the special tokens that it may name."""
 
     text: str
     tokens: Mapping[str, str]
@@ -76,10 +76,6 @@ class ChatTemplate:
         texts = {node.data for node in parsed.find_all(nodes.TemplateData)}
         texts |= {node.value for node in parsed.find_all(nodes.Const) if isinstance(node.value, str)}
         return "\0".join(texts)
-
-    def __getstate__(self) -> dict[str, object]:
-        """Leave out the compiled template."""
-        return {"text": self.text, "tokens": dict(self.tokens)}
 
 
 def find_chat_template(weights: Path) -> ChatTemplate | None:

@@ -104,6 +104,11 @@ class Running:
         return self.tokens[len(self.prompt) - self.answered :]
 
     @property
+    def drawn(self) -> int:
+        """How many they are."""
+        return len(self.tokens) - len(self.prompt) + self.answered
+
+    @property
     def text(self) -> str | None:
         """The text of the new tokens as far as it is certain, which is all of it at the end; None without tokenizer."""
         return self.growing.text if self.growing is not None else None
@@ -192,6 +197,6 @@ class Running:
                 self.ending = "stop"
         if self.ending is None:
             self._follow(token)
-        if self.ending is None and (len(self.new) >= self.options.max_new_tokens or len(self.tokens) >= context_length):
+        if self.ending is None and (self.drawn >= self.options.max_new_tokens or len(self.tokens) >= context_length):
             self.ending = "length"
         return piece + self.growing.finish() if self.ending is not None and self.growing is not None else piece

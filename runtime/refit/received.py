@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from n3c.backends.safetensors.checkpoint import DTYPES, Checkpoint, file_error
 from n3c.backends.safetensors.checkpoint_fit import require_fit
 from n3c.backends.safetensors.header import TensorInfo
-from n3c.backends.safetensors.sources import fp8_parts, nvfp4_parts
+from n3c.backends.safetensors.sources import FLOATS, quantized_parts
 from n3c.backends.safetensors.tensor_names import AmbiguousError, released_tensors
+from n3c.ir.diagnostics import N3CError
 from n3c.ir.source import Fp8, Nvfp4, tensor_names
 from n3c.passes.lower.model import lower
 from n3c.passes.pipelines import quantize_pass
@@ -21,8 +22,6 @@ from n3c.specs.schema import Spec
 
 PLACE = Path("pushed weights")
 """What diagnostics name in place of a folder."""
-FLOATS = ("F64", "F32", "F16", "BF16")
-"""Element types of weights that are not quantized yet."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -69,20 +68,28 @@ class ReceivedCheckpoint(Checkpoint):
             if released in self._tensors:
                 raise file_error("E0609", f"tensor `{released}` came twice", PLACE)
             raw = data[part.offset : part.offset + part.bytes]
-            self._tensors |= self._stored(released, raw.view(DTYPES[dtype]).reshape(part.shape))
+            self._tensors[released] = raw.view(DTYPES[dtype]).reshape(part.shape).copy()
+            self._quantize(released)
 
-    def require_fit(self) -> None:
+    def complete(self) -> None:
         """Raise N3CError (exit code 6) with all that is missing or does not fit the spec."""
         require_fit(self._spec, self)
 
-    def _stored(self, name: str, value: NDArray[Any]) -> dict[str, NDArray[Any]]:
-        """Return the tensors that are kept of one that came."""
+    def _quantize(self, name: str) -> None:
+        """Quantize a weight that came, when all have come that have its scale."""
         source = self._formats.get(name)
-        if source is None or value.ndim != 2 or _NAMES[value.dtype] not in FLOATS:
-            return {name: value.copy()}
-        if isinstance(source, Nvfp4):
-            return nvfp4_parts(name, value, source.block_rows, PLACE)
-        return fp8_parts(name, value, PLACE)
+        together = (source.scaled_with if source is not None else ()) or (name,)
+        if source is None or not all(each in self._tensors for each in together):
+            return
+        whole = [each for each in together if self._tensors[each].ndim == 2 and self.info(each)[0] in FLOATS]
+        try:
+            parts = [quantized_parts(self._formats[each], each, self) for each in whole]
+        except N3CError:
+            for each in whole:
+                del self._tensors[each]
+            raise
+        for stored in parts:
+            self._tensors |= stored
 
     def info(self, name: str) -> tuple[str, tuple[int, ...]]:
         """Return safetensors' name of the element type, and the shape."""

@@ -5,7 +5,9 @@ Nothing of the engine changes before an update is complete and fits: the old wei
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,13 +21,16 @@ from .received import ReceivedCheckpoint
 
 @dataclass(slots=True)
 class WeightUpdates:
-    """Receives updates for a model, one at a time."""
+    """Receives updates for a model, one at a time. Its methods may be called from any thread."""
 
     spec: Spec
     updates: int = field(default=0, init=False)
     """That were finished."""
     _received: ReceivedCheckpoint | None = field(default=None, init=False)
+    _receiving: ReceivedCheckpoint | None = field(default=None, init=False)
+    """The update of which a chunk is coming."""
     _collective: Collective | None = field(default=None, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     @property
     def running(self) -> bool:
@@ -44,14 +49,15 @@ class WeightUpdates:
         self._collective = Collective(address, port, size, rank)
 
     def start_weight_update(self) -> None:
-        """Begin; an update that was not finished is forgotten."""
+        """Begin; an update that was not finished is forgotten, and what still comes of it is not taken in."""
         self._received = ReceivedCheckpoint(self.spec)
 
     def update_weights(self, update_info: Mapping[str, Any]) -> None:
         """Receive a chunk: `names`, `dtype_names`, `shapes`, from `shared_memory`, or else from the collective.
 
-        N3CError (E0855, exit code 2) outside of an update or for what describes no tensors, exit code 6 for tensors
-        that are not as described; the update then goes on without those of the chunk that did not come.
+        N3CError (E0855, exit code 2) outside of an update, while another chunk is coming, or for what describes no
+        tensors; exit code 6 for tensors that are not as described. The update then goes on without those of the chunk
+        that did not come.
         """
         tensors = described(*(update_info.get(key) for key in ("names", "dtype_names", "shapes")))
         segment = update_info.get("shared_memory")
@@ -64,16 +70,34 @@ class WeightUpdates:
 
     def receive(self, data: Data) -> None:
         """Receive tensors with their bytes."""
-        if self._received is None:
-            raise update_error("none was started", "call start_weight_update first")
-        for each, raw in data:
-            self._received.receive(each.name, each.dtype, each.shape, raw)
+        with self._exclusively() as received:
+            for each, raw in data:
+                received.receive(each.name, each.dtype, each.shape, raw)
 
     def finish_weight_update(self) -> Checkpoint:
-        """Return what came, which an engine can take whole; N3CError (exit code 6) with all that does not fit."""
-        if self._received is None:
-            raise update_error("none was started", "call start_weight_update first")
-        received, self._received = self._received, None
-        received.require_fit()
+        """Return what came, which an engine can take whole; N3CError (exit code 6) with all that does not fit.
+
+        E0855, exit code 2, while a chunk is coming.
+        """
+        with self._exclusively() as received:
+            self._received = None
+            received.complete()
         self.updates += 1
         return received
+
+    @contextmanager
+    def _exclusively(self) -> Iterator[ReceivedCheckpoint]:
+        """Yield the update to the one thread that works on it."""
+        with self._lock:
+            received = self._received
+            if received is None:
+                raise update_error("none was started", "call start_weight_update first")
+            if self._receiving is received:
+                raise update_error("a chunk of it is still coming", "wait until that is answered, or start again")
+            self._receiving = received
+        try:
+            yield received
+        finally:
+            with self._lock:
+                if self._receiving is received:
+                    self._receiving = None

@@ -16,7 +16,7 @@ from n3c.ir.diagnostics import N3CError
 
 from .chat import chat_completions
 from .completions import completions
-from .errors import ApiError, draining, from_n3c, internal
+from .errors import ApiError, draining, failed, from_n3c, internal
 from .guards import Guard
 from .openapi import openapi
 from .served_model import ServedModel
@@ -29,7 +29,8 @@ def create_app(served: ServedModel, routes: Sequence[BaseRoute] = ()) -> Starlet
     async def health(_: Request) -> Response:
         if served.service.healthy:
             return JSONResponse({"status": "ok"})
-        return draining().response()
+        failure = served.service.failure
+        return (draining() if failure is None else failed(failure)).response()
 
     async def metrics(_: Request) -> Response:
         return Response(served.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

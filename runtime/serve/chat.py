@@ -12,23 +12,25 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from .answer_head import Head
-from .exchange import Exchange
+from .exchange import Exchange, refusals
 from .logprob_forms import chat_form
 from .plan import chat_works
 from .reasoning_text import ReasoningStream
-from .requests import ChatRequest, parsed
+from .requests import ChatRequest, NamedTool, parsed
 from .scheduler import Ticket, Update, Work
 from .served_model import ServedModel
 from .streaming import EventStream, unless_gone
 from .tool_calls import Call, ToolCallStream, schemas
-from .usage import usage
+from .usage import usage, usage_so_far
 
 
 async def chat_completions(served: ServedModel, http: HttpRequest) -> Response:
     """Answer a request."""
     request = parsed(ChatRequest, await http.body())
     served.require(request.model)
-    works = await asyncio.to_thread(chat_works, served, request)  # a template may take its time
+    with refusals():  # before a template takes its time
+        served.service.require_places(1)
+    works = await asyncio.to_thread(chat_works, served, request)
     if request.stream:
         exchange = Exchange(served.service, works)
         head = Head("chatcmpl", "chat.completion.chunk", served.name)
@@ -58,22 +60,26 @@ async def _chunks(
     served: ServedModel, request: ChatRequest, exchange: Exchange, head: Head
 ) -> AsyncGenerator[dict[str, Any]]:
     choices = [_Choice.begin(served, request, ticket) for ticket in exchange.tickets]
-    more = request.stream_options is not None and request.stream_options.include_usage
-    usage_field: dict[str, Any] = {"usage": None} if more else {}
+    options = request.stream_options
+
+    def counted() -> dict[str, Any]:
+        return _usage(exchange.tickets, choices)
 
     def chunk(index: int, delta: dict[str, Any], logprobs: Any, reason: str | None) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        return {**head.fields(), "choices": [choice], **usage_field}
+        return {**head.fields(), "choices": [choice], **usage_so_far(options, counted)}
 
     for index in range(len(choices)):
         yield chunk(index, {"role": "assistant", "content": ""}, None, None)
     async for index, update in exchange.updates():
         part = choices[index].feed(update)
         delta = part.delta()
-        if delta or part.logprobs or part.finish_reason:
-            yield chunk(index, delta, part.logprobs, part.finish_reason)
-    if more:
-        yield {**head.fields(), "choices": [], "usage": _usage(exchange.tickets, choices)}
+        if delta or part.logprobs:
+            yield chunk(index, delta, part.logprobs, None)
+        if part.finish_reason:  # in a chunk of its own, by which clients know that a call is whole
+            yield chunk(index, {}, None, part.finish_reason)
+    if options is not None and options.include_usage:
+        yield {**head.fields(), "choices": [], "usage": counted()}
 
 
 def _usage(tickets: Sequence[Ticket], choices: Sequence[_Choice]) -> dict[str, Any]:
@@ -111,6 +117,8 @@ class _Choice:
     wants_logprobs: bool
     reasoning: ReasoningStream
     tools: ToolCallStream | None
+    named: bool
+    """Whether the request names the function, which is then no reason to end, as with OpenAI."""
     count: int = 0
     reasoning_tokens: int = 0
     _calls: int = 0
@@ -121,7 +129,7 @@ class _Choice:
         reasoning = ReasoningStream(served.opens_reasoning(ticket.work.prompt))
         offered = request.tools if request.tool_choice != "none" else None
         tools = ToolCallStream(schemas(offered)) if offered else None
-        return _Choice(served, bool(request.logprobs), reasoning, tools)
+        return _Choice(served, bool(request.logprobs), reasoning, tools, isinstance(request.tool_choice, NamedTool))
 
     def feed(self, update: Update) -> _Part:
         """Return what an update brings."""
@@ -136,7 +144,8 @@ class _Choice:
         if update.ending is not None:
             self._add(part, *self.reasoning.finish())
             part.content += self.tools.finish() if self.tools is not None else ""
-            part.finish_reason = "tool_calls" if self._calls and update.ending == "stop" else update.ending
+            calls = self._calls and update.ending == "stop" and not self.named
+            part.finish_reason = "tool_calls" if calls else update.ending
         return part
 
     def _add(self, part: _Part, reasoning: str, content: str) -> None:
@@ -160,7 +169,8 @@ class _Choice:
 def _message(parts: Sequence[_Part]) -> dict[str, Any]:
     content, reasoning = "".join(part.content for part in parts), "".join(part.reasoning for part in parts)
     calls = [{k: v for k, v in call.items() if k != "index"} for part in parts for call in part.calls]
-    message: dict[str, Any] = {"role": "assistant", "content": content if content or not calls else None}
+    text = content if content or not calls else None
+    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
     if reasoning:
         message["reasoning_content"] = reasoning
     if calls:

@@ -19,7 +19,7 @@ from .requests import CompletionRequest, parsed
 from .scheduler import Ticket, Update, Work
 from .served_model import ServedModel
 from .streaming import EventStream, unless_gone
-from .usage import usage
+from .usage import usage, usage_so_far
 
 
 async def completions(served: ServedModel, http: HttpRequest) -> Response:
@@ -50,14 +50,16 @@ async def _chunks(
     served: ServedModel, request: CompletionRequest, exchange: Exchange, head: Head
 ) -> AsyncGenerator[dict[str, Any]]:
     choices = [_Choice(served, request, ticket) for ticket in exchange.tickets]
-    more = request.stream_options is not None and request.stream_options.include_usage
-    usage_field: dict[str, Any] = {"usage": None} if more else {}
+    options = request.stream_options
+
+    def counted() -> dict[str, Any]:
+        return usage(exchange.tickets, sum(choice.count for choice in choices), _prompts(request))
+
     async for index, update in exchange.updates():
         choice = {"index": index, **choices[index].feed(update)}
-        yield {**head.fields(), "choices": [choice], **usage_field}
-    if more:
-        counted = usage(exchange.tickets, sum(choice.count for choice in choices), _prompts(request))
-        yield {**head.fields(), "choices": [], "usage": counted}
+        yield {**head.fields(), "choices": [choice], **usage_so_far(options, counted)}
+    if options is not None and options.include_usage:
+        yield {**head.fields(), "choices": [], "usage": counted()}
 
 
 def _prompts(request: CompletionRequest) -> int:

@@ -52,6 +52,11 @@ def draining() -> ApiError:
     return ApiError(503, "the server is shutting down", kind="server_error", code="shutting_down", retry_after=5)
 
 
+def failed(failure: N3CError) -> ApiError:
+    """Return the answer of a server whose engine has ended."""
+    return ApiError(503, str(failure.diagnostics[0].message), kind="server_error", code=failure.diagnostics[0].code)
+
+
 def internal() -> ApiError:
     """Return the answer where the server is at fault."""
     return ApiError(500, "internal error", kind="server_error", code="internal_error")

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from types import TracebackType
 
 from .errors import draining, from_n3c, internal, overloaded
 from .scheduler import QueueFullError, Ticket, Update, Work
 from .service import DrainingError, Service
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Turn what a service raises that takes nothing into ApiError: 429 or 503."""
+    try:
+        yield
+    except QueueFullError as error:
+        raise overloaded() from error
+    except DrainingError as error:
+        raise draining() from error
 
 
 class Exchange:
@@ -20,12 +31,8 @@ class Exchange:
         self._updates: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._open = len(works)
-        try:
+        with refusals():
             self.tickets: list[Ticket] = service.submit(works, self._deliver)
-        except QueueFullError as error:
-            raise overloaded() from error
-        except DrainingError as error:
-            raise draining() from error
 
     def __enter__(self) -> Exchange:
         """Return the exchange."""

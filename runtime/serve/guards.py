@@ -19,7 +19,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, api_key: str | None, limits: Limits) -> None:
         self._app, self._limits = app, limits
-        self._key = None if api_key is None else f"Bearer {api_key}".encode()
+        self._key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request that may not pass, and pass on another with its body read."""
@@ -41,7 +41,8 @@ class Guard:
         if self._key is None or scope["path"] in OPEN:
             return
         given = next((value for name, value in scope["headers"] if name.lower() == b"authorization"), b"")
-        if not hmac.compare_digest(given, self._key):
+        scheme, _, key = given.partition(b" ")
+        if not hmac.compare_digest(key, self._key) or scheme.lower() != b"bearer":
             raise ApiError(401, "the API key is missing or wrong", param=None, code="invalid_api_key")
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:

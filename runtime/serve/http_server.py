@@ -12,21 +12,29 @@ from collections.abc import Callable, Generator
 import uvicorn
 
 from .app import create_app
+from .bounded_protocol import bounded_protocol
+from .log import LOG
 from .served_model import ServedModel
 
 SWITCH_SECONDS = 5e-4
 """How long the engine's thread may keep Python to itself; with the usual 5 ms the event loop lags as much."""
 
+LINGER_SECONDS = 5.0
+"""How long after the grace time a client may still read its answer, and a trainer send its weights."""
+
 
 class HttpServer:
-    """Serves a model at an address until `end` is called, or SIGTERM or SIGINT comes to the main thread."""
+    """Serves a model at an address until `end` is called, SIGTERM or SIGINT comes to the main thread, or it fails."""
 
     def __init__(self, served: ServedModel, host: str, port: int, *, grace: float, access_log: bool = False) -> None:
         self.served, self.grace = served, grace
         self.socket = _bound(host, port)
         config = uvicorn.Config(
             create_app(served),
+            http=bounded_protocol(served.limits),
+            ws="none",
             access_log=access_log,
+            log_config=LOG,
             log_level="warning" if not access_log else "info",
             lifespan="off",
             server_header=False,
@@ -41,8 +49,16 @@ class HttpServer:
         host, port = self.socket.getsockname()[:2]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
+    @property
+    def connections(self) -> int:
+        """How many are open."""
+        return len(self._server.server_state.connections)
+
     def run(self, ready: Callable[[], None] = lambda: None) -> None:
-        """Serve, and close the model at the end. `ready` is called before the first request is taken."""
+        """Serve, and close the model at the end. `ready` is called before the first request is taken.
+
+        N3CError (E0845, exit code 1) where the engine's thread has ended by a fault, which requests are told first.
+        """
         before = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_SECONDS)
         try:
@@ -50,6 +66,8 @@ class HttpServer:
         finally:
             sys.setswitchinterval(before)
             self.served.close()
+        if self.served.service.failure is not None:
+            raise self.served.service.failure
 
     def end(self) -> None:
         """Take nothing new, give running requests the grace time, and return from `run`. From any thread."""
@@ -62,6 +80,7 @@ class HttpServer:
         for number in (signal.SIGTERM, signal.SIGINT):
             with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):  # not the main thread; Windows
                 self._loop.add_signal_handler(number, self._end)
+        self.served.service.when_ended(self.end)
         ready()
         await self._server.serve(sockets=[self.socket])
 
@@ -72,7 +91,7 @@ class HttpServer:
         self.served.service.drain()
         self._server.should_exit = True
         self._loop.call_later(grace, self.served.service.end_all)
-        self._loop.call_later(grace + 5, self._force)  # clients that do not read
+        self._loop.call_later(grace + LINGER_SECONDS, self._force)
 
     def _force(self) -> None:
         self._server.force_exit = True
@@ -94,6 +113,9 @@ def _bound(host: str, port: int) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
         listening.listen(2048)
+    except (TypeError, ValueError) as error:  # no host has such a name
+        listening.close()
+        raise OSError(str(error)) from error
     except BaseException:
         listening.close()
         raise

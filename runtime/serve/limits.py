@@ -11,8 +11,12 @@ class Limits:
 
     body_bytes: int = 8 << 20
     """Of a request."""
+    head_seconds: float = 10.0
+    """In which the head of a request must have come, from the connection or the first byte on."""
     body_seconds: float = 60.0
-    """In which a request must have come."""
+    """In which the body of a request must have come."""
+    unread_seconds: float = 60.0
+    """For which a client may leave an answer unread that waits for it."""
     choices: int = 16
     """`n`, and prompts times `n` of a completion."""
     queue: int = 256

@@ -1,6 +1,7 @@
 """`n3c serve`: open a build with the weights of a checkpoint, and serve it over HTTP."""
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,7 +53,11 @@ def open_served(
     require_packages()
     if engine is not None:
         require_device(engine, device)
-    key = api_key or os.environ.get(API_KEY) or None
+    if name is not None and not name.isprintable():
+        raise usage_error(f"--name: {name!r} has characters that are none to print")
+    key = os.environ.get(API_KEY) or None if api_key is None else api_key
+    if key is not None and re.fullmatch("[!-~]+", key) is None:
+        raise usage_error("the API key must be of ASCII's printable characters, without spaces, one at least")
     if allow_weight_updates and key is None:
         raise usage_error(f"--allow-weight-updates needs --api-key, or {API_KEY} in the environment")
     memory, body = size_of("--cache-memory", cache_memory), size_of("--max-body", max_body)

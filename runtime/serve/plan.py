@@ -7,16 +7,19 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from n3c.runtime.generation.grammar import ANY_OBJECT, Grammar
+from n3c.runtime.generation.grammar import Grammar
 from n3c.runtime.generation.sampling import Sampling
 from n3c.runtime.generation.sequence import Options
 
+from .constraint import constraint, require_small
 from .errors import ApiError
-from .requests import ChatRequest, CompletionRequest, Message, Request, ResponseFormat
+from .requests import ChatRequest, CompletionRequest, Message, Request
 from .scheduler import Work
 from .served_model import ServedModel
 from .tool_calls import BEGIN, END
 
+LEAST_TOP_P = 1e-6
+"""What 0 stands for, which only the likeliest token passes."""
 SHOWN = frozenset(("<think>", "</think>", BEGIN, END))
 """Special tokens that the text of a chat keeps, for what stands between them is told apart."""
 
@@ -48,16 +51,17 @@ def chat_works(served: ServedModel, request: ChatRequest) -> list[Work]:
     if request.top_logprobs is not None and not request.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs", param="top_logprobs")
     _require_top(served, "top_logprobs", request.top_logprobs)
+    variables = _variables(served, request)
     limit = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
     options = _options(
         served,
         request,
         limit=served.service.scheduler.batch.capacity.context_length if limit is None else limit,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-        grammar=_grammar(served, request.response_format),
+        grammar=constraint(served, request),
         shown=SHOWN,
     )
-    prompt = tuple(served.chat([_message(each) for each in request.messages], _variables(served, request)))
+    prompt = tuple(served.chat([_message(each) for each in request.messages], variables))
     return [Work(prompt, options, index) for index in range(n)]
 
 
@@ -124,7 +128,7 @@ def _sampling(served: ServedModel, request: Request) -> Sampling:
     return Sampling(
         temperature=1.0 if request.temperature is None else request.temperature,
         top_k=max(0, request.top_k or 0),
-        top_p=1.0 if request.top_p is None else request.top_p,
+        top_p=1.0 if request.top_p is None else max(request.top_p, LEAST_TOP_P),
         min_p=request.min_p or 0.0,
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
@@ -134,50 +138,16 @@ def _sampling(served: ServedModel, request: Request) -> Sampling:
     )
 
 
-def _grammar(served: ServedModel, form: ResponseFormat | None) -> Grammar | None:
-    if form is None or form.type == "text":
-        return None
-    if served.grammars is None:
-        raise ApiError(400, "response_format: the server lacks llguidance", param="response_format")
-    if form.type == "json_object":
-        return served.grammars.schema(ANY_OBJECT)
-    if form.json_schema is None:
-        raise ApiError(400, "response_format: json_schema is missing", param="response_format")
-    schema = form.json_schema.schema_
-    _require_small(served, "response_format", schema)
-    return served.grammars.schema(schema)
-
-
-def _require_small(served: ServedModel, param: str, value: object) -> None:
-    """Raise ApiError (400) for a schema that is too large or nested too deeply."""
-    if len(json.dumps(value)) > served.limits.schema_bytes:
-        raise ApiError(400, f"{param}: more than {served.limits.schema_bytes:,} bytes", param=param)
-    if _depth(value, served.limits.schema_depth) < 0:
-        raise ApiError(400, f"{param}: nested deeper than {served.limits.schema_depth}", param=param)
-
-
-def _depth(value: object, left: int) -> int:
-    """Return how many levels of `left` a value leaves; negative where they do not suffice."""
-    if left < 0 or not isinstance(value, (dict, list)):
-        return left
-    held = list(cast("dict[str, object]", value).values()) if isinstance(value, dict) else cast("list[object]", value)
-    return min((_depth(each, left - 1) for each in held), default=left - 1)
-
-
 def _variables(served: ServedModel, request: ChatRequest) -> dict[str, Any]:
     """Return what the template reads beside the messages."""
     variables = dict(request.chat_template_kwargs or {})
-    _require_small(served, "chat_template_kwargs", variables)
+    require_small(served, "chat_template_kwargs", variables)
     reserved = {"messages", "tools", "add_generation_prompt"} & variables.keys()
     if reserved or not all(name.isidentifier() for name in variables):
         raise ApiError(400, "chat_template_kwargs: a name that it must not have", param="chat_template_kwargs")
     if request.tools and request.tool_choice != "none":
-        if request.tool_choice not in (None, "auto"):
-            raise ApiError(400, "tool_choice: only `auto` and `none` are supported", param="tool_choice")
-        if request.response_format is not None and request.response_format.type != "text":
-            raise ApiError(400, "response_format: not together with tools", param="response_format")
         tools = [tool.model_dump(exclude_none=True) for tool in request.tools]
-        _require_small(served, "tools", tools)
+        require_small(served, "tools", tools)
         variables["tools"] = tools
     return variables
 

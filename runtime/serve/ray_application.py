@@ -3,7 +3,7 @@
     serve.run(application(build="build/tiny", weights="weights", replicas=2))
 
 The entry sends requests of one beginning to one replica, whose cache then has it; where that is full, to the next by
-rank. A request whose replica dies before it has answered anything goes to another one.
+rank. What becomes of requests whose replica dies stands in `relay`.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError
 from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from .prefix_affinity import beginning, ranked
+from n3c.runtime.options import size_of, usage_error
 
-ATTEMPTS = 5
-"""Replicas that a request is given to, one after the other, as each dies."""
+from .guards import Guard
+from .limits import Limits
+from .prefix_affinity import beginning, ranked
+from .relay import Head, ReplicaLostError, relay
+
 PASSED = (b"authorization", b"content-type", b"accept")
 """Headers that a replica gets."""
-
-Head = tuple[int, list[tuple[bytes, bytes]]]
-"""Status and headers of an answer."""
 
 
 class PrefixRouter(RequestRouter):  # type: ignore[misc]
@@ -96,37 +96,25 @@ class Replica:
             await task
 
 
-class _Forward:
-    """The ASGI application of the entry: gives requests to replicas."""
+async def _forward(scope: Any, receive: Any, send: Any) -> None:
+    """Answer a request, whose body comes in one piece, by a replica."""
+    if scope["type"] != "http":
+        return
+    body = (await receive())["body"]
+    passed = {key: scope[key] for key in ("http_version", "method", "scheme", "path", "raw_path", "query_string")}
+    passed |= {"root_path": "", "headers": [pair for pair in scope["headers"] if pair[0].lower() in PASSED]}
+    passed["headers"].append((b"content-length", str(len(body)).encode()))
+    affinity = beginning(body)
 
-    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            return
-        body, more = b"", True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-        passed = {key: scope[key] for key in ("http_version", "method", "scheme", "path", "raw_path", "query_string")}
-        passed |= {"root_path": "", "headers": [pair for pair in scope["headers"] if pair[0].lower() in PASSED]}
-        passed["headers"].append((b"content-length", str(len(body)).encode()))
-        started = False
-        for attempt in range(ATTEMPTS):
-            try:
-                async for piece in _replicas().answer.remote(passed, body, affinity=beginning(body)):
-                    if isinstance(piece, bytes):
-                        await send({"type": "http.response.body", "body": piece, "more_body": True})
-                    else:
-                        started = True
-                        await send({"type": "http.response.start", "status": piece[0], "headers": piece[1]})
-            except RayError:
-                if started or attempt == ATTEMPTS - 1:
-                    raise
-            else:
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
-                return
+    async def ask() -> AsyncIterator[Head | bytes]:
+        answer = _replicas().answer.remote(passed, body, affinity=affinity)
+        try:
+            async for piece in answer:
+                yield piece
+        except RayActorError as error:  # it has died, or cannot be reached
+            raise ReplicaLostError from error
+
+    await relay(ask, send)
 
 
 def _replicas() -> Any:
@@ -135,13 +123,11 @@ def _replicas() -> Any:
     return handle.options(stream=True)
 
 
-@serve.deployment(num_replicas=1, max_ongoing_requests=10_000)
-@serve.ingress(_Forward())
 class Entry:
     """Takes HTTP requests."""
 
     def __init__(self, replicas: Any) -> None:
-        """`replicas` are those that `_Forward` gives requests to: they are started with this."""
+        """`replicas` are those that `_forward` gives requests to: they are started with this."""
 
 
 def application(
@@ -150,12 +136,18 @@ def application(
     """Return the application for `ray.serve.run`.
 
     `options` are those of `n3c serve`, with `build` and `weights`; `concurrency` are the requests that a replica has at
-    once; `actor_options` are Ray's, as `{"num_gpus": 1}`.
+    once; `actor_options` are Ray's, as `{"num_gpus": 1}`. N3CError (E0701, exit code 2) for weight updates, which would
+    reach one replica of several.
     """
+    if options.get("allow_weight_updates"):
+        raise usage_error("allow_weight_updates: an update would reach one replica only")
+    most = options.get("max_body")
+    limits = Limits() if most is None else Limits(body_bytes=size_of("max_body", most))
     deployed = Replica.options(  # type: ignore[attr-defined]
         num_replicas=replicas, max_ongoing_requests=concurrency, ray_actor_options=actor_options or {}
     )
-    return Entry.bind(deployed.bind(options))  # type: ignore[attr-defined]
+    entry = serve.deployment(max_ongoing_requests=10_000)(serve.ingress(Guard(_forward, None, limits))(Entry))
+    return entry.bind(deployed.bind(options))
 
 
 __all__: Sequence[str] = ("PrefixRouter", "application")

@@ -1,21 +1,23 @@
-"""Chat templates rendered in a process of their own, with a limit on time and memory."""
+"""Chat templates rendered in a process of their own, with a limit on time and memory.
+
+A plain program, not one of `multiprocessing`, which would run the main module of whoever uses n3c a second time.
+"""
 
 from __future__ import annotations
 
-import multiprocessing
+import json
+import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 from n3c.runtime.generation.chat_template import ChatTemplate, Message
 
-if sys.platform == "win32":
-    from multiprocessing.connection import PipeConnection as Connection
-else:
-    from multiprocessing.connection import Connection
+START_SECONDS = 60.0
+"""In which the process must have started; that is not the time of a template."""
+_PROGRAM = "import json, sys; sys.path[:] = json.loads(input()); from n3c.runtime.serve.rendering import serve; serve()"
 
 
 class Renderer:
@@ -26,22 +28,20 @@ class Renderer:
         self.literals = template.literals
         """What the template itself writes."""
         self._lock = threading.Lock()
-        self._process: Any = None
-        self._pipe: Connection | None = None
+        self._process: subprocess.Popen[str] | None = None
 
     def render(self, messages: Sequence[Message], variables: Mapping[str, object]) -> str:
-        """Return the prompt, after at most the time that is allowed. N3CError (E0840, exit code 2)."""
+        """Return the prompt, after at most the time that is allowed.
+
+        N3CError (E0840): exit code 2 where the template fails, 1 where its process does not start.
+        """
         with self._lock:
-            pipe = self._ready()
+            process = self._ready()
             try:
-                pipe.send((messages, variables))
-                if not pipe.poll(self._seconds):
-                    raise TimeoutError
-                text, fault = pipe.recv()
-            except (OSError, EOFError) as error:
+                text, fault = _answer(process, self._seconds, (messages, variables))
+            except (OSError, ValueError) as error:
                 self._end()
-                slow = isinstance(error, TimeoutError)
-                reason = f"it takes longer than {self._seconds:g} seconds" if slow else "its process died"
+                reason = str(error) if isinstance(error, TimeoutError) else "its process died"
                 raise _failed(f"the chat template fails: {reason}") from error
         if fault is not None:
             raise _failed(fault)
@@ -52,45 +52,79 @@ class Renderer:
         with self._lock:
             self._end()
 
-    def _ready(self) -> Connection:
-        if self._pipe is None:
-            context = multiprocessing.get_context("spawn")
-            self._pipe, other = context.Pipe()
-            self._process = context.Process(target=_serve, args=(other, self.template, self._memory), daemon=True)
-            self._process.start()
-            other.close()
-            self._pipe.recv()  # it has started, which is not the time of a template
-        return self._pipe
+    def _ready(self) -> subprocess.Popen[str]:
+        if self._process is None:
+            self._process = subprocess.Popen(
+                (sys.executable, "-c", _PROGRAM),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,  # a traceback could show what somebody has written
+                encoding="utf-8",
+            )
+            described = (self.template.text, dict(self.template.tokens), self._memory)
+            try:
+                _answer(self._process, START_SECONDS, sys.path, described)
+            except (OSError, ValueError) as error:
+                self._end()
+                message = f"the process that renders chats does not start: {error}"
+                raise N3CError(Diagnostic("E0840", message), ExitCode.INTERNAL) from error
+        return self._process
 
     def _end(self) -> None:
         if self._process is not None:
             self._process.kill()
-            self._process.join()
-        if self._pipe is not None:
-            self._pipe.close()
-        self._process = self._pipe = None
+            with suppress(OSError):  # what was not written to it yet
+                self._process.communicate()
+        self._process = None
 
 
-def _serve(pipe: Connection, template: ChatTemplate, memory: int) -> None:
-    """Render what comes, until nobody asks any more."""
+def _answer(process: subprocess.Popen[str], seconds: float, *lines: object) -> tuple[object, str | None]:
+    """Return what a process answers to lines of JSON; TimeoutError where it takes longer, OSError where it has died."""
+    assert process.stdin is not None and process.stdout is not None
+    late = threading.Event()
+
+    def kill() -> None:
+        late.set()
+        process.kill()
+
+    timer = threading.Timer(seconds, kill)
+    timer.start()
+    try:
+        for line in lines:
+            process.stdin.write(json.dumps(line) + "\n")
+        process.stdin.flush()
+        text, fault = json.loads(process.stdout.readline())
+    except (OSError, ValueError) as error:
+        if late.is_set():
+            raise TimeoutError(f"it takes longer than {seconds:g} seconds") from error
+        raise
+    finally:
+        timer.cancel()
+        timer.join()  # no thread of a request outlives it
+    return text, fault
+
+
+def serve() -> None:
+    """Render what comes, until nobody asks any more: the program of the process."""
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which ends this process
+    text, tokens, memory = json.loads(input())
+    template = ChatTemplate(text, tokens)
     if sys.platform != "win32":
         import resource
 
         with suppress(ValueError, OSError):  # macOS refuses some limits; the one on time still holds
             resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    pipe.send(None)
-    while True:
+    print("[null, null]", flush=True)
+    for line in sys.stdin:
+        messages, variables = json.loads(line)
+        answer: tuple[str | None, str | None]
         try:
-            messages, variables = pipe.recv()
-        except EOFError:
-            return
-        try:
-            pipe.send((template.render(messages, variables), None))
+            answer = (template.render(messages, variables), None)
         except N3CError as error:
-            pipe.send((None, error.diagnostics[0].message))
+            answer = (None, error.diagnostics[0].message)
+        print(json.dumps(answer), flush=True)
 
 
 def _failed(message: str) -> N3CError:

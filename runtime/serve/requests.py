@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from .errors import ApiError
 
@@ -24,6 +25,8 @@ class StreamOptions(_Model):
     """How an answer is streamed."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    """With `include_usage`: usage so far in every chunk, as load generators ask for it."""
     include_obfuscation: bool = False
     """Has no effect."""
 
@@ -33,7 +36,7 @@ class Request(_Model):
 
     model: str
     temperature: Annotated[Finite, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[Finite, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[Finite, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     """0 and -1 keep all."""
     min_p: Annotated[Finite, Field(ge=0, le=1)] | None = None
@@ -139,6 +142,16 @@ class Message(_Model):
     refusal: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    annotations: list[Any] | None = None
+    """Has no effect, as the following: clients send back what they got."""
+    audio: None = None
+    function_call: None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise PydanticCustomError("content_missing", "the content is missing")
+        return self
 
 
 class JsonSchema(_Model):
@@ -195,10 +208,15 @@ def _refuse_constant(name: str) -> None:
 
 def _explained(error: ValidationError) -> ApiError:
     faults = error.errors(include_url=False, include_context=False, include_input=False)
-    first = faults[0]
+    # of the forms that a value may have, the one that it has most of
+    first = max((fault for fault in faults if fault["loc"][:1] == faults[0]["loc"][:1]), key=_depth)
     param = str(first["loc"][0]) if first["loc"] else None
-    place = ".".join(str(part) for part in first["loc"])
+    place = ".".join(str(part) for part in first["loc"] if part != "str" and "[" not in str(part))
     unknown = first["type"] == "extra_forbidden"
     reason = "unknown parameter" if unknown else first["msg"]
     message = f"{place or 'the body'}: {reason}"
     return ApiError(400, message, param=param, code="unknown_parameter" if unknown else "invalid_value")
+
+
+def _depth(fault: ErrorDetails) -> int:
+    return len(fault["loc"])

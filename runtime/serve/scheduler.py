@@ -149,7 +149,7 @@ class Scheduler:
             if not self.running:
                 return
             taken = self.batch.round()
-        except Exception as error:  # of the engine: nothing is known of its states, and the next request finds it anew
+        except Exception as error:
             self._fail_all(error)
             return
         now = self.clock()
@@ -178,15 +178,24 @@ class Scheduler:
         for ticket in [each for each in self.waiting if each.cancelled]:
             self.waiting.remove(ticket)
             self._end(ticket, "interrupted")
-        for ticket in [each for each in self.running.values() if each.cancelled]:
-            assert ticket.sequence is not None
-            self.batch.drop(ticket.sequence)
-            self._end(ticket, "interrupted")
+        try:
+            for ticket in [each for each in self.running.values() if each.cancelled]:
+                assert ticket.sequence is not None
+                self.batch.drop(ticket.sequence)
+                self._end(ticket, "interrupted")
+        except Exception as error:  # the engine keeps the states of those that leave
+            self._fail_all(error)
 
     def _join(self, ticket: Ticket) -> None:
+        """Let a sequence join the batch; one that cannot begin fails alone."""
         work = ticket.work
         ticket.started = self.clock()
-        ticket.sequence = sequence = Running.begin(work.prompt, work.index, work.options, self.tokenizer)
+        try:
+            sequence = Running.begin(work.prompt, work.index, work.options, self.tokenizer)
+        except Exception as error:
+            self._end(ticket, "failed", failure=_failure(error))
+            return
+        ticket.sequence = sequence
         self.running[id(sequence)] = ticket
         self.batch.add(sequence)
         ticket.cached_tokens = sequence.read
@@ -218,12 +227,15 @@ class Scheduler:
         ticket.deliver(Update(tuple(tokens), ending, failure))
 
     def _fail_all(self, error: Exception) -> None:
-        failure = error if isinstance(error, N3CError) else _internal(error)
+        """Let all that run fail by an error of the engine: its states are unknown; the next request finds it anew."""
+        failure = _failure(error)
         self.batch.abandon(failure)
         for ticket in list(self.running.values()):
             self._end(ticket, "failed", failure=failure)
 
 
-def _internal(error: Exception) -> N3CError:
+def _failure(error: Exception) -> N3CError:
+    if isinstance(error, N3CError):
+        return error
     message = f"internal error: {type(error).__name__}: {error}"
     return N3CError(Diagnostic("E0001", message), ExitCode.INTERNAL)

@@ -75,6 +75,10 @@ class ServedModel:
             self.tokenizer, messages, variables, renderer.literals, renderer.render, parse_special=self.parse_special
         )
 
+    def added_token(self, text: str) -> int | None:
+        """Return the id of a token that was added to the vocabulary; None for another text."""
+        return self.tokenizer.encode(text, special=False)[0] if text in self.tokenizer.added else None
+
     def opens_reasoning(self, prompt: Sequence[int]) -> bool:
         """Whether a prompt ends between the thinking tags."""
         return Reasoning(self.tags, None).begin(prompt).used is not None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
 from typing import Any
 
 from starlette.requests import Request
@@ -16,7 +17,7 @@ from n3c.ir.diagnostics import N3CError
 from .errors import ApiError, from_n3c, internal
 
 PING_SECONDS = 15.0
-"""After so long without an event a comment is sent, so that nothing between takes the connection for dead."""
+"""So often a comment is sent where no event was, so that nothing between takes the connection for dead."""
 CLIENT_CLOSED = 499
 """The status of an answer that nobody reads."""
 
@@ -30,68 +31,58 @@ class EventStream(Response):
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._chunks, self._close = chunks, close
+        self._quiet = True
+        """Whether no event was sent since the last look."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events, until the client goes away."""
         sending, gone = asyncio.ensure_future(self._send(send)), asyncio.ensure_future(_gone(receive))
+        pinging = asyncio.ensure_future(self._ping(send))
         try:
             await asyncio.wait([sending, gone], return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
                 sending.result()
         finally:
-            await _end(sending, gone)
+            await _end(sending, gone, pinging)
             self._close()
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async for event in _events(self._chunks):
-            await send({"type": "http.response.body", "body": event, "more_body": True})
+        async with aclosing(_events(self._chunks)) as events:
+            async for event in events:
+                self._quiet = False
+                await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
+    async def _ping(self, send: Send) -> None:
+        """Send a comment where nothing has been sent for a while; a task of its own costs events nothing."""
+        while True:
+            self._quiet = True
+            await asyncio.sleep(PING_SECONDS)
+            if self._quiet:
+                await send({"type": "http.response.body", "body": b": ping\n\n", "more_body": True})
 
-async def _events(chunks: AsyncGenerator[dict[str, Any]]) -> AsyncIterator[bytes]:
+
+async def _events(chunks: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[bytes]:
     try:
-        async for chunk in _with_pings(chunks):
-            yield b": ping\n\n" if chunk is None else _event(chunk)
+        async for chunk in chunks:
+            yield event(chunk)
     except ApiError as error:
-        yield _event(error.body())
+        yield event(error.body())
     except N3CError as error:
-        yield _event(from_n3c(error).body())
+        yield event(from_n3c(error).body())
     except Exception:
-        yield _event(internal().body())
+        yield event(internal().body())
         raise
     else:
         yield b"data: [DONE]\n\n"
-
-
-def _event(data: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-
-
-async def _with_pings(chunks: AsyncGenerator[dict[str, Any]]) -> AsyncIterator[dict[str, Any] | None]:
-    """Yield chunks, and None where none has come for a while."""
-    next_chunk: asyncio.Task[dict[str, Any]] | None = None
-    try:
-        while True:
-            if next_chunk is None:
-                next_chunk = asyncio.ensure_future(_next(chunks))
-            done, _ = await asyncio.wait([next_chunk], timeout=PING_SECONDS)
-            if not done:
-                yield None
-                continue
-            finished, next_chunk = next_chunk, None
-            try:
-                yield finished.result()
-            except StopAsyncIteration:
-                return
     finally:
-        if next_chunk is not None:
-            await _end(next_chunk)
         await chunks.aclose()
 
 
-async def _next(chunks: AsyncGenerator[dict[str, Any]]) -> dict[str, Any]:
-    return await anext(chunks)
+def event(data: dict[str, Any]) -> bytes:
+    """Return the event that carries `data`."""
+    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 async def unless_gone(request: Request, answer: Coroutine[Any, Any, Response]) -> Response:

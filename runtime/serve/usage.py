@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from .requests import StreamOptions
 from .scheduler import Ticket
 
 
@@ -22,3 +23,10 @@ def usage(tickets: Sequence[Ticket], completion: int, prompts: int, reasoning: i
     if reasoning is not None:
         counted["completion_tokens_details"] = {"reasoning_tokens": reasoning}
     return counted
+
+
+def usage_so_far(options: StreamOptions | None, now: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the field `usage` of a chunk within a stream: null, what `now` returns, or no field, as was asked for."""
+    if options is None or not options.include_usage:
+        return {}
+    return {"usage": now() if options.continuous_usage_stats else None}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, cast
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -14,6 +16,7 @@ from starlette.routing import Route
 from n3c.ir.diagnostics import ExitCode, N3CError
 
 from .errors import ApiError
+from .exchange import refusals
 from .served_model import ServedModel
 
 MODES = ("abort", "wait", "keep")
@@ -31,7 +34,8 @@ def weight_routes(served: ServedModel) -> list[Route]:
         mode = request.query_params.get("mode", "abort")
         if mode not in MODES:
             raise ApiError(400, f"`mode` is one of {', '.join(MODES)}", param="mode")
-        service.pause(finish=mode == "wait")
+        if not service.pause(finish=mode == "wait"):
+            raise ApiError(409, "it was resumed before all requests had finished", code="resumed")
         if mode == "abort":
             service.call(service.scheduler.end_running)
         return {"status": "paused"}
@@ -82,12 +86,28 @@ def weight_routes(served: ServedModel) -> list[Route]:
 async def _answer(act: Callable[[], dict[str, Any] | None]) -> Response:
     """Answer with what `act` returns, which may take its time; what is wrong with tensors is the client's fault."""
     try:
-        return JSONResponse(await run_in_threadpool(act) or {"message": "done"})
+        with refusals():
+            return JSONResponse(await _on_thread(act) or {"message": "done"})
     except N3CError as error:
         if error.exit_code not in (ExitCode.USAGE, ExitCode.FILE):
             raise
         first = error.diagnostics[0]
         raise ApiError(400, "; ".join(each.message for each in error.diagnostics), code=first.code) from error
+
+
+async def _on_thread(act: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | None:
+    """Return what `act` returns on a thread that the end of the program does not wait for: a trainer may never come."""
+    future: Future[dict[str, Any] | None] = Future()
+    future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            future.set_result(act())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="n3c-weights", daemon=True).start()
+    return await asyncio.wrap_future(future)
 
 
 async def _table(request: Request, key: str) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard, cast
 
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
-from n3c.ir.json_file import read_json
+from n3c.ir.json_file import is_count, read_json
 
 from .kernel_times import KernelTimes
 
@@ -16,8 +17,11 @@ from .kernel_times import KernelTimes
 class CallTimes(Protocol):
     """How long an engine takes."""
 
-    def call(self, entry: str, sequences: int, context: int) -> float:
-        """Return the seconds of an entry point for `sequences`, of which the longest attends to `context` tokens."""
+    def call(self, entry: str, sequences: int, context: int, fed: int) -> float:
+        """Return the seconds of an entry point of batch size `sequences`, of which `fed` have tokens in it.
+
+        The longest of them attends to `context` tokens.
+        """
         ...
 
     def copy(self, size: int) -> float:
@@ -30,26 +34,27 @@ class CallTimes(Protocol):
 
 
 @dataclass(slots=True)
-class AuditedTimes:
-    """Of a build's plans: the times of its audit, at the context of the call by the difference that `kernels` sees.
+class PlanTimes:
+    """Of plans on a card: one for each batch size, but `prefill` has one of a single sequence, which take turns.
 
-    Where there is no plan for so many sequences, as of `prefill`, they take turns.
+    A plan takes what its audit says, at the context of the call by the difference that `kernels` sees; where there is
+    no audit, what `kernels` says.
     """
 
     kernels: KernelTimes
-    audited: Mapping[str, float]
+    audited: Mapping[str, float] = field(default_factory=dict[str, float])
     """Entry point and batch size (`decode.b1`) → seconds."""
-    context: int
+    context: int = 0
     """Tokens that the audit counts with."""
 
-    def call(self, entry: str, sequences: int, context: int) -> float:
-        """Return the audit's time and what further context adds; of an entry point without plans that of `kernels`."""
-        at_once = sequences if f"{entry}.b{sequences}" in self.audited else 1
-        known = self.audited.get(f"{entry}.b{at_once}")
-        if known is None:
-            return self.kernels.call(entry, sequences, context)
-        further = self.kernels.call(entry, at_once, context) - self.kernels.call(entry, at_once, self.context)
-        return sequences / at_once * (known + further)
+    def call(self, entry: str, sequences: int, context: int, fed: int) -> float:
+        """Return the time of a plan, or of as many as take turns."""
+        return fed * self._plan(entry, 1, context) if entry == "prefill" else self._plan(entry, sequences, context)
+
+    def _plan(self, entry: str, sequences: int, context: int) -> float:
+        seconds = self.kernels.call(entry, sequences, context)
+        known = self.audited.get(f"{entry}.b{sequences}") if self.audited else None
+        return seconds if known is None else known + seconds - self.kernels.call(entry, sequences, self.context)
 
     def copy(self, size: int) -> float:
         """Return the time of a copy on the card."""
@@ -69,8 +74,11 @@ class MeasuredTimes:
     draw_seconds: float
     copy_bytes_per_second: float
 
-    def call(self, entry: str, sequences: int, context: int) -> float:
-        """Return the time at `context`; beyond the contexts that were measured, that of the nearest."""
+    def call(self, entry: str, sequences: int, context: int, fed: int = 1) -> float:
+        """Return the time at `context`; beyond the contexts that were measured, that of the nearest.
+
+        It was measured with all sequences fed, and counts however many are.
+        """
         points = self.calls[f"{entry}.b{sequences}"]
         before, after = points[0], points[-1]
         if context <= before[0]:
@@ -138,9 +146,9 @@ def _is_list(value: object) -> TypeGuard[list[Any]]:
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_count(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _no_times(path: Path, message: str) -> N3CError:
-    help_ = "`python -m benchmarks simulation` measures an engine and writes such a file"
+    help_ = "`n3c.runtime.simulation.measure.measure` measures an engine, and `as_json` of its result is such a file"
     return N3CError(Diagnostic("E0850", f"no measured times: {message}", Span(str(path)), help=help_), ExitCode.FILE)

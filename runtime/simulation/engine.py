@@ -53,6 +53,7 @@ class SimulatedEngine:
     signatures: Mapping[str, Signature] = field(init=False)
     """The entry points of serving, `verify` and `draft` where the state plan has drafts."""
     _random: np.random.Generator = field(init=False)
+    _standing: list[list[bool]] = field(default_factory=list[list[bool]], init=False)
 
     def __post_init__(self) -> None:
         self.batch_sizes = sorted(self.batch_sizes)
@@ -66,16 +67,16 @@ class SimulatedEngine:
 
     def run(self, entry: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Move the clock by the call, and by the tokens that the host then draws or judges."""
-        ids, lengths = inputs["input_ids"], inputs["lengths"]
-        rows, tokens = ids.shape
-        fed = inputs["counts"] if entry == "prefill" else lengths
-        self._spend(self.times.call(entry, rows, int(lengths[fed > 0].max()) + tokens))
+        rows, tokens = inputs["input_ids"].shape
+        fed = _fed(entry, inputs)
+        self.spend(self.times.call(entry, *extent(entry, inputs), int(fed.sum())))
         likeliest = np.ones((rows, tokens if entry == "verify" else 1), np.int64)
         drawn = np.ones(rows, np.int64)
         if entry == "verify":
-            likeliest[:, :-1] = self._random.random((rows, tokens - 1)) < self.acceptance
+            likeliest[:, :-1] = self.standing(rows)
+            self.standing_taken()
             drawn += likeliest[:, :-1].cumprod(axis=1).sum(axis=1)
-        self.clock.now += int(drawn[fed > 0].sum()) * self.times.draw()
+        self.clock.now += int(drawn[fed].sum()) * self.times.draw()
         hidden = np.zeros((*likeliest.shape, 1), np.float32)  # whatever it is: only this engine reads it
         return {"logits": _LOGITS[likeliest], "hidden": hidden, "next_hidden": hidden}
 
@@ -87,12 +88,12 @@ class SimulatedEngine:
         a_place = self.plan.kv_bytes_per_token + self.plan.mtp_kv_bytes_per_token
         fixed = self.plan.bytes_per_request + self.plan.pending_bytes
         copied = Counted(fixed + (stop - start) * a_place)
-        self._spend(self.times.copy(copied.bytes))
+        self.spend(self.times.copy(copied.bytes))
         return copied
 
     def restore(self, row: int, snapshot: Snapshot) -> None:
         """Move the clock by the copy."""
-        self._spend(self.times.copy(snapshot.bytes))
+        self.spend(self.times.copy(snapshot.bytes))
 
     def replace_weights(self, checkpoint: Checkpoint) -> None:
         """Do nothing: there are no weights."""
@@ -101,9 +102,37 @@ class SimulatedEngine:
         """Return nothing but the states, as the plan lists them."""
         return Allocation(self.plan.total_bytes * self.batch, 0, 0)
 
-    def _spend(self, seconds: float) -> None:
+    def spend(self, seconds: float) -> None:
+        """Compute for so long."""
         self.clock.now += seconds
         self.busy += seconds
+
+    def size_for(self, sequences: int) -> int:
+        """Return the smallest batch size that holds so many."""
+        return next(size for size in self.batch_sizes if size >= sequences)
+
+    def standing(self, rows: int) -> list[list[bool]]:
+        """Return whether each draft of the next `verify` stands where its predecessors do; the same until that ran."""
+        missing = rows - len(self._standing)
+        if missing > 0:
+            drawn = self._random.random((missing, self.plan.draft_tokens)) < self.acceptance
+            self._standing += drawn.tolist()
+        return self._standing[:rows]
+
+    def standing_taken(self) -> None:
+        """Let the next `verify` be another."""
+        self._standing = []
+
+
+def _fed(entry: str, inputs: Mapping[str, Array]) -> Array:
+    """Return BOOL [B]: the rows of a call that are sequences which it moves on."""
+    return (inputs["counts"] if entry == "prefill" else inputs["lengths"]) > 0
+
+
+def extent(entry: str, inputs: Mapping[str, Array]) -> tuple[int, int]:
+    """Return the batch size of a call, and the tokens that its longest sequence attends to."""
+    rows, tokens = inputs["input_ids"].shape
+    return rows, int(inputs["lengths"][_fed(entry, inputs)].max(initial=0)) + tokens
 
 
 _LOGITS = np.eye(VOCABULARY, dtype=np.float32)

@@ -1,6 +1,6 @@
 """The time of entry points on a GPU by their ops: a kernel each, by the model of time of the audits.
 
-`n3c.backends.trt.timing` says what bytes, instructions and products take on a card. The audit asks it for the kernels
+`n3c.backends.kernel_time` says what bytes, instructions and products take on a card. The audit asks it for the kernels
 of plans; a spec alone has ops, each a kernel that reads its weights and states once. Instructions of weight-only
 products were fitted to kernels of the PyTorch engine that were measured on an H100, and so were the shares of the scan
 and of experts over many rows (docs/hardware.md); docs/capacity.md compares whole steps.
@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from n3c.backends.gpus import Gpu
-from n3c.backends.trt.timing import LAUNCH, MEMORY_SHARE, PRODUCT_SHARE, duration, parts_of
-from n3c.backends.trt.work import Work
+from n3c.backends.kernel_time import LAUNCH, MEMORY_SHARE, PRODUCT_SHARE, duration, parts_of
+from n3c.backends.kernel_work import Work
 from n3c.ir import ops
 from n3c.ir.costs import distinct_experts, node_flops
 from n3c.ir.program import Call, Function, Node, Program, Value

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from n3c.runtime.engines.interface import Array, Engine
+from n3c.runtime.engines.interface import Array, Engine, Snapshot
 from n3c.runtime.generation.batch import Batch
 from n3c.runtime.generation.capacity import Capacity
 from n3c.runtime.generation.drafter import MtpDrafter
@@ -17,6 +17,7 @@ from n3c.runtime.generation.sequence import Options, Running
 from n3c.specs.schema import Spec
 
 from .call_times import MeasuredTimes
+from .engine import extent
 
 
 def measure(
@@ -28,7 +29,7 @@ def measure(
     median counts. `clock` returns seconds.
     """
     calls = {
-        f"{entry}.b{rows}": tuple(_points(engine, entry, rows, spec.serving.max_seq_len, repeats, clock))
+        f"{entry}.b{rows}": tuple(_points(engine, entry, rows, spec, repeats, clock))
         for entry in engine.signatures
         for rows in engine.batch_sizes
     }
@@ -36,14 +37,15 @@ def measure(
 
 
 def _points(
-    engine: Engine, entry: str, rows: int, capacity: int, repeats: int, clock: Callable[[], float]
+    engine: Engine, entry: str, rows: int, spec: Spec, repeats: int, clock: Callable[[], float]
 ) -> list[tuple[int, float]]:
+    capacity, vocabulary = spec.serving.max_seq_len, spec.model.vocab_size
     shapes = {name: (rows, *port.shape[1:]) for name, port in engine.signatures[entry].inputs.items()}
     tokens = shapes["input_ids"][1]
     assert isinstance(tokens, int)
     found: list[tuple[int, float]] = []
     for length in (1, (capacity - tokens) // 2, capacity - tokens):
-        inputs = {name: _given(name, shape, length, tokens) for name, shape in shapes.items()}
+        inputs = {name: _given(name, shape, length, tokens, vocabulary) for name, shape in shapes.items()}
         taken: list[float] = []
         for _ in range(repeats + 1):
             engine.reset()
@@ -55,34 +57,89 @@ def _points(
     return found
 
 
-def _given(name: str, shape: Sequence[Any], length: int, tokens: int) -> Array:
-    """Return an input that a call of full rows has."""
-    dtype = np.float32 if name == "hidden" else np.int64
+def _given(name: str, shape: Sequence[Any], length: int, tokens: int, vocab_size: int) -> Array:
+    """Return an input that a call of full rows has; tokens differ, as the experts that they choose then do."""
+    sizes = [size for size in shape if isinstance(size, int)]
+    if name in ("input_ids", "following_ids"):
+        return np.arange(int(np.prod(sizes)), dtype=np.int64).reshape(sizes) * 7919 % vocab_size
     values = {"lengths": length, "counts": tokens, "accepted": 1 if length > 1 else 0}
-    return np.full([size for size in shape if isinstance(size, int)], values.get(name, 0), dtype)
+    return np.full(sizes, values.get(name, 0), np.float32 if name == "hidden" else np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """A call that was timed."""
+
+    entry: str
+    sequences: int
+    context: int
+    """Tokens that the longest of them attended to."""
+    seconds: float
 
 
 @dataclass
-class _Timed:
-    """An engine, and the seconds of its calls."""
+class TimedEngine:
+    """An engine that notes what its calls and copies took."""
 
     engine: Engine
     clock: Callable[[], float]
-    seconds: float = field(default=0.0)
+    """Returns seconds."""
+    calls: list[Timed] = field(default_factory=list[Timed], init=False)
+    copies: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]], init=False)
+    """Bytes and seconds of each."""
 
     def __getattr__(self, name: str) -> Any:
+        """Return what is the engine's own."""
         return getattr(self.engine, name)
 
+    @property
+    def seconds(self) -> float:
+        """Of all that it did."""
+        return sum(call.seconds for call in self.calls) + sum(seconds for _, seconds in self.copies)
+
     def run(self, entry: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run an entry point, timed."""
         start = self.clock()
         outputs = self.engine.run(entry, inputs)
-        self.seconds += self.clock() - start
+        self.calls.append(Timed(entry, *extent(entry, inputs), self.clock() - start))
         return outputs
+
+    def snapshot(self, row: int, start: int, stop: int) -> Snapshot:
+        """Copy states, timed."""
+        begin = self.clock()
+        snapshot = self.engine.snapshot(row, start, stop)
+        self.copies.append((snapshot.bytes, self.clock() - begin))
+        return snapshot
+
+    def restore(self, row: int, snapshot: Snapshot) -> None:
+        """Copy states back, timed."""
+        begin = self.clock()
+        self.engine.restore(row, snapshot)
+        self.copies.append((snapshot.bytes, self.clock() - begin))
+
+    def times(self, draw_seconds: float) -> MeasuredTimes:
+        """Return the times of the entry points that ran: of each number of sequences the best line over the context."""
+        points: dict[str, list[tuple[int, float]]] = {}
+        for call in self.calls:
+            points.setdefault(f"{call.entry}.b{call.sequences}", []).append((call.context, call.seconds))
+        copied, seconds = (sum(each[part] for each in self.copies) for part in (0, 1))
+        rate = (copied or 1) / max(seconds, 1e-9)
+        return MeasuredTimes({name: _line(each) for name, each in points.items()}, draw_seconds, rate)
+
+
+def _line(points: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    """Return the ends of the line with the least squares of its errors; its mean is that of the points."""
+    contexts, seconds = (np.array(each, float) for each in zip(*points, strict=True))
+    if np.ptp(contexts) == 0:
+        return ((int(contexts[0]), float(seconds.mean())),)
+    slope, start = np.polyfit(contexts, seconds, 1)
+    ends = (int(contexts.min()), int(contexts.max()))
+    return tuple((end, max(0.0, float(start + slope * end))) for end in ends)
 
 
 def _draw(engine: Engine, spec: Spec, clock: Callable[[], float]) -> float:
     """Return the seconds of a round that are not the engine's, for each token that is drawn or judged."""
-    timed: Any = _Timed(engine, clock)
+    timed: Any = TimedEngine(engine, clock)
     drafter = MtpDrafter() if "verify" in engine.signatures else None
     batch = Batch(timed, Capacity.of(spec), drafter)
     steps = min(24, spec.serving.max_seq_len // 4)

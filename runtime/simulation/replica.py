@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -15,12 +16,16 @@ from n3c.runtime.generation.capacity import Capacity
 from n3c.runtime.generation.drafter import MtpDrafter
 from n3c.runtime.generation.prefix_cache import PrefixCache
 from n3c.runtime.generation.sequence import Options
-from n3c.runtime.serve.scheduler import Scheduler, Ticket, Update, Work
+from n3c.runtime.serve.scheduler import Scheduler, Ticket, Token, Update, Work
 from n3c.specs.schema import Serving
 
 from .call_times import CallTimes
 from .engine import SimulatedEngine, VirtualClock, standing
+from .quiet_rounds import pass_quiet_rounds
 from .workload import TOKENS, Request
+
+NO_TEXT = Token(1, "", None)
+"""A token of a round that was not run."""
 
 
 @dataclass(slots=True)
@@ -61,7 +66,7 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What is true after a round."""
+    """What is true after a round, or after some that were added up."""
 
     now: float
     tokens: int
@@ -69,6 +74,7 @@ class Round:
     running: int
     busy: float
     """Seconds that the engine has computed since the start."""
+    count: int = 1
 
 
 class Clock(Protocol):
@@ -86,14 +92,19 @@ class Replica:
     clock: Clock
     busy: Callable[[], float]
     """Returns the seconds that the engine has computed."""
+    paper: SimulatedEngine | None = None
+    """The engine, where it computes nothing: then rounds are added up as far as they can be."""
     answered: list[Answered] = field(default_factory=list[Answered], init=False)
     """In the order in which they came."""
+    refused: int = field(default=0, init=False)
+    """Requests whose prompts are longer than the model's context."""
     rounds: list[Round] = field(default_factory=list[Round], init=False)
     waiting_at_end: int = field(default=0, init=False)
     """Requests that had no row yet when the last one came."""
     _tokens: int = field(default=0, init=False)
     """New ones since the last round that was noted."""
     _failure: N3CError | None = field(default=None, init=False)
+    _refusal: N3CError | None = field(default=None, init=False)
 
     @staticmethod
     def of(
@@ -117,12 +128,12 @@ class Replica:
         capacity = Capacity(serving.max_seq_len + min(0, 1 - plan.draft_tokens), TOKENS)
         cache = None if cache_memory is None else PrefixCache(cache_memory, drafts)
         batch = Batch(engine, capacity, MtpDrafter() if drafts else None, cache)
-        return Replica(batch, clock, lambda: engine.busy)
+        return Replica(batch, clock, lambda: engine.busy, engine)
 
     def run(self, requests: Iterable[Request]) -> None:
         """Answer requests, which come in the order of their times.
 
-        N3CError: exit code 2 for a prompt that the model has no room for, else what the engine fails with.
+        N3CError: exit code 2 where no prompt fits, else what the engine fails with.
         """
         coming, clock, batch = deque(requests), self.clock, self.batch
         scheduler = Scheduler(batch, None, sys.maxsize - batch.engine.batch, clock=lambda: clock.now)
@@ -133,15 +144,30 @@ class Replica:
                 self._submit(scheduler, coming.popleft())
                 if not coming:
                     self.waiting_at_end = max(0, len(scheduler.waiting) - batch.free)
+            if self.paper is not None and not (scheduler.waiting and batch.free):
+                self._pass_quiet_rounds(scheduler, self.paper, coming[0].at if coming else math.inf)
             scheduler.step()
             if self._failure is not None:
                 raise self._failure
-            self.rounds.append(Round(clock.now, self._tokens, len(batch.rows), self.busy()))
-            self._tokens = 0
+            self._note(1)
+        if self._refusal is not None and not self.answered:
+            raise self._refusal
+
+    def _pass_quiet_rounds(self, scheduler: Scheduler, engine: SimulatedEngine, until: float) -> None:
+        quiet = pass_quiet_rounds(self.batch, engine, until)
+        if quiet is not None:
+            for sequence, tokens in zip(self.batch.rows, quiet.tokens, strict=True):
+                ticket = scheduler.running[id(sequence)]
+                ticket.last_token = self.clock.now
+                ticket.deliver(Update((NO_TEXT,) * tokens))
+            self._note(quiet.rounds)
+
+    def _note(self, rounds: int) -> None:
+        self.rounds.append(Round(self.clock.now, self._tokens, len(self.batch.rows), self.busy(), rounds))
+        self._tokens = 0
 
     def _submit(self, scheduler: Scheduler, request: Request) -> None:
         answered = Answered(request)
-        self.answered.append(answered)
         options = Options(max_new_tokens=request.output_tokens)
         work = Work(request.prompt, options, len(self.answered))
 
@@ -150,5 +176,11 @@ class Replica:
             self._tokens += len(update.tokens)
             self._failure = update.failure or self._failure
 
-        answered.ticket = scheduler.ticket(work, told)
-        scheduler.submit(answered.ticket)
+        try:
+            answered.ticket = scheduler.ticket(work, told)
+        except N3CError as error:
+            self.refused += 1
+            self._refusal = error
+        else:
+            self.answered.append(answered)
+            scheduler.submit(answered.ticket)

@@ -19,6 +19,8 @@ class Load:
     """What a replica did, from the coming of the first request that counts to that of the last."""
 
     requests: int
+    refused: int
+    """Requests whose prompts are longer than the model's context."""
     seconds: float
     first_token: Percentiles
     """From the coming of a request, in milliseconds."""
@@ -45,6 +47,7 @@ class Load:
         """Return the form of `n3c simulate --json`, key `replica`."""
         return {
             "requests": self.requests,
+            "refused": self.refused,
             "seconds": round(self.seconds, 3),
             "time_to_first_token_ms": self.first_token.as_json(),
             "time_per_token_ms": self.token.as_json(),
@@ -71,12 +74,13 @@ def load_of(replicas: Sequence[Replica]) -> Load | None:
             continue
         begin, end = counted[0].request.at, counted[-1].request.at
         within = [each for each in replica.rounds if begin < each.now <= end]
-        if len(within) < 2:
+        if not within:
             continue
         answered += counted
         rounds += within
         seconds += end - begin
-        busy += within[-1].busy - within[0].busy
+        before = next((each.busy for each in reversed(replica.rounds) if each.now <= begin), 0.0)
+        busy += within[-1].busy - before
     if not seconds:
         return None
     prompts = sum(len(each.request.prompt) for each in answered)
@@ -84,6 +88,7 @@ def load_of(replicas: Sequence[Replica]) -> Load | None:
     a_token = [each.a_token for each in answered if each.a_token is not None]
     return Load(
         requests=len(answered),
+        refused=sum(replica.refused for replica in replicas),
         seconds=seconds,
         first_token=Percentiles.of([each.to_first for each in answered]),
         token=Percentiles.of(a_token or [0.0]),
@@ -93,7 +98,7 @@ def load_of(replicas: Sequence[Replica]) -> Load | None:
         requests_per_second=len(answered) / seconds,
         found=sum(each.found for each in answered) / prompts,
         busy=min(1.0, busy / seconds),
-        running=sum(each.running for each in rounds) / len(rounds),
+        running=sum(each.running * each.count for each in rounds) / sum(each.count for each in rounds),
         acceptance_length=sum(replica.batch.decoded for replica in replicas) / drafted if drafted else 1.0,
         saturated=any(replica.waiting_at_end > replica.batch.engine.batch for replica in replicas),
     )

@@ -15,7 +15,7 @@ import numpy as np
 
 from .replica import Replica
 from .result import Load, load_of
-from .workload import Lengths, Request, of_replica, poisson, trace
+from .workload import LONGEST, Lengths, Request, of_replica, poisson, trace
 
 CLOSE = 1.02
 """Ratio of two numbers of replicas between which none is sought."""
@@ -31,11 +31,14 @@ class Poisson:
     output: Lengths
     shared: int = 0
     """Tokens with which all prompts begin."""
+    longest: int = LONGEST
+    """Tokens that a prompt may have."""
 
     def sample(self, replicas: int, requests: int, seed: int) -> list[list[Request]]:
         """Return the requests of one replica, `requests` of them."""
         random = np.random.default_rng(seed)
-        return [list(poisson(self.rate / replicas, requests, self.prompt, self.output, self.shared, random))]
+        rate = self.rate / replicas
+        return [list(poisson(rate, requests, self.prompt, self.output, self.shared, random, self.longest))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +46,14 @@ class Traced:
     """Requests of a file."""
 
     path: Path
+    longest: int = LONGEST
+    """Tokens that a prompt may have."""
     _requests: list[Request] = field(default_factory=list[Request], init=False)
 
     def sample(self, replicas: int, requests: int, seed: int) -> list[list[Request]]:
         """Return the requests of as many replicas as get at least `requests` together, or of all."""
         if not self._requests:
-            self._requests.extend(trace(self.path))
+            self._requests.extend(trace(self.path, self.longest))
         share = max(1.0, len(self._requests) / replicas)
         return of_replica(self._requests, replicas, min(replicas, -(-requests // int(share))), seed)
 

@@ -22,6 +22,8 @@ BLOCK = 512
 """Tokens of a block of a trace (Mooncake, arXiv 2407.00079)."""
 _LINE_MOST = 1 << 20
 """Bytes of a line of a trace."""
+_LATEST = 10**15
+"""Milliseconds of a timestamp, those since 1970 among them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,8 @@ def lengths_of(option: str, text: str) -> Lengths:
         raise usage_error(f"{option}: {text!r} is no length; give {forms}")
     if found[4]:
         mean = float(found[5])
+        if mean > LONGEST:
+            raise usage_error(f"{option}: {text!r}: the mean is at most {LONGEST:,}")
         return lambda random: min(LONGEST, max(1, round(random.exponential(mean))))
     low, high = float(found[2]), float(found[3])
     if not 1 <= low <= high <= LONGEST:
@@ -66,36 +70,54 @@ def lengths_of(option: str, text: str) -> Lengths:
 
 
 def poisson(
-    rate: float, count: int, prompt: Lengths, output: Lengths, shared: int, random: np.random.Generator
+    rate: float,
+    count: int,
+    prompt: Lengths,
+    output: Lengths,
+    shared: int,
+    random: np.random.Generator,
+    longest: int = LONGEST,
 ) -> Iterator[Request]:
-    """Yield `count` requests that come independently, `rate` a second; prompts begin with `shared` common tokens."""
+    """Yield `count` requests that come independently, `rate` a second; prompts begin with `shared` common tokens.
+
+    N3CError (E0802, exit code 2) for a prompt of more than `longest` tokens, before there is one.
+    """
     at = 0.0
+    _require_fits(shared + 1, longest)
     common = tuple(range(shared))
     for index in range(count):
         at += float(random.exponential(1 / rate))
-        own = max(1, prompt(random) - shared)
+        length = max(shared + 1, prompt(random))
+        _require_fits(length, longest)
         begin = (index + 1) * LONGEST
-        yield Request(at, (*common, *range(begin, begin + own)), output(random))
+        yield Request(at, (*common, *range(begin, begin + length - shared)), output(random))
 
 
-def trace(path: Path) -> Iterator[Request]:
+def _require_fits(length: int, longest: int) -> None:
+    if length > longest:
+        message = f"a prompt has {length:,} tokens, but the model has room for {longest:,}"
+        raise N3CError(Diagnostic("E0802", message, help="a larger serving.max_seq_len"), ExitCode.USAGE)
+
+
+def trace(path: Path, longest: int = LONGEST) -> Iterator[Request]:
     """Yield the requests of a file of JSON lines, in the form of Mooncake's traces; N3CError (E0851, exit code 6).
 
     Of each line `timestamp` in milliseconds, not descending; `input_length`, `output_length` and, where prompts have
     beginnings in common, `hash_ids`: one for each block of 512 tokens, the same for the same tokens from the start.
+    N3CError (E0802, exit code 2) for a prompt of more than `longest` tokens.
     """
     before = 0.0
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(_LINE_MOST + 1), b""), start=1):
             if line.strip():
-                request = _traced(line, number, path)
+                request = _traced(line, number, path, longest)
                 if request.at < before:
                     raise _bad(path, number, "`timestamp` is before that of the line above")
                 before = request.at
                 yield request
 
 
-def _traced(line: bytes, number: int, path: Path) -> Request:
+def _traced(line: bytes, number: int, path: Path, longest: int) -> Request:
     try:
         data = parse_json(line) if len(line) <= _LINE_MOST else None
     except ValueError as error:
@@ -105,15 +127,15 @@ def _traced(line: bytes, number: int, path: Path) -> Request:
     length: Any = row.get("input_length")
     output: Any = row.get("output_length")
     hashes: Any = row.get("hash_ids", [])
-    if not (isinstance(at, (int, float)) and not isinstance(at, bool) and at >= 0):
+    if not (is_count(at, _LATEST) or (isinstance(at, float) and 0 <= at <= _LATEST)):
         raise _bad(path, number, "`timestamp` is no number of milliseconds")
     if not all(is_count(value, LONGEST) and value > 0 for value in (length, output)):
         raise _bad(path, number, f"`input_length` and `output_length` are to be whole numbers from 1 to {LONGEST:,}")
     if not (isinstance(hashes, list) and all(is_count(value, 1 << 48) for value in cast("list[object]", hashes))):
         raise _bad(path, number, "`hash_ids` is no list of whole numbers")
-    shared = [token for block in cast("list[int]", hashes) for token in range(block * BLOCK, (block + 1) * BLOCK)][
-        :length
-    ]
+    _require_fits(length, longest)
+    blocks = cast("list[int]", hashes)[: -(-length // BLOCK)]
+    shared = [token for block in blocks for token in range(block * BLOCK, (block + 1) * BLOCK)][:length]
     # of this line alone
     own = TOKENS - (number + 1) * LONGEST
     return Request(at / 1000, (*shared, *range(own, own + length - len(shared))), output)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,20 +120,22 @@ def compare(
                     lost.add(implementation.name)
                     continue
                 verdict.steps += 1
-                _note(verdict, step, implementation, differences(order, right, trace))
+                doubts = references[implementation.rounding].doubts
+                for difference in differences(order, right, trace, doubts):
+                    if not _note(verdict, step, difference, implementation.tolerance(step, difference, doubts)):
+                        break
     return verdicts
 
 
-def _note(verdict: Verdict, step: Step, implementation: Implementation, found: Iterator[Difference]) -> None:
-    """Count what was compared, and remember the worst difference and the first that is too large."""
-    for difference in found:
-        verdict.compared += 1
-        finding = Finding.of(difference, step, implementation.tolerance(step, difference))
-        if verdict.worst is None or finding.excess > verdict.worst.excess:
-            verdict.worst = finding
-        if finding.excess > 1:
-            verdict.first = finding
-            return
+def _note(verdict: Verdict, step: Step, difference: Difference, bounds: Bounds) -> bool:
+    """Count what was compared, and remember the worst difference; return whether it is within the bounds."""
+    verdict.compared += 1
+    finding = Finding.of(difference, step, bounds)
+    if verdict.worst is None or finding.excess > verdict.worst.excess:
+        verdict.worst = finding
+    if finding.excess > 1:
+        verdict.first = finding
+    return verdict.first is None
 
 
 def diagnostics(verdicts: list[Verdict], program: Program, build: str) -> list[Diagnostic]:

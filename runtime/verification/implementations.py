@@ -10,6 +10,7 @@ from onnx.external_data_helper import load_external_data_for_model
 
 from n3c.backends.onnx.bindings import read_bindings
 from n3c.backends.onnx.emit import emit_entry
+from n3c.backends.onnx.entry_forms import fastest_for
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.backends.safetensors.sources import load
 from n3c.backends.torch.emit import emit
@@ -99,7 +100,9 @@ def _onnx_files(build: OpenedBuild, checkpoint: Checkpoint, batch: int) -> OnnxG
         for entry, paths in files.items()
     }
     weights = {name: load(p, checkpoint) for name, p in program.parameters.items()}
-    tolerance = AsDeployed(program, EngineProducts(program, batch), build.spec.model.hidden_size)
+    tolerance = AsDeployed(
+        program, EngineProducts(program, batch, fastest_for(program, build.sms)), build.spec.model.hidden_size
+    )
     return OnnxGraphs("ONNX files, reference evaluator", program, graphs, weights, "as deployed", tolerance)
 
 
@@ -136,5 +139,5 @@ def _tensorrt_plans(build: OpenedBuild, checkpoint: Checkpoint, batch: int) -> E
         return Skipped("TensorRT", "no plans in this build; `n3c build --target trt` makes them")
     program = build.served.program
     engine = cuda_engine(build, list(program.entry_points), [batch], checkpoint)
-    tolerance = end_to_end(program, EngineProducts(program, batch))
+    tolerance = end_to_end(program, EngineProducts(program, batch, fastest_for(program, build.sms)))
     return EngineOutputs("TensorRT plans", "as deployed", program, engine, tolerance)

@@ -8,9 +8,10 @@ those within `NEAR` of a middle may; h being the distance of neighbours over the
     h sqrt(FLIPS / N + NEAR / h)
 
 What a layer makes of it, squares (relu2) and gates, at most doubles that. It is an error of what the layer adds to the
-residual stream, so it counts by the share that this has of the stream. Where a flip is rare, few tokens have one: the
-error of the median token (`Difference.typical`) is held to the order of sums alone. That is what finds a scale that
-is off by a hundredth, since it is off for all tokens.
+residual stream, so it counts by the share that this has of the stream. In BF16 one of a thousand values is so near, so
+every token has some. In E2M1 and E4M3 they are rare, and the reference knows which tokens have one (`Doubts`): all
+others together (`Difference.typical`), and a layer that has none, are held to the order of sums alone. So is the median
+token, which finds a scale that is off by a hundredth where all are doubtful.
 
 One thing is not rounded at the same places: attention over several tokens takes BF16 where caches are narrower than
 float32, and rounds scaled queries, scores, probabilities and results, each by 2^-8 at most.
@@ -27,10 +28,10 @@ from math import prod, sqrt
 
 from n3c.ir.program import Program, State
 from n3c.ir.types import DType
-from n3c.runtime.engines.reference.engine_products import EngineProducts
+from n3c.runtime.engines.reference.engine_products import NEAR, EngineProducts
 
 from .scenario import Step
-from .trace import Difference
+from .trace import Difference, Doubts
 
 FLOAT32 = 1e-4
 """The order of float32 sums over all layers; measured differences are below 2e-6."""
@@ -44,9 +45,6 @@ have the distance relative to a value, 2⁻ᵐ for m stored bits of significand.
 """
 FLIPS = 4
 """Values of a tensor that may go the other way, however few there are."""
-NEAR = 1e-5
-"""Of the distance of neighbours 1: the part of values that order of sums may move across the middle, ten times what is
-measured. Of BF16 it is one in a thousand values, so every token has some."""
 ATTENTION = 4 * 2**-8
 NOISE: Mapping[str, float] = {"nvfp4": 0.1, "fp8": 0.03, "bf16": 2**-8}
 """Root mean square error of rounding activations to a format, over their own."""
@@ -60,10 +58,10 @@ class Bounds:
     typical: float
 
 
-Tolerance = Callable[[Step, Difference], Bounds]
+Tolerance = Callable[[Step, Difference, Doubts], Bounds]
 
 
-def float32(step: Step, difference: Difference) -> Bounds:
+def float32(step: Step, difference: Difference, doubts: Doubts) -> Bounds:
     """Return the bounds of implementations that round nothing."""
     return Bounds(FLOAT32, FLOAT32)
 
@@ -74,7 +72,7 @@ class AsDeployed:
     def __init__(self, program: Program, products: EngineProducts, hidden_size: int) -> None:
         self._program, self._products, self._hidden_size = program, products, hidden_size
 
-    def __call__(self, step: Step, difference: Difference) -> Bounds:
+    def __call__(self, step: Step, difference: Difference, doubts: Doubts) -> Bounds:
         """Return the bounds of a point: a layer's label or a state's name."""
         entry = self._program.entry_points[step.entry]
         inputs = step.tokens.size * self._hidden_size
@@ -83,7 +81,8 @@ class AsDeployed:
             if difference.point not in (call.label, *call.states):
                 continue
             formats = self._products.formats(self._program, entry, call)
-            flips += sum(_flips(format_, inputs) for format_ in formats - {"bf16"})
+            if call.label not in doubts or doubts[call.label].any():
+                flips += sum(_flips(format_, inputs) for format_ in formats - {"bf16"})
             common = _flips("bf16", inputs) if "bf16" in formats else 0.0  # so many values that every token has some
             narrow = [
                 state for name in call.states if (state := self._program.states[name]).type.dtype is not DType.F32
@@ -120,4 +119,4 @@ def end_to_end(program: Program, products: EngineProducts) -> Tolerance:
     )
     layers = len({call.label for call in program.calls()})
     bound = max(NOISE[format_] for format_ in formats) * sqrt(layers)
-    return lambda step, difference: Bounds(bound, bound)
+    return lambda step, difference, doubts: Bounds(bound, bound)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from n3c.specs.kinds import kinds
 Trace = Mapping[str, Array]
 """Name of a point → its value: a layer's label for what it gave [B, n, …], a state's name for the state after it."""
 
+Doubts = Mapping[str, Array]
+"""Label of a layer that rounds what its linears read → bool [B, n]: the tokens of which sums of another order may round
+a number otherwise."""
 
 TOKENS = 4
 """Fewer have no median that leaves one out."""
@@ -27,7 +31,8 @@ class Difference:
     relative: float
     """Root of the mean squared difference over that of the reference."""
     typical: float
-    """The same of the median token of a layer, over that of all tokens; 0 where there are fewer than `TOKENS`."""
+    """The same of the tokens of a layer that nobody doubts, and of the median token where there are `TOKENS`, over that
+    of all: the larger of the two."""
     share: float
     """Root of the mean square of what a layer adds to the residual stream, over that of the stream; else 1."""
     largest: float
@@ -55,7 +60,9 @@ def points(entry: EntryPoint, program: Program) -> dict[str, str | None]:
     return order
 
 
-def differences(order: Mapping[str, str | None], reference: Trace, other: Trace) -> Iterator[Difference]:
+def differences(
+    order: Mapping[str, str | None], reference: Trace, other: Trace, doubts: Doubts = MappingProxyType({})
+) -> Iterator[Difference]:
     """Compare the points that both have, in `order`.
 
     Where the one has more tokens than the other, the last ones are compared: prefill keeps only its last token.
@@ -63,7 +70,7 @@ def differences(order: Mapping[str, str | None], reference: Trace, other: Trace)
     for point, before in order.items():
         if point in reference and point in other:
             base = None if before is None else reference.get(before, np.zeros_like(reference[point]))
-            yield _difference(point, *_aligned(reference[point], other[point]), base)
+            yield _difference(point, *_aligned(reference[point], other[point]), base, doubts.get(point))
 
 
 def _aligned(reference: Array, other: Array) -> tuple[Array, Array]:
@@ -74,15 +81,17 @@ def _aligned(reference: Array, other: Array) -> tuple[Array, Array]:
     return a, b
 
 
-def _difference(point: str, reference: Array, other: Array, base: Array | None) -> Difference:
+def _difference(point: str, reference: Array, other: Array, base: Array | None, doubtful: Array | None) -> Difference:
     if reference.shape != other.shape or not np.isfinite(other).all():
         infinite = float("inf")
         return Difference(point, infinite, infinite, 1.0, infinite, ())
     apart = np.abs(other - reference)
     size = _size(reference)
     index = np.unravel_index(int(apart.argmax()), apart.shape) if apart.size else ()
-    tokens = np.sqrt(np.square(apart).mean(-1)) if base is not None else np.zeros(1)
+    tokens: Array = np.sqrt(np.square(apart).mean(-1)) if base is not None else np.zeros(1)
     typical = float(np.median(tokens)) if tokens.size >= TOKENS else 0.0
+    if doubtful is not None and base is not None:
+        typical = max(typical, _size(np.where(doubtful[:, -tokens.shape[1] :], 0, tokens)))
     share = _size(reference - base) / size if base is not None and base.shape == reference.shape and size > 0 else 1.0
     largest = float(apart.max(initial=0.0))
     place = tuple(int(i) for i in index)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 import threading
+from collections.abc import Generator
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -52,8 +54,11 @@ def test_the_changes_of_a_text(text: str, changed: list[str]) -> None:
 
 
 def test_the_function_around_a_change() -> None:
-    text = "A = 1\n\n\n@b(2)\ndef f():\n    return 3\n"
-    assert {text[change.start]: change.function for change in changes_of(text)} == {"1": 1, "2": 4, "3": 4}
+    """Its name is the one that its code object has."""
+    text = "A = 1\n@b(2)\ndef f():\n    return 3\n\nclass C:\n    x = 4\n    def m(self):\n        def g(): return 5\n"
+    assert {text[change.start]: change.function for change in changes_of(text)} == {
+        "1": "<module>", "2": "f", "3": "f", "4": "<module>", "5": "C.m.<locals>.g",
+    }  # fmt: skip
 
 
 TEMPLATE = '''{# 1 + 1 #}
@@ -85,8 +90,8 @@ def test_the_statements_of_a_template(tmp_path: Path) -> None:
         "LIMIT = {{ limit }} [+ → -] 6",
         "LIMIT = {{ limit }} + [6 → 7]",
     ]
-    assert [(mutant.line, mutant.function_name) for mutant in mutants] == [
-        (5, "f"), (7, "f"), (9, "f"), (9, "f"), (13, None), (13, None),
+    assert [(mutant.line, mutant.change.function) for mutant in mutants] == [
+        (5, "f"), (7, "f"), (9, "f"), (9, "f"), (13, "<module>"), (13, "<module>"),
     ]  # fmt: skip
 
 
@@ -94,21 +99,22 @@ def test_a_mutant_meets_the_tests_of_its_function() -> None:
     """Its folder's tests come first, and what else stands in their files last; a budget cuts the list."""
     callers = ["tests/compiler/test_api.py::a", "tests/ir/test_ops.py::b", "tests/ir/test_verify.py::c"]
     seconds = dict(zip(callers, (1.0, 3.0, 2.0), strict=True)) | {"tests/ir/test_ops.py::d": 1.0, "other.py::e": 0.1}
-    coverage = Coverage(seconds, {"ir/ops.py:7": callers})
-    mutant = Mutant("ir/ops.py", 9, Change(0, 1, "", 7))
+    coverage = Coverage(seconds, {"ir/ops.py:f": callers})
+    mutant = Mutant("ir/ops.py", 9, Change(0, 1, "", "f"))
     ordered = [callers[1], callers[2], callers[0], "tests/ir/test_ops.py::d"]
     assert coverage.of_mutant(mutant, 100) == ordered
     assert coverage.of_mutant(mutant, 5.5) == ordered[:2]
     assert coverage.of_mutant(mutant, 0) == ordered[:1]
-    assert coverage.of_mutant(Mutant("ir/ops.py", 1, Change(0, 1, "", 1)), 100) == ordered  # outside of functions
-    assert coverage.of_mutant(Mutant("ir/types.py", 1, Change(0, 1, "", 1)), 100)[0] == ordered[3]  # of the folder
+    outside = Mutant("ir/ops.py", 1, Change(0, 1, "", "<module>"))
+    assert coverage.of_mutant(outside, 100) == ordered
+    assert coverage.of_mutant(Mutant("ir/types.py", 1, Change(0, 1, "", "f")), 100)[0] == ordered[3]  # of the folder
 
 
 def test_text_of_a_template_is_not_what_notices() -> None:
     golden, other = "tests/backends/torch/test_emit.py::test_golden", "tests/backends/torch/test_numerics.py::x"
-    tests = {"model.py::forward": [golden, other], "tests/support/golden.py:11": [golden]}
+    tests = {"model.py::forward": [golden, other], "tests/support/golden.py:assert_golden": [golden]}
     coverage = Coverage({golden: 1.0, other: 1.0}, tests)
-    mutant = Mutant("backends/torch/templates/package/model.py.jinja", 9, Change(0, 1, "", 1), "forward")
+    mutant = Mutant("backends/torch/templates/package/model.py.jinja", 9, Change(0, 1, "", "forward"))
     assert coverage.of_mutant(mutant, 100) == [other]
 
 
@@ -117,7 +123,7 @@ def test_the_names_of_functions() -> None:
     files = ("/t/import/n3c/ir/ops.py", "/t/tests/support/a.py", "/tmp/x/model.py", "/v/site-packages/b.py", "<string>")
     modules = [compile("\n\ndef f(): ...", file, "exec") for file in files]
     codes = [constant for module in modules for constant in module.co_consts if isinstance(constant, CodeType)]
-    assert names_of(codes, Path("/t")) == {"ir/ops.py:3", "tests/support/a.py:3", "model.py::f"}
+    assert names_of(codes, Path("/t")) == {"ir/ops.py:f", "tests/support/a.py:f", "model.py::f"}
 
 
 def test_calls_of_every_thread() -> None:
@@ -156,13 +162,45 @@ def test_the_first_tests_are_few() -> None:
 
 def test_scores() -> None:
     path = "backends/torch/templates/config.jinja"
-    mutants = [Mutant(name, 1, Change(0, 1, "", 1)) for name in ("ir/a.py", "ir/b.py", path)]
-    found = scores(dict(zip(mutants, (False, True, None), strict=True)))
-    assert (found["tried"], found["noticed"], found["undecided"]) == (3, 1, 1)
-    assert found["folders"] == {
-        "ir": {"tried": 2, "noticed": 1, "undecided": 0},
-        "templates": {"tried": 1, "noticed": 0, "undecided": 1},
-    }
+    mutants = [Mutant(name, 1, Change(0, 1, "", "f")) for name in ("ir/a.py", "ir/b.py", path)]
+    found = scores(dict(zip(mutants, ("test", None, None), strict=True)))
+    assert (found["tried"], found["noticed"]) == (3, 1)
+    assert found["folders"] == {"ir": {"tried": 2, "noticed": 1}, "templates": {"tried": 1, "noticed": 0}}
+
+
+class StandInForTree:
+    """Tests that fail with a change, always, or not at all, by their name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.is_changed = False
+
+    @contextlib.contextmanager
+    def changed(self, path: str, text: str) -> Generator[None]:
+        self.is_changed = True
+        yield
+        self.is_changed = False
+
+    def pytest(self, files: list[str], chosen: Any, limit: float) -> int | None:
+        for test in chosen.tests:
+            chosen.pytest_runtest_logstart(test)
+            if "broken" in test or (self.is_changed and "fails" in test):
+                return 1
+            if self.is_changed and "hangs" in test:
+                return None
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("tests", "noticed_by"),
+    [(["a", "b fails", "c fails"], "b fails"), (["a"], None), ([], None), (["a hangs"], "a hangs"),
+     (["a broken", "b fails"], "b fails"), (["a broken", "b"], None)],
+)  # fmt: skip
+def test_who_notices(tests: list[str], noticed_by: str | None, tmp_path: Path) -> None:
+    """A test notices where it fails, or never ends, with the change alone."""
+    coverage = Coverage(dict.fromkeys(tests, 0.1), {"ir/ops.py:shape": tests})
+    trials = driver.Trials(StandInForTree(tmp_path), coverage, 60)
+    assert trials.noticed_by(Mutant("ir/ops.py", 1, Change(0, 1, "", "shape"))) == noticed_by
 
 
 def test_every_file_of_the_code_has_mutants_that_are_python() -> None:

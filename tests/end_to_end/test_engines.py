@@ -116,7 +116,12 @@ def test_odd_sizes_build(seed: int, entry: str, tmp_path: Path) -> None:
     random_config(seed).save_pretrained(tmp_path)
     assert n3c("import", tmp_path, "-o", tmp_path / "spec.toml").code == 0
     out = tmp_path / "out"
-    overrides = ("--set", "serving.batch_sizes=[2]", "--set", "serving.prefill_chunk=40")  # more rows than `FEW_ROWS`
+    overrides = (
+        "--set",
+        "serving.batch_sizes=[2]",
+        "--set",
+        "serving.prefill_chunk=40",
+    )  # sums and products of many rows
     arguments = ("--entry", entry, "-o", out, *overrides)
     result = n3c("build", tmp_path / "spec.toml", "--target", "trt", *arguments)
     assert result.code == 0, result.err

@@ -15,15 +15,13 @@ from support.shell import environment, parse
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs/start").glob("*.md"))
+SLOW = ("checkpoint", "serve", "train")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the blocks are for a shell of Unix")
 @pytest.mark.parametrize(
     "page",
-    [
-        pytest.param(page, marks=pytest.mark.slow if page.stem in ("checkpoint", "train") else (), id=page.stem)
-        for page in PAGES
-    ],
+    [pytest.param(page, marks=pytest.mark.slow if page.stem in SLOW else (), id=page.stem) for page in PAGES],
 )
 def test_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path) -> None:
     run = [block.code for block in blocks(page) if block.why_not is None]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from n3c.ir import ops
-from n3c.ir.ops import Attribute
+from n3c.ir.op_definition import OPS, Attribute, OpDef
 from n3c.ir.types import DType, TensorType
 from n3c.runtime.engines.reference.ops import EVALUATORS
 
@@ -21,23 +21,23 @@ def t(*dims: int | str, dtype: DType = F32) -> TensorType:
 
 
 def test_every_op_is_documented_and_evaluated() -> None:
-    assert set(EVALUATORS) == set(ops.OPS)
-    for op in ops.OPS.values():
+    assert set(EVALUATORS) == set(OPS)
+    for op in OPS.values():
         assert op.doc, op.name
 
 
-Case = tuple[ops.OpDef, list[TensorType | None], dict[str, ops.Attribute], str]
+Case = tuple[OpDef, list[TensorType | None], dict[str, Attribute], str]
 X, COUNTS = t("B", "S", 8), t("B", dtype=I64)
 IDS, INDICES, WEIGHTS = t("B", "S", dtype=I64), t("B", "S", 2, dtype=I64), t("B", "S", 2)
 UP, DOWN = t(4, 16, 8), t(4, 8, 16)
 FP4, FP8 = DType.F4E2M1, DType.F8E4M3
 CODES, SCALE = t(4, 32, dtype=FP4), t(4, 2, dtype=FP8)
-ROUTE: dict[str, ops.Attribute] = {
+ROUTE: dict[str, Attribute] = {
     "top_k": 2, "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "scaling_factor": 1.0
 }  # fmt: skip
 CONV = t(8, 1, 4)
-SSD: dict[str, ops.Attribute] = {"n_groups": 2, "chunk_size": 8}
-HEADS: dict[str, ops.Attribute] = {"num_heads": 4, "num_kv_heads": 2}
+SSD: dict[str, Attribute] = {"n_groups": 2, "chunk_size": 8}
+HEADS: dict[str, Attribute] = {"num_heads": 4, "num_kv_heads": 2}
 QUERY, CACHE, PLACES = t("B", "S", 32), t("B", 2, 12, 8), t("L", dtype=I64)
 
 
@@ -128,7 +128,7 @@ BAD: list[Case] = [
     ("op", "operands", "attributes", "reason"), BAD, ids=lambda value: getattr(value, "name", None)
 )
 def test_shape_rules_refuse(
-    op: ops.OpDef, operands: list[TensorType | None], attributes: dict[str, ops.Attribute], reason: str
+    op: OpDef, operands: list[TensorType | None], attributes: dict[str, Attribute], reason: str
 ) -> None:
     with pytest.raises(ValueError, match=reason):
         op.infer(operands, attributes)
@@ -138,7 +138,7 @@ def test_every_condition_of_a_shape_rule_refuses_a_case(monkeypatch: pytest.Monk
     """Each `_require` of `n3c.ir.ops` is what refuses at least one of the cases."""
     tree = ast.parse(Path(ops.__file__).read_text(encoding="utf-8"))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
-    conditions = {node.lineno for node in calls if isinstance(node.func, ast.Name) and node.func.id == "_require"}
+    conditions = {node.lineno for node in calls if isinstance(node.func, ast.Name) and node.func.id == "require"}
     refused: set[int] = set()
 
     def recording(condition: bool, message: str) -> None:
@@ -146,7 +146,7 @@ def test_every_condition_of_a_shape_rule_refuses_a_case(monkeypatch: pytest.Monk
             refused.add(inspect.stack()[1].lineno)
             raise ValueError(message)
 
-    monkeypatch.setattr(ops, "_require", recording)
+    monkeypatch.setattr(ops, "require", recording)
     for op, operands, attributes, _ in BAD:
         with pytest.raises(ValueError):
             op.infer(operands, attributes)

@@ -13,8 +13,10 @@ import n3c.compiler
 import n3c.ir
 import n3c.passes
 import n3c.runtime
+from n3c.backends.onnx.entry_forms import LinearForms, fastest_for
 from n3c.backends.onnx.linears import linears_of
-from n3c.ir import ops
+from n3c.ir import op_definition, ops
+from n3c.ir.op_definition import OpDef, op
 from n3c.ir.program import Call, EntryPoint, Function, Origin, Parameter, Program, Value
 from n3c.ir.rewrite import Builder
 from n3c.ir.source import Tensor
@@ -27,11 +29,11 @@ X = TensorType(DType.F32, ("B", "S", 32))
 
 
 @pytest.fixture
-def new_op(monkeypatch: pytest.MonkeyPatch) -> ops.OpDef:
+def new_op(monkeypatch: pytest.MonkeyPatch) -> OpDef:
     """An op that no pass has heard of, with a weight under a name of its own."""
-    monkeypatch.setattr(ops, "OPS", dict(ops.OPS))
+    monkeypatch.setattr(op_definition, "OPS", dict(op_definition.OPS))
 
-    @ops.op(weights=("matrix",))
+    @op(weights=("matrix",))
     def shifted_linear(x: TensorType, offset: TensorType, matrix: TensorType) -> TensorType:
         """y = x Wᵀ + offset."""
         return x.with_last(matrix.dims[0])
@@ -39,10 +41,10 @@ def new_op(monkeypatch: pytest.MonkeyPatch) -> ops.OpDef:
     return shifted_linear
 
 
-def program_of(op: ops.OpDef) -> Program:
+def program_of(added: OpDef) -> Program:
     offset, matrix = Value("offset", TensorType(DType.BF16, (16,))), Value("m.weight", TensorType(DType.BF16, (16, 32)))
     function = Function("f", "test", [Value("x", X)], [offset, matrix])
-    function.outputs = [Builder(function, Origin()).emit(op, function.inputs[0], offset, matrix, name="y")]
+    function.outputs = [Builder(function, Origin()).emit(added, function.inputs[0], offset, matrix, name="y")]
     program = Program("new", {"f": function})
     for value in function.parameters:
         program.parameters[value.name] = Parameter(value.name, value.type, value.name, Tensor(value.name), layer=0)
@@ -52,7 +54,7 @@ def program_of(op: ops.OpDef) -> Program:
     return program
 
 
-def test_a_new_op_is_quantized_and_audited(new_op: ops.OpDef) -> None:
+def test_a_new_op_is_quantized_and_audited(new_op: OpDef) -> None:
     program = program_of(new_op)
     assert linear_parameters(program) == {"m.weight"}
     assert Quantize(FormatRules(FormatRule("quantization.format", "nvfp4", 16))).run(program)
@@ -61,26 +63,27 @@ def test_a_new_op_is_quantized_and_audited(new_op: ops.OpDef) -> None:
     dequantize, node = function.nodes
     assert (dequantize.op, node["matrix"].node) == (ops.dequantize_nvfp4, dequantize)
     assert node["offset"].type.dtype is DType.BF16
-    (linear,) = linears_of(program, program.entry_points["run"], {"B": 1, "S": 1})
+    entry, dims = program.entry_points["run"], {"B": 1, "S": 1}
+    (linear,) = linears_of(program, entry, dims, LinearForms(program, entry, dims, fastest_for(program)))
     assert (linear.name, linear.requested, linear.shape) == ("m", "nvfp4", (16, 32))
 
 
 def test_weights_are_operands() -> None:
     with pytest.raises(KeyError, match="not `matrix`"):
 
-        @ops.op(weights=("matrix",))
+        @op(weights=("matrix",))
         def _misspelt(x: TensorType, weight: TensorType) -> TensorType:
             return x
 
     with pytest.raises(KeyError, match="not `x`"):
 
-        @ops.op(weights=("weight",))
+        @op(weights=("weight",))
         def _without_rows(rows: TensorType, weight: TensorType) -> TensorType:
             return rows
 
 
 def test_ops_with_weights() -> None:
-    found = {name: op.weights for name, op in ops.OPS.items() if op.weights}
+    found = {name: op.weights for name, op in op_definition.OPS.items() if op.weights}
     assert found == {"linear": ("weight",), "expert_linear": ("weight",), "experts": ("up", "down")}
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
+from itertools import pairwise
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -258,3 +260,17 @@ def test_a_spec_that_is_too_large(tmp_path: Path) -> None:
 def test_load_reads_files() -> None:
     with pytest.raises(N3CError, match="E0601"):
         load_spec("specs/none.toml")
+
+
+def test_long_patterns_are_written_in_full_lines() -> None:
+    """None is longer than 100 columns, some are exactly that, and what begins a line had no place on the one above."""
+    random, longest = Random(0), 0
+    for _ in range(50):
+        groups = ("".join(random.choices("ME*-", k=random.randint(1, 4))) * random.randint(2, 9) for _ in range(40))
+        pattern = Pattern.parse("".join(groups))
+        first, *lines, last = toml_value(pattern, 10).split("\n")
+        assert first == last == '"""' and Pattern.parse(" ".join(lines)).symbols == pattern.symbols
+        for line, after in pairwise(lines):
+            assert len(line) <= 100 < len(line) + 1 + len(after.partition(" ")[0])
+        longest = max(longest, *map(len, lines))
+    assert longest == 100

@@ -40,7 +40,10 @@ class Row:
     cache: dict[int, tuple[int, int]] = field(default_factory=dict[int, tuple[int, int]])
     """Of the drafter: position → the token there (from the hidden state) and the one behind it."""
 
-    bytes = 0
+    @property
+    def bytes(self) -> int:
+        """Of a kept copy."""
+        return 8 * (len(self.committed) + len(self.pending) + len(self.keys) + 2 * len(self.cache))
 
     def copied(self, places: range) -> Row:
         """Return a copy with some places of the caches."""

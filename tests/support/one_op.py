@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from n3c.ir import ops
-from n3c.ir.ops import Attribute, OpDef
+from n3c.ir.op_definition import Attribute, OpDef
 from n3c.ir.program import Call, EntryPoint, Function, Origin, Parameter, Program, State, Value
 from n3c.ir.rewrite import Builder
 from n3c.ir.source import Tensor as Source

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from n3c.compiler.cli.main import SECTIONS
-from n3c.ir.ops import OPS
+from n3c.ir.op_definition import OPS
 from n3c.passes.lower import model as lowering
 from n3c.passes.pipelines import ELSEWHERE, SERVING, STAGES
 from support.command import n3c

@@ -111,12 +111,13 @@ def listening(served: ServedModel, *, grace: float = 5.0) -> Generator[HttpServe
     server, ready = HttpServer(served, "127.0.0.1", 0, grace=grace), threading.Event()
     thread = threading.Thread(target=server.run, args=(ready.set,))
     thread.start()
-    ready.wait()
+    assert ready.wait(60), "the server does not start"
     try:
         yield server
     finally:
         server.end()
-        thread.join()
+        thread.join(60)
+        assert not thread.is_alive(), "the server does not end"
 
 
 def guarded(served: ServedModel, **changes: Any) -> ServedModel:

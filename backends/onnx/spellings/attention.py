@@ -13,6 +13,7 @@ from n3c.ir.types import DType
 
 from .elementwise import rows_of
 from .fp8_cache import NEVER, attend_one, cut, pairs, rounded
+from .one_token import scores, weighted
 
 CACHES = ("k_cache", "v_cache")
 """Operands of cached_attention."""
@@ -82,9 +83,9 @@ def _rows(emitter: Emitter, x: onnx.Value, dims: tuple[int, int, int, int], dtyp
 
 
 def cached_attention(emitter: Emitter, node: Node) -> None:
-    """Cut the caches at the length of key_positions, then attend: one token by sums, more by Attention with a mask.
+    """Cut the caches at the length of key_positions, then attend: one token by `one_token`, more by Attention.
 
-    Sums read the caches where they lie. Attention's kernels want the cut ones in memory of their own, which
+    One token reads keys where they lie. Attention's kernels want the cut ones in memory of their own, which
     many tokens pay back. No kernel reads Attention's `nonpad_kv_seqlen`, although the parser accepts it.
     """
     g = emitter.graph
@@ -94,28 +95,27 @@ def cached_attention(emitter: Emitter, node: Node) -> None:
     q = q if k_scale is None else g.node("Mul", q, emitter.get(k_scale))
     if tokens == 1 and emitter.rendering == "engine":
         q = g.node("Mul", q, g.f32((width // heads) ** -0.5))
-        y = _one_token(emitter, node, g.node("Reshape", q, g.i64(batch, kv_heads, heads // kv_heads, width // heads)))
+        share = heads // kv_heads
+        y = _one_token(emitter, node, g.node("Reshape", q, g.i64(batch, kv_heads, share, width // heads)), share)
     else:
         y = _many_tokens(emitter, node, q, (batch, tokens, heads, width // heads))
     y = y if v_scale is None else g.node("Mul", y, emitter.get(v_scale))
     emitter.bind(node.results[0], g.node("Reshape", y, g.i64(batch, tokens, width)))
 
 
-def _one_token(emitter: Emitter, node: Node, q: onnx.Value) -> onnx.Value:
-    """Return attention of one token as sums, [B, Hkv, Hq/Hkv, P], for a scaled q of these dims."""
+def _one_token(emitter: Emitter, node: Node, q: onnx.Value, heads: int) -> onnx.Value:
+    """Return attention of one token, [B, Hkv, G, P], for a scaled q of these dims; G is `heads`, Hq / Hkv."""
     lengths, positions = emitter.operand(node, "lengths"), emitter.operand(node, "key_positions")
     keys, values = (emitter.written(node[name]) for name in CACHES)
     length, dtype = _length(emitter, positions), node["k_cache"].type.dtype
     if keys is not None and values is not None:
         before = _before(emitter, lengths, positions)
-        return attend_one(emitter, q, keys, values, length, before)
+        return attend_one(emitter, q, keys, values, length, before, heads)
     g = emitter.graph
     caches = (g.node("Slice", emitter.operand(node, name), g.i64(0), length, g.i64(2)) for name in CACHES)
-    k, v = (g.node("Unsqueeze", emitter.widened(x, dtype is DType.F32), g.i64(2)) for x in caches)
-    product = g.node("ReduceSum", g.node("Mul", g.node("Unsqueeze", q, g.i64(3)), k), g.i64(4), keepdims=0)
-    scores = g.node("Where", _mask(emitter, lengths, positions, 1), product, g.f32(NEVER))
-    share = g.node("Unsqueeze", g.node("Softmax", scores, axis=-1), g.i64(4))
-    return g.node("ReduceSum", g.node("Mul", share, v), g.i64(3), keepdims=0)
+    k, v = (emitter.widened(x, dtype is DType.F32) for x in caches)
+    seen = g.node("Where", _mask(emitter, lengths, positions, 1), scores(emitter, q, k, heads), g.f32(NEVER))
+    return weighted(emitter, g.node("Softmax", seen, axis=-1), v)
 
 
 def _many_tokens(emitter: Emitter, node: Node, q: onnx.Value, dims: tuple[int, int, int, int]) -> onnx.Value:

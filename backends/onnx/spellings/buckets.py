@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as onnx
 
 from n3c.backends.onnx.emitter import Emitter, Rounded
-from n3c.backends.onnx.forms import bucket_rows
+from n3c.backends.onnx.entry_forms import bucket_rows
 from n3c.ir.program import Node
 
 from . import activations, tables

@@ -8,6 +8,9 @@ to the sum is one kernel.
 
 from __future__ import annotations
 
+from math import prod
+
+import numpy as np
 import onnx_ir as onnx
 
 from n3c.backends.onnx.emitter import DenseWeight, Emitter, Fp8Weight, Nvfp4Weight, Weight
@@ -27,7 +30,47 @@ def expert_linear(emitter: Emitter, node: Node) -> None:
     """y[b, s, r, n] = Σₖ x[b, s, r or 1, 1, k] · w[indices[b, s, r], n, k], times the expert's scale."""
     x, x_scale = activations.read(emitter, node["x"])
     indices, chosen = emitter.operand(node, "indices"), emitter.sizes(node["indices"])
-    emitter.bind(node.results[0], chosen_product(emitter, x, x_scale, node["weight"], indices, chosen))
+    if emitter.rendering == "engine" and emitter.form(node) == "by_expert":
+        y = _by_expert(emitter, node, x, x_scale)
+    else:
+        y = chosen_product(emitter, x, x_scale, node["weight"], indices, chosen)
+    emitter.bind(node.results[0], y)
+
+
+def _by_expert(emitter: Emitter, node: Node, x: onnx.Value, x_scale: onnx.Value | None) -> onnx.Value:
+    """Return the products of all pairs of a token and an expert, computed in the order of experts.
+
+    Those that chose the same expert come one after the other, so that its weights leave memory once.
+    """
+    g = emitter.graph
+    chosen, (*_, rows, width) = emitter.sizes(node["indices"]), emitter.sizes(node["x"])
+    pairs, each = prod(chosen), prod(chosen) if rows > 1 else prod(chosen[:-1])
+    experts, order, place = _order(emitter, emitter.operand(node, "indices"), pairs)
+    row = order if each == pairs else g.node("Div", order, g.i64(chosen[-1]))
+    sorted_x = g.node(
+        "Reshape", tables.rows(emitter, g.node("Reshape", x, g.i64(each, width)), row), g.i64(pairs, 1, 1, width)
+    )
+    y = chosen_product(emitter, sorted_x, x_scale, node["weight"], experts, (pairs, 1, 1))
+    outputs = emitter.sizes(node.results[0])
+    return g.node(
+        "Reshape", tables.rows(emitter, g.node("Reshape", y, g.i64(pairs, outputs[-1])), place), g.i64(*outputs)
+    )
+
+
+def _order(emitter: Emitter, indices: onnx.Value, pairs: int) -> tuple[onnx.Value, onnx.Value, onnx.Value]:
+    """Return the experts of all pairs in order, [P, 1, 1], which pair each is of, and where each pair has gone, [P]."""
+    g = emitter.graph
+
+    def make() -> tuple[onnx.Value, onnx.Value, onnx.Value]:
+        flat = g.node("Cast", g.node("Reshape", indices, g.i64(pairs)), to=onnx.DataType.FLOAT)
+        experts, order = g.nodes_results("TopK", (flat, g.i64(pairs)), 2, "", {"axis": -1})
+        nowhere = g.node("Expand", g.i64(0), g.i64(pairs))
+        place = g.node("ScatterElements", nowhere, order, g.constant(np.arange(pairs)), axis=0)
+        ids = g.node("Cast", experts, to=onnx.DataType.INT64)
+        return g.node("Reshape", ids, g.i64(pairs, 1, 1)), order, place
+
+    experts, order, place = emitter.shared_many(("by expert", id(indices)), make)
+    return experts, order, place
 
 
 def chosen_product(

@@ -15,6 +15,8 @@ import onnx_ir as onnx
 from n3c.backends.onnx.emitter import Emitter, Rows
 from n3c.ir.ops import CACHE_MAX
 
+from .one_token import scores, weighted
+
 NEVER = -1e30
 """Score of a place that a query does not see; its exponential is 0, and no difference of two is not a number."""
 LEAST_EXPONENT, GREATEST_EXPONENT = -6, 8
@@ -51,29 +53,20 @@ def pairs(emitter: Emitter, values: onnx.Value, dims: tuple[int, ...]) -> onnx.V
 
 
 def attend_one(
-    emitter: Emitter, q: onnx.Value, keys: Rows, values: Rows, length: onnx.Value, before: onnx.Value
+    emitter: Emitter, q: onnx.Value, keys: Rows, values: Rows, length: onnx.Value, before: onnx.Value, heads: int
 ) -> onnx.Value:
-    """Return softmax(q k) v of one token, q float32 [B, Hkv, Hq/Hkv, P]; `before` [B, 1, 1, L]: where older ones are.
+    """Return softmax(q k) v of one token, q float32 [B, Hkv, `heads`, P]; `before` [B, 1, 1, L]: where older ones are.
 
     The softmax over the cache and over the token itself with one maximum and one sum, so nothing is joined.
     """
     g = emitter.graph
-
-    def scores(of: onnx.Value) -> onnx.Value:
-        product = g.node("Mul", g.node("Unsqueeze", q, g.i64(3)), g.node("Unsqueeze", of, g.i64(2)))
-        return g.node("ReduceSum", product, g.i64(4), keepdims=0)
-
-    def weighted(by: onnx.Value, of: onnx.Value) -> onnx.Value:
-        product = g.node("Mul", g.node("Unsqueeze", by, g.i64(4)), g.node("Unsqueeze", of, g.i64(2)))
-        return g.node("ReduceSum", product, g.i64(3), keepdims=0)
-
-    older = g.node("Where", before, scores(cut(emitter, keys, length, g.f32(1.0))), g.f32(NEVER))
-    own = scores(keys.values)
+    older = g.node("Where", before, scores(emitter, q, cut(emitter, keys, length, g.f32(1.0)), heads), g.f32(NEVER))
+    own = g.node("ReduceSum", g.node("Mul", q, keys.values), g.i64(3), keepdims=1)
     peak = g.node("Max", g.node("ReduceMax", older, g.i64(-1), keepdims=1), own)
     older, own = (g.node("Exp", g.node("Sub", x, peak)) for x in (older, own))
     total = g.node("Add", g.node("ReduceSum", older, g.i64(-1), keepdims=1), own)
-    of_older = weighted(older, cut(emitter, values, length, g.f32(1.0)))
-    return g.node("Div", g.node("Add", of_older, weighted(own, values.values)), total)
+    of_older = weighted(emitter, older, cut(emitter, values, length, g.f32(1.0)))
+    return g.node("Div", g.node("Add", of_older, g.node("Mul", own, values.values)), total)
 
 
 def cut(emitter: Emitter, rows: Rows, length: onnx.Value, one: onnx.Value) -> onnx.Value:

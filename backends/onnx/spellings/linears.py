@@ -12,6 +12,7 @@ from math import prod
 import onnx_ir as onnx
 
 from n3c.backends.onnx.emitter import DenseWeight, Emitter, Fp8Weight, Nvfp4Weight, Weight
+from n3c.backends.onnx.linear_forms import LinearForm
 from n3c.ir.formats import NVFP4_BLOCK
 from n3c.ir.program import Node
 from n3c.ir.types import DType
@@ -34,7 +35,7 @@ def dequantize_fp8(emitter: Emitter, node: Node) -> None:
     )
 
 
-def linear_sum(emitter: Emitter, node: Node) -> None:
+def linear_sum(emitter: Emitter, node: Node, form: LinearForm) -> None:
     """y[b, s, n] = Σₖ x[b, s, k] · w[n, k], times the tensor's scale where the weight has one."""
     g = emitter.graph
     weight = emitter.weight(node["weight"])
@@ -44,8 +45,10 @@ def linear_sum(emitter: Emitter, node: Node) -> None:
         dims = (*emitter.sizes(node.results[0]), emitter.sizes(node["x"])[-1])
         codes = tables.in_blocks(emitter, weight.codes, dims[-2:])
         y = tables.e2m1_product(emitter, column, codes, block_scales(emitter, weight), dims)
-    elif prod(emitter.sizes(node["x"])[:-1]) > 1:
+    elif form == "sum_by_rows":
         y = _rows_fastest(emitter, node, x, weight)
+    elif form == "siblings":
+        y = _siblings(emitter, node, x, weight)
     else:
         y = g.node("ReduceSum", g.node("Mul", column, unscaled(emitter, weight)), g.i64(-1), keepdims=0)
     scale = product_scale(emitter, weight, x_scale)
@@ -75,6 +78,23 @@ def _rows_fastest(emitter: Emitter, node: Node, x: onnx.Value, weight: Weight) -
     product = g.node("Mul", g.node("Unsqueeze", unscaled(emitter, weight), g.i64(1)), row)
     y = g.node("ReduceSum", product, g.i64(-1), keepdims=0)
     return g.node("Reshape", g.node("Transpose", y, perm=[1, 0]), g.i64(*rows, -1))
+
+
+def _siblings(emitter: Emitter, node: Node, x: onnx.Value, weight: Weight) -> onnx.Value:
+    """Return the sums of several rows, each by itself: beside each other they compile to one kernel.
+
+    1 / rms of a norm in front is multiplied with the sum, where else it would be with each number for each output.
+    """
+    g = emitter.graph
+    *rows, k = emitter.sizes(node["x"])
+    count, wide = prod(rows), unscaled(emitter, weight)
+    x, factor = emitter.norm_parts(x) or (x, None)
+    flat, sums = g.node("Reshape", x, g.i64(count, k)), list[onnx.Value]()
+    for i in range(count):
+        product = g.node("Mul", g.node("Slice", flat, g.i64(i), g.i64(i + 1), g.i64(0)), wide)
+        sums.append(g.node("Unsqueeze", g.node("ReduceSum", product, g.i64(-1), keepdims=0), g.i64(0)))
+    y = g.node("Reshape", g.node("Concat", *sums, axis=0), g.i64(*rows, -1))
+    return y if factor is None else g.node("Mul", y, factor)
 
 
 def unscaled(emitter: Emitter, weight: Weight) -> onnx.Value:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as onnx
@@ -68,17 +68,14 @@ def _convolved_rows(emitter: Emitter, node: Node, weight: onnx.Value) -> None:
 
 
 def ssd_update(emitter: Emitter, node: Node) -> None:
-    """One token by the recurrence; more in pieces of `chunk_size`, each from the state that the one before left."""
+    """One token by the recurrence; more in pieces of at most `chunk_size`, all at once but for the states between."""
     ssd, state, tokens = _Ssd.of(emitter, node), node["state"], emitter.sizes(node["x"])[1]
     step, h = ssd.step(tokens), emitter.f32(state)
     if tokens == 1 and node.get("counts") is None:
         y, h = ssd.token(step, h)
     else:
-        size, outputs = integer(node, "chunk_size"), list[onnx.Value]()
-        for start in range(0, tokens, size):
-            y, h = ssd.piece(step, h, start, min(start + size, tokens), tokens)
-            outputs.append(y)
-        y = outputs[0] if len(outputs) == 1 else emitter.graph.node("Concat", *outputs, axis=1)
+        count = -(-tokens // integer(node, "chunk_size"))
+        y, h = ssd.pieces(step, h, count, tokens)
     emitter.bind_results(node, [y, _stored(emitter, h, state)])
 
 
@@ -139,50 +136,57 @@ class _Ssd:
         flat = g.i64(self.batch, 1, self.heads * self.channels)
         return g.node("Reshape", y, flat), g.node("Reshape", after, g.i64(*self.state()))
 
-    def piece(
-        self, delta: onnx.Value, h: onnx.Value, start: int, end: int, tokens: int
-    ) -> tuple[onnx.Value, onnx.Value]:
-        """Return y [B, Q, H·P] of the tokens `start`…`end` and the state after them, from the state h before them.
+    def pieces(self, delta: onnx.Value, h: onnx.Value, count: int, tokens: int) -> tuple[onnx.Value, onnx.Value]:
+        """Return y [B, S, H·P] of the tokens and the state after them, from the state h before them.
 
-        As matrix products (Mamba-2, arXiv 2405.21060, section 6).
+        As matrix products (Mamba-2, arXiv 2405.21060, section 6), of `count` pieces of Q tokens side by side, as if
+        each were a sequence of its own. What is one after the other is the state from piece to piece, in float32.
+        Tokens that fill up the last piece have δ = 0 and change nothing.
         """
-        g = self.emitter.graph
-        q, share = end - start, self.heads // self.groups
+        g, share = self.emitter.graph, self.heads // self.groups
+        q = -(-tokens // count)
+        pieces = replace(self, batch=self.batch * count)
 
-        def cut(value: onnx.Value) -> onnx.Value:
-            return value if q == tokens else g.node("Slice", value, g.i64(start), g.i64(end), g.i64(1))
+        def cut(value: onnx.Value, width: int) -> onnx.Value:
+            """[B, S, width] → [B·count, Q, width]."""
+            if q * count > tokens:
+                rest = g.constant(np.zeros((self.batch, q * count - tokens, width), np.float32))
+                value = g.node("Concat", value, rest, axis=1)
+            return value if count == 1 else g.node("Reshape", value, g.i64(pieces.batch, q, width))
 
-        def split(value: onnx.Value, parts: int, size: int) -> onnx.Value:
-            """[B, Q, parts·size] → [B, parts, Q, size]."""
-            return g.node("Transpose", g.node("Reshape", value, g.i64(self.batch, q, parts, size)), perm=[0, 2, 1, 3])
+        def split(name: str, parts: int, size: int) -> onnx.Value:
+            """[B, S, parts·size] → [B·count, parts, Q, size]."""
+            rows = g.node("Reshape", cut(self.operand(name), parts * size), g.i64(pieces.batch, q, parts, size))
+            return g.node("Transpose", rows, perm=[0, 2, 1, 3])
 
-        u = split(cut(self.operand("x")), self.heads, self.channels)
-        key = split(cut(self.operand("B")), self.groups, self.width)
-        query = split(cut(self.operand("C")), self.groups, self.width)
-        step = g.node("Transpose", cut(delta), perm=[0, 2, 1])  # [B, H, Q]
+        u = split("x", self.heads, self.channels)
+        key, query = (split(name, self.groups, self.width) for name in ("B", "C"))
+        step = g.node("Transpose", cut(delta, self.heads), perm=[0, 2, 1])  # [B·count, H, Q]
         rate = g.node("Reshape", self.operand("A"), g.i64(self.heads, 1))
         decay = g.node("CumSum", g.node("Mul", step, rate), g.constant(np.array(2)))  # cᵢ
 
         gap = g.node("Sub", g.node("Unsqueeze", decay, g.i64(3)), g.node("Unsqueeze", decay, g.i64(2)))
         lower = g.constant(np.tril(np.ones((q, q), np.bool_)))
-        fade = g.node("Exp", g.node("Where", lower, gap, g.f32(-np.inf)))  # [B, H, Q, Q]
+        fade = g.node("Exp", g.node("Where", lower, gap, g.f32(-np.inf)))  # [B·count, H, Q, Q]
         fade = g.node("Mul", fade, g.node("Unsqueeze", step, g.i64(2)))
-        match = g.node("MatMul", query, g.node("Transpose", key, perm=[0, 1, 3, 2]))  # [B, G, Q, Q]
-        grouped = g.node("Reshape", fade, g.i64(self.batch, self.groups, share, q, q))
-        mixed = g.node("Reshape", g.node("Mul", grouped, g.node("Unsqueeze", match, g.i64(2))), g.i64(*self.square(q)))
+        match = g.node("MatMul", query, g.node("Transpose", key, perm=[0, 1, 3, 2]))  # [B·count, G, Q, Q]
+        grouped = g.node("Reshape", fade, g.i64(pieces.batch, self.groups, share, q, q))
+        mixed = g.node(
+            "Reshape", g.node("Mul", grouped, g.node("Unsqueeze", match, g.i64(2))), g.i64(*pieces.square(q))
+        )
         inner = g.node("MatMul", mixed, u)
 
-        read = self.read(h, query, q)
+        last = g.node("Slice", decay, g.i64(q - 1), g.i64(q), g.i64(2))  # [B·count, H, 1]
+        left = g.node("Mul", step, g.node("Exp", g.node("Sub", last, decay)))
+        weighted = g.node("Mul", u, g.node("Unsqueeze", left, g.i64(3)))
+        before, after = pieces.between(h, g.node("Unsqueeze", g.node("Exp", last), g.i64(3)), weighted, key, q, count)
+
+        read = pieces.read(before, query, q)
         outer = g.node("Mul", read, g.node("Unsqueeze", g.node("Exp", decay), g.i64(3)))
         skip = g.node("Mul", u, g.node("Reshape", self.operand("D"), g.i64(self.heads, 1, 1)))
         y = g.node("Transpose", g.node("Add", g.node("Add", inner, outer), skip), perm=[0, 2, 1, 3])
-        y = g.node("Reshape", y, g.i64(self.batch, q, self.heads * self.channels))
-
-        total = g.node("Slice", decay, g.i64(q - 1), g.i64(q), g.i64(2))  # [B, H, 1]
-        left = g.node("Mul", step, g.node("Exp", g.node("Sub", total, decay)))
-        weighted = g.node("Mul", u, g.node("Unsqueeze", left, g.i64(3)))
-        kept = g.node("Mul", h, g.node("Unsqueeze", g.node("Exp", total), g.i64(3)))
-        return y, self.added(kept, weighted, key, q)
+        y = g.node("Reshape", y, g.i64(self.batch, q * count, self.heads * self.channels))
+        return y if q * count == tokens else g.node("Slice", y, g.i64(0), g.i64(tokens), g.i64(1)), after
 
     def read(self, h: onnx.Value, query: onnx.Value, q: int) -> onnx.Value:
         """Return h C of each token, [B, H, Q, P]. For few tokens as a sum, which reads h where it lies."""
@@ -197,13 +201,38 @@ class _Ssd:
         read = g.node("ReduceSum", g.node("Mul", state, row), g.i64(-1), keepdims=0)
         return g.node("Reshape", read, g.i64(*self.rows(q)))
 
+    def between(
+        self, h: onnx.Value, total: onnx.Value, weighted: onnx.Value, key: onnx.Value, q: int, count: int
+    ) -> tuple[onnx.Value, onnx.Value]:
+        """Return the states before each piece, [B·count, H, P, N], and the one after the last.
+
+        From the state h [B, H, P, N] before the first; `total` [B·count, H, 1, 1] is what a piece leaves of a state.
+        """
+        g = self.emitter.graph
+        if count == 1:
+            return h, self.added(g.node("Mul", h, total), weighted, key, q)
+        batch = self.batch // count
+        gain = g.node("Reshape", self.gained(weighted, key, q), g.i64(batch, count, *self.state()[1:]))
+        totals = g.node("Reshape", total, g.i64(batch, count, self.heads, 1, 1))
+        states = [g.node("Unsqueeze", h, g.i64(1))]
+        for i in range(count):
+            kept, added = (g.node("Slice", value, g.i64(i), g.i64(i + 1), g.i64(1)) for value in (totals, gain))
+            states.append(g.node("Add", g.node("Mul", states[-1], kept), added))
+        before = g.node("Reshape", g.node("Concat", *states[:-1], axis=1), g.i64(*self.state()))
+        return before, g.node("Squeeze", states[-1], g.i64(1))
+
+    def gained(self, weighted: onnx.Value, key: onnx.Value, q: int) -> onnx.Value:
+        """Return Σᵢ weighted[i] ⊗ key[i] of each piece, [B, H, P, N]."""
+        g, share = self.emitter.graph, self.heads // self.groups
+        turned = g.node("Transpose", weighted, perm=[0, 1, 3, 2])
+        turned = g.node("Reshape", turned, g.i64(self.batch, self.groups, share * self.channels, q))
+        return g.node("Reshape", g.node("MatMul", turned, key), g.i64(*self.state()))
+
     def added(self, kept: onnx.Value, weighted: onnx.Value, key: onnx.Value, q: int) -> onnx.Value:
         """Return kept + Σᵢ weighted[i] ⊗ key[i], [B, H, P, N]. For few tokens term by term, in the kernel of `kept`."""
         g, share = self.emitter.graph, self.heads // self.groups
         if q > FEW_TOKENS:
-            turned = g.node("Transpose", weighted, perm=[0, 1, 3, 2])
-            turned = g.node("Reshape", turned, g.i64(self.batch, self.groups, share * self.channels, q))
-            return g.node("Add", kept, g.node("Reshape", g.node("MatMul", turned, key), g.i64(*self.state())))
+            return g.node("Add", kept, self.gained(weighted, key, q))
         after = g.node("Reshape", kept, g.i64(self.batch, self.groups, share, self.channels, self.width))
         for i in range(q):
             column = g.node("Slice", weighted, g.i64(i), g.i64(i + 1), g.i64(2))

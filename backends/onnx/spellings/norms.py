@@ -12,9 +12,16 @@ from .elementwise import silu
 
 def rms_norm(emitter: Emitter, node: Node) -> None:
     """Opset 23 has it: two kernels, of which the second is that of the linear that follows."""
+    g, eps = emitter.graph, number(node, "eps")
     x, weight = emitter.operand(node, "x"), emitter.f32(node["weight"])
-    y = emitter.graph.node("RMSNormalization", x, weight, axis=-1, epsilon=number(node, "eps"))
+    y = g.node("RMSNormalization", x, weight, axis=-1, epsilon=eps)
     emitter.bind(node.results[0], y)
+
+    def parts() -> tuple[onnx.Value, onnx.Value]:
+        mean = g.node("ReduceMean", g.node("Mul", x, x), g.i64(-1), keepdims=1)
+        return g.node("Mul", x, weight), g.node("Reciprocal", g.node("Sqrt", g.node("Add", mean, g.f32(eps))))
+
+    emitter.bind_norm(y, parts)
 
 
 def gated_rms_norm(emitter: Emitter, node: Node) -> None:

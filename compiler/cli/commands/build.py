@@ -34,6 +34,7 @@ from n3c.passes.pipelines import DUMPED
     ),
     groups={
         "Graphs and plans": ("--entry", "--stages", "--weights-mode", "--trt", "--sm"),
+        "Building plans": ("--jobs", "--no-cache", "--cache-size"),
         "For a closer look": ("--print-ir-after",),
     },
 )

@@ -12,6 +12,7 @@ from n3c.compiler.cli.command import n3c_command
 from n3c.compiler.cli.output import print_json, tell
 from n3c.compiler.cli.progress import TerminalProgress
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
+from n3c.runtime.numbers import require_number
 from n3c.runtime.serve.open import open_served, require_packages
 
 LOCAL = "127.0.0.1"
@@ -45,6 +46,7 @@ LOCAL = "127.0.0.1"
 def command(build: Path, host: str, port: int, grace: float, access_log: bool, as_json: bool, **_: Any) -> int:
     """Serve BUILD until SIGTERM or Ctrl-C."""
     require_packages()
+    require_number("--grace", grace)
     from n3c.runtime.serve.http_server import HttpServer
 
     with TerminalProgress() as progress:

@@ -63,6 +63,8 @@ def command(path: Path, as_json: bool, **_: Any) -> int:
             )
         )
         say("\n" + format_table(("", "the service", "a replica"), list(_figures(result))))
+        if load.refused:
+            say_line(f"\n{load.refused:,} requests are refused: their prompts are longer than the model's context")
         if load.saturated:
             say_line("\nmore requests come than are answered: the times grow with the number of requests")
         if result.kept is False:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from n3c.backends.progress import Progress
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
+from n3c.ir.json_file import parse_json, read_bounded
 from n3c.ir.program import Program
 from n3c.passes.pipelines import STAGES
 from n3c.passes.serving import serve
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from n3c.backends.safetensors.checkpoint import Checkpoint
 
 METRICS = "metrics.jsonl"
+LONGEST_METRICS = 1 << 28
+"""Bytes of those of a run: half a million steps."""
 CURVES = ("loss", "val_loss", "grad_norm", "lr", "tokens_per_second", "expert_load")
 """Metrics of a training run that are drawn, each in a chart; of several values a step, the largest."""
 
@@ -122,16 +124,15 @@ def read_metrics(run: Path) -> dict[str, list[tuple[float, float]]]:
     path = run / METRICS if run.is_dir() else run
     curves: dict[str, list[tuple[float, float]]] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        rows: list[Any] = [json.loads(line) for line in lines if line.strip()]
-        for row in rows:
+        for line in filter(None, map(bytes.strip, read_bounded(path, LONGEST_METRICS).splitlines())):
+            row: Any = parse_json(line)
             for name in CURVES:
                 value = row.get(name)
                 if value not in (None, []):
                     curves.setdefault(name, []).append((float(row["step"]), _largest(value)))
     except OSError as error:
         raise _unreadable("E0601", error.strerror or str(error), path) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise _unreadable("E0625", "no metrics of a training run: a JSON object with `step` a line", path) from error
     return curves
 

@@ -8,16 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-from n3c.ir.ops import Attribute, Continues, Types, op
+from n3c.ir.op_definition import Attribute, Continues, Types, op, require
 from n3c.ir.types import DType, TensorType
 
 _REFERENCE = "n3c_gated_delta_net.reference"
 _ONNX = "n3c_gated_delta_net.onnx"
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 @op(reference=f"{_REFERENCE}:split_groups", spelling=f"{_ONNX}:split_groups")
@@ -26,7 +21,7 @@ def split_groups(x: TensorType, *, groups: int, sizes: tuple[int, ...]) -> Types
 
     x [..., groups · Σ sizes] → [..., groups · size] for each of the sizes.
     """
-    _require(x.dims[-1] == groups * sum(sizes), f"cannot split {x} into {groups} groups of {sizes}")
+    require(x.dims[-1] == groups * sum(sizes), f"cannot split {x} into {groups} groups of {sizes}")
     return tuple(x.with_last(groups * size) for size in sizes)
 
 
@@ -34,8 +29,8 @@ def split_groups(x: TensorType, *, groups: int, sizes: tuple[int, ...]) -> Types
 def norm_then_gate(x: TensorType, gate: TensorType, weight: TensorType, *, eps: float) -> TensorType:
     """y = rms_norm(x) · weight · silu(gate), the mean over each head: x and gate [..., Hv · Dv], weight [Dv]."""
     width, of_head = x.dims[-1], weight.dims[-1]
-    _require(x.dims == gate.dims, f"gate {gate} is not as {x}")
-    _require(isinstance(width, int) and isinstance(of_head, int) and width % of_head == 0, f"{weight} does not fit {x}")
+    require(x.dims == gate.dims, f"gate {gate} is not as {x}")
+    require(isinstance(width, int) and isinstance(of_head, int) and width % of_head == 0, f"{weight} does not fit {x}")
     return x
 
 
@@ -71,13 +66,13 @@ def gated_delta(
     key i // (Hv / Hk); S [B, Hv, Dk, Dv] → y [B, S, Hv·Dv].
     """
     heads, keys, values = A.dims[-1], k.dims[-1], v.dims[-1]
-    _require(q == k, f"q {q} is not as k {k}")
-    _require(a == b and a.dims == (*v.dims[:-1], heads), f"a {a} and b {b} do not fit {v}")
-    _require(A.dims == dt_bias.dims, f"A {A} and dt_bias {dt_bias} differ in heads")
+    require(q == k, f"q {q} is not as k {k}")
+    require(a == b and a.dims == (*v.dims[:-1], heads), f"a {a} and b {b} do not fit {v}")
+    require(A.dims == dt_bias.dims, f"A {A} and dt_bias {dt_bias} differ in heads")
     sizes = [size for size in (heads, keys, values) if isinstance(size, int)]
-    _require(len(sizes) == 3, "gated_delta needs static widths")
+    require(len(sizes) == 3, "gated_delta needs static widths")
     fits = sizes[0] % num_key_heads == 0 and sizes[1] % num_key_heads == 0 and sizes[2] % sizes[0] == 0
-    _require(fits, "gated_delta widths do not divide")
+    require(fits, "gated_delta widths do not divide")
     return v
 
 
@@ -107,6 +102,6 @@ def gated_delta_update(
     operands = {"A": A, "k": k, "v": v}
     gated_delta.infer([q, k, v, a, b, A, dt_bias], {"num_key_heads": num_key_heads})
     dims = (v.dims[0], *_sizes(operands, {"num_key_heads": num_key_heads}))
-    _require(state.dims == dims, f"state {state} is not {list(dims)}")
-    _require(counts is None or counts == TensorType(DType.I64, v.dims[:1]), f"counts {counts} do not fit {v}")
+    require(state.dims == dims, f"state {state} is not {list(dims)}")
+    require(counts is None or counts == TensorType(DType.I64, v.dims[:1]), f"counts {counts} do not fit {v}")
     return v, state

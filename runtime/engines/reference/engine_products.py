@@ -10,18 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from n3c.backends.onnx.forms import batches_of, bucket_rows, is_matrix_product
+from n3c.backends.onnx.entry_forms import LinearForms, bucket_rows, fastest_for, has_wide_products
+from n3c.backends.onnx.forms import batches_of
+from n3c.backends.onnx.linear_forms import Choose
 from n3c.ir import ops
 from n3c.ir.program import Call, EntryPoint, Node, Program
-from n3c.ir.types import DType
 
-from .activations import ACTIVATIONS
+from .activations import ACTIVATIONS, can_tip
 from .evaluate import Evaluator, by_definition
 from .ops import EVALUATORS
+
+NEAR = 1e-5
+"""What sums of another order change of a number, relative to the root mean square of its token's: ten times what is
+measured."""
+NEAR_BF16 = 2**-7
+"""The same of a number behind products whose results are BF16, relative to itself: a step of that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +55,18 @@ Operand = Tensor | Scaled
 class EngineProducts:
     """Chooses evaluators: engines' products where an engine has a matrix product, definitions elsewhere."""
 
-    def __init__(self, program: Program, batch: int) -> None:
-        """Take the sequences of a call; `prefill` is built for fewer."""
-        self._batch = batch
-        self._bf16 = any(state.type.dtype is not DType.F32 for state in program.states.values())
+    def __init__(self, program: Program, batch: int, choose: Choose | None = None) -> None:
+        """Take the sequences of a call; `prefill` is built for fewer. `choose` is that of `emit_entry`."""
+        self.doubts: dict[str, Tensor] = {}
+        """Label of a layer → bool [B, S], of the calls since this was cleared: tokens of which numbers lie so near the
+        middle of two neighbours that sums of another order may round them otherwise."""
+        self._bf16 = not has_wide_products(program)
+        self._forms = {
+            name: LinearForms(
+                program, entry, {"B": batches_of(name, (batch,))[0], "S": entry.tokens}, choose or fastest_for(program)
+            )
+            for name, entry in program.entry_points.items()
+        }
 
     def __call__(self, program: Program, entry: EntryPoint, call: Call, node: Node) -> Evaluator:
         """Return the evaluator of a node."""
@@ -59,14 +75,13 @@ class EngineProducts:
             codes = call.parameters[formals.index(node["codes"])]
             return _unscaled(node.op.name, program.parameters[codes].format)
         if node.op is ops.quantize_activation:
-            return self._rounded
+            return partial(self._rounded_input, call.label, self._rounds_to_bf16(program, entry, call))
         if node.op is ops.experts:
-            return self._experts
+            return partial(self._experts, call.label)
         if node.op is ops.linear:
-            few = not self._is_product(entry, node)
-            return lambda x, weight: (
-                EVALUATORS["linear"](_dense(x), _dense(weight)) if few else self._product(x, weight)
-            )
+            if self._forms[entry.name].rounds(node):
+                return self._product
+            return lambda x, weight: EVALUATORS["linear"](_dense(x), _dense(weight))
         if node.op is ops.expert_linear:
             return lambda x, indices, weight: EVALUATORS["expert_linear"](_dense(x), indices, _dense(weight))
         return by_definition(program, entry, call, node)
@@ -76,17 +91,18 @@ class EngineProducts:
         function, found = program.functions[call.function], set[str]()
         for node in function.nodes:
             found.update(str(node.attributes[name]) for name in ("format", "inner_format") if name in node.attributes)
-            if self._bf16 and node.op.weights and self._is_product(entry, node):
-                found.add("bf16")
+        if self._rounds_to_bf16(program, entry, call):
+            found.add("bf16")
         return found - {""}
 
-    def _is_product(self, entry: EntryPoint, node: Node) -> bool:
-        """Whether an engine computes a node as a matrix product of stored types."""
-        (batch,) = batches_of(entry.name, (self._batch,))
-        return is_matrix_product(node, {"B": batch, "S": entry.tokens})
+    def _rounds_to_bf16(self, program: Program, entry: EntryPoint, call: Call) -> bool:
+        """Whether any linear of a call rounds to BF16."""
+        nodes = program.functions[call.function].nodes
+        return any(node.op.weights and self._forms[entry.name].rounds(node) for node in nodes)
 
     def _experts(
         self,
+        label: str,
         x: Operand,
         indices: Tensor,
         weights: Tensor,
@@ -101,7 +117,11 @@ class EngineProducts:
         """Apply every expert [E, ...] to every token, then sum those that were chosen; by definition what overflows."""
 
         def finished(active: Tensor, product: Callable[[Operand, Operand], Tensor]) -> Tensor:
-            inner = active if inner_scale is None else self._rounded(active, inner_scale, format=inner_format)
+            inner: Operand = active
+            if inner_scale is not None:
+                inner = self._rounded(active, inner_scale, format=inner_format)
+                tips = self._tips(active * (1 / inner_scale), inner_format, bf16=self._bf16).any(-1)  # [B, E, S]
+                self._doubt(label, tips.transpose(1, 2).gather(2, indices))
             y = product(inner, down).permute(0, 2, 1, 3)  # [B, E, S, N] → [B, S, E, N]
             return y.gather(2, indices.unsqueeze(-1).expand(*indices.shape, y.shape[-1]))
 
@@ -141,6 +161,20 @@ class EngineProducts:
         divided, rounding = x * (1 / scale), ACTIVATIONS[format]
         narrow = rounding(self._operand(divided)) if format == "nvfp4" else None
         return Scaled(rounding(divided), scale, format, narrow)
+
+    def _rounded_input(self, label: str, bf16: bool, x: Tensor, scale: Tensor, *, format: str) -> Scaled:
+        """Round what a linear reads, and note the tokens of which it may be rounded otherwise."""
+        self._doubt(label, self._tips(x * (1 / scale), format, bf16=bf16))
+        return self._rounded(x, scale, format=format)
+
+    def _tips(self, divided: Tensor, format_: str, *, bf16: bool) -> Tensor:
+        distance = NEAR * divided.square().mean(-1, keepdim=True).sqrt()
+        return can_tip(divided, distance + NEAR_BF16 * divided.abs() if bf16 else distance, format_)
+
+    def _doubt(self, label: str, tips: Tensor) -> None:
+        """Note tokens, given where in [B, S, …] a rounding may tip."""
+        tokens = tips.flatten(2).any(-1)
+        self.doubts[label] = tokens | self.doubts[label] if label in self.doubts else tokens
 
     def _operand(self, x: Tensor) -> Tensor:
         """Return float32 x as a product takes or gives it."""

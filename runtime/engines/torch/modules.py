@@ -33,8 +33,8 @@ class PackedLinear(nn.Module):
         return rows.view(*x.shape[:-1], -1)
 
 
-class PackedMlp(nn.Module):
-    """down(relu(up(x))^2)."""
+class _UpAndDown(nn.Module):
+    """Two linears."""
 
     def __init__(
         self,
@@ -46,6 +46,10 @@ class PackedMlp(nn.Module):
         """Take what each of both linears reads rounded."""
         super().__init__()
         self._up, self._down, self._operations, self._activations = up, down, operations, activations
+
+
+class PackedMlp(_UpAndDown):
+    """down(relu(up(x))^2)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [B, S, D] for x [B, S, D]."""
@@ -54,19 +58,8 @@ class PackedMlp(nn.Module):
         return self._operations.linear(rounded(inner, active), self._down, x.dtype).view_as(x)
 
 
-class PackedExperts(nn.Module):
+class PackedExperts(_UpAndDown):
     """sum over the chosen experts of weight_e * down_e(relu(up_e(x))^2)."""
-
-    def __init__(
-        self,
-        up: PackedWeight,
-        down: PackedWeight,
-        operations: Operations,
-        activations: tuple[Activation | None, Activation | None] = (None, None),
-    ) -> None:
-        """Take what each of both linears reads rounded."""
-        super().__init__()
-        self._up, self._down, self._operations, self._activations = up, down, operations, activations
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """Return [B, S, L] for x [B, S, L], experts and weights [B, S, K], in the type of x."""

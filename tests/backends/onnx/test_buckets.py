@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from n3c.backends.onnx.emit import emit_entry
-from n3c.backends.onnx.forms import bucket_rows
+from n3c.backends.onnx.entry_forms import bucket_rows
 from n3c.ir import ops
 from n3c.ir.types import DType
 from n3c.passes.lower.model import lower

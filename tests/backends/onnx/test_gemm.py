@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 
 from n3c.backends.onnx.emit import emit_entry
-from n3c.backends.onnx.forms import FEW_ROWS
+from n3c.backends.onnx.linear_forms import LinearForm
 from n3c.ir import ops
 from n3c.ir.types import DType
 from n3c.runtime.engines.onnxruntime.session import inference_session
-from n3c.runtime.engines.reference.ops import dequantize_fp8, dequantize_nvfp4
+from n3c.runtime.engines.reference.ops import dequantize_fp8, dequantize_nvfp4, rms_norm
 from n3c.runtime.engines.reference.ops import experts as all_experts
 from support.one_op import OneOp
 from support.onnx_run import FP4DynamicQuantize, OnnxRunner
 
-ROWS = FEW_ROWS + 1
 SCALE = 1 / 128
 
 
@@ -57,9 +56,12 @@ def weight(one: OneOp, form: str) -> Tensor:
         ("nvfp4", "w4a16_nvfp4", same),
     ],
 )
-@pytest.mark.parametrize("rows", [1, 2, 4, ROWS])
-def test_linear(rows: int, form: str, format_: str, seen: Callable[[Tensor], Tensor]) -> None:
-    """Of any number of rows what the format says; values of nothing, tiny, and beyond what the scale reaches."""
+@pytest.mark.parametrize(
+    ("rows", "chosen"),
+    [(1, "sum"), (4, "sum"), (4, "sum_by_rows"), (3, "siblings"), (1, "product"), (33, "product")],
+)
+def test_linear(rows: int, chosen: LinearForm, form: str, format_: str, seen: Callable[[Tensor], Tensor]) -> None:
+    """In every form what the format says; values of nothing, tiny, and beyond what the scale reaches."""
     one = OneOp(format_=format_)
     x = one.input("x", 1, rows, 48)
     one.values["x"][0, 0, :3] = torch.tensor([0.0, 1e-6, 1e5])
@@ -69,12 +71,29 @@ def test_linear(rows: int, form: str, format_: str, seen: Callable[[Tensor], Ten
         one.function.parameters.append(scale)
         read = one.build.emit(ops.quantize_activation, x, scale, name="x_q", format=format_)
     program = one.apply(ops.linear, read, one.quantized(form, 5, 48))
-    actual = OnnxRunner(emit_entry(program, "run", batch=1), one.values).run(one.values)["y0"]
+    entry = emit_entry(program, "run", batch=1, choose=lambda _: chosen)
+    assert any(node.op_type == "Gemm" for node in entry.model.graph) == (chosen == "product")
+    actual = OnnxRunner(entry, one.values).run(one.values)["y0"]
     expected = seen(one.values["x"]) @ weight(one, form).T
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     if seen is not same:
         exact = one.values["x"] @ weight(one, form).T
         assert float((exact - expected).norm() / exact.norm()) > 1e-3  # quantization shows
+
+
+@pytest.mark.parametrize("dtype", [DType.F32, DType.BF16])
+def test_siblings_behind_a_norm(dtype: DType) -> None:
+    """What divides by the root of the mean of squares stands behind the sums."""
+    one = OneOp()
+    x = one.input("x", 2, 3, 48)
+    normal = one.build.emit(ops.rms_norm, x, one.weight("norm", 48, dtype=DType.BF16), name="normal", eps=1e-5)
+    program = one.apply(ops.linear, normal, one.weight("w", 5, 48, dtype=dtype))
+    entry = emit_entry(program, "run", batch=2, choose=lambda _: "siblings")
+    assert not any(node.op_type == "RMSNormalization" for node in entry.model.graph)
+    actual = OnnxRunner(entry, one.values).run(one.values)["y0"]
+    v = one.values
+    expected = rms_norm(v["x"], v["norm"], eps=1e-5) @ v["w"].float().T
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("format_", "seen"), [("fp8", in_fp8), ("nvfp4", in_fp4)])

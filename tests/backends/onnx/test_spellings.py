@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from n3c.backends.onnx.emit import emit_entry
+from n3c.backends.onnx.linear_forms import Choose, LinearForm
 from n3c.backends.onnx.registry import SPELLINGS
+from n3c.backends.onnx.spellings.one_token import MOST_HEADS
 from n3c.ir import ops
 from n3c.ir.diagnostics import ExitCode, N3CError, Span
-from n3c.ir.ops import OPS, OpDef
+from n3c.ir.op_definition import OPS, OpDef
 from n3c.ir.program import Origin, Program
 from n3c.ir.rewrite import Builder
 from n3c.ir.types import DType
@@ -21,9 +23,9 @@ from support.one_op import BF16, F16, F32, OneOp
 from support.onnx_run import OnnxRunner
 
 
-def compare(one: OneOp, program: Program, tolerance: float = 2e-6) -> dict[str, Tensor]:
+def compare(one: OneOp, program: Program, tolerance: float = 2e-6, choose: Choose | None = None) -> dict[str, Tensor]:
     """Run both evaluations, compare every output and next state, and return those of ONNX."""
-    entry = emit_entry(program, "run", batch=1)
+    entry = emit_entry(program, "run", batch=1, choose=choose)
     actual = OnnxRunner(entry, one.values).run(one.values)
     of: Mapping[str, Tensor] = one.values
     reference = evaluate(program, "run", of, of, {name: one.values[name] for name in program.states})
@@ -91,13 +93,15 @@ def test_linear(form: str, tokens: int) -> None:
     compare(one, one.apply(ops.linear, x, one.quantized(form, 5, 48)), tolerance=2e-5)
 
 
+@pytest.mark.parametrize("chosen", ["sum", "by_expert"])
 @pytest.mark.parametrize("rows", [1, 3], ids=["one row for all", "a row an expert"])
 @pytest.mark.parametrize("form", ["f32", "bf16", "fp8", "nvfp4", "packed"])
-def test_expert_linear(form: str, rows: int) -> None:
+def test_expert_linear(form: str, rows: int, chosen: LinearForm) -> None:
     one = OneOp()
     x = one.input("x", 2, 2, rows, 32)
     indices = one.integers("indices", torch.tensor([[[0, 5, 2], [1, 1, 4]], [[3, 0, 5], [5, 4, 3]]]))
-    compare(one, one.apply(ops.expert_linear, x, indices, one.quantized(form, 6, 5, 32)), tolerance=2e-5)
+    program = one.apply(ops.expert_linear, x, indices, one.quantized(form, 6, 5, 32))
+    compare(one, program, tolerance=2e-5, choose=lambda _: chosen)
 
 
 def test_packed_codes_cover_every_byte() -> None:
@@ -211,6 +215,17 @@ def test_cached_attention(tokens: int, dtype: DType, tolerance: float, places: i
     positions = one.integers("positions", torch.arange(places))
     program = one.apply(ops.cached_attention, q, *caches, lengths, positions, num_heads=4, num_kv_heads=2)
     compare(one, program, tolerance)
+
+
+@pytest.mark.parametrize("heads", [1, MOST_HEADS, MOST_HEADS + 1])
+def test_heads_that_share_keys(heads: int) -> None:
+    """One token: a sum for each head beside each other, or one for all."""
+    one = OneOp()
+    caches = [one.weight(name, 2, 2, 6, 8) for name in ("k_cache", "v_cache")]
+    lengths, positions = one.integers("lengths", torch.tensor([0, 4])), one.integers("positions", torch.arange(5))
+    q = one.input("q", 2, 1, 2 * heads * 8)
+    program = one.apply(ops.cached_attention, q, *caches, lengths, positions, num_heads=2 * heads, num_kv_heads=2)
+    compare(one, program)
 
 
 def test_last_token() -> None:

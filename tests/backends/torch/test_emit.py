@@ -19,7 +19,7 @@ import torch
 from n3c.backends.torch.emit import emit
 from n3c.backends.torch.loading import write_files
 from n3c.ir.diagnostics import ExitCode, N3CError
-from n3c.ir.ops import OPS
+from n3c.ir.op_definition import OPS
 from n3c.specs.blocks import GENERAL_LETTERS, KINDS, Mamba, MoeLayers
 from n3c.specs.load import load_spec
 from n3c.specs.pattern import Pattern
@@ -70,6 +70,7 @@ def variants() -> dict[str, Spec]:
             ),
         ),
     }
+    found["dense_mtp"] = tiny_spec("M*-", mtp="*-")
     found["emulated"] = replace(tiny, training=Training("nvfp4"))
     found["emulated_dense"] = replace(tiny_spec("M*-", mtp=None), training=Training("mxfp8"))
     for symbols in ("M", "*", "E", "-", "M*", "E-"):

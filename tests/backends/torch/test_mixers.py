@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -59,6 +60,35 @@ def test_ssd_is_the_recurrence(module: Any, length: int, chunk: int) -> None:
     assert y.dtype == h.dtype == torch.float32
     torch.testing.assert_close(y.double(), expected_y, atol=2e-6, rtol=2e-6)
     torch.testing.assert_close(h.double(), expected_h, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("length", "dtype", "size", "fast"),
+    [
+        (3, torch.float32, (4, 5), True),
+        (1, torch.float32, (4, 5), False),
+        (3, torch.bfloat16, (4, 5), False),
+        (3, torch.bfloat16, (64, 128), True),
+        (1, torch.bfloat16, (64, 128), False),
+    ],
+)
+def test_kernels_scan_what_they_were_found_right_for(
+    module: Any, monkeypatch: pytest.MonkeyPatch, length: int, dtype: torch.dtype, size: tuple[int, int], fast: bool
+) -> None:
+    """Several tokens in float32, or in bfloat16 with heads of one size; a token behind a state is a step."""
+    P, N = size
+    x, B, C = (torch.zeros(1, length, 2, channels, dtype=dtype) for channels in (P, N, N))
+    dt, A, state = torch.ones(1, length, 2), -torch.ones(2), torch.zeros(1, 2, P, N)
+    answer = (x + 1, state + 1)
+
+    def scan(*_: object) -> tuple[Tensor, Tensor]:
+        return answer
+
+    def kernels(_: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(mamba2=SimpleNamespace(scan=scan))
+
+    monkeypatch.setattr(module.ssd, "kernels", kernels)
+    assert (module.ssd.scan(x, dt, A, B, C, 4, state)[0] is answer[0]) is fast
 
 
 def test_ssd_step_is_ssd(module: Any) -> None:

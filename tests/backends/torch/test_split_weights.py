@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from .generated import imported, tiny_spec, write_generated
-
 SPLIT = ("--numerics", "bf16-split", "--log-every", "3")
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Import the generated training program."""
-    spec = tiny_spec("ME*", mtp=None)
-    folder = tmp_path_factory.mktemp("train")
-    write_generated(replace(spec, model=replace(spec.model, vocab_size=256)), folder)
-    with imported(folder) as modules:
-        yield modules
 
 
 def arguments(folder: Path, name: str, *more: str) -> list[str]:

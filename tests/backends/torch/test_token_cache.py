@@ -141,7 +141,7 @@ def test_a_full_disk(train: Any, lines: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux bounds it")
-@pytest.mark.parametrize("form", ["parquet", "arrow"])
+@pytest.mark.parametrize("form", [pytest.param("parquet", marks=pytest.mark.slow), "arrow"])
 def test_values_that_do_not_fit_into_memory(folder: Path, lines: Path, tmp_path: Path, form: str) -> None:
     """A file of a few kB with a text of 128 MB is told, and no memory taken for it."""
     table = pa.table({"text": pa.array(["a " * (1 << 26)], type=pa.large_string())})

@@ -269,15 +269,21 @@ def test_processes_share_a_key_head(folder: Path, kv_heads: int, processes: int)
     assert_same_run(other / "one", other / "shared")
 
 
-def test_documents_in_parts_equal_the_whole_batch(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "processes"),
+    [(["--accumulation", "4"], 1), pytest.param([], 2, marks=pytest.mark.slow)],
+    ids=["accumulated", "shared"],
+)
+def test_documents_in_parts_equal_the_whole_batch(
+    folder: Path, options: list[str], processes: int, request: pytest.FixtureRequest
+) -> None:
     """Parts have different numbers of tokens to predict: their means do not count alike."""
     packed = [*SHORT, "--document-separator", str(ord(" "))]
-    whole = folder / "packed"
-    run(folder, whole, *packed)
-    run(folder, folder / "packed_parts", *packed, "--accumulation", "4")
-    assert_same_run(whole, folder / "packed_parts")
-    run(folder, folder / "packed_two", *packed, processes=2)
-    assert_same_run(whole, folder / "packed_two")
+    whole, other = folder / "packed", folder / f"packed_{request.node.callspec.id}"
+    if not whole.exists():
+        run(folder, whole, *packed)
+    run(folder, other, *packed, *options, processes=processes)
+    assert_same_run(whole, other)
 
 
 @pytest.fixture(scope="module")
@@ -287,12 +293,13 @@ def one_in_bf16(folder: Path) -> Path:
     return folder / "one_in_bf16"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
         ["--accumulation", "2"],
-        pytest.param(["--expert-parallel", "2", "--activation-checkpointing"], marks=pytest.mark.slow),
-        pytest.param(["--tensor-parallel", "2"], marks=pytest.mark.slow),
+        ["--expert-parallel", "2", "--activation-checkpointing"],
+        ["--tensor-parallel", "2"],
     ],
     ids=["data", "expert", "tensor"],
 )

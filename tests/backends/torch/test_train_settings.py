@@ -26,6 +26,35 @@ def problems(settings: Any, values: dict[str, Any]) -> list[str]:
     return found
 
 
+DEFAULTS = {
+    "batch_size": 16, "seq_len": 256, "accumulation": 1, "document_separator": -1, "tokenizer": "",
+    "data_format": "auto", "text_field": "text", "messages_field": "", "dtype": "", "document_boundaries": True,
+    "token_cache": "", "token_cache_gb": 100.0, "seed": 0, "numerics": "", "weights": "", "init": "published",
+    "teacher": "", "quantized": "", "activations": "stored", "frozen_scales": False, "train": "*", "freeze": "",
+    "optimizer": "adamw", "lr": 1e-3, "final_lr": 0.01, "schedule": "wsd", "warmup": 0.02, "decay": 0.2,
+    "weight_decay": 0.1, "no_decay": "embedding", "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "clip": 1.0, "ema": 0.0,
+    "bias_rate": 1e-3, "balance": 1e-4, "expert_parallel": 1, "tensor_parallel": 1,
+    "activation_checkpointing": "none", "compile": False, "save_every": 1000, "keep": 2, "async_checkpoints": True,
+    "resume": False, "resume_step": 0, "val_data": "", "val_fraction": 0.05, "export_dtype": "float32",
+    "val_every": 200, "val_sequences": 32, "log_every": 10, "tensorboard": False, "wandb": "", "profile_step": 0,
+    "peak_tflops": 0.0,
+}  # fmt: skip
+"""Option → its default: who trains with none of them relies on each."""
+
+
+def test_defaults(settings: Any) -> None:
+    required = {"data": "d", "out": "o", "steps": 1}
+    assert vars(settings.Settings(**required)) == required | DEFAULTS
+
+
+@pytest.mark.parametrize("name", ["steps", "save_every", "profile_step", "lr"])
+def test_whole_numbers_have_64_bits(settings: Any, name: str) -> None:
+    for wrong in (2**63, -(2**63) - 1, 10**400):
+        with pytest.raises(settings.TrainError, match=f"{name} has more than 64 bits") as error:
+            settings.checked({"data": "d", "out": "o", "steps": 1, name: wrong})
+        assert error.value.code == 2
+
+
 LONGEST, VOCABULARY = tiny_spec().model.max_position_embeddings, tiny_spec().model.vocab_size
 
 

@@ -65,30 +65,8 @@ def test_recipes(emitted: Any, recipes: Any) -> None:
 @pytest.fixture
 def reference(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return the module of the reference quantizer; stand-ins for the classes that it imports."""
-
-    class Storage:
-        """QuantizedTensorStorage."""
-
-    class Quantizer:
-        """Keeps which layouts are wanted."""
-
-        def __init__(self, *, rowwise: bool, columnwise: bool) -> None:
-            self.rowwise_usage, self.columnwise_usage = rowwise, columnwise
-
-    def is_custom(_: object) -> bool:
-        return True
-
-    stubs: dict[str, dict[str, Any]] = {
-        "transformer_engine": {"__path__": []},
-        PACKAGE: {"__path__": []},
-        f"{PACKAGE}.custom_recipes": {"__path__": [str(WHEEL / "pytorch" / "custom_recipes")]},
-        f"{PACKAGE}.quantized_tensor": {"QuantizedTensorStorage": Storage, "Quantizer": Quantizer},
-        f"{PACKAGE}.tensor": {"__path__": []},
-        f"{PACKAGE}.tensor.utils": {"is_custom": is_custom},
-    }
-    for name, content in stubs.items():
-        module = types.ModuleType(name)
-        module.__dict__.update(content)
+    against: Any = import_file(Path(__file__).parents[3] / "benchmarks" / "against_te.py")
+    for name, module in against.stand_ins(WHEEL / "pytorch" / "custom_recipes").items():
         monkeypatch.setitem(sys.modules, name, module)
     return importlib.import_module(f"{PACKAGE}.custom_recipes.reference_nvfp4")
 

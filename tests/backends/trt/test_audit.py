@@ -111,6 +111,21 @@ def test_a_result_with_as_many_elements_as_the_weight_is_no_copy() -> None:
     assert judge(more, kernel("k", [w], [tensor("d", "Float", 32, 64)])) == ("fp32", "k")
 
 
+@pytest.mark.parametrize(("dtype", "dims", "realised"), [
+    ("Float", (40, 16, 32), "bf16"),  # rows of experts' buckets, of which the kernel takes 32
+    ("Float", (640, 16), "fp32"),  # another width: not what the linear reads
+    ("Int64", (40, 16, 32), "fp32"),  # places, no numbers
+    ("Float", (8, 32), "fp32"),  # fewer rows than the result has
+])  # fmt: skip
+def test_a_transposed_result_of_rows_that_are_gathered_is_no_copy(
+    dtype: str, dims: tuple[int, ...], realised: str
+) -> None:
+    """[64, 32] of 32 rows has the dims of the weight; its kernel reads the table that the rows come from."""
+    linear = Linear("l", "bf16", "w", 64 * 32, 64 * 32, (64, 32), 32)
+    w, y = tensor("w", "BFloat16", 64, 32), tensor("y", "Float", 64, 32)
+    assert judge(linear, kernel("k", [w, tensor("table", dtype, *dims)], [y])) == (realised, "k")
+
+
 def test_a_weight_that_nothing_reads_and_states_of_the_same_size() -> None:
     linear = Linear("l", "bf16", "w", 64, 64, (8, 8), 1)
     w = tensor("w", "BFloat16", 8, 8)

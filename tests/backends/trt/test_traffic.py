@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from n3c.backends.kernel_work import Choice
 from n3c.backends.onnx.emit import OnnxEntry, emit_entry
 from n3c.backends.trt.build import build_plan
 from n3c.backends.trt.layers import Kernel, TensorInfo
 from n3c.backends.trt.module import load_trt
-from n3c.backends.trt.needs import Choice
 from n3c.backends.trt.traffic import Moved, Traffic, traffic, traffic_json
 from n3c.compiler.report.cost import decode_bytes
 from n3c.passes.serving import Served, serve

@@ -207,9 +207,13 @@ def test_nobody_listening_to_the_progress_is_no_error(tmp_path: Path) -> None:
     assert (tmp_path / "out/torch/small/model.py").is_file()
 
 
-def test_a_full_stdout_is_a_file_error() -> None:
+@pytest.mark.parametrize(
+    "line", ["schema", "simulate tiny --gpu L4 --rate 9 --prompt-tokens 9 --output-tokens 4 --requests 20"]
+)
+def test_a_full_stdout_is_a_file_error(line: str) -> None:
+    """Whether a text or a table comes first."""
     with open("/dev/full", "w", encoding="utf-8") as full:  # noqa: PTH123
-        done = subprocess.run([*PROGRAM, "schema"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run([*PROGRAM, *line.split()], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (6, "error[E0615]: cannot write to stdout: No space left on device\n")
 
 

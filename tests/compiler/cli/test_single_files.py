@@ -50,6 +50,31 @@ def test_a_file_that_is_there_is_left_without_force(spec: Path, tmp_path: Path) 
     assert not (tmp_path / "nothing").exists()
 
 
+def test_nothing_in_a_folder_that_is_read_is_overwritten(spec: Path, tmp_path: Path) -> None:
+    """Not even with --force: weights, a build, a training run."""
+    weights, out, run = tmp_path / "weights", tmp_path / "out", tmp_path / "run"
+    write_checkpoint(weights, load_spec(spec)[0], shards=1)
+    assert n3c("build", spec, "--target", "torch", "-o", out).code == 0
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n', encoding="utf-8")
+    shard, before = next(weights.glob("*.safetensors")), tree(tmp_path)
+    for command in (
+        ("inspect", weights, "--html", shard),
+        ("inspect", out, "--html", out / "manifest.json"),
+        ("inspect", out, "--html", out / "torch" / "train.py"),
+        ("inspect", spec, "--run", run, "--html", run / "metrics.jsonl"),
+        ("diff", spec, weights, "--html", weights / "config.json"),
+        ("import", weights, "-o", shard),
+        ("quantize", spec, "--weights", weights, "-o", tmp_path / "q", "--auto", "--calibration", spec,
+         "--effective-bits", 9, "--write-spec", shard),
+    ):  # fmt: skip
+        result = n3c(*command, "--force", "--json")
+        assert (result.code, result.codes) == (6, ["E0602"]), command
+        assert "which is read" in result.data["diagnostics"][0]["message"]
+    assert tree(tmp_path) == before
+    assert n3c("inspect", weights, "--html", weights / "page.html").code == 0  # which destroys nothing
+
+
 def test_force_overwrites_and_a_link_stays_a_link(spec: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine", encoding="utf-8")
     (tmp_path / "link").symlink_to("mine")

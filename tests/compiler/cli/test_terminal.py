@@ -51,7 +51,7 @@ def test_a_terminal_of_80_columns_gets_lines_that_fit(command: str) -> None:
 
 def test_a_pipe_gets_what_no_terminal_has_cut() -> None:
     out = n3c("check", "super", "--target", "trt", "--sm", "86").out
-    row = "prefill    experts  nvfp4   BF16 matrix product, FP4 and FP8 weights decoded by tables once a call"
+    row = "prefill  experts  nvfp4   BF16 matrix product, FP4 and FP8 weights decoded by tables once a call"
     assert row in out.splitlines()
 
 

@@ -77,6 +77,8 @@ def test_one_block_is_in_memory_at_a_time(model: StreamedModel, ids: torch.Tenso
         def step(self, what: str, done: int = 0, total: int = 0) -> None:
             loaded.update(n for n, p in model.model.named_parameters() if not p.is_meta)
 
+        def item(self, what: str, done: int, total: int) -> None: ...
+
     calibrate(model, ids, Watching(), mtp=True, keep=keep)
     assert not loaded
     with model.loaded("backbone.layers.1"):

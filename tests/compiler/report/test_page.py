@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from n3c.compiler import diff, inspect
+from n3c.compiler.report.page import data
 from n3c.compiler.report.page.ribbon import pieces
 from n3c.specs.load import load_spec
 from n3c.specs.pattern import Pattern
@@ -175,11 +176,25 @@ def test_a_run_shows_its_curves(tmp_path: Path) -> None:
     titles = [found["aria-label"] for found in tags.all("svg")]
     assert titles[-2:] == ["loss against steps", "expert_load against steps"]
     assert len(page) < len(inspect("tiny").page()) + 20_000  # long runs are thinned
-    (tmp_path / "metrics.jsonl").write_text('{"loss": 1}\n', encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    ['{"loss": 1}', '{"step": 1, "loss": "low"}', '{"step": 1, "loss": 1' + 400 * "0" + "}", 5000 * "[", "\xff", "[]"],
+    ids=["no step", "text", "a huge number", "brackets", "no JSON", "a list"],
+)
+def test_a_run_without_metrics(metrics: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(metrics, encoding="latin-1")
     result = n3c("inspect", "tiny", "--run", tmp_path, "--html", tmp_path / "other.html", "--json")
     assert (result.code, result.codes) == (6, ["E0625"])
-    result = n3c("inspect", "tiny", "--run", tmp_path / "none", "--html", tmp_path / "other.html", "--json")
-    assert (result.code, result.codes) == (6, ["E0601"])
+
+
+def test_a_run_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An endless file is read in bounded memory."""
+    monkeypatch.setattr(data, "LONGEST_METRICS", 1 << 20)
+    for run, code in ((tmp_path / "none", "E0601"), ("/dev/zero", "E0625")):
+        result = n3c("inspect", "tiny", "--run", run, "--html", tmp_path / "other.html", "--json")
+        assert (result.code, result.codes) == (6, [code])
 
 
 def test_a_file_that_is_there_is_kept(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ class Wrong:
 
 
 @pytest.mark.parametrize("drafts", ["none", "mtp", "wrong"])
-@pytest.mark.parametrize("memory", [0, 5, 10**6])
+@pytest.mark.parametrize("memory", [0, 2_000, 10**6])
 @pytest.mark.parametrize("seed", range(12))
 def test_random_schedules_give_what_each_request_gives_alone(
     drafts: Literal["none", "mtp", "wrong"], memory: int, seed: int
@@ -133,28 +133,11 @@ def test_random_schedules_give_what_each_request_gives_alone(
 
     requests = drawn(random, 12, VOCAB, GREEDY if drafts == "wrong" else SAMPLED)
     running = batch(SIZES, cached=True)
-    FakeEngineBytes.count(running)
     schedule = scheduled(requests, running)
-    assert running.cache is not None and running.cache.bytes <= max(memory, 0)
+    assert running.cache is not None and running.cache.bytes <= memory
     assert_alone(requests, schedule, batch((1,), cached=False))
     if memory == 10**6:
         assert running.cache.hits > 0
-
-
-class FakeEngineBytes:
-    """Counts one byte for each copy that the stand-in makes, so that a small cache is full soon."""
-
-    @staticmethod
-    def count(batch: Batch) -> None:
-        engine: Any = batch.engine
-        snapshot = engine.snapshot
-
-        def counted(row: int, start: int, stop: int) -> Any:
-            copied = snapshot(row, start, stop)
-            copied.bytes = 1
-            return copied
-
-        engine.snapshot = counted
 
 
 def test_the_smallest_batch_size_that_holds_the_sequences_is_used() -> None:

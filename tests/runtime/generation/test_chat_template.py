@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +193,20 @@ def test_special_tokens_in_a_text(tokenizer: Tokenizer) -> None:
     assert special not in ids
     assert b"".join(tokenizer.token_bytes(token) for token in ids).decode() == text
     assert encode_text(tokenizer, "plain", parse_special=False) == tokenizer.encode("plain")
+
+
+UNGUARDED = """
+from n3c.runtime.generation.chat_template import ChatTemplate
+from n3c.runtime.serve.rendering import Renderer
+
+renderer = Renderer(ChatTemplate("{{ messages[0].content }}", {}), seconds=20, memory=1 << 30)
+print(renderer.render([{"role": "user", "content": "once"}], {}))
+renderer.close()
+"""
+
+
+def test_the_process_does_not_run_the_program_that_it_is_of(tmp_path: Path) -> None:
+    """A script that has no `if __name__ == "__main__"`, as one of `multiprocessing` must have."""
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("once\n", "")

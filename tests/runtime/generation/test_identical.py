@@ -6,24 +6,20 @@ docs/serving.md); no prompt here comes near enough to a tie for that to show.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
-
 import numpy as np
 import pytest
 
 from n3c.passes.lower.model import lower
 from n3c.passes.serving import serve
-from n3c.runtime.engines.interface import Array, Engine
+from n3c.runtime.engines.interface import Engine
 from n3c.runtime.engines.onnxruntime.open import cpu_engine
 from n3c.runtime.engines.torch.open import torch_engine
 from n3c.runtime.engines.torch.weights import CheckpointWeights
 from n3c.runtime.generation.capacity import Capacity
-from n3c.runtime.generation.distribution import certain
 from n3c.runtime.generation.drafter import Drafter, MtpDrafter
 from n3c.runtime.generation.loop import Generation
-from n3c.runtime.generation.sequence import Options, Running
-from n3c.runtime.generation.speculative import Draft
+from n3c.runtime.generation.sequence import Options
+from support.drafters import Oracle
 from support.programs import random_tensors, save_tensors
 from support.specs import SMALL, spec_from_text
 
@@ -31,34 +27,6 @@ VOCAB, BATCH, NEW = 97, 25, 9
 TEXT = SMALL.replace('"MEM*E-ME"', '"M*E"').replace(
     "max_seq_len = 32", "max_seq_len = 32\nprefill_chunk = 8\ndraft_tokens = 3"
 )
-
-
-class Oracle:
-    """Knows what follows, and drafts it, or something else, or each of both by chance."""
-
-    def __init__(
-        self,
-        prompts: Sequence[Sequence[int]],
-        following: Sequence[Sequence[int]],
-        kind: Literal["right", "wrong", "random"],
-    ) -> None:
-        self.following = {tuple(prompt): tokens for prompt, tokens in zip(prompts, following, strict=True)}
-        self.kind, self.random = kind, np.random.default_rng(4)
-
-    def propose(
-        self, engine: Engine, sequences: Sequence[Running | None], lengths: Array, count: int
-    ) -> list[list[Draft]]:
-        return [self._drafts(s, count) if s is not None else [] for s in sequences]
-
-    def _drafts(self, sequence: Running, count: int) -> list[Draft]:
-        done = len(sequence.new)
-        known = [*self.following[sequence.prompt][done : done + count], *[0] * count][:count]
-        drafts: list[Draft] = []
-        for right in known:
-            wrong = self.kind == "wrong" or (self.kind == "random" and self.random.random() < 0.4)
-            token = (right + 1 + int(self.random.integers(VOCAB - 1))) % VOCAB if wrong else right
-            drafts.append(Draft(token, certain(token)))
-        return drafts
 
 
 @pytest.fixture(scope="module", params=["onnxruntime", "torch"])
@@ -89,7 +57,9 @@ def test_two_hundred_prompts(engine: Engine, prompts: list[list[int]]) -> None:
     for at in range(0, len(prompts), BATCH):
         batch = prompts[at : at + BATCH]
         plain, _ = continued(engine, batch, None)
-        drafters: dict[str, Drafter] = {kind: Oracle(batch, plain, kind) for kind in ("right", "wrong", "random")}
+        drafters: dict[str, Drafter] = {
+            kind: Oracle(batch, plain, kind, VOCAB) for kind in ("right", "wrong", "random")
+        }
         for kind, drafter in (drafters | {"mtp": MtpDrafter()}).items():
             tokens, length = continued(engine, batch, drafter)
             assert tokens == plain, kind

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from n3c.runtime.build_folder import open_build
+from n3c.runtime.generation import runner as runner_module
 from n3c.runtime.generation.runner import open_runner
 from n3c.runtime.generation.sequence import Options
 from support.checkpoints import write_checkpoint
@@ -160,7 +161,11 @@ def test_prompts_that_do_not_fit(run: Callable[..., Result]) -> None:
     [
         *(("--temperature", bad) for bad in ("nan", "inf", "-1", "x")),
         *(("--top-p", bad) for bad in ("nan", "0", "1.5", "-0.1", "inf")),
-        *((f"--{name}", bad) for name in ("top-k", "seed", "max-new-tokens") for bad in ("-1", str(2**63), "1.5")),
+        *(
+            (f"--{name}", bad)
+            for name in ("top-k", "seed", "max-new-tokens")
+            for bad in ("-1", str(2**63), "1" + "0" * 400, "1.5")
+        ),
         ("--reasoning-budget", "-1"),
         ("--reasoning-budget", str(2**63)),
     ],
@@ -233,6 +238,23 @@ def test_no_tokenizer_and_no_plans(folder: Path, tmp_path: Path) -> None:
     assert (missing.code, missing.codes) == (4, ["E0813"])
     assert n3c("run", *where, "--prompt-ids", "1", "--reasoning-budget", 1, "--json").codes == ["E0805"]
     assert n3c("run", *where, "--prompt-file", tmp_path / "none", "--json").codes == ["E0601"]
+
+
+@pytest.mark.parametrize(
+    ("sequences", "continuous", "sizes"), [(1, False, [1]), (1, True, [1]), (2, False, [3]), (3, True, [1, 3])]
+)
+def test_the_sizes_of_a_batch(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, sequences: int, continuous: bool, sizes: list[int]
+) -> None:
+    """The smallest of the build's that holds the sequences; where these come and go, each that is smaller, once."""
+    given: list[list[int]] = []
+
+    def opened(_: object, __: object, ___: object, batch_sizes: list[int], *____: object) -> None:
+        given.append(batch_sizes)
+
+    monkeypatch.setattr(runner_module, "open_engine", opened)
+    open_runner(open_build(folder / "out"), folder / "weights", sequences=sequences, continuous=continuous)
+    assert given == [sizes]
 
 
 def test_other_weights_between_requests(folder: Path, tmp_path: Path) -> None:

@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from n3c.backends.safetensors.checkpoint import Checkpoint
+from n3c.backends.safetensors.sources import load
 from n3c.compiler import build, export_config, quantize
 from n3c.ir.diagnostics import N3CError
 from n3c.passes.lower.model import lower
+from n3c.passes.pipelines import quantize_pass
 from n3c.runtime.build_folder import open_build
 from n3c.runtime.generation.batch import Batch
 from n3c.runtime.generation.capacity import Capacity
@@ -29,7 +31,8 @@ from n3c.runtime.refit.collective import Collective
 from n3c.runtime.refit.rollouts import Rollouts
 from n3c.runtime.refit.update import WeightUpdates
 from support.programs import random_tensors, save_tensors
-from support.small_engine import SmallModel, small_model, states_of
+from support.small_engine import TEXT, SmallModel, small_model, states_of
+from support.specs import spec_from_text
 
 FORMATS = """
 [quantization]
@@ -134,18 +137,80 @@ def test_a_sequence_that_runs_goes_on_as_a_prompt_of_its_tokens(name: Any, case:
     assert len(first.new) == 12 and first.new[:4] == so_far[9:13]
 
 
-def test_what_comes_is_quantized_as_the_quantizer_does(case: Case, tmp_path: Path) -> None:
-    """Bit by bit, of every format, but where it gives q, k and v one scale; and less is held than came."""
-    quantize(case.small.spec, weights=case.other.directory, output=tmp_path / "quantized")
-    received = pushed(case)
+def rules(format_: str, block: int = 16, *more: tuple[str, str]) -> str:
+    """Return a [quantization] of everything in one format but what some roles have."""
+    kept = ("moe.router", "mtp.moe.router", "mamba.conv1d", "embedding", "lm_head")
+    listed = [(f'"{role}"', "bf16") for role in kept] + [(f'"{role}"', other) for role, other in more]
+    tables = [f'[[quantization.rules]]\nroles = [{role}]\nformat = "{other}"\n' for role, other in listed]
+    return f'\n[quantization]\nformat = "{format_}"\nblock = [{block}, 16]\n' + "".join(tables)
+
+
+FP8 = ("mamba.in_proj", "fp8")
+MIXED = (FP8, ("attention.v_proj", "fp8"), ("mtp.attention.q_proj", "bf16"))
+
+
+@pytest.mark.parametrize(
+    "formats",
+    [rules("nvfp4", 16, FP8), rules("nvfp4", 1), rules("fp8"), rules("w4a16_nvfp4", 1), rules("nvfp4", 16, *MIXED)],
+    ids=["nvfp4", "nvfp4-1x16", "fp8", "w4a16", "mixed"],
+)
+def test_what_comes_is_quantized_as_the_quantizer_does(formats: str, tmp_path: Path) -> None:
+    """Bit by bit, in whatever order q, k and v come, which have one scale; and less is held than came."""
+    spec = spec_from_text(TEXT + formats)
+    other = save_tensors(random_tensors(lower(spec), seed=9), tmp_path / "other")
+    export_config(spec, output=tmp_path / "other" / "config.json")
+    quantize(spec, weights=other.directory, output=tmp_path / "quantized")
     expected = Checkpoint(tmp_path / "quantized")
-    compared = 0
-    for name in expected:
-        if name in received and not any(part in name for part in ("q_proj", "k_proj", "v_proj")):
-            assert same(received, expected, name), name
-            compared += received.read(name).dtype.name in ("uint8", "float8_e4m3fn")
-    assert compared > 20
-    assert sum(map(received.bytes, received)) < 0.6 * sum(map(case.other.bytes, case.other))
+    tensors = {name: other.read(name) for name in other}
+    for order in (sorted(tensors), sorted(tensors, reverse=True)):
+        updates = WeightUpdates(spec)
+        updates.start_weight_update()
+        for name in order:
+            updates.receive(of_tensors({name: tensors[name]}))
+        received = updates.finish_weight_update()
+        stored = [name for name in expected if not name.endswith("input_scale")]
+        assert set(received) == set(stored)
+        assert [name for name in stored if not same(received, expected, name)] == []
+    assert sum(map(received.bytes, received)) < 0.7 * sum(map(other.bytes, other))
+    merged = [name for name in received if name.endswith(("q_proj.weight_scale_2", "k_proj.weight_scale_2"))]
+    assert len({float(received.read(name)) for name in merged}) < max(2, len(merged))
+
+
+def test_reading_an_unquantized_checkpoint_is_quantizing_it(case: Case, tmp_path: Path) -> None:
+    """An engine has the same weights either way, with one scale of q, k and v."""
+    quantize(case.small.spec, weights=case.other.directory, output=tmp_path / "quantized")
+    program = lower(case.small.spec)
+    quantize_pass(case.small.spec).run(program)
+    quantized = Checkpoint(tmp_path / "quantized")
+    for parameter in program.parameters.values():
+        assert np.array_equal(load(parameter, case.other), load(parameter, quantized)), parameter.name
+
+
+def test_a_chunk_of_an_update_that_was_begun_again_is_not_taken(case: Case) -> None:
+    """A trainer that vanished in the middle of a chunk leaves nothing in the next update, nor keeps it waiting."""
+    tensors = case.tensors()
+    first, second = list(tensors)[:2]
+    updates, coming, go_on = WeightUpdates(case.small.spec), threading.Event(), threading.Event()
+
+    def slow() -> Iterator[Any]:
+        yield from of_tensors({first: tensors[first]})
+        coming.set()
+        go_on.wait(30)
+        yield from of_tensors({second: tensors[second]})
+
+    updates.start_weight_update()
+    thread = threading.Thread(target=updates.receive, args=(slow(),))
+    thread.start()
+    assert coming.wait(30)
+    for refused in (updates.finish_weight_update, lambda: updates.receive(of_tensors(tensors))):
+        with pytest.raises(N3CError, match="still coming"):
+            refused()
+    updates.start_weight_update()
+    updates.receive(of_tensors(tensors))
+    go_on.set()
+    thread.join()
+    received, expected = updates.finish_weight_update(), pushed(case)
+    assert all(same(received, expected, name) for name in expected)
 
 
 def widened(checkpoint: Checkpoint, folder: Path) -> Checkpoint:

@@ -84,7 +84,7 @@ def deep(levels: int) -> dict[str, Any]:
         ({"max_tokens": 2.5}, 400, "max_tokens"),
         ({"temperature": -0.1}, 400, "temperature"),
         ({"temperature": "hot"}, 400, "temperature"),
-        ({"top_p": 0}, 400, "top_p"),
+        ({"top_p": -0.1}, 400, "top_p"),
         ({"min_p": 1.1}, 400, "min_p"),
         ({"presence_penalty": 3}, 400, "presence_penalty"),
         ({"repetition_penalty": 0}, 400, "repetition_penalty"),
@@ -137,7 +137,6 @@ def form(schema: Any) -> dict[str, Any]:
         (form(deep(100)), "response_format"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "f", "description": "x" * 70_000}}]}, "tools"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"}, "tool_choice"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"a b": 1}}, "chat_template_kwargs"),
     ],
@@ -159,6 +158,32 @@ def test_paths_and_methods(http: httpx.Client) -> None:
         error_of(answer)
     assert http.get("/health").json() == {"status": "ok"}
     assert "n3c_time_to_first_token_seconds_bucket" in http.get("/metrics").text
+
+
+def test_heads_and_options(http: httpx.Client) -> None:
+    head = http.head("/v1/models")
+    assert (head.status_code, head.content) == (200, b"") and head.headers["content-type"] == "application/json"
+    answer = http.options("/v1/completions")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+    error_of(answer)
+
+
+def test_the_type_of_a_body_does_not_matter(http: httpx.Client) -> None:
+    """curl's `-d` says that it is a form."""
+    for kind in ("application/x-www-form-urlencoded", "text/plain", "x"):
+        headers = {"Content-Type": kind}
+        assert http.post("/v1/completions", content=json.dumps(COMPLETION), headers=headers).status_code == 200
+
+
+def test_what_is_wrong_in_a_message_is_named(http: httpx.Client) -> None:
+    for messages, reason in (
+        ([{"role": "user", "content": [{"type": "text", "text": "x"}, IMAGE]}], "messages.0.content.1.type: "),
+        ([{"role": "user", "content": None}], "messages.0: the content is missing"),
+        ([{"role": "user"}], "messages.0: the content is missing"),
+        ([{"role": "user", "content": "x", "what": 1}], "messages.0.what: unknown parameter"),
+    ):
+        answer = http.post("/v1/chat/completions", json=CHAT | {"messages": messages})
+        assert answer.status_code == 400 and error_of(answer)["message"].startswith(reason), error_of(answer)
 
 
 def test_a_large_body(http: httpx.Client) -> None:
@@ -203,6 +228,7 @@ def test_the_key(limited: HttpServer) -> None:
             answer = httpx.get(limited.url + path, headers={"Authorization": key})
             assert (answer.status_code, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
     assert httpx.get(limited.url + "/health").status_code == 200
+    assert httpx.get(limited.url + "/v1/models", headers={"Authorization": "bearer secret"}).status_code == 200
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{limited.url}/v1", api_key="wrong").models.list()
     assert openai.OpenAI(base_url=f"{limited.url}/v1", api_key="secret").models.list().data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ import pytest
 
 from n3c.runtime.serve import open as opening
 from n3c.runtime.serve.http_server import HttpServer
+from n3c.runtime.serve.log import EscapedFormatter
 from support.command import PROGRAM, default_signals, n3c
 
 ROOT = Path(__file__).parents[3]
@@ -92,6 +94,56 @@ def test_what_it_refuses(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     missing = n3c("serve", *where)
     assert (missing.code, missing.codes) == (4, ["E0509"])
     assert missing.data["diagnostics"][0]["help"] == "pip install 'n3c[serve]'"
+
+
+@pytest.mark.parametrize(
+    ("given", "code"),
+    [
+        (("--host", "a\x1b[31m\u202e\nerror[E9999]"), "E0844"),
+        (("--host", "a" * 70), "E0844"),
+        (("--host", "."), "E0844"),
+        (("--grace", "nan"), "E0816"),
+        (("--api-key", ""), "E0701"),  # as of a variable that is not set: nobody is to have a server without a key
+        (("--api-key", "two words"), "E0701"),
+        (("--api-key", "\udcff"), "E0701"),
+        (("--name", "a\x1b[31m"), "E0701"),
+        (("--name", "\udcff"), "E0701"),
+    ],
+)
+def test_values_that_it_refuses(built: Path, given: tuple[str, str], code: str) -> None:
+    result = n3c("serve", built / "out", "--weights", built / "weights", "--port", 0, *given, "--json")
+    assert (result.code, result.codes) == (2, [code])
+    assert all(character.isprintable() or character == "\n" for character in result.err)
+
+
+def test_what_is_sent_stays_text_in_the_log(built: Path) -> None:
+    """Requests that are none, and hostile ones, are lines on stderr; stdout has the JSON alone."""
+    with serving(built, "--access-log") as (program, url):
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        for request in (
+            b"GET /\x1b[31m HTTP/1.1\r\n\r\n",
+            b"\x1b]0;owned\x07 / HTTP/1.1\r\n\r\n",
+            b"GET /%1b[31m?%1b%0aerror HTTP/1.1\r\nHost: \x1b[31m\r\n\r\n",
+            b"GET /v1/models/%0a%1b[2J HTTP/1.1\r\nHost: a\r\nUpgrade: \xe2\x80\xae\r\nConnection: Upgrade\r\n\r\n",
+        ):
+            with socket.create_connection(address, timeout=10) as connection:
+                connection.sendall(request)
+                assert connection.recv(100).startswith(b"HTTP/1.1 40")
+        program.terminate()
+        out, err = program.communicate(timeout=60)
+        assert out == "" and "GET /v1/models/%0A%1B" in err
+        assert all(character.isprintable() or character == "\n" for character in err)
+
+
+def test_a_message_is_a_line_of_the_log() -> None:
+    def failed(text: str) -> logging.LogRecord:
+        try:
+            raise ValueError(text)
+        except ValueError:
+            return logging.LogRecord("uvicorn.error", logging.ERROR, "", 1, "of %s", (text,), sys.exc_info())
+
+    text = EscapedFormatter().format(failed("\x1b[31m\nERROR: forged"))
+    assert text.startswith("ERROR: of \\x1b[31m\\nERROR: forged\nTraceback") and "\x1b" not in text
 
 
 def commands() -> list[str]:

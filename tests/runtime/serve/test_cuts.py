@@ -53,7 +53,8 @@ def server(built: Path) -> Iterator[HttpServer]:
 
 def request(path: str, stream: bool, tokens: int = 400) -> bytes:
     prompt = {"prompt": "You"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "x"}]}
-    body = json.dumps({"model": "small", "max_tokens": tokens, "stream": stream, "n": 3, **prompt}).encode()
+    options = {"max_tokens": tokens, "stream": stream, "n": 3, "ignore_eos": True}  # none ends by chance
+    body = json.dumps({"model": "small", **options, **prompt}).encode()
     return f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
 
 
@@ -188,3 +189,22 @@ def test_what_runs_is_finished_within_the_grace(built: Path) -> None:
         while piece := connection.recv(65536):
             told += piece
     assert told.rstrip().endswith(b"0") and b"data: [DONE]" in told
+
+
+def test_comments_come_where_no_event_does(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("n3c.runtime.serve.streaming.PING_SECONDS", 0.05)
+    with listening(slow_served(built)) as server:
+        service = server.served.service
+        service.pause()
+        connection = socket.create_connection(server.socket.getsockname()[:2], WAIT)
+        connection.sendall(request("/v1/completions", stream=True, tokens=3))
+        seen = b""
+        while seen.count(b": ping\n\n") < 2:
+            seen += (piece := connection.recv(65536))
+            assert piece
+        assert b"data: " not in seen
+        service.resume()
+        while b"data: [DONE]\n\n" not in seen:
+            seen += (piece := connection.recv(65536))
+            assert piece
+        connection.close()

@@ -82,6 +82,44 @@ def test_streams_are_the_whole(client: OpenAI) -> None:
     assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
 
 
+def test_usage_in_every_chunk(client: OpenAI) -> None:
+    """Load generators ask for it, by a parameter of vLLM."""
+    options: Any = {"include_usage": True, "continuous_usage_stats": True}
+    prompt: dict[str, Any] = {"model": MODEL, "max_tokens": 5, "stream": True, "stream_options": options}
+    for chunks in (
+        list(client.completions.create(**prompt, prompt="What")),
+        list(client.chat.completions.create(**prompt, messages=CHAT)),
+    ):
+        counts = [cast("Any", chunk).usage.completion_tokens for chunk in chunks]
+        assert counts == sorted(counts) and counts[-1] == 5 and cast("Any", chunks[-1]).choices == []
+
+
+def test_the_least_top_p_is_greedy(client: OpenAI) -> None:
+    arguments: dict[str, Any] = {"model": MODEL, "prompt": "You", "max_tokens": 8}
+    greedy = client.completions.create(**arguments, temperature=0).choices[0].text
+    assert client.completions.create(**arguments, temperature=2, top_p=0).choices[0].text == greedy
+
+
+def test_an_answer_may_be_sent_back_as_it_came(client: OpenAI) -> None:
+    answer = client.chat.completions.create(model=MODEL, messages=CHAT, max_tokens=4).choices[0].message
+    for told in (answer, answer.model_dump(), answer.model_dump(exclude_none=True)):
+        messages: list[Any] = [*CHAT, told, {"role": "user", "content": "And then?"}]
+        assert client.chat.completions.create(model=MODEL, messages=messages, max_tokens=2).choices
+
+
+def test_echo_with_a_choice_of_log_probabilities_as_a_stream(client: OpenAI) -> None:
+    arguments: dict[str, Any] = {"model": MODEL, "prompt": ["What", "You are"], "max_tokens": 3, "temperature": 0}
+    arguments |= {"echo": True, "logprobs": 1, "n": 2}
+    whole = client.completions.create(**arguments).choices
+    chunks = [chunk.choices[0] for chunk in client.completions.create(**arguments, stream=True)]
+    for index, choice in enumerate(whole):
+        mine = [chunk for chunk in chunks if chunk.index == index]
+        assert "".join(chunk.text for chunk in mine) == choice.text
+        assert choice.logprobs is not None and choice.logprobs.text_offset is not None
+        offsets = [at for chunk in mine if chunk.logprobs for at in chunk.logprobs.text_offset or ()]
+        assert offsets == choice.logprobs.text_offset
+
+
 def test_log_probabilities_and_echo(client: OpenAI) -> None:
     answer = client.completions.create(
         model=MODEL, prompt="What is", max_tokens=4, temperature=0, logprobs=3, echo=True

@@ -14,13 +14,14 @@ from n3c.runtime.engines.interface import Array
 from n3c.runtime.generation.batch import Batch
 from n3c.runtime.generation.capacity import Capacity
 from n3c.runtime.generation.drafter import Drafter, MtpDrafter
-from n3c.runtime.generation.grammar import Grammars
+from n3c.runtime.generation.grammar import Grammar, Grammars
 from n3c.runtime.generation.prefix_cache import PrefixCache
 from n3c.runtime.generation.reasoning import Tags
 from n3c.runtime.generation.sampling import Sampling
 from n3c.runtime.generation.sequence import Ending, Options
 from n3c.runtime.generation.tokenizer import ByteTokenizer
 from n3c.runtime.serve.scheduler import Scheduler, Ticket, Token, Update, Work
+from n3c.runtime.serve.tool_grammar import Answer, grammar
 from support.fake_engine import FakeEngine, Logits
 
 VOCAB = 256
@@ -32,6 +33,14 @@ SCHEMAS: tuple[dict[str, Any], ...] = (
     {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False},
     {"type": "string", "maxLength": 4},
 )
+TOOLS: dict[str, dict[str, Any]] = {
+    "f": {"properties": {"a": {"type": "integer"}, "b": {"type": "string", "maxLength": 2}}},
+    "g": {},
+}
+CALLS = [
+    grammar(Answer(TOOLS, required=required, several=several, schema=schema), lambda _: None)
+    for required, several, schema in ((True, True, None), (False, False, None), (False, True, SCHEMAS[0]))
+]
 TEXT = np.frombuffer(b'abcdefgh "[]{}:,12<', np.uint8).astype(np.int64)
 
 
@@ -64,8 +73,16 @@ class Asked:
     ticket: Ticket | None = None
 
 
+def constraint(random: np.random.Generator) -> Grammar | None:
+    """Draw a grammar: of a schema, of calls, or none."""
+    kind, index = random.random(), int(random.integers(3))
+    if kind < 0.2:
+        return GRAMMARS.schema(SCHEMAS[index])
+    return GRAMMARS.lark(CALLS[index]) if kind < 0.4 else None
+
+
 def drawn(random: np.random.Generator, count: int) -> list[Asked]:
-    """Draw requests; many begin as others do, a third has a schema, a third penalties, some a budget and stops."""
+    """Draw requests; many begin as others do, some have schemas or tools, penalties, a budget, stops."""
     asked: list[Asked] = []
     for index in range(count):
         prompt = random.choice(TEXT, int(random.integers(1, 24))).tolist()
@@ -75,7 +92,7 @@ def drawn(random: np.random.Generator, count: int) -> list[Asked]:
         temperature = float(random.choice([0.0, 0.7, 1.3]))
         penalized = random.random() < 0.3
         options = Options(
-            max_new_tokens=int(random.integers(0, 14)),
+            max_new_tokens=int(random.choice([int(random.integers(0, 14)), 40], p=[0.8, 0.2])),
             sampling=Sampling(
                 temperature,
                 top_k=int(random.choice([0, 5])),
@@ -90,7 +107,7 @@ def drawn(random: np.random.Generator, count: int) -> list[Asked]:
             stop_texts=("ab",) if random.random() < 0.2 else (),
             tags=Tags((ord("<"),), (ord(">"),)) if random.random() < 0.3 else None,
             reasoning_budget=int(random.integers(0, 5)) if random.random() < 0.5 else None,
-            grammar=GRAMMARS.schema(SCHEMAS[int(random.integers(3))]) if random.random() < 0.3 else None,
+            grammar=constraint(random),
             logprobs=int(random.integers(3)) if random.random() < 0.3 else None,
             prompt_logprobs=bool(random.random() < 0.1),
         )
@@ -129,7 +146,7 @@ def run(scheduler: Scheduler, asked: Sequence[Asked]) -> None:
 def different(seed: int) -> int:
     """Run a random schedule; return how many of its requests got something else than alone."""
     random = np.random.default_rng(seed)
-    drafts, memory = bool(random.random() < 0.6), [None, 0, 10**9][int(random.integers(3))]
+    drafts, memory = bool(random.random() < 0.6), [None, 2000, 10**9][int(random.integers(3))]
     asked = drawn(random, 8)
     busy = scheduler(seed, drafts=drafts, sizes=(1, 2, 4), memory=memory)
     run(busy, asked)
@@ -146,7 +163,7 @@ def different(seed: int) -> int:
 
 @pytest.mark.parametrize("seed", range(15))
 def test_random_schedules(seed: int) -> None:
-    """Arrivals, lengths, cancels, prefixes, drafts, schemas, budgets, penalties, log-probabilities."""
+    """Arrivals, lengths, cancels, prefixes, drafts, schemas, tool calls, budgets, penalties, log-probabilities."""
     assert different(seed) == 0
 
 

@@ -122,6 +122,21 @@ def test_the_reasoning_budget(client: openai.OpenAI) -> None:
     assert answer.usage.completion_tokens_details.reasoning_tokens == 4  # and the tag that is forced
 
 
+UNICODE = "naïve café: 日本語 and 🙂🙃, e\u0301 done"
+
+
+@pytest.mark.parametrize("stop", ["café", "é", "本語", "語 and", "🙃", "🙂🙃, e\u0301", "\u0301", "done", ["zz", "日"]])
+def test_stops_of_any_character_over_the_borders_of_tokens(folder: Path, stop: str | list[str]) -> None:
+    """Each of these characters is several tokens, and drafts bring more than one token a round."""
+    expected = min(UNICODE.split(each)[0] for each in ([stop] if isinstance(stop, str) else stop) if each in UNICODE)
+    with saying_server(folder, f"</think>{UNICODE}") as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        choice = client.chat.completions.create(model="small", messages=ASKED, stop=stop).choices[0]
+        chunks = list(client.chat.completions.create(model="small", messages=ASKED, stop=stop, stream=True))
+    assert (choice.message.content, choice.finish_reason) == (expected, "stop")
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
+
+
 @tool
 def weather(city: str) -> str:
     """Return the weather in a city."""
@@ -177,7 +192,7 @@ def test_a_stream_is_cut_anywhere(step: int) -> None:
     for at in range(0, len(text), step):
         found += stream.feed(text[at : at + step])
     texts = "".join(each for each in found if isinstance(each, str)) + stream.finish()
-    assert texts == "Look:  and <tool_cal"
+    assert texts == "Look: and <tool_cal"  # white space before a call is not text
     assert [each.arguments for each in found if isinstance(each, Call)] == ['{"s": "<b>"}']
 
 

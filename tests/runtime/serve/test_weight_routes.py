@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from starlette.testclient import TestClient
@@ -20,6 +22,7 @@ from n3c.runtime.serve.open import open_served
 from n3c.runtime.serve.served_model import ServedModel
 from support.checkpoints import write_checkpoint
 from support.programs import random_tensors, save_tensors
+from support.serving_http import listening
 from support.specs import SMALL, spec_from_text
 
 TEXT = (
@@ -111,6 +114,24 @@ def test_requests_in_flight_go_on_or_end(mode: str, folder: Path) -> None:
             assert done[0].status_code == 503
     finally:
         model.close()
+
+
+def test_a_trainer_that_never_comes_does_not_keep_the_server_from_ending(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody listens at its address, and says nothing; whoever asked for it has gone."""
+    monkeypatch.setattr("n3c.runtime.serve.http_server.LINGER_SECONDS", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        model = served(folder, api_key=KEY, allow_weight_updates=True)
+        info = {
+            "master_address": "127.0.0.1",
+            "master_port": silent.getsockname()[1],
+            "world_size": 2,
+            "rank_offset": 1,
+        }
+        key, body = {"Authorization": f"Bearer {KEY}"}, {"init_info": info}
+        with listening(model, grace=0) as server, pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/init_weight_transfer_engine", json=body, headers=key, timeout=0.5)
 
 
 def test_without_the_option_or_the_key_there_is_nothing(folder: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from n3c.backends.gpus import GPUS
 from n3c.passes.serving import serve
-from n3c.runtime.simulation.call_times import AuditedTimes
+from n3c.runtime.simulation.call_times import PlanTimes
 from n3c.runtime.simulation.kernel_times import KernelTimes
 from n3c.specs.load import loaded
 from n3c.specs.shipped import spec_file
@@ -51,9 +51,17 @@ def test_a_call_takes_longer_with_context_and_sequences() -> None:
 
 def test_an_audit_is_moved_to_the_context_of_the_call() -> None:
     kernels = times("super", "B200", *LONG)
-    audited = AuditedTimes(kernels, {"decode.b1": 0.05, "prefill.b1": 0.3}, context=4096)
-    assert audited.call("decode", 1, 4096) == 0.05
+    plans = PlanTimes(kernels, {"decode.b1": 0.05, "prefill.b1": 0.3}, context=4096)
+    assert plans.call("decode", 1, 4096, 1) == pytest.approx(0.05)
     further = kernels.call("decode", 1, 65536) - kernels.call("decode", 1, 4096)
-    assert audited.call("decode", 1, 65536) == pytest.approx(0.05 + further)
-    assert audited.call("prefill", 4, 4096) == pytest.approx(4 * 0.3)
-    assert audited.call("verify", 8, 4096) == kernels.call("verify", 8, 4096)
+    assert plans.call("decode", 1, 65536, 1) == pytest.approx(0.05 + further)
+    assert plans.call("verify", 8, 4096, 3) == kernels.call("verify", 8, 4096)
+
+
+@pytest.mark.parametrize("audited", [{}, {"prefill.b1": 0.3}])
+def test_sequences_that_read_take_turns(audited: dict[str, float]) -> None:
+    """As `TrtEngine` runs a plan of one sequence for each that has tokens; the batch size does not matter."""
+    plans = PlanTimes(times("super", "B200", *LONG), audited, context=4096)
+    one = plans.call("prefill", 1, 4096, 1)
+    assert one == pytest.approx(0.3 if audited else plans.kernels.call("prefill", 1, 4096))
+    assert [plans.call("prefill", 8, 4096, fed) for fed in (3, 8)] == [3 * one, 8 * one]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,11 @@ from n3c.runtime.generation.prefix_cache import PrefixCache
 from n3c.runtime.generation.sequence import Options, Running
 from n3c.runtime.generation.speculative import Draft
 from n3c.runtime.simulation.call_times import MeasuredTimes
-from n3c.runtime.simulation.engine import SimulatedEngine, standing
+from n3c.runtime.simulation.engine import SimulatedEngine, VirtualClock, standing
+from n3c.runtime.simulation.replica import Replica
+from n3c.runtime.simulation.workload import Request
+from n3c.specs.load import load_spec
+from n3c.specs.shipped import spec_file
 from support.fake_engine import FakeEngine, table
 from support.small_engine import SmallModel, small_model
 
@@ -130,6 +134,62 @@ def test_calls_are_those_of_a_real_engine(name: Any, small: SmallModel) -> None:
     given = arrivals(3)
     expected = calls_of(small.engine(name, *SIZES), given, None, 10**9)
     assert calls_of(simulated(0.0, 2, small.spec.serving.prefill_chunk), given, None, 10**9) == expected
+
+
+COSTS = MeasuredTimes(
+    {
+        f"{entry}.b{rows}": ((1, seconds * rows**0.5), (40, 3 * seconds * rows**0.5))
+        for entry, seconds in {"prefill": 1.0, "decode": 0.3, "verify": 0.5, "draft": 0.1}.items()
+        for rows in SIZES
+    },
+    draw_seconds=0.02,
+    copy_bytes_per_second=1e30,
+)
+
+
+@dataclass
+class Clocked:
+    """An engine that computes, and on which calls take what `COSTS` says."""
+
+    engine: Any
+    clock: VirtualClock
+    stands: bool
+    """Whether drafts do: the host judges those that stand."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def run(self, entry: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        rows, tokens = inputs["input_ids"].shape
+        fed = (inputs["counts"] if entry == "prefill" else inputs["lengths"]) > 0
+        self.clock.now += COSTS.call(entry, rows, max(inputs["lengths"][fed]) + tokens)
+        drawn = tokens if entry == "verify" and self.stands else 1
+        self.clock.now += int(fed.sum()) * drawn * COSTS.draw()
+        return self.engine.run(entry, inputs)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("memory", [None, 10**9])
+@pytest.mark.parametrize("drafts", [False, True])
+def test_given_the_times_of_calls_every_token_comes_when_it_does_from_an_engine(
+    drafts: bool, memory: int | None
+) -> None:
+    """Also where requests come faster than they are answered: what is off in a comparison are times, not schedules."""
+    serving = replace(load_spec(spec_file("tiny"))[0].serving, batch_sizes=SIZES, prefill_chunk=4, max_seq_len=41)
+    for seed, rate in ((0, 0.2), (1, 1.0), (2, 5.0)):
+        random = np.random.default_rng(seed)
+        comes = np.cumsum(random.exponential(1 / rate, 40))
+        given = [Request(at, each.prompt, each.tokens) for at, each in zip(comes, arrivals(seed, 40), strict=True)]
+        drafter, clock = MtpDrafter() if drafts else None, VirtualClock()
+        fake = FakeEngine(table(VOCAB, seed), batch_sizes=SIZES, chunk=4, draft_tokens=2)
+        engine: Any = Clocked(fake, clock, stands=True)
+        cache = None if memory is None else PrefixCache(memory, drafts)
+        real = Replica(Batch(engine, Capacity(40, VOCAB), drafter, cache), clock, lambda: 0.0)
+        paper = Replica.of(serving, plan_of(2), COSTS, acceptance=3.0 if drafts else None, cache_memory=memory)
+        times: list[list[tuple[float, float, int]]] = []
+        for replica in (real, paper):
+            replica.run(given)
+            times.append([(each.first, each.last, each.tokens) for each in replica.answered])
+        assert np.array(times[1]) == pytest.approx(np.array(times[0]), rel=1e-9)
 
 
 @pytest.mark.parametrize("length", [1.0, 1.5, 2.7, 3.45, 4.0])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,6 +84,49 @@ def test_a_prompt_that_was_read_is_found() -> None:
     assert kept.answered[1].to_first < kept.answered[0].to_first
 
 
+def test_prompts_that_are_too_long_are_refused() -> None:
+    some = replica()
+    some.run([Request(0.0, prompt(10), 3), Request(1.0, prompt(600), 3), Request(2.0, prompt(12), 3)])
+    assert some.refused == 1 and [len(each.request.prompt) for each in some.answered] == [10, 12]
+    with pytest.raises(N3CError, match="600 tokens") as raised:
+        replica().run([Request(0.0, prompt(600), 3)])
+    assert raised.value.exit_code is ExitCode.USAGE
+
+
+@pytest.mark.parametrize("memory", [None, 10**9])
+@pytest.mark.parametrize("acceptance", [None, 1.0, 2.2, 3.0])
+def test_rounds_that_are_added_up_are_those_that_are_run(acceptance: float | None, memory: int | None) -> None:
+    """Of a service that idles, one with a queue, and one that is overloaded: every time and every figure."""
+    lengths, serving = lengths_of("", "uniform:3,90"), replace(SERVING, batch_sizes=(1, 2))
+    for seed, rate in ((0, 0.002), (1, 0.02), (2, 1.0)):
+        given = list(poisson(rate, 60, lengths, lengths, 0, np.random.default_rng(seed)))
+        ran = [
+            Replica.of(serving, PLAN, TIMES, acceptance=acceptance, cache_memory=memory, seed=seed) for _ in range(2)
+        ]
+        ran[1].paper = None
+        for each in ran:
+            each.run(given)
+        added, stepped = ran
+        assert len(added.rounds) < len(stepped.rounds) / 2
+        assert sum(each.count for each in added.rounds) == len(stepped.rounds)
+        assert (added.batch.rounds, added.batch.decoded) == (stepped.batch.rounds, stepped.batch.decoded)
+        assert [each.first for each in added.answered] == pytest.approx([each.first for each in stepped.answered])
+        assert [each.last for each in added.answered] == pytest.approx([each.last for each in stepped.answered])
+        assert [each.tokens for each in added.answered] == [each.tokens for each in stepped.answered]
+        figures = [load_of([each]) for each in ran]
+        assert figures[0] is not None and figures[1] is not None
+        for name, value in flat(figures[1].as_json()).items():
+            assert flat(figures[0].as_json())[name] == pytest.approx(value, rel=1e-6), name
+
+
+def flat(table: dict[str, Any], name: str = "") -> dict[str, float]:
+    return {
+        key: value
+        for inner, each in table.items()
+        for key, value in (flat(each, f"{inner}.") if isinstance(each, dict) else {name + inner: each}).items()
+    }
+
+
 def test_one_replica_is_all_of_them_in_distribution() -> None:
     """Ten replicas, each request at one of them by chance, against one at a tenth of the rate."""
     lengths = lengths_of("", "uniform:20,60")
@@ -144,6 +189,10 @@ LINE = '{"timestamp": 0, "input_length": 1, "output_length": 1}'
         ("[]", "timestamp"),
         ("{", "line"),
         ('{"timestamp": -1, "input_length": 1, "output_length": 1}', "timestamp"),
+        (LINE.replace("0", "1e999"), "timestamp"),
+        (LINE.replace("0", "1" + "0" * 400), "timestamp"),
+        (LINE.replace("0", "NaN"), "timestamp"),
+        (LINE.replace("0", "true"), "timestamp"),
         ('{"timestamp": 0, "input_length": 0, "output_length": 1}', "input_length"),
         ('{"timestamp": 0, "input_length": 4000000000, "output_length": 1}', "input_length"),
         ('{"timestamp": 0, "input_length": 1, "output_length": 1, "hash_ids": [-1]}', "hash_ids"),
@@ -162,8 +211,10 @@ def test_a_bad_line_is_named(line: str, said: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "0", "-3", "uniform:5", "uniform:9,2", "normal:1,2", "lognormal:0,4", "1e3", "99999999"]
-)
+    "text",
+    ["", "0", "-3", "uniform:5", "uniform:9,2", "normal:1,2", "lognormal:0,4", "1e3", "99999999",
+     "exponential:16777217", f"exponential:{'9' * 400}"],
+)  # fmt: skip
 def test_lengths_that_are_none(text: str) -> None:
     with pytest.raises(N3CError, match="--prompt-tokens"):
         lengths_of("--prompt-tokens", text)
@@ -193,6 +244,44 @@ def test_measured_times_lie_on_lines_between_what_was_measured(tmp_path: Path) -
         times.require(["decode"], [1, 2], path)
 
 
+def test_prompts_that_do_not_fit_are_never_made(tmp_path: Path) -> None:
+    """A line of eighty bytes can ask for millions of tokens."""
+    random, length = np.random.default_rng(0), lengths_of("", "8")
+    path = tmp_path / "trace.jsonl"
+    path.write_text('{"timestamp": 0, "input_length": 8, "output_length": 1}')
+    for longest in (7, 8):
+        for made in (
+            poisson(1.0, 1, length, length, 0, random, longest),
+            poisson(1.0, 1, lengths_of("", "1"), length, 7, random, longest),
+            trace(path, longest),
+        ):
+            if longest == 8:
+                assert [len(request.prompt) for request in made] == [8]
+            else:
+                with pytest.raises(N3CError, match="a prompt has 8 tokens, but the model has room for 7") as raised:
+                    list(made)
+                assert raised.value.exit_code is ExitCode.USAGE
+
+
+def test_blocks_behind_a_prompt_take_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    row = {"timestamp": 0, "input_length": 600, "output_length": 1, "hash_ids": list(range(5000))}
+    path.write_text(json.dumps(row))
+    tracemalloc.start()
+    (request,) = trace(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert request.prompt == tuple(range(600)) and peak < 10**7
+
+
+TIMES_FILE = '{"calls": {"decode.b1": [[10, 0.5]]}, "draw_seconds": 0.25, "copy_bytes_per_second": 1000.0}'
+
+
+def test_a_file_of_times(tmp_path: Path) -> None:
+    (tmp_path / "times.json").write_text(TIMES_FILE)
+    assert read_times(tmp_path / "times.json") == MeasuredTimes({"decode.b1": ((10, 0.5),)}, 0.25, 1000.0)
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -201,8 +290,11 @@ def test_measured_times_lie_on_lines_between_what_was_measured(tmp_path: Path) -
         '{"calls": {"decode.b1": []}}',
         '{"calls": {"decode.b1": [[1]]}}',
         '{"calls": {"decode.b1": [[1, 2]]}}',
+        *(TIMES_FILE.replace(value, other)
+          for value in ("10", "0.5", "0.25", "1000.0")
+          for other in ("1e999", "-1e999", "NaN", "true", "-1", "1" + "0" * 400)),
     ],
-)
+)  # fmt: skip
 def test_a_file_without_times_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "times.json"
     path.write_text(text)

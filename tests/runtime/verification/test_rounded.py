@@ -129,9 +129,8 @@ def test_routing_that_takes_the_least_likely_experts(builds: Callable[[str], Pat
 
 def test_a_weight_of_which_one_value_is_changed(tmp_path: Path) -> None:
     """Weights inside the graphs: one of 6,144 FP4 codes of the MLP's projection is its neighbour."""
-    text = TEXT.replace("draft_tokens = 2", 'draft_tokens = 2\nactivations = "weight_only"')  # see test_verify.py
-    (tmp_path / "spec.toml").write_text(text.lstrip())
-    write_checkpoint(tmp_path / "weights", spec_from_text(text))
+    (tmp_path / "spec.toml").write_text(TEXT.lstrip())
+    write_checkpoint(tmp_path / "weights", spec_from_text(TEXT))
     options = ("--entry", "decode", "--weights-mode", "embedded", "--weights", tmp_path / "weights")
     right = tmp_path / "right"
     assert n3c("build", tmp_path / "spec.toml", "--target", "onnx", *options, "-o", right).code == 0
@@ -140,7 +139,7 @@ def test_a_weight_of_which_one_value_is_changed(tmp_path: Path) -> None:
         scope = "backbone.layers.4.mixer.down_proj.weight"
         codes = max((t for t in model.graph.initializer if t.name.startswith(scope)), key=lambda t: len(t.raw_data))
         raw = bytearray(codes.raw_data)
-        raw[5] ^= 1
+        raw[4] ^= 1
         codes.raw_data = bytes(raw)
 
     wrong = altered(right, tmp_path / "wrong", "onnx/decode.onnx", change)

@@ -208,6 +208,9 @@ def checked(values: dict[str, Any]) -> Settings:
             if item.default is MISSING:
                 problems.append(f"--{name} is missing")
             continue
+        if type(value) is int and not -(2**63) <= value < 2**63:
+            problems.append(f"{name} has more than 64 bits")
+            continue
         if item.type == "float" and type(value) is int:
             values[name] = value = float(value)
         if type(value).__name__ != item.type:

@@ -1,0 +1,119 @@
+"""The form that each linear takes: of those that are admissible the one of the least predicted time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from n3c.backends.gpus import GPUS, Gpu, gpus_of
+from n3c.backends.kernel_work import Choice
+from n3c.backends.onnx.entry_forms import LinearForms, fastest_for
+from n3c.backends.onnx.linear_forms import Applied, LinearForm, admissible, fastest, rounds, seconds_of
+from n3c.ir import ops
+from n3c.ir.program import Program
+from n3c.ir.types import DType
+from n3c.passes.serving import serve
+from n3c.specs.load import load_spec
+from support.specs import SPECS
+
+PRO, SPARK = GPUS["RTX PRO 6000"], GPUS["DGX Spark"]
+NORM = frozenset({"RMSNormalization"})
+IN_PROJ = Applied(DType.F8E4M3, False, (18560, 4096), 1, True, NORM | {"QuantizeLinear"}, exact=True)
+HEAD = Applied(DType.BF16, False, (131072, 4096), 1, False, NORM, exact=True)
+LATENT_UP = Applied(DType.BF16, False, (4096, 1024), 1, exact=True)
+EXPERTS = Applied(DType.I8, True, (2688, 1024), 1, exact=True, choice=Choice(512, 22, 1))
+"""Of Super."""
+NVFP4 = Applied(DType.F4E2M1, True, (10304, 2688), 1, True, exact=True)
+
+
+@pytest.mark.parametrize(
+    ("applied", "form"),
+    [
+        (LATENT_UP, "sum"),
+        (replace(LATENT_UP, rows=4), "sum"),  # 8 MB: read again from L2
+        (replace(HEAD, rows=2), "siblings"),  # 1 GB: read again from memory
+        (replace(HEAD, rows=256, exact=False), "product"),
+        (replace(IN_PROJ, rows=8), "product"),
+        (replace(IN_PROJ, rows=8, dtype=DType.I8, rounded=False), "siblings"),  # no FP8: a product widens the weight
+        (replace(IN_PROJ, shape=(128, 64), rows=8), "sum"),  # of a tiny model, whose time is that of launches
+        (EXPERTS, "sum"),
+        (replace(EXPERTS, rows=32, choice=Choice(512, 22, 32)), "by_expert"),
+        (replace(EXPERTS, rows=256, choice=Choice(512, 22, 256)), "sum"),  # more pairs than TopK sorts
+        (NVFP4, "product"),
+        (replace(NVFP4, shape=(3712, 2688)), "sum"),
+        (replace(NVFP4, rounded=False, around=NORM), "sum"),
+        (replace(NVFP4, rounded=False, rows=2, shape=(65536, 8192)), "sum_by_rows"),  # 302 MB
+        (replace(LATENT_UP, beside_loop=True, exact=False), "product"),
+    ],
+)
+def test_named_cases(applied: Applied, form: LinearForm) -> None:
+    assert fastest(PRO)(applied) == form
+
+
+def test_the_gpu_decides() -> None:
+    """37.7 MB for two rows stay in the L2 of one card, and come from memory again on the other."""
+    qkv = Applied(DType.BF16, False, (4608, 4096), 2, False, NORM, exact=True)
+    assert (fastest(PRO)(qkv), fastest(SPARK)(qkv)) == ("sum", "siblings")
+    experts = replace(EXPERTS, rows=4, choice=Choice(512, 22, 4))  # 88 of 1.5 MB: 36 MB of L2 or 128
+    assert (fastest(PRO)(experts), fastest(SPARK)(experts)) == ("sum", "by_expert")
+    nano = serve(load_spec(SPECS / "nano.toml")[0]).program
+    assert (fastest_for(nano)(qkv), fastest_for(nano, (121,))(qkv)) == ("sum", "siblings")
+    assert fastest_for(nano, (120,)) is fastest(GPUS["RTX 5090"], PRO)  # others do not hold its weights
+    assert fastest_for(Program("small"), (86,)) is fastest(*gpus_of((86,)))
+
+
+TYPES = [DType.F4E2M1, DType.F8E4M3, DType.BF16, DType.F32, DType.I8]
+SIZES = st.integers(1, 512).map(lambda n: 16 * n)
+
+
+@st.composite
+def linears(draw: st.DrawFn) -> Applied:
+    if draw(st.booleans()):
+        top_k, tokens = draw(st.integers(1, 22)), draw(st.integers(1, 64))
+        return replace(EXPERTS, rows=tokens, choice=Choice(draw(st.integers(top_k, 512)), top_k, tokens))
+    dtype = draw(st.sampled_from(TYPES))
+    blocked = dtype is DType.F4E2M1 or (dtype is DType.I8 and draw(st.booleans()))
+    return Applied(
+        dtype,
+        blocked,
+        (draw(SIZES), draw(SIZES)),
+        draw(st.integers(1, 300)),
+        rounded=dtype in (DType.F4E2M1, DType.F8E4M3) and draw(st.booleans()),
+        around=frozenset(draw(st.sets(st.sampled_from(["RMSNormalization", "Sqrt", "Relu", "QuantizeLinear"])))),
+        wide=draw(st.booleans()),
+        exact=(exact := draw(st.booleans())),
+        beside_loop=not exact and draw(st.booleans()),
+    )
+
+
+@given(linears(), st.sampled_from(list(GPUS.values())))
+def test_no_admissible_form_is_faster(applied: Applied, gpu: Gpu) -> None:
+    chosen = fastest(gpu)(applied)
+    times = {form: seconds_of(form, applied, gpu) for form in admissible(applied)}
+    assert times[chosen] == min(times.values()) > 0
+
+
+@given(linears())
+def test_what_is_admissible(applied: Applied) -> None:
+    forms = admissible(applied)
+    assert forms
+    if applied.exact:
+        assert not any(rounds(form, applied) for form in forms)
+    if applied.beside_loop:
+        assert forms == ("product",)
+
+
+@pytest.mark.parametrize("name", ["tiny", "nano", "super"])
+@pytest.mark.parametrize("sm", [89, 120])
+def test_a_draft_is_judged_by_the_numbers_that_it_is_decoded_with(name: str, sm: int) -> None:
+    """Of whole models: decode, draft and verify of any batch round to BF16 nowhere; a long prefill does."""
+    program = serve(load_spec(SPECS / f"{name}.toml")[0]).program
+    for entry_name, entry in program.entry_points.items():
+        for batch in (1, 8, 64):
+            forms = LinearForms(program, entry, {"B": batch, "S": entry.tokens}, fastest(*gpus_of((sm,))))
+            nodes = [node for call in entry.calls for node in program.functions[call.function].nodes]
+            rounded = [node for node in nodes if node.op is ops.linear and forms.rounds(node)]
+            assert not rounded or entry_name == "prefill"
