@@ -68,11 +68,12 @@ def test_steps_are_told(tmp_path: Path) -> None:
 
 def fails(folder: Path, model: bytes, sm: int = 90) -> N3CError:
     """Return why a plan is not built, while another is at work, whose process must end too."""
-    begun, before = time.monotonic(), set(children(os.getpid()))
+    begun, before, pids = time.monotonic(), set(children(os.getpid())), set[int]()
     with pytest.raises(N3CError) as caught, Builders(2) as running:
         running.order(order(folder, "slow", b"slow  "))
-        while not (pids := set(children(os.getpid())) - before):
+        while not pids:
             time.sleep(0.01)
+            pids = set(children(os.getpid())) - before
         running.order(order(folder, "bad", model, sm))
         for _ in running.results(ignored):
             raise AssertionError("nothing can be built")
