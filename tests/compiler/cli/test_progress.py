@@ -54,7 +54,7 @@ def test_emission_and_builder_report_what_they_are_at(tmp_path: Path) -> None:
     assert {total for _, _, total in emitted} == {len(emitted)}
     assert "backbone.layers.1" in {what for what, _, _ in emitted}
     builder = shown.by_phase["build plans"]
-    assert len({what for what, _, _ in builder}) > 1  # the builder's own phases
+    assert builder  # what it is at is looked at now and then: `test_builders` and `test_build` see every phase
     assert all(0 <= done <= total or total == 0 for _, done, total in builder)
     assert {file["path"] for file in built.files} >= {"trt/decode.b1.plan", "trt/audit.json", "onnx/decode.onnx"}
 

@@ -42,7 +42,7 @@ def compiled(folder: Path, capability: int, *options: str) -> list[dict[str, Any
 
 @pytest.mark.parametrize(
     "capability",
-    [pytest.param(sm, marks=() if sm in (90, 120) else pytest.mark.slow) for sm in SHARED_MEMORY],
+    [pytest.param(sm, marks=() if sm == 120 else pytest.mark.slow) for sm in SHARED_MEMORY],
 )
 def test_each_kernel(capability: int, tmp_path: Path) -> None:
     found = {report["kernel"] for report in compiled(tmp_path, capability, "--once", "--only", *EACH_KERNEL)}
