@@ -69,6 +69,16 @@ class GraphBuilder:
         self.nodes.append(node)
         return results
 
+    def split(self, value: onnx.Value, count: int, axis: int) -> Sequence[onnx.Value]:
+        """Append a node that cuts an axis into `count` parts of one length.
+
+        TensorRT's parser makes a layer of each part, and of each Slice with its bounds some 24, which compute what to
+        do at a bound outside: the builder's time follows their number.
+        """
+        if count == 1:
+            return (value,)
+        return self.nodes_results("Split", (value,), count, "", {"axis": axis, "num_outputs": count})
+
     def loop(
         self, count: onnx.Value, start: onnx.Value, body: Callable[[onnx.Value, onnx.Value], onnx.Value]
     ) -> onnx.Value:

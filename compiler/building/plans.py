@@ -129,11 +129,13 @@ def emit_engines(job: Job) -> Judged:
     with Builders(job.builders or _builders(job)) as builders:
         source = PlanSource(builders, job.cache_bytes)
         wanted: dict[Path, tuple[Part, OnnxEntry]] = {}
-        for part, entry in _emitted(job, parts):
-            bindings.add(part, entry)
+        by_time = sorted(parts, key=lambda part: -part.batch)  # those that take longest are not left for the end
+        for part, entry in _emitted(job, by_time):
             order = _order(job, part, entry)
             wanted[order.plan] = (part, entry)
             source.want(order, _key(order, entry, version) if job.request.weights_mode == "bound" else None)
+        for part, entry in sorted(wanted.values(), key=lambda of: parts.index(of[0])):
+            bindings.add(part, entry)
         for plan in source.plans(job.progress):
             part, entry = wanted.pop(plan.path)
             judgements[part.staged_name] = _judged(job, part, entry, plan)

@@ -87,12 +87,12 @@ def _siblings(emitter: Emitter, node: Node, x: onnx.Value, weight: Weight) -> on
     """
     g = emitter.graph
     *rows, k = emitter.sizes(node["x"])
-    count, wide = prod(rows), unscaled(emitter, weight)
+    count, wide = prod(rows), g.node("Unsqueeze", unscaled(emitter, weight), g.i64(0))
     x, factor = emitter.norm_parts(x) or (x, None)
-    flat, sums = g.node("Reshape", x, g.i64(count, k)), list[onnx.Value]()
-    for i in range(count):
-        product = g.node("Mul", g.node("Slice", flat, g.i64(i), g.i64(i + 1), g.i64(0)), wide)
-        sums.append(g.node("Unsqueeze", g.node("ReduceSum", product, g.i64(-1), keepdims=0), g.i64(0)))
+    sums = [
+        g.node("ReduceSum", g.node("Mul", row, wide), g.i64(-1), keepdims=0)
+        for row in g.split(g.node("Reshape", x, g.i64(count, 1, k)), count, 0)
+    ]
     y = g.node("Reshape", g.node("Concat", *sums, axis=0), g.i64(*rows, -1))
     return y if factor is None else g.node("Mul", y, factor)
 

@@ -52,8 +52,8 @@ def _convolved_rows(emitter: Emitter, node: Node, weight: onnx.Value) -> None:
     before = g.node("Transpose", emitter.f32(window), perm=[0, 2, 1])
     rows = g.node("Concat", before, emitter.operand(node, "x"), axis=1)
     y: onnx.Value | None = None
-    for j in range(kept + 1):
-        tap = g.node("Reshape", g.node("Slice", weight, g.i64(j), g.i64(j + 1), g.i64(1)), g.i64(channels))
+    for j, column in enumerate(g.split(weight, kept + 1, 1)):
+        tap = g.node("Reshape", column, g.i64(channels))
         product = g.node("Mul", g.node("Slice", rows, g.i64(j), g.i64(j + tokens), g.i64(1)), tap)
         y = product if y is None else g.node("Add", y, product)
     assert y is not None
@@ -215,8 +215,7 @@ class _Ssd:
         gain = g.node("Reshape", self.gained(weighted, key, q), g.i64(batch, count, *self.state()[1:]))
         totals = g.node("Reshape", total, g.i64(batch, count, self.heads, 1, 1))
         states = [g.node("Unsqueeze", h, g.i64(1))]
-        for i in range(count):
-            kept, added = (g.node("Slice", value, g.i64(i), g.i64(i + 1), g.i64(1)) for value in (totals, gain))
+        for kept, added in zip(g.split(totals, count, 1), g.split(gain, count, 1), strict=True):
             states.append(g.node("Add", g.node("Mul", states[-1], kept), added))
         before = g.node("Reshape", g.node("Concat", *states[:-1], axis=1), g.i64(*self.state()))
         return before, g.node("Squeeze", states[-1], g.i64(1))
@@ -234,10 +233,8 @@ class _Ssd:
         if q > FEW_TOKENS:
             return g.node("Add", kept, self.gained(weighted, key, q))
         after = g.node("Reshape", kept, g.i64(self.batch, self.groups, share, self.channels, self.width))
-        for i in range(q):
-            column = g.node("Slice", weighted, g.i64(i), g.i64(i + 1), g.i64(2))
+        for column, row in zip(g.split(weighted, q, 2), g.split(key, q, 2), strict=True):
             column = g.node("Reshape", column, g.i64(self.batch, self.groups, share, self.channels, 1))
-            row = g.node("Slice", key, g.i64(i), g.i64(i + 1), g.i64(2))
             row = g.node("Reshape", row, g.i64(self.batch, self.groups, 1, 1, self.width))
             after = g.node("Add", after, g.node("Mul", column, row))
         return g.node("Reshape", after, g.i64(*self.state()))

@@ -24,7 +24,7 @@ def scores(emitter: Emitter, q: onnx.Value, k: onnx.Value, heads: int) -> onnx.V
         return g.node("ReduceSum", product, g.i64(4), keepdims=0)
     of_heads = [
         g.node("Unsqueeze", g.node("ReduceSum", g.node("Mul", row, k), g.i64(3), keepdims=0), g.i64(2))
-        for row in (g.node("Slice", q, g.i64(i), g.i64(i + 1), g.i64(2)) for i in range(heads))
+        for row in g.split(q, heads, 2)
     ]
     return of_heads[0] if heads == 1 else g.node("Concat", *of_heads, axis=2)
 

@@ -6,6 +6,7 @@ before Ada): a signed byte plus 128 is the index. From the gather to the sum all
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
 
 import ml_dtypes
@@ -80,21 +81,25 @@ def e2m1_product(
     `codes` i8 [..., N, K/16, 8] and `scales` float32 [..., N, K/16] meet `x` float32 [..., 1, K]; `dims` are
     [..., N, K] of the product before the sum. → [..., N].
 
-    x comes as 16 planes [..., 1, K/16]: neighbouring lanes take neighbouring blocks, and find their numbers side by
-    side. The sums are made as the planes of a next such product; where one follows, the transposes cancel.
+    x comes as 16 planes [..., K/16]: neighbouring lanes take neighbouring blocks, and find their numbers side by
+    side. The sums are made as the planes of a next such product; where one follows, the transposes cancel. What is
+    sliced keeps its axis, as length 1, and all bytes are looked up by one node: a model has 16 of these an expert
+    linear, and the builder's time grows with them.
     """
     g = emitter.graph
     *outer, n, width = dims
     rank, blocks = len(outer), width // NVFP4_BLOCK
     index, planes = places(emitter, codes), _planes(emitter, x, rank, blocks)
     low, high = nibble_tables()
-    pairs: list[onnx.Value] = []
-    for i in range(NVFP4_BLOCK // 2):
-        byte = _at(emitter, index, i, -1)
-        upper = g.node("Div", byte, g.constant(np.array(16, np.int32)))
-        first, second = looked_up(emitter, low, byte), looked_up(emitter, high[::16], upper)
-        pairs.append(g.node("Add", g.node("Mul", first, planes[2 * i]), g.node("Mul", second, planes[2 * i + 1])))
-    product = g.node("Mul", reduce(lambda a, b: g.node("Add", a, b), pairs), scales)
+    even = looked_up(emitter, low, index)
+    odd = looked_up(emitter, high[::16], g.node("Div", index, g.constant(np.array(16, np.int32))))
+    evens, odds = g.split(even, NVFP4_BLOCK // 2, -1), g.split(odd, NVFP4_BLOCK // 2, -1)
+    products = [
+        g.node("Add", g.node("Mul", first, planes[2 * i]), g.node("Mul", second, planes[2 * i + 1]))
+        for i, (first, second) in enumerate(zip(evens, odds, strict=True))
+    ]
+    summed = g.node("Squeeze", reduce(lambda a, b: g.node("Add", a, b), products), g.i64(-1))
+    product = g.node("Mul", summed, scales)
     if n % NVFP4_BLOCK:
         return g.node("ReduceSum", product, g.i64(-1), keepdims=0)
     grouped = g.node("Reshape", product, g.i64(*outer, n // NVFP4_BLOCK, NVFP4_BLOCK, blocks))
@@ -103,15 +108,9 @@ def e2m1_product(
     return g.node("Reshape", g.node("Transpose", sums, perm=[*range(rank), rank + 1, rank]), g.i64(*outer, n))
 
 
-def _planes(emitter: Emitter, x: onnx.Value, rank: int, blocks: int) -> list[onnx.Value]:
-    """Return the 16 planes [..., 1, K/16] of x [..., 1, K], which has `rank` dims in front: i, i + 16, i + 32 …"""
+def _planes(emitter: Emitter, x: onnx.Value, rank: int, blocks: int) -> Sequence[onnx.Value]:
+    """Return the 16 planes [..., 1, K/16, 1] of x [..., 1, K], which has `rank` dims in front: i, i + 16, i + 32 …"""
     g = emitter.graph
-    split = g.node("Reshape", x, g.i64(*[0] * rank, 1, blocks, NVFP4_BLOCK))
-    turned = g.node("Transpose", split, perm=[*range(rank + 1), rank + 2, rank + 1])
-    return [_at(emitter, turned, i, -2) for i in range(NVFP4_BLOCK)]
-
-
-def _at(emitter: Emitter, value: onnx.Value, place: int, axis: int) -> onnx.Value:
-    """Return `value` at one place of an axis, by a slice: a gather would set the whole kernel to single elements."""
-    g = emitter.graph
-    return g.node("Squeeze", g.node("Slice", value, g.i64(place), g.i64(place + 1), g.i64(axis)), g.i64(axis))
+    split = g.node("Reshape", x, g.i64(*[0] * rank, blocks, NVFP4_BLOCK, 1))
+    turned = g.node("Transpose", split, perm=[*range(rank), rank + 1, rank, rank + 2])
+    return g.split(turned, NVFP4_BLOCK, -3)

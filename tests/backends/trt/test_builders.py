@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,6 +107,31 @@ def test_a_process_that_cannot_be_started(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(FileNotFoundError), Builders(1) as running:
         running.order(order(tmp_path, "x"))
         list(running.results(ignored))
+
+
+@pytest.mark.parametrize("chosen", [None, "glibc.malloc.mxfast=64"])
+def test_the_allocator_of_a_builder_keeps_what_is_freed(
+    chosen: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for one who has said how it shall work; and this process keeps its own."""
+    if chosen is None:
+        monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    else:
+        monkeypatch.setenv("GLIBC_TUNABLES", chosen)
+    environments: list[Mapping[str, str]] = []
+
+    class Seen(subprocess.Popen[bytes]):
+        def __init__(self, *command: Any, env: Mapping[str, str], **options: Any) -> None:
+            environments.append(env)
+            super().__init__(*command, env=env, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", Seen)
+    with Builders(1) as running:
+        running.order(order(tmp_path, "x"))
+        list(running.results(ignored))
+    (environment,) = environments
+    assert environment["GLIBC_TUNABLES"] == chosen or "glibc.malloc.tcache_count=65535:" in environment["GLIBC_TUNABLES"]
+    assert environment["PATH"] == os.environ["PATH"] and os.environ.get("GLIBC_TUNABLES") == chosen
 
 
 ORPHAN = """
