@@ -130,7 +130,9 @@ def test_the_allocator_of_a_builder_keeps_what_is_freed(
         running.order(order(tmp_path, "x"))
         list(running.results(ignored))
     (environment,) = environments
-    assert environment["GLIBC_TUNABLES"] == chosen or "glibc.malloc.tcache_count=65535:" in environment["GLIBC_TUNABLES"]
+    assert (
+        environment["GLIBC_TUNABLES"] == chosen or "glibc.malloc.tcache_count=65535:" in environment["GLIBC_TUNABLES"]
+    )
     assert environment["PATH"] == os.environ["PATH"] and os.environ.get("GLIBC_TUNABLES") == chosen
 
 
