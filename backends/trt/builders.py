@@ -38,7 +38,6 @@ _PROGRAM = "import sys; sys.path[:] = {path!r}; from n3c.backends.trt.builder_pr
 """The child finds modules where this process does, whatever has changed its path."""
 _ALLOCATOR = {
     "tcache_count": 65535,
-    "tcache_max": 2**20,
     "mxfast": 0,
     "trim_threshold": 2**32,
     "top_pad": 2**26,

@@ -86,7 +86,7 @@ def distribution(logits: NDArray[Any], sampling: Sampling) -> Distribution:
     if sampling.min_p > 0:
         likely = np.flatnonzero(weights >= np.float32(sampling.min_p) * weights.max())
         kept, weights = likely if kept is None else kept[likely], weights[likely]
-    total = weights.sum(dtype=np.float64)
+    total = _sum(weights)
     if kept is None:
         weights /= np.float32(total)
         return Distribution(None, weights)
@@ -108,7 +108,7 @@ def _cut(logits: NDArray[Any], sampling: Sampling) -> tuple[Tokens | None, NDArr
     weights = _weights(logits, best, temperature)
     if sampling.top_p == 1:
         return None, weights
-    kept = _nucleus(logits, weights, sampling.top_p * weights.sum(dtype=np.float64))
+    kept = _nucleus(logits, weights, sampling.top_p * _sum(weights))
     return kept, weights[kept]
 
 
@@ -118,13 +118,17 @@ def likeliest(logits: NDArray[Any], count: int) -> Tokens:
         return np.arange(len(logits))
     blocks = len(logits) // BLOCK
     candidates: NDArray[Any] = logits
+    places: Tokens | None = None
     if count < blocks:
-        # `count` blocks hold a logit of at least `bound`, so none of the likeliest is below it
-        maxima = logits[: blocks * BLOCK].reshape(blocks, BLOCK).max(axis=1)
+        # `count` blocks hold a logit of at least `bound`, so none of the likeliest is below it. A block is every
+        # `blocks`th logit: their maxima are found for many blocks at once, of neighbours for one after the other
+        maxima = logits[: blocks * BLOCK].reshape(BLOCK, blocks).max(axis=0)
         bound = np.partition(maxima, blocks - count)[blocks - count]
-        candidates = logits[logits >= bound]
+        places = np.flatnonzero(logits >= bound)
+        candidates = logits[places]
     last = np.partition(candidates, len(candidates) - count)[len(candidates) - count]
-    tokens = np.flatnonzero(logits >= last)
+    tokens = np.flatnonzero(candidates >= last)
+    tokens = tokens if places is None else places[tokens]
     if len(tokens) > count:
         equal = np.flatnonzero(logits[tokens] == last)
         tokens = np.delete(tokens, equal[count - len(tokens) :])
@@ -133,11 +137,19 @@ def likeliest(logits: NDArray[Any], count: int) -> Tokens:
 
 def _weights(logits: NDArray[Any], best: float, temperature: np.float32) -> NDArray[np.float32]:
     """Return exp((logits - best) / temperature)."""
-    scaled = logits.astype(np.float32)
-    scaled -= np.float32(best)
-    with np.errstate(over="ignore"):  # of a temperature near 0: minus infinity, whose weight is 0
-        scaled /= temperature
-    return np.exp(scaled, out=scaled)
+    scaled: NDArray[np.float32] = np.subtract(logits, np.float32(best), dtype=np.float32)
+    if temperature != 1:
+        with np.errstate(over="ignore"):  # of a temperature near 0: minus infinity, whose weight is 0
+            scaled /= temperature
+    np.exp(scaled, out=scaled)
+    return scaled
+
+
+def _sum(weights: NDArray[np.float32]) -> float:
+    """Return the sum, exact to some 2^-23 of it: eight weights are added in float32, their sums in float64."""
+    few = len(weights) % 8
+    eights = weights[few:].reshape(8, -1).sum(axis=0)
+    return float(eights.sum(dtype=np.float64) + weights[:few].sum(dtype=np.float64))
 
 
 def _nucleus(logits: NDArray[Any], weights: NDArray[np.float32], mass: float) -> Tokens:

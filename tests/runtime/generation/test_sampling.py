@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from math import inf, nan
 
 import numpy as np
@@ -202,3 +203,12 @@ def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
     with pytest.raises(N3CError, match="E0806") as error:
         require_finite(np.array([0.0, bad], np.float32))
     assert error.value.exit_code == ExitCode.NUMERICS
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 4099])
+def test_probabilities_of_many_tokens_sum_to_one(size: int) -> None:
+    logits = np.random.default_rng(size).standard_normal(size, np.float32)
+    exact = np.exp(logits.astype(np.float64))
+    found = distribution(logits, Sampling(1.0)).dense(size)
+    assert math.fsum(found) == pytest.approx(1, abs=2**-21)
+    assert found == pytest.approx(exact / exact.sum(), rel=2**-20)
