@@ -9,13 +9,13 @@ import onnx_ir as onnx
 from n3c.backends.onnx.emitter import Emitter, Rounded
 from n3c.ir.formats import E2M1_MAX, E4M3_MAX, NVFP4_BLOCK
 
-E4M3_LEAST = 2.0**-9
-"""The least number above 0."""
 from n3c.ir.program import Node, Value
 
 F8E4M3FN = 17
 """Of TRT_FP4DynamicQuantize's attribute scale_type."""
 _MOST_DIMS = 3
+_E4M3_LEAST = 2.0**-9
+"""The least E4M3 number above 0."""
 
 
 def quantize_activation(emitter: Emitter, node: Node) -> None:
@@ -36,16 +36,16 @@ def reshaped(emitter: Emitter, x: Rounded, *dims: int) -> Rounded:
     return Rounded(emitter.graph.node("Reshape", x.divided, emitter.graph.i64(*dims)), dims, x.scale, x.format)
 
 
-def read(emitter: Emitter, value: Value, *, by_arithmetic: bool = False) -> tuple[onnx.Value, onnx.Value | None]:
-    """Return what a sum reads in float32, rounded where it is to be, and the scale to multiply its result with.
+def read(emitter: Emitter, value: Value, *, in_planes: bool = False) -> tuple[onnx.Value, onnx.Value | None]:
+    """Return what a sum reads, float32, rounded where it is to be, and the scale to multiply its result with.
 
-    Rounding to FP4 `by_arithmetic` compiles to one kernel with what precedes it, where TensorRT's own is two besides. It
-    is for readers that need their operand in memory, as planes do: others compute it anew for each output.
+    `in_planes` says that the reader cuts it into planes. Then rounding to FP4 is spelled out, which compiles to one kernel
+    with what precedes it, where TensorRT's own is two besides; other readers would compute that anew for each output.
     """
     rounded = emitter.rounded(value)
     if rounded is None:
         return emitter.get(value), None
-    if not by_arithmetic or rounded.format == "fp8":
+    if not in_planes or rounded.format == "fp8":
         return values(emitter, rounded), rounded.scale
     key = ("rounded by arithmetic", id(rounded.divided))
     return emitter.shared(key, lambda: _in_fp4_by_arithmetic(emitter, rounded)), rounded.scale
@@ -101,18 +101,23 @@ def _in_fp4_by_arithmetic(emitter: Emitter, x: Rounded) -> onnx.Value:
     blocks = g.node("Reshape", x.divided, g.i64(*x.dims[:-1], x.dims[-1] // NVFP4_BLOCK, NVFP4_BLOCK))
     turn = [*range(rank - 1), rank, rank - 1]
     planes = g.node("Transpose", blocks, perm=turn)  # [..., 16, K/16]
-    step = _in_fp8(emitter, g.node("Div", _peak(emitter, planes), g.f32(E2M1_MAX)))
-    ratio = g.node("Div", planes, g.node("Max", step, g.f32(E4M3_LEAST)))
+
+    def number(value: float) -> onnx.Value:
+        """Return a constant of as many dims as the planes: TensorRT's parser adds layers where some are missing."""
+        return g.constant(np.full((1,) * (rank + 1), value, np.float32))
+
+    step = _in_fp8(emitter, g.node("Div", _peak(emitter, planes), number(E2M1_MAX)))
+    ratio = g.node("Div", planes, g.node("Max", step, number(_E4M3_LEAST)))
     ratio = g.node("Clip", ratio, g.f32(-E2M1_MAX), g.f32(E2M1_MAX))
     size = g.node("Abs", ratio)
-    unit = g.node("Where", g.node("Less", size, g.f32(4.0)), g.f32(1.0), g.f32(2.0))
-    unit = g.node("Where", g.node("Less", size, g.f32(2.0)), g.f32(0.5), unit)
+    unit = g.node("Where", g.node("Less", size, number(4.0)), number(1.0), number(2.0))
+    unit = g.node("Where", g.node("Less", size, number(2.0)), number(0.5), unit)
     code = g.node("Mul", g.node("Round", g.node("Div", ratio, unit)), unit)
     return g.node("Reshape", g.node("Transpose", g.node("Mul", code, step), perm=turn), g.i64(*x.dims))
 
 
 def _peak(emitter: Emitter, planes: onnx.Value) -> onnx.Value:
-    """Return the largest size in planes [..., 16, K/16], [..., 1, K/16]. As a reduction it would be a kernel by itself."""
+    """Return the largest size in planes [..., 16, K/16], [..., 1, K/16]: as a reduction it would be a kernel by itself."""
     g, peak = emitter.graph, emitter.graph.node("Abs", planes)
     for _ in range(NVFP4_BLOCK.bit_length() - 1):
         peak = g.node("Max", *g.split(peak, 2, -2))

@@ -29,7 +29,7 @@ def expand_experts(emitter: Emitter, node: Node) -> None:
 
 def expert_linear(emitter: Emitter, node: Node) -> None:
     """y[b, s, r, n] = Σₖ x[b, s, r or 1, 1, k] · w[indices[b, s, r], n, k], times the expert's scale."""
-    x, x_scale = activations.read(emitter, node["x"], by_arithmetic=in_planes(emitter.weight(node["weight"])))
+    x, x_scale = activations.read(emitter, node["x"], in_planes=in_planes(emitter.weight(node["weight"])))
     indices, chosen = emitter.operand(node, "indices"), emitter.sizes(node["indices"])
     if emitter.rendering == "engine" and emitter.form(node) == "by_expert":
         y = _by_expert(emitter, node, x, x_scale)

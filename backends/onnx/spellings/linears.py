@@ -39,7 +39,7 @@ def linear_sum(emitter: Emitter, node: Node, form: LinearForm) -> None:
     """y[b, s, n] = Σₖ x[b, s, k] · w[n, k], times the tensor's scale where the weight has one."""
     g = emitter.graph
     weight = emitter.weight(node["weight"])
-    x, x_scale = activations.read(emitter, node["x"], by_arithmetic=in_planes(weight))
+    x, x_scale = activations.read(emitter, node["x"], in_planes=in_planes(weight))
     if isinstance(weight, Nvfp4Weight) and weight.packed:
         column = g.node("Unsqueeze", x, g.i64(-2))
         dims = (*emitter.sizes(node.results[0]), emitter.sizes(node["x"])[-1])
