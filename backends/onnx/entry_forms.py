@@ -77,6 +77,13 @@ class LinearForms:
         """Return the form of a linear."""
         return self._choose(self._applied(node))
 
+    def read_as_bytes(self, node: Node) -> Value | None:
+        """Return the FP4 codes that a node reads as bytes, decoded by tables: those of a linear that is a sum."""
+        if node.op is not ops.linear or (weight := node["weight"]).node is None or self.of(node) != "sum":
+            return None
+        codes = weight.stored[0]
+        return codes if codes.type.dtype is DType.F4E2M1 else None
+
     def _applied(self, node: Node) -> Applied:
         weight = node["weight"]
         codes, rows = weight.stored[0], rows_of(node, self._dims)

@@ -68,7 +68,7 @@ class Applied:
 
     @property
     def by_table(self) -> bool:
-        """Whether tables decode its codes."""
+        """Whether tables decode its codes, whatever the form."""
         return self.dtype is DType.I8
 
     @property
@@ -114,14 +114,15 @@ def kernels(form: LinearForm, applied: Applied) -> tuple[Work, ...]:
         return tuple(_chosen(form, applied, applied.choice))
     if form == "product":
         return tuple(_product(applied, x, y))
-    rounding = 3 if applied.rounded and applied.blocked else 0  # division, codes, values
-    planes = 1 if applied.by_table and applied.blocked else 0
     if form == "siblings":
         return tuple(_siblings(applied))
-    cost = sum_cost(applied.dtype, applied.around, fp8=not applied.blocked, by_table=applied.by_table)
+    by_table = applied.by_table or (form == "sum" and applied.blocked)  # FP4 is bound as bytes for it
+    rounding = 3 if applied.rounded and applied.blocked else 0  # division, codes, values
+    preparing = 1 if by_table and applied.blocked else rounding  # planes, rounded in the same kernel
+    cost = sum_cost(applied.dtype, applied.around, fp8=not applied.blocked, by_table=by_table)
     elements = float(rows * n * k)
     instructions, wavefronts = elements * cost.instructions, elements * cost.wavefronts
-    before = (_elementwise(x),) * (rounding + planes)
+    before = (_elementwise(x),) * preparing
     if form == "sum":
         again = (Repeated(applied.bytes, rows),)
         return (*before, Work("sum", applied.bytes, (x, y), again, 0, instructions, wavefronts))

@@ -23,7 +23,7 @@ from . import activations, tables
 def dequantize_nvfp4(emitter: Emitter, node: Node) -> None:
     """Bind the codes and scales; the op that reads the weight spells the dequantization."""
     codes, scale, scale_2 = (emitter.operand(node, name) for name in ("codes", "scale", "scale_2"))
-    packed, packed_scale = (node[name].type.dtype is DType.I8 for name in ("codes", "scale"))
+    packed, packed_scale = (value.dtype is onnx.DataType.INT8 for value in (codes, scale))
     emitter.bind_weight(node.results[0], Nvfp4Weight(codes, scale, scale_2, packed, packed_scale))
 
 
