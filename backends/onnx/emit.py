@@ -126,7 +126,6 @@ class _Emission:
         self, program: Program, entry: EntryPoint, dims: dict[str, int], rendering: Rendering, choose: Choose
     ) -> None:
         self.program, self.entry, self.dims = program, entry, dims
-        self.for_engines = rendering == "engine"
         self.graph = GraphBuilder(f"{program.name}.{entry.name}")
         self.forms = LinearForms(program, entry, dims, choose)
         self.emitter = Emitter(self.graph, dims, self.forms.of, rendering, wide=has_wide_products(program))
@@ -170,11 +169,11 @@ class _Emission:
     def parameters(self, call: Call) -> list[Parameter]:
         """Return what a call binds: its parameters, those that are read as bytes under a name of their own."""
         function = self.program.functions[call.function]
-        as_bytes = {id(self.forms.read_as_bytes(node)) for node in function.nodes} if self.for_engines else set[int]()
-        bound = [self.program.parameters[name] for name in call.parameters]
+        codes = {id(value) for node in function.nodes if (value := self.forms.read_as_bytes(node)) is not None}
+        bound = (self.program.parameters[name] for name in call.parameters)
         return [
-            replace(p, name=p.name + BYTES, type=p.type.as_bytes(), source=Bytes(p.source)) if id(formal) in as_bytes else p
-            for formal, p in zip(function.parameters, bound, strict=True)
+            _as_bytes(parameter) if id(formal) in codes else parameter
+            for formal, parameter in zip(function.parameters, bound, strict=True)
         ]
 
     def argument(self, name: str, type_: TensorType, kind: str, source: str, memory: str = "") -> Binding:
@@ -229,6 +228,13 @@ class _Emission:
                     Diagnostic("E0507", message, node.origin.span, help="run the serving passes first"), ExitCode.TARGET
                 )
             spelling(self.emitter, node)
+
+
+def _as_bytes(parameter: Parameter) -> Parameter:
+    """Return the same memory as bytes."""
+    return replace(
+        parameter, name=parameter.name + BYTES, type=parameter.type.as_bytes(), source=Bytes(parameter.source)
+    )
 
 
 def bound_as(type_: TensorType) -> TensorType:

@@ -8,7 +8,6 @@ import onnx_ir as onnx
 
 from n3c.backends.onnx.emitter import Emitter, Rounded
 from n3c.ir.formats import E2M1_MAX, E4M3_MAX, NVFP4_BLOCK
-
 from n3c.ir.program import Node, Value
 
 F8E4M3FN = 17
@@ -39,8 +38,8 @@ def reshaped(emitter: Emitter, x: Rounded, *dims: int) -> Rounded:
 def read(emitter: Emitter, value: Value, *, in_planes: bool = False) -> tuple[onnx.Value, onnx.Value | None]:
     """Return what a sum reads, float32, rounded where it is to be, and the scale to multiply its result with.
 
-    `in_planes` says that the reader cuts it into planes. Then rounding to FP4 is spelled out, which compiles to one kernel
-    with what precedes it, where TensorRT's own is two besides; other readers would compute that anew for each output.
+    `in_planes` says that the reader cuts it into planes. Then rounding to FP4 is spelled out: it compiles to one kernel
+    with what precedes it, where TensorRT's own is two besides. Other readers would compute it anew for each output.
     """
     rounded = emitter.rounded(value)
     if rounded is None:
@@ -117,7 +116,10 @@ def _in_fp4_by_arithmetic(emitter: Emitter, x: Rounded) -> onnx.Value:
 
 
 def _peak(emitter: Emitter, planes: onnx.Value) -> onnx.Value:
-    """Return the largest size in planes [..., 16, K/16], [..., 1, K/16]: as a reduction it would be a kernel by itself."""
+    """Return the largest size of a block, [..., 1, K/16], of planes [..., 16, K/16].
+
+    As a reduction it would be a kernel by itself.
+    """
     g, peak = emitter.graph, emitter.graph.node("Abs", planes)
     for _ in range(NVFP4_BLOCK.bit_length() - 1):
         peak = g.node("Max", *g.split(peak, 2, -2))

@@ -110,7 +110,7 @@ class TrtEngine:
             with device.current():
                 self._contexts.append(Contexts(trt, self._logger, device, [plan.path for plan in placed]))
                 weights = {memory_of(b): b for plan in placed for b in plan.weights}
-                self._parameters |= {memory: parameters[binding.name.removesuffix(BYTES)] for memory, binding in weights.items()}
+                self._parameters |= {memory: parameters[b.name.removesuffix(BYTES)] for memory, b in weights.items()}
                 states = {b.source for plan in placed for b in plan.inputs if b.kind == "state"}
                 planned = [state for state in state_plan.states if state.name in states]
                 self._memories.append(DeviceMemory(device, weights.values(), planned, batch))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from n3c.backends.onnx.bindings import BYTES
 from n3c.backends.onnx.emit import emit_entry
 from n3c.backends.onnx.linear_forms import LinearForm
 from n3c.ir import ops
@@ -73,6 +74,10 @@ def test_linear(rows: int, chosen: LinearForm, form: str, format_: str, seen: Ca
     program = one.apply(ops.linear, read, one.quantized(form, 5, 48))
     entry = emit_entry(program, "run", batch=1, choose=lambda _: chosen)
     assert any(node.op_type == "Gemm" for node in entry.model.graph) == (chosen == "product")
+    as_bytes = {b.name: (b.dtype, b.memory) for b in entry.weights if b.name.endswith(BYTES)}
+    assert as_bytes == (
+        {f"codes{BYTES}": ("i8", program.parameters["codes"].memory)} if (form, chosen) == ("nvfp4", "sum") else {}
+    )
     actual = OnnxRunner(entry, one.values).run(one.values)["y0"]
     expected = seen(one.values["x"]) @ weight(one, form).T
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
