@@ -1,6 +1,7 @@
 """The form of each linear of an entry point: of those that are admissible the one of the least predicted time.
 
-  sum          a product and a sum in one kernel, [rows, N]: it reads and decodes the weight once a row
+  sum          a product and a sum in one kernel, [rows, N]: it reads and decodes the weight once a row; codes of NVFP4 are
+               bound as bytes for it, and looked up in tables
   sum_by_rows  the same as [N, rows], and a transpose: neighbouring outputs read the same row of the weight
   siblings     a sum for each row beside each other, in one kernel: it reads and decodes the weight once for up to 32
   product      a matrix product on tensor cores, behind kernels that prepare its operands
