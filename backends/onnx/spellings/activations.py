@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as onnx
 
 from n3c.backends.onnx.emitter import Emitter, Rounded
+from n3c.backends.onnx.linear_forms import LEAST_IN_PLANES
 from n3c.ir.formats import E2M1_MAX, E4M3_MAX, NVFP4_BLOCK
 from n3c.ir.program import Node, Value
 
@@ -44,7 +45,7 @@ def read(emitter: Emitter, value: Value, *, in_planes: bool = False) -> tuple[on
     rounded = emitter.rounded(value)
     if rounded is None:
         return emitter.get(value), None
-    if not in_planes or rounded.format == "fp8":
+    if not in_planes or rounded.format == "fp8" or rounded.dims[-1] < LEAST_IN_PLANES:
         return values(emitter, rounded), rounded.scale
     key = ("rounded by arithmetic", id(rounded.divided))
     return emitter.shared(key, lambda: _in_fp4_by_arithmetic(emitter, rounded)), rounded.scale

@@ -83,8 +83,9 @@ def e2m1_product(
 
     x comes as 16 planes [..., K/16]: neighbouring lanes take neighbouring blocks, and find their numbers side by
     side. The sums are made as the planes of a next such product; where one follows, the transposes cancel. All bytes
-    of a block are looked up, and multiplied, by one node: the builder's time grows with the nodes. The planes are joined
-    again for that, which costs the kernel nothing; it is being cut apart what makes the builder write them to memory.
+    of a block are looked up, and multiplied, by one node: the builder's time grows with the nodes. The planes are
+    joined again for that, which costs the kernel nothing; that they were cut apart makes the builder write them to
+    memory.
     """
     g = emitter.graph
     *outer, n, width = dims
