@@ -128,7 +128,8 @@ def combine_experts(emitter: Emitter, node: Node) -> None:
     factor = g.node("Div", g.f32(share.factor), total)
     made = g.node("Mul", z, factor)
     emitter.bind(node.results[0], made)
-    emitter.bind_scaled(made, z, g.node("Slice", factor, g.i64(0), g.i64(1), g.i64(-1)))
+    first = (factor, g.i64(1, emitter.sizes(node["y"])[-1] - 1))
+    emitter.bind_scaled(made, z, g.nodes_results("Split", first, 2, "", {"axis": -1})[0])
 
 
 def _weighted(emitter: Emitter, y: onnx.Value, weights: onnx.Value) -> onnx.Value:
