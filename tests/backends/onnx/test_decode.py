@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import onnx
@@ -12,6 +13,7 @@ import torch
 from n3c.backends.onnx.bindings import BYTES
 from n3c.backends.onnx.emit import emit_entry
 from n3c.backends.onnx.stages import stages
+from n3c.ir.types import DType
 from n3c.passes.lower.model import lower
 from n3c.passes.serving import serve
 from n3c.runtime.engines.reference.evaluate import evaluate, zero_states
@@ -92,6 +94,18 @@ def test_weights_and_states_are_inputs_that_the_bindings_describe() -> None:
     codes = next(row for row in entry.bindings if row["name"].endswith("experts.*.up_proj.weight"))
     assert (codes["dtype"], codes["shape"]) == ("i8", [8, 48, 16])
     assert codes["source"].startswith("bytes(nvfp4_codes(stack(")
+
+
+def test_a_weight_that_is_read_as_bytes_is_the_memory_of_the_parameter() -> None:
+    """Engines find the values by the parameter's name, and share its buffer with entry points that bind it as FP4."""
+    program = serve(load_spec(SPECS / "nano.toml")[0]).program
+    bound = [b for b in emit_entry(program, "decode", batch=1).weights if b.name.endswith(BYTES)]
+    assert {b.name.rpartition(".mixer.")[2] for b in bound} >= {f"in_proj.weight{BYTES}", f"out_proj.weight{BYTES}"}
+    for binding in bound:
+        parameter = program.parameters[binding.name.removesuffix(BYTES)]
+        assert parameter.type.dtype is DType.F4E2M1
+        assert (binding.memory, binding.dtype) == (parameter.memory, "i8")
+        assert prod(binding.shape) == parameter.type.bytes
 
 
 def test_progress_and_places() -> None:
