@@ -13,6 +13,8 @@ from n3c.ir.json_file import is_count, read_json
 from n3c.ir.types import DType
 
 FILE = "bindings.json"
+BYTES = ".bytes"
+"""Behind the name of a weight in FP4: the same memory, bound as bytes for a sum."""
 _DTYPES = tuple(dtype.value for dtype in DType)
 _ENTRY = re.compile(r"[a-z_]+\.b[1-9][0-9]{0,8}(\.s[0-9]{1,4})?")
 """`decode.b4`, or `decode.b4.s0` of a stage."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from n3c.backends.progress import SILENT, Progress
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 from n3c.ir.extensions import part
 from n3c.ir.program import Call, EntryPoint, Function, Parameter, Program
+from n3c.ir.source import Bytes
 from n3c.ir.types import DType, TensorType
 from n3c.passes.base import run_pipeline
 from n3c.passes.widen import Widen
 
-from .bindings import Binding
+from .bindings import BYTES, Binding
 from .emitter import Emitter, Rendering
 from .entry_forms import LinearForms, fastest_for, has_wide_products
 from .graph import GraphBuilder
@@ -136,14 +137,13 @@ class _Emission:
     def run(self, progress: Progress) -> OnnxEntry:
         program, calls = self.program, self.entry.calls
         states = [name for call in calls for name in call.states]
-        names = dict.fromkeys(name for call in calls for name in call.parameters)
         arguments = [self.argument(name, type_, "input", name) for name, type_ in self.entry.inputs.items()]
         for name in states:
             type_ = program.states[name].type
             arguments.append(self.argument(name, bound_as(type_), "state", name))
             if bound_as(type_) != type_:
                 arguments.append(self.argument(f"{name}.view", type_, "view", name))
-        parameters = [program.parameters[name] for name in names]
+        parameters = list({p.name: p for call in calls for p in self.parameters(call)}.values())
         weights = [self.argument(p.name, p.type, "weight", str(p.source), p.memory) for p in parameters]
         for i, call in enumerate(calls):
             self.call(call)
@@ -165,6 +165,16 @@ class _Emission:
             parameters=tuple(parameters),
             dynamic_inputs=self.dynamic(),
         )
+
+    def parameters(self, call: Call) -> list[Parameter]:
+        """Return what a call binds: its parameters, those that are read as bytes under a name of their own."""
+        function = self.program.functions[call.function]
+        codes = {id(value) for node in function.nodes if (value := self.forms.read_as_bytes(node)) is not None}
+        bound = (self.program.parameters[name] for name in call.parameters)
+        return [
+            _as_bytes(parameter) if id(formal) in codes else parameter
+            for formal, parameter in zip(function.parameters, bound, strict=True)
+        ]
 
     def argument(self, name: str, type_: TensorType, kind: str, source: str, memory: str = "") -> Binding:
         """Declare a graph input."""
@@ -195,7 +205,8 @@ class _Emission:
         if call.origin.span is not None:
             self.spans.setdefault(call.label, call.origin.span)
         formals = (*function.inputs, *function.parameters, *function.states)
-        for formal, actual in zip(formals, (*call.inputs, *call.parameters, *call.states), strict=True):
+        parameters = (parameter.name for parameter in self.parameters(call))
+        for formal, actual in zip(formals, (*call.inputs, *parameters, *call.states), strict=True):
             self.emitter.bind(formal, self.values[actual])
         for formal, actual in zip(function.states, call.states, strict=True):
             if f"{actual}.view" in self.values:
@@ -217,6 +228,13 @@ class _Emission:
                     Diagnostic("E0507", message, node.origin.span, help="run the serving passes first"), ExitCode.TARGET
                 )
             spelling(self.emitter, node)
+
+
+def _as_bytes(parameter: Parameter) -> Parameter:
+    """Return the same memory as bytes."""
+    return replace(
+        parameter, name=parameter.name + BYTES, type=parameter.type.as_bytes(), source=Bytes(parameter.source)
+    )
 
 
 def bound_as(type_: TensorType) -> TensorType:

@@ -67,6 +67,16 @@ class Rounded:
     """`nvfp4` or `fp8`."""
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Weights that were divided by their sum."""
+
+    of: onnx.Value
+    """The weights before they were divided by their sum."""
+    factor: float
+    """With which they are multiplied besides."""
+
+
 Rendering = Literal["engine", "float32"]
 """For whom a graph is: `engine` for TensorRT, `float32` for a CPU: no narrow types, plain matrix products."""
 
@@ -103,6 +113,8 @@ class Emitter:
         self._rounded: dict[int, Rounded] = {}
         self._views: dict[int, onnx.Value] = {}
         self._norms: dict[int, Callable[[], Sequence[onnx.Value]]] = {}
+        self._scaled: dict[int, tuple[onnx.Value, onnx.Value]] = {}
+        self._shares: dict[int, Share] = {}
         self._written: dict[int, Rows] = {}
         self._values: dict[int, onnx.Value] = {}
         self._weights: dict[int, Weight] = {}
@@ -155,6 +167,22 @@ class Emitter:
             return None
         weighted, reciprocal = self.shared_many(("norm", id(made)), self._norms[id(made)])
         return weighted, reciprocal
+
+    def bind_scaled(self, made: onnx.Value, x: onnx.Value, factor: onnx.Value) -> None:
+        """Note that the ONNX value `made` is x [..., K] times a factor [..., 1]."""
+        self._scaled[id(made)] = x, factor
+
+    def scaled(self, made: onnx.Value) -> tuple[onnx.Value, onnx.Value] | None:
+        """Return x [..., K] and the factor [..., 1] whose product is `made`, where that is known."""
+        return self._scaled.get(id(made))
+
+    def bind_share(self, made: onnx.Value, share: Share) -> None:
+        """Note how the ONNX value `made` was divided by its sum along the last axis."""
+        self._shares[id(made)] = share
+
+    def share(self, made: onnx.Value) -> Share | None:
+        """Return how `made` was divided by its sum; None where it was not."""
+        return self._shares.get(id(made))
 
     def get(self, value: Value) -> onnx.Value:
         """Return what stands for `value`; KeyError if only a quantized weight does."""

@@ -15,7 +15,7 @@ from n3c.ir.op_definition import OpDef
 from n3c.ir.program import EntryPoint, Node, Program, Value
 from n3c.ir.types import DType
 
-from .linear_forms import Applied, Choose, LinearForm, fastest, rounds
+from .linear_forms import Applied, Choose, LinearForm, as_bytes, fastest, rounds
 
 
 def fastest_for(program: Program, sms: Sequence[int] = ()) -> Choose:
@@ -76,6 +76,13 @@ class LinearForms:
     def of(self, node: Node) -> LinearForm:
         """Return the form of a linear."""
         return self._choose(self._applied(node))
+
+    def read_as_bytes(self, node: Node) -> Value | None:
+        """Return the FP4 codes that a node reads as bytes, decoded by tables: those of a linear that is a sum."""
+        if node.op is not ops.linear or (weight := node["weight"]).node is None or self.of(node) != "sum":
+            return None
+        codes = weight.stored[0]
+        return codes if as_bytes(codes.type.dtype, weight.type.static_dims[-1]) else None
 
     def _applied(self, node: Node) -> Applied:
         weight = node["weight"]

@@ -1,6 +1,7 @@
 """The form of each linear of an entry point: of those that are admissible the one of the least predicted time.
 
-  sum          a product and a sum in one kernel, [rows, N]: it reads and decodes the weight once a row
+  sum          a product and a sum in one kernel, [rows, N]: it reads and decodes the weight once a row; codes of NVFP4
+               are bound as bytes for it, and looked up in tables
   sum_by_rows  the same as [N, rows], and a transpose: neighbouring outputs read the same row of the weight
   siblings     a sum for each row beside each other, in one kernel: it reads and decodes the weight once for up to 32
   product      a matrix product on tensor cores, behind kernels that prepare its operands
@@ -41,6 +42,11 @@ MOST_SIBLINGS = 32
 """Outputs of one kernel. What one reads with more of them the builder writes to memory in float32 first."""
 
 
+LEAST_IN_PLANES = 512
+"""Terms of a sum from which on it reads planes: a short one the builder unrolls into what reads it, and with it what it
+reads, so that the time to build doubles from layer to layer."""
+
+
 @dataclass(frozen=True, slots=True)
 class Applied:
     """A weight, and the rows that it is applied to in a call."""
@@ -68,7 +74,7 @@ class Applied:
 
     @property
     def by_table(self) -> bool:
-        """Whether tables decode its codes."""
+        """Whether tables decode its codes, whatever the form."""
         return self.dtype is DType.I8
 
     @property
@@ -106,6 +112,11 @@ def rounds(form: LinearForm, applied: Applied) -> bool:
     return form == "product" and not (applied.wide or native or applied.dtype is DType.F32)
 
 
+def as_bytes(dtype: DType, k: int) -> bool:
+    """Return whether a sum of `k` terms reads the codes of a weight as bytes that are bound in `dtype`."""
+    return dtype is DType.F4E2M1 and k >= LEAST_IN_PLANES
+
+
 def kernels(form: LinearForm, applied: Applied) -> tuple[Work, ...]:
     """Return what the kernels of a form do, those in front that prepare its operands included."""
     (n, k), rows = applied.shape, applied.rows
@@ -114,14 +125,15 @@ def kernels(form: LinearForm, applied: Applied) -> tuple[Work, ...]:
         return tuple(_chosen(form, applied, applied.choice))
     if form == "product":
         return tuple(_product(applied, x, y))
-    rounding = 3 if applied.rounded and applied.blocked else 0  # division, codes, values
-    planes = 1 if applied.by_table and applied.blocked else 0
     if form == "siblings":
         return tuple(_siblings(applied))
-    cost = sum_cost(applied.dtype, applied.around, fp8=not applied.blocked, by_table=applied.by_table)
+    by_table = applied.by_table or (form == "sum" and as_bytes(applied.dtype, k))
+    rounding = 3 if applied.rounded and applied.blocked else 0  # division, codes, values
+    preparing = 1 if by_table and applied.blocked else rounding  # planes, rounded in the same kernel
+    cost = sum_cost(applied.dtype, applied.around, fp8=not applied.blocked, by_table=by_table)
     elements = float(rows * n * k)
     instructions, wavefronts = elements * cost.instructions, elements * cost.wavefronts
-    before = (_elementwise(x),) * (rounding + planes)
+    before = (_elementwise(x),) * preparing
     if form == "sum":
         again = (Repeated(applied.bytes, rows),)
         return (*before, Work("sum", applied.bytes, (x, y), again, 0, instructions, wavefronts))

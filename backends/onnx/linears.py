@@ -12,6 +12,7 @@ from n3c.ir.program import Call, EntryPoint, Node, Parameter, Program, Value
 from n3c.ir.source import Source, Tensor, leaves
 from n3c.ir.types import DType
 
+from .bindings import BYTES
 from .entry_forms import LinearForms, has_wide_products, rows_of
 
 _UNQUANTIZED = {DType.F32: "fp32", DType.F16: "fp16", DType.BF16: "bf16"}
@@ -81,7 +82,7 @@ def _linears(
         yield Linear(
             name,
             requested=_format(parameter),
-            weight=parameter.name,
+            weight=parameter.name + (BYTES if forms.read_as_bytes(node) is not None else ""),
             selected=selected,
             total=total,
             shape=(n, k),

@@ -7,12 +7,15 @@ import numpy as np
 import onnx_ir as onnx
 
 from n3c.backends.onnx.emitter import Emitter, Rounded
+from n3c.backends.onnx.linear_forms import LEAST_IN_PLANES
 from n3c.ir.formats import E2M1_MAX, E4M3_MAX, NVFP4_BLOCK
 from n3c.ir.program import Node, Value
 
 F8E4M3FN = 17
 """Of TRT_FP4DynamicQuantize's attribute scale_type."""
 _MOST_DIMS = 3
+_E4M3_LEAST = 2.0**-9
+"""The least E4M3 number above 0."""
 
 
 def quantize_activation(emitter: Emitter, node: Node) -> None:
@@ -33,15 +36,19 @@ def reshaped(emitter: Emitter, x: Rounded, *dims: int) -> Rounded:
     return Rounded(emitter.graph.node("Reshape", x.divided, emitter.graph.i64(*dims)), dims, x.scale, x.format)
 
 
-def read(emitter: Emitter, value: Value, *, wide: bool = True) -> tuple[onnx.Value, onnx.Value | None]:
-    """Return what a linear reads, rounded where it is to be, and the scale to multiply its result with.
+def read(emitter: Emitter, value: Value, *, in_planes: bool = False) -> tuple[onnx.Value, onnx.Value | None]:
+    """Return what a sum reads, float32, rounded where it is to be, and the scale to multiply its result with.
 
-    Where it is rounded it is in the type of products unless `wide`, else in float32.
+    `in_planes` says that the reader cuts it into planes. Then rounding to FP4 is spelled out: it compiles to one kernel
+    with what precedes it, where TensorRT's own is two besides. Other readers would compute it anew for each output.
     """
     rounded = emitter.rounded(value)
     if rounded is None:
         return emitter.get(value), None
-    return values(emitter, rounded, wide=wide), rounded.scale
+    if not in_planes or rounded.format == "fp8" or rounded.dims[-1] < LEAST_IN_PLANES:
+        return values(emitter, rounded), rounded.scale
+    key = ("rounded by arithmetic", id(rounded.divided))
+    return emitter.shared(key, lambda: _in_fp4_by_arithmetic(emitter, rounded)), rounded.scale
 
 
 def values(emitter: Emitter, x: Rounded, *, wide: bool = True) -> onnx.Value:
@@ -86,16 +93,35 @@ def _one(emitter: Emitter, *, wide: bool) -> onnx.Value:
 
 
 def _in_fp4_by_arithmetic(emitter: Emitter, x: Rounded) -> onnx.Value:
-    """E2M1 has steps of 0.5 up to 2, of 1 up to 4 and of 2 up to 6; Round takes ties to even, which codes do too."""
-    g = emitter.graph
+    """E2M1 has steps of 0.5 up to 2, of 1 up to 4 and of 2 up to 6; Round takes ties to even, which codes do too.
+
+    A block whose scale is 0 gives zeros, divided by whatever it is.
+    """
+    g, rank = emitter.graph, len(x.dims)
     blocks = g.node("Reshape", x.divided, g.i64(*x.dims[:-1], x.dims[-1] // NVFP4_BLOCK, NVFP4_BLOCK))
-    peak = g.node("ReduceMax", g.node("Abs", blocks), g.i64(-1), keepdims=1)
-    step = _in_fp8(emitter, g.node("Div", peak, g.f32(E2M1_MAX)))
-    zero = g.node("Equal", step, g.f32(0.0))
-    ratio = g.node("Div", blocks, g.node("Where", zero, g.f32(1.0), step))
-    ratio = g.node("Clip", g.node("Where", zero, g.f32(0.0), ratio), g.f32(-E2M1_MAX), g.f32(E2M1_MAX))
+    turn = [*range(rank - 1), rank, rank - 1]
+    planes = g.node("Transpose", blocks, perm=turn)  # [..., 16, K/16]
+
+    def number(value: float) -> onnx.Value:
+        """Return a constant of as many dims as the planes: TensorRT's parser adds layers where some are missing."""
+        return g.constant(np.full((1,) * (rank + 1), value, np.float32))
+
+    step = _in_fp8(emitter, g.node("Div", _peak(emitter, planes), number(E2M1_MAX)))
+    ratio = g.node("Div", planes, g.node("Max", step, number(_E4M3_LEAST)))
+    ratio = g.node("Clip", ratio, g.f32(-E2M1_MAX), g.f32(E2M1_MAX))
     size = g.node("Abs", ratio)
-    unit = g.node("Where", g.node("Less", size, g.f32(4.0)), g.f32(1.0), g.f32(2.0))
-    unit = g.node("Where", g.node("Less", size, g.f32(2.0)), g.f32(0.5), unit)
+    unit = g.node("Where", g.node("Less", size, number(4.0)), number(1.0), number(2.0))
+    unit = g.node("Where", g.node("Less", size, number(2.0)), number(0.5), unit)
     code = g.node("Mul", g.node("Round", g.node("Div", ratio, unit)), unit)
-    return g.node("Reshape", g.node("Mul", code, step), g.i64(*x.dims))
+    return g.node("Reshape", g.node("Transpose", g.node("Mul", code, step), perm=turn), g.i64(*x.dims))
+
+
+def _peak(emitter: Emitter, planes: onnx.Value) -> onnx.Value:
+    """Return the largest size of a block, [..., 1, K/16], of planes [..., 16, K/16].
+
+    As a reduction it would be a kernel by itself.
+    """
+    g, peak = emitter.graph, emitter.graph.node("Abs", planes)
+    for _ in range(NVFP4_BLOCK.bit_length() - 1):
+        peak = g.node("Max", *g.split(peak, 2, -2))
+    return peak

@@ -17,7 +17,8 @@ from n3c.backends.onnx.emitter import DenseWeight, Emitter, Fp8Weight, Nvfp4Weig
 from n3c.ir.program import Node, Value
 
 from . import activations, tables
-from .linears import block_scales, product_scale, unscaled
+from .linears import block_scales, in_planes, product_scale, unscaled
+from .router import LEAST
 
 
 def expand_experts(emitter: Emitter, node: Node) -> None:
@@ -28,7 +29,7 @@ def expand_experts(emitter: Emitter, node: Node) -> None:
 
 def expert_linear(emitter: Emitter, node: Node) -> None:
     """y[b, s, r, n] = Σₖ x[b, s, r or 1, 1, k] · w[indices[b, s, r], n, k], times the expert's scale."""
-    x, x_scale = activations.read(emitter, node["x"])
+    x, x_scale = activations.read(emitter, node["x"], in_planes=in_planes(emitter.weight(node["weight"])))
     indices, chosen = emitter.operand(node, "indices"), emitter.sizes(node["indices"])
     if emitter.rendering == "engine" and emitter.form(node) == "by_expert":
         y = _by_expert(emitter, node, x, x_scale)
@@ -110,9 +111,28 @@ def _gathered(emitter: Emitter, weight: Weight, indices: onnx.Value) -> onnx.Val
 
 
 def combine_experts(emitter: Emitter, node: Node) -> None:
-    """A product and a sum: z = Σᵣ weights[r] · y[r]."""
+    """A product and a sum: z = Σᵣ weights[r] · y[r].
+
+    Weights that are to be divided by their sum are summed beside it, in the same kernel, and the result is divided: a
+    factor of a row that a linear in turn multiplies with its result.
+    """
     g = emitter.graph
-    weighted = g.node(
-        "Mul", emitter.operand(node, "y"), g.node("Unsqueeze", emitter.operand(node, "weights"), g.i64(-1))
-    )
-    emitter.bind(node.results[0], g.node("ReduceSum", weighted, g.i64(-2), keepdims=0))
+    y, weights = emitter.operand(node, "y"), emitter.operand(node, "weights")
+    share = emitter.share(weights) if emitter.rendering == "engine" else None
+    if share is None:
+        emitter.bind(node.results[0], _weighted(emitter, y, weights))
+        return
+    z, column = _weighted(emitter, y, share.of), g.node("Unsqueeze", share.of, g.i64(-1))
+    wide = g.node("Expand", column, g.i64(*emitter.sizes(node["y"])))
+    total = g.node("Add", g.node("ReduceSum", wide, g.i64(-2), keepdims=0), g.f32(LEAST))
+    factor = g.node("Div", g.f32(share.factor), total)
+    made = g.node("Mul", z, factor)
+    emitter.bind(node.results[0], made)
+    first = (factor, g.i64(1, emitter.sizes(node["y"])[-1] - 1))
+    emitter.bind_scaled(made, z, g.nodes_results("Split", first, 2, "", {"axis": -1})[0])
+
+
+def _weighted(emitter: Emitter, y: onnx.Value, weights: onnx.Value) -> onnx.Value:
+    """Return Σᵣ weights[r] · y[r]."""
+    g = emitter.graph
+    return g.node("ReduceSum", g.node("Mul", y, g.node("Unsqueeze", weights, g.i64(-1))), g.i64(-2), keepdims=0)

@@ -23,7 +23,7 @@ from . import activations, tables
 def dequantize_nvfp4(emitter: Emitter, node: Node) -> None:
     """Bind the codes and scales; the op that reads the weight spells the dequantization."""
     codes, scale, scale_2 = (emitter.operand(node, name) for name in ("codes", "scale", "scale_2"))
-    packed, packed_scale = (node[name].type.dtype is DType.I8 for name in ("codes", "scale"))
+    packed, packed_scale = (value.dtype is onnx.DataType.INT8 for value in (codes, scale))
     emitter.bind_weight(node.results[0], Nvfp4Weight(codes, scale, scale_2, packed, packed_scale))
 
 
@@ -39,9 +39,9 @@ def linear_sum(emitter: Emitter, node: Node, form: LinearForm) -> None:
     """y[b, s, n] = Σₖ x[b, s, k] · w[n, k], times the tensor's scale where the weight has one."""
     g = emitter.graph
     weight = emitter.weight(node["weight"])
-    x, x_scale = activations.read(emitter, node["x"])
-    column = g.node("Unsqueeze", x, g.i64(-2))
+    x, x_scale = activations.read(emitter, node["x"], in_planes=in_planes(weight))
     if isinstance(weight, Nvfp4Weight) and weight.packed:
+        column = g.node("Unsqueeze", x, g.i64(-2))
         dims = (*emitter.sizes(node.results[0]), emitter.sizes(node["x"])[-1])
         codes = tables.in_blocks(emitter, weight.codes, dims[-2:])
         y = tables.e2m1_product(emitter, column, codes, block_scales(emitter, weight), dims)
@@ -50,9 +50,14 @@ def linear_sum(emitter: Emitter, node: Node, form: LinearForm) -> None:
     elif form == "siblings":
         y = _siblings(emitter, node, x, weight)
     else:
-        y = g.node("ReduceSum", g.node("Mul", column, unscaled(emitter, weight)), g.i64(-1), keepdims=0)
+        y = _sum(emitter, x, weight)
     scale = product_scale(emitter, weight, x_scale)
     emitter.bind(node.results[0], y if scale is None else g.node("Mul", y, scale))
+
+
+def in_planes(weight: Weight) -> bool:
+    """Return whether a sum reads what it is multiplied with as planes."""
+    return isinstance(weight, Nvfp4Weight) and weight.packed
 
 
 def product_scale(
@@ -65,6 +70,16 @@ def product_scale(
     if scale is not None:
         return g.node("Mul", scale, x_scale)
     return x_scale if experts is None else g.node("Expand", x_scale, g.i64(experts))
+
+
+def _sum(emitter: Emitter, x: onnx.Value, weight: Weight) -> onnx.Value:
+    """Return the sums of all rows, [rows, N]; a factor of a row is multiplied with the sum, not with each number."""
+    g = emitter.graph
+    x, factor = emitter.scaled(x) or (x, None)
+    y = g.node(
+        "ReduceSum", g.node("Mul", g.node("Unsqueeze", x, g.i64(-2)), unscaled(emitter, weight)), g.i64(-1), keepdims=0
+    )
+    return y if factor is None else g.node("Mul", y, factor)
 
 
 def _rows_fastest(emitter: Emitter, node: Node, x: onnx.Value, weight: Weight) -> onnx.Value:
@@ -88,7 +103,7 @@ def _siblings(emitter: Emitter, node: Node, x: onnx.Value, weight: Weight) -> on
     g = emitter.graph
     *rows, k = emitter.sizes(node["x"])
     count, wide = prod(rows), g.node("Unsqueeze", unscaled(emitter, weight), g.i64(0))
-    x, factor = emitter.norm_parts(x) or (x, None)
+    x, factor = emitter.norm_parts(x) or emitter.scaled(x) or (x, None)
     sums = [
         g.node("ReduceSum", g.node("Mul", row, wide), g.i64(-1), keepdims=0)
         for row in g.split(g.node("Reshape", x, g.i64(count, 1, k)), count, 0)

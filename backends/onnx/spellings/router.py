@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as onnx
 
-from n3c.backends.onnx.emitter import Emitter, integer, number
+from n3c.backends.onnx.emitter import Emitter, Share, integer, number
 from n3c.ir.program import Node
+
+LEAST = 1e-20
+"""Added to the sum of weights, by which they are divided."""
 
 
 def route(emitter: Emitter, node: Node) -> None:
@@ -18,13 +21,15 @@ def route(emitter: Emitter, node: Node) -> None:
     if groups > 1:
         choice = _within_groups(emitter, node, choice, groups)
     _, indices = g.nodes_results("TopK", (choice, g.i64(top_k)), 2, "", {"axis": -1})
-    weights = g.node("GatherElements", scores, indices, axis=2)
+    chosen = weights = g.node("GatherElements", scores, indices, axis=2)
     if node.attributes["norm_topk_prob"]:
         total = g.node("ReduceSum", weights, g.i64(-1), keepdims=1)
-        weights = g.node("Div", weights, g.node("Add", total, g.f32(1e-20)))
+        weights = g.node("Div", weights, g.node("Add", total, g.f32(LEAST)))
     if factor != 1.0:
         weights = g.node("Mul", weights, g.f32(factor))
     emitter.bind_results(node, [indices, weights])
+    if node.attributes["norm_topk_prob"]:
+        emitter.bind_share(weights, Share(chosen, factor))
 
 
 def _within_groups(emitter: Emitter, node: Node, choice: onnx.Value, groups: int) -> onnx.Value:

@@ -82,9 +82,10 @@ def e2m1_product(
     [..., N, K] of the product before the sum. → [..., N].
 
     x comes as 16 planes [..., K/16]: neighbouring lanes take neighbouring blocks, and find their numbers side by
-    side. The sums are made as the planes of a next such product; where one follows, the transposes cancel. What is
-    sliced keeps its axis, as length 1, and all bytes are looked up by one node: a model has 16 of these an expert
-    linear, and the builder's time grows with them.
+    side. The sums are made as the planes of a next such product; where one follows, the transposes cancel. All bytes
+    of a block are looked up, and multiplied, by one node: the builder's time grows with the nodes. The planes are
+    joined again for that, which costs the kernel nothing; that they were cut apart makes the builder write them to
+    memory.
     """
     g = emitter.graph
     *outer, n, width = dims
@@ -93,12 +94,10 @@ def e2m1_product(
     low, high = nibble_tables()
     even = looked_up(emitter, low, index)
     odd = looked_up(emitter, high[::16], g.node("Div", index, g.constant(np.array(16, np.int32))))
-    evens, odds = g.split(even, NVFP4_BLOCK // 2, -1), g.split(odd, NVFP4_BLOCK // 2, -1)
-    products = [
-        g.node("Add", g.node("Mul", first, planes[2 * i]), g.node("Mul", second, planes[2 * i + 1]))
-        for i, (first, second) in enumerate(zip(evens, odds, strict=True))
-    ]
-    summed = g.node("Squeeze", reduce(lambda a, b: g.node("Add", a, b), products), g.i64(-1))
+    x_even, x_odd = (g.node("Concat", *planes[i::2], axis=-1) for i in (0, 1))  # [..., 1, K/16, 8]
+    pairs = g.node("Add", g.node("Mul", even, x_even), g.node("Mul", odd, x_odd))
+    parts = g.split(pairs, NVFP4_BLOCK // 2, -1)
+    summed = g.node("Squeeze", reduce(lambda a, b: g.node("Add", a, b), parts), g.i64(-1))
     product = g.node("Mul", summed, scales)
     if n % NVFP4_BLOCK:
         return g.node("ReduceSum", product, g.i64(-1), keepdims=0)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
 
+from n3c.backends.onnx.bindings import BYTES
 from n3c.backends.onnx.emit import emit_entry
 from n3c.backends.onnx.stages import stages
+from n3c.ir.types import DType
 from n3c.passes.lower.model import lower
 from n3c.passes.serving import serve
 from n3c.runtime.engines.reference.evaluate import evaluate, zero_states
@@ -83,12 +86,26 @@ def test_weights_and_states_are_inputs_that_the_bindings_describe() -> None:
     for value, row in zip((*graph.input, *graph.output), (*rows, *entry.outputs), strict=True):
         assert [d.dim_value or -1 for d in value.type.tensor_type.shape.dim] == row["shape"]
     calls = program.entry_points["decode"].calls
-    assert {row["name"] for row in entry.bindings} == {name for call in calls for name in call.parameters}
+    assert {row["name"].removesuffix(BYTES) for row in entry.bindings} == {
+        name for call in calls for name in call.parameters
+    }
     assert {row["source"] for row in entry.outputs} == {"logits", *(name for call in calls for name in call.states)}
     assert max(len(tensor.raw_data) for tensor in graph.initializer) <= 1024  # tables and shapes, no weights
     codes = next(row for row in entry.bindings if row["name"].endswith("experts.*.up_proj.weight"))
     assert (codes["dtype"], codes["shape"]) == ("i8", [8, 48, 16])
     assert codes["source"].startswith("bytes(nvfp4_codes(stack(")
+
+
+def test_a_weight_that_is_read_as_bytes_is_the_memory_of_the_parameter() -> None:
+    """Engines find the values by the parameter's name, and share its buffer with entry points that bind it as FP4."""
+    program = serve(load_spec(SPECS / "nano.toml")[0]).program
+    bound = [b for b in emit_entry(program, "decode", batch=1).weights if b.name.endswith(BYTES)]
+    assert {b.name.rpartition(".mixer.")[2] for b in bound} >= {f"in_proj.weight{BYTES}", f"out_proj.weight{BYTES}"}
+    for binding in bound:
+        parameter = program.parameters[binding.name.removesuffix(BYTES)]
+        assert parameter.type.dtype is DType.F4E2M1
+        assert (binding.memory, binding.dtype) == (parameter.memory, "i8")
+        assert prod(binding.shape) == parameter.type.bytes
 
 
 def test_progress_and_places() -> None:
@@ -112,7 +129,7 @@ def test_linears_name_modules_inputs_and_formats() -> None:
     assert linears["lm_head"].requested == "bf16"
     q, k = linears["backbone.layers.3.mixer.q_proj"], linears["backbone.layers.3.mixer.k_proj"]
     assert q.weight == k.weight and q.total == (64 + 32 + 32) * 64  # merged by fuse_moe
-    assert {linear.weight for linear in entry.linears} <= set(program.parameters)
+    assert {linear.weight.removesuffix(BYTES) for linear in entry.linears} <= set(program.parameters)
 
 
 @pytest.mark.parametrize("starts", [(0,), (0, 3, 6), (0, 1, 2, 3, 4, 5, 6, 7)])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from n3c.backends.onnx.bindings import BYTES
 from n3c.backends.onnx.emit import emit_entry
 from n3c.backends.onnx.linear_forms import LinearForm
 from n3c.ir import ops
@@ -57,22 +58,35 @@ def weight(one: OneOp, form: str) -> Tensor:
     ],
 )
 @pytest.mark.parametrize(
-    ("rows", "chosen"),
-    [(1, "sum"), (4, "sum"), (4, "sum_by_rows"), (3, "siblings"), (1, "product"), (33, "product")],
+    ("rows", "chosen", "width"),
+    [
+        (1, "sum", 48),
+        (4, "sum", 48),
+        (3, "sum", 512),
+        (4, "sum_by_rows", 48),
+        (3, "siblings", 48),
+        (1, "product", 48),
+        (33, "product", 48),
+    ],
 )
-def test_linear(rows: int, chosen: LinearForm, form: str, format_: str, seen: Callable[[Tensor], Tensor]) -> None:
+def test_linear(
+    rows: int, chosen: LinearForm, width: int, form: str, format_: str, seen: Callable[[Tensor], Tensor]
+) -> None:
     """In every form what the format says; values of nothing, tiny, and beyond what the scale reaches."""
     one = OneOp(format_=format_)
-    x = one.input("x", 1, rows, 48)
+    x = one.input("x", 1, rows, width)
     one.values["x"][0, 0, :3] = torch.tensor([0.0, 1e-6, 1e5])
     read = x
     if seen is not same:
         scale = one.value("x_scale", DType.F32, torch.tensor(SCALE))
         one.function.parameters.append(scale)
         read = one.build.emit(ops.quantize_activation, x, scale, name="x_q", format=format_)
-    program = one.apply(ops.linear, read, one.quantized(form, 5, 48))
+    program = one.apply(ops.linear, read, one.quantized(form, 5, width))
     entry = emit_entry(program, "run", batch=1, choose=lambda _: chosen)
     assert any(node.op_type == "Gemm" for node in entry.model.graph) == (chosen == "product")
+    bound = {b.name: (b.dtype, b.memory) for b in entry.weights if b.name.endswith(BYTES)}
+    decoded = {f"codes{BYTES}": ("i8", program.parameters["codes"].memory)} if form == "nvfp4" else {}
+    assert bound == (decoded if (chosen, width) == ("sum", 512) else {})
     actual = OnnxRunner(entry, one.values).run(one.values)["y0"]
     expected = seen(one.values["x"]) @ weight(one, form).T
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))

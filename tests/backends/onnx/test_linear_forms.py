@@ -42,10 +42,10 @@ NVFP4 = Applied(DType.F4E2M1, True, (10304, 2688), 1, True, exact=True)
         (EXPERTS, "sum"),
         (replace(EXPERTS, rows=32, choice=Choice(512, 22, 32)), "by_expert"),
         (replace(EXPERTS, rows=256, choice=Choice(512, 22, 256)), "sum"),  # more pairs than TopK sorts
-        (NVFP4, "product"),
+        (NVFP4, "sum"),  # its codes as bytes
+        (replace(NVFP4, rows=4), "product"),
         (replace(NVFP4, shape=(3712, 2688)), "sum"),
         (replace(NVFP4, rounded=False, around=NORM), "sum"),
-        (replace(NVFP4, rounded=False, rows=2, shape=(65536, 8192)), "sum_by_rows"),  # 302 MB
         (replace(LATENT_UP, beside_loop=True, exact=False), "product"),
     ],
 )
@@ -63,6 +63,8 @@ def test_the_gpu_decides() -> None:
     assert (fastest_for(nano)(qkv), fastest_for(nano, (121,))(qkv)) == ("sum", "siblings")
     assert fastest_for(nano, (120,)) is fastest(GPUS["RTX 5090"], PRO)  # others do not hold its weights
     assert fastest_for(Program("small"), (86,)) is fastest(*gpus_of((86,)))
+    large = replace(NVFP4, rounded=False, rows=4, shape=(65536, 8192))
+    assert (fastest(PRO)(large), fastest(SPARK)(large)) == ("sum", "sum_by_rows")
 
 
 TYPES = [DType.F4E2M1, DType.F8E4M3, DType.BF16, DType.F32, DType.I8]
