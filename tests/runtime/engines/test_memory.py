@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,7 @@ BEYOND = 1 << 50
 
 
 @pytest.mark.parametrize("allocate", [np.zeros, torch.zeros], ids=["numpy", "torch"])
-def test_an_allocation_that_fails_is_told(allocate: type[object]) -> None:
+def test_an_allocation_that_fails_is_told(allocate: Callable[[int], object]) -> None:
     with pytest.raises(N3CError) as caught, memory_told("the tokens"):
         allocate(BEYOND)
     (diagnostic,) = caught.value.diagnostics
