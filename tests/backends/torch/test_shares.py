@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
 
 from .data_files import program
+from .generated import imported, tiny_spec, write_generated
 
 
 @pytest.fixture
@@ -49,6 +52,16 @@ def test_a_process_computes_with_its_half_of_the_vocabulary(rank: int, tmp_path:
         torch.testing.assert_close(share(x, ids), losses)
 
 
+@pytest.mark.parametrize(("norm", "factor"), [(0.0, 1.0), (0.25, 1.0), (0.5, 1.0), (1.0, 0.5), (4.0, 0.125)])
+def test_gradients_are_clipped_and_small_ones_stay(norm: float, factor: float, tmp_path: Path) -> None:
+    with program(tmp_path) as train:
+        parameter = torch.nn.Parameter(torch.zeros(2))
+        parameter.grad = torch.tensor([0.6, -0.8]) * norm
+        assert train.parallelize.clip_gradients([parameter, torch.nn.Parameter(torch.zeros(1))], 0.5) == norm
+        torch.testing.assert_close(parameter.grad, torch.tensor([0.6, -0.8]) * norm * factor, rtol=1e-5, atol=0)
+        assert train.trainer.clip_factor is train.parallelize.clip_factor  # SplitAdamW's, too
+
+
 @pytest.mark.parametrize(("vocabulary", "shared"), [(256, True), (257, False)])
 @pytest.mark.usefixtures("two_processes")
 def test_a_vocabulary_is_shared_where_it_divides(vocabulary: int, shared: bool, tmp_path: Path) -> None:
@@ -61,3 +74,31 @@ def test_a_vocabulary_is_shared_where_it_divides(vocabulary: int, shared: bool, 
             assert (parallelize.share_of(name, module, model.config, meshes) is not None) == shared
             weight = module.weight.to_local() if shared else module.weight
             assert weight.shape == (vocabulary // 2 if shared else vocabulary, 64)
+
+
+def test_experts_on_processes_compute_what_they_do_on_one(tmp_path: Path) -> None:
+    """Tokens that go to the experts and come back, with their gradients, in a group of one process."""
+    write_generated(tiny_spec("E", mtp=None), tmp_path)
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with imported(tmp_path) as train:
+            config, parallelize = train.model.Config(), train.parallelize
+            torch.manual_seed(0)
+            experts = parallelize.Experts(config)
+            for parameter in experts.parameters():
+                torch.nn.init.normal_(parameter, std=0.1)
+            alone = deepcopy(experts)
+            mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("expert", "tensor"))
+            with torch.device("meta"):
+                share = parallelize.ExpertShare(experts, parallelize.Experts(config), mesh)
+            ids, weights = torch.tensor([[[0, 3, 7], [3, 1, 2]]]), torch.rand(1, 2, 3)
+            found = list[torch.Tensor]()
+            for computes in (share, alone):
+                x = torch.linspace(-1, 1, 2 * config.moe_latent_size).view(1, 2, -1).requires_grad_()
+                y = computes(x, ids, weights)
+                y.square().sum().backward()
+                assert x.grad is not None
+                found += [y, x.grad]
+            torch.testing.assert_close(found[:2], found[2:])
+    finally:
+        dist.destroy_process_group()
