@@ -83,7 +83,7 @@ test-ray: $(RAY)/.made ## Serve with Ray: two replicas, one of which is killed u
 $(RAY)/.made: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(RAY)
 	$(RAY)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable '.[torch,run,serve,ray]' pytest pytest-timeout
+		--editable '.[torch,run,serve,ray]' pytest pytest-timeout hypothesis
 	@touch $@
 
 docs: venv ## Build the site of docs/ into build/site, strictly: a link to nothing fails.

@@ -28,7 +28,7 @@ from n3c.runtime.generation import sequence
 from n3c.runtime.generation.distribution import Distribution
 from n3c.runtime.generation.sequence import Running
 from n3c.runtime.generation.text import GrowingText
-from n3c.runtime.serve.http_server import HttpServer
+from n3c.runtime.serve.http_server import HttpServer, bound
 from n3c.runtime.serve.open import open_served
 from n3c.runtime.serve.scheduler import Scheduler
 from n3c.runtime.verification.random_weights import RandomCheckpoint
@@ -118,7 +118,7 @@ def _measured(work: Path, drafts: bool, answers: str, more: str, tokens: int) ->
             (Scheduler, "step", "scheduling"),
         ):
             patches.enter_context(patch.object(owner, name, watch.timing(part, getattr(owner, name))))
-        server, ready = HttpServer(served, "127.0.0.1", 0, grace=5), threading.Event()
+        server, ready = HttpServer(served, bound("127.0.0.1", 0), grace=5), threading.Event()
         thread = threading.Thread(target=server.run, args=(ready.set,))
         thread.start()
         ready.wait()

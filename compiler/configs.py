@@ -9,7 +9,7 @@ from n3c.compiler.common_options import FORCE, SET, SPEC
 from n3c.ir.diagnostics import Diagnostic
 from n3c.runtime.options import Argument, Option, checked
 from n3c.specs.convert import config_text
-from n3c.specs.files import require_new, write_text
+from n3c.specs.files import output_file, require_new, write_text
 from n3c.specs.huggingface import export_config as exported
 from n3c.specs.load import loaded
 from n3c.specs.schema import Spec
@@ -62,7 +62,9 @@ class ExportedConfig(_Converted):
 def import_config(
     source: Annotated[Path | str, Argument("CONFIG_JSON|CHECKPOINT_DIR")],
     *,
-    output: Annotated[Path | str | None, Option("Where to write the spec (default: stdout).", short="-o")] = None,
+    output: Annotated[
+        Path | str | None, Option("Where to write the spec (default: stdout, as for -).", short="-o")
+    ] = None,
     force: Annotated[bool, FORCE] = False,
 ) -> ImportedConfig:
     """Turn a Hugging Face nemotron_h config.json, or a checkpoint directory with one, into a spec.
@@ -72,7 +74,7 @@ def import_config(
     from n3c.backends.safetensors.imported_spec import import_checkpoint
     from n3c.backends.safetensors.locate import checkpoint_directory
 
-    read, out = checkpoint_directory(source), None if output is None else Path(output)
+    read, out = checkpoint_directory(source), output_file(output)
     if out is not None:
         require_new(out, read, force=force)
     imported = import_checkpoint(read)
@@ -85,7 +87,7 @@ def import_config(
 def export_config(
     spec: Annotated[Path | str | Spec, SPEC],
     *,
-    output: Annotated[Path | str | None, Option("Where to write it (default: stdout).", short="-o")] = None,
+    output: Annotated[Path | str | None, Option("Where to write it (default: stdout, as for -).", short="-o")] = None,
     force: Annotated[bool, FORCE] = False,
     set: Annotated[Sequence[str], SET] = (),
 ) -> ExportedConfig:
@@ -93,7 +95,7 @@ def export_config(
 
     N3CError: exit code 3 for the spec, 6 for files; an `output` that is there is left without `force`.
     """
-    out = None if output is None else Path(output)
+    out = output_file(output)
     if out is not None:
         require_new(out, None if isinstance(spec, Spec) else Path(spec), force=force)
     read, warnings = loaded(spec, set)

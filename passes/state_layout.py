@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +110,7 @@ def state_plan(program: Program, max_seq_len: int) -> StatePlan:
     tokens = verify.tokens if verify else 1
     last = max((call.layer for call in program.entry_points["decode"].calls if call.layer is not None), default=-1)
     planned: list[PlannedState] = []
-    totals = {"kv": 0, "mtp": 0, "ssm": 0, "conv": 0, "pending": 0}
+    totals = Counter[str]()
     end = 0
     users: dict[str, list[str]] = {}
     for entry in program.entry_points.values():

@@ -9,6 +9,8 @@ from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 
 from .places import Text, shown
 
+STDOUT = "-"
+"""What a user gives for standard output; a file is never called so by it."""
 MAX_BYTES = 32 << 20
 """Largest file; a quantization config that names every expert of a 550B model is below it."""
 
@@ -42,12 +44,26 @@ def _decoded(data: bytes, file: str, most: int) -> str:
         raise N3CError(Diagnostic("E0100", message, span), ExitCode.SPEC) from None
 
 
+def output_file(given: Path | str | None) -> Path | None:
+    """Return the file that a user names for a text; None for standard output: no name, or `-`."""
+    return None if given is None or str(given) == STDOUT else Path(given)
+
+
+def require_folder_name(out: Path) -> None:
+    """Raise N3CError (E0612, FILE) where an output that is a folder is to be standard output."""
+    if output_file(out) is None:
+        diagnostic = Diagnostic("E0612", "standard output takes no folder", Span(str(out)), help="name a folder")
+        raise N3CError(diagnostic, ExitCode.FILE)
+
+
 def require_new(path: Path, *sources: Path | None, force: bool = False) -> None:
     """Raise N3CError (E0602, FILE) before any work where writing `path` would lose a file.
 
     A folder is never replaced, nor one of `sources`, which are read, nor what is in a source that is a folder; a file
-    or a link that is there only with `force`. A device or a pipe, as /dev/stdout, has nothing to lose.
+    or a link that is there only with `force`. A device or a pipe, as /dev/stdout, has nothing to lose. `-` is no name.
     """
+    if str(path) == STDOUT:
+        raise _not_written(path, "standard output takes no such file", "name a file, or /dev/stdout")
     try:
         there = path.exists()
         if there and not path.is_file() and not path.is_dir():

@@ -1,6 +1,6 @@
 """Small models gain nothing from many threads; Triton kernels run in its interpreter; no extension is seen.
 
-The plans of a session are kept for it alone.
+The plans of a session are kept for it alone. No test fails by the time that it takes: machines are slow, or busy.
 """
 
 import os
@@ -8,7 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
+settings.register_profile("n3c", settings(), deadline=None)
+settings.load_profile("n3c")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined; programs that tests start have it too
 os.environ.setdefault("N3C_EXTENSIONS", "")  # whatever the environment has installed: tests that need one say so
 

@@ -31,6 +31,7 @@ from n3c.backends.safetensors.layout import (
     plan_shards,
     plan_weights,
 )
+from n3c.backends.safetensors.locate import require_outside
 from n3c.backends.safetensors.misfits import EMBEDDING, HEAD
 from n3c.backends.safetensors.packing import Search
 from n3c.backends.safetensors.resume import Done, WorkDirectory, require_new
@@ -234,8 +235,7 @@ def _require_place(job: Job, work: WorkDirectory, shards: Sequence[Shard]) -> No
     """Raise N3CError before any work where the output is there, or has no space, or overlaps with the source."""
     out, source = job.out.resolve(), job.source.resolve()
     require_new(job.out)
-    if out == source or source in out.parents:
-        raise file_error("E0612", "the output is inside the checkpoint, which is never written to", job.out)
+    require_outside(job.out, [job.source])
     if work.folder == source or work.folder in source.parents:
         message = f"the checkpoint is inside {work.folder}, in which this output is made"
         raise file_error("E0612", message, job.out, "move the checkpoint, or choose another -o")

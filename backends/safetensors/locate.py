@@ -9,6 +9,7 @@ Nothing is downloaded: a hub id is looked up in the cache of this machine by hug
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from n3c.ir.diagnostics import N3CError
@@ -35,6 +36,17 @@ def checkpoint_directory(name: Path | str) -> Path:
     if there or _HUB_ID.fullmatch(path.as_posix()) is None or path.suffix in (".json", ".toml", ".safetensors"):
         return path
     return _cached(path)
+
+
+def require_outside(out: Path, read: Iterable[Path]) -> None:
+    """Raise N3CError (E0612, exit code 6) where the folder `out` is one of the folders that are read, or inside one."""
+    try:
+        around = [folder for folder in read if folder.is_dir() and out.resolve().is_relative_to(folder.resolve())]
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, a loop of links
+        raise file_error("E0612", f"the output cannot be written: {error}", out) from error
+    if around:
+        message = f"the output is inside {around[0]}, which is read and never written to"
+        raise file_error("E0612", message, out, "choose another -o")
 
 
 def _snapshot(repository: Path) -> Path:

@@ -111,11 +111,11 @@ class Coverage:
                 if not name.endswith(f":{MODULE}")}  # fmt: skip
 
     def _ordered(self, tests: Iterable[str], path: str) -> list[str]:
-        stem = f"test_{Path(path).name.partition('.')[0]}.py"
+        stem = f"_{Path(path).name.partition('.')[0]}"
 
         def rank(test: str) -> tuple[int, float, str]:
             file = Path(_file(test))
-            near = 0 if file.name == stem else 1 if file.is_relative_to(_mirror(path)) else 2
+            near = 0 if file.stem.endswith(stem) else 1 if file.is_relative_to(_mirror(path)) else 2
             return near, self.seconds[test], test
 
         return sorted(tests, key=rank)

@@ -137,9 +137,10 @@ def build(
     cache_bytes = 0 if no_cache else CACHE_BYTES if cache_size is None else size_of("--cache-size", cache_size)
     checkpoint = None
     if weights is not None:
-        from n3c.backends.safetensors.locate import checkpoint_directory
+        from n3c.backends.safetensors.locate import checkpoint_directory, require_outside
 
         checkpoint = checkpoint_directory(weights)
+        require_outside(out, [checkpoint])
     request = Request(target, checkpoint, trt, sms, stages, entry, weights_mode)
 
     progress.phase("passes")

@@ -19,6 +19,7 @@ from n3c.backends.locks import locked, output_lock
 from n3c.backends.trt.plan_file import RUNTIME_CACHE_SUFFIX
 from n3c.ir.diagnostics import N3CError
 from n3c.runtime.manifest import MANIFEST, out_error, read_manifest
+from n3c.specs.files import require_folder_name
 
 _MOST_NAMED = 3
 """Foreign files that a message names."""
@@ -30,6 +31,7 @@ _BINARY = (".onnx", ".data", ".plan")
 
 def require_writable(out: Path) -> None:
     """Raise N3CError before any work where `out` cannot be written, or holds what n3c did not build."""
+    require_folder_name(out)
     try:
         _require_ours(out)
         if out.is_dir() and os.path.ismount(out):

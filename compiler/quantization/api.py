@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from n3c.backends.progress import SILENT, Progress
 from n3c.compiler.common_options import SET
 from n3c.runtime.options import Argument, Needs, Option, checked, size_of, usage_error
-from n3c.specs.files import require_new
+from n3c.specs.files import require_folder_name, require_new
 from n3c.specs.schema import Spec
 
 from .request import CalibrationData, QuantizeRequest
@@ -104,12 +104,13 @@ def quantize(
         raise usage_error("--fmt has no effect: --like gives all formats")
     if force and write_spec is None and save_activation_scales is None:
         raise usage_error("--force has no effect: it needs --write-spec or --save-activation-scales")
+    require_folder_name(Path(output))
     read = [Path(place) for place in (spec, weights, like, calibration, activation_scales)
             if isinstance(place, (Path, str))]  # fmt: skip
     for file in (write_spec, save_activation_scales):
         if file is not None:
             require_new(Path(file), *read, force=force)
-    from n3c.backends.safetensors.locate import checkpoint_directory  # loads numpy, which the help does not need
+    from n3c.backends.safetensors.locate import checkpoint_directory, require_outside  # loads numpy; help needs none
 
     data = None
     if calibration is not None:
@@ -123,8 +124,10 @@ def quantize(
             messages_field=messages_field or "",
             dtype=dtype or "",
         )
+    source = checkpoint_directory(weights)
+    require_outside(Path(output), [source, *read])
     request = QuantizeRequest(
-        weights=checkpoint_directory(weights),
+        weights=source,
         out=Path(output),
         spec=spec,
         overrides=tuple(set),

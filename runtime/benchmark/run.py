@@ -49,7 +49,7 @@ def bench(
     """Measure how fast an engine answers requests of random tokens.
 
     N3CError: exit code 2 where the build cannot take them or the engine does not run on the device, 4 where the device
-    is not there, 6 where the build is damaged or the weights do not fit.
+    is not there or memory lacks, 6 where the build is damaged or the weights do not fit.
     """
     if engine is not None:
         require_device(engine, device)
@@ -57,6 +57,7 @@ def bench(
     opened = open_build(Path(build))
     chosen = choose_engine(engine, device, opened)
     from n3c.backends.safetensors.locate import checkpoint_directory
+    from n3c.runtime.engines.memory import memory_told, require_memory
     from n3c.runtime.generation.capacity import Capacity
     from n3c.runtime.generation.drafter import MtpDrafter
 
@@ -73,25 +74,20 @@ def bench(
     contexts = context or [c for c in CONTEXTS if c <= most] or [max(1, most)]
     times = predicted_times(opened.out)
     rows: list[Row] = []
-    for size in batch or spec.serving.batch_sizes:
+    sizes = batch or spec.serving.batch_sizes
+    if device == "cpu":
+        require_memory(opened.served, max(sizes), max(contexts))
+    for size in sizes:
         progress.phase("load")
-        running = _opened(
-            opened,
-            chosen,
-            names,
-            size,
-            None if weights is None else checkpoint_directory(weights),
-            device,
-            seed,
-            progress,
-        )
+        directory = None if weights is None else checkpoint_directory(weights)
+        with memory_told(f"{size} sequences"):
+            running = _opened(opened, chosen, names, size, directory, device, seed, progress)
         progress.phase("measure")
         for length in contexts:
-            progress.step(
-                f"{size} x {length} tokens", len(rows), len(contexts) * len(batch or spec.serving.batch_sizes)
-            )
+            progress.step(f"{size} x {length} tokens", len(rows), len(contexts) * len(sizes))
             drafter = MtpDrafter() if speculative else None
-            row = measure(running, capacity, drafter, context=length, new_tokens=new_tokens, runs=runs, seed=seed)
+            with memory_told(f"{size} x {length} tokens"):
+                row = measure(running, capacity, drafter, context=length, new_tokens=new_tokens, runs=runs, seed=seed)
             foretold = predicted(
                 times,
                 _name(device),

@@ -12,6 +12,7 @@ from n3c.runtime.build_folder import OpenedBuild
 from .activations import require_scales, with_scales_of
 from .choice import Device, EngineName
 from .interface import Engine
+from .memory import memory_told
 
 
 def open_engine(
@@ -29,6 +30,19 @@ def open_engine(
     N3CError: exit code 4 where device, plans or memory are not there, 6 where the weights do not fit, or have no
     activation scales for plans that want them.
     """
+    with memory_told("weights and states"):
+        return _opened(engine, build, names, batch_sizes, checkpoint, device, progress)
+
+
+def _opened(
+    engine: EngineName,
+    build: OpenedBuild,
+    names: Sequence[str],
+    batch_sizes: Sequence[int],
+    checkpoint: Checkpoint,
+    device: Device,
+    progress: Progress,
+) -> Engine:
     spec = with_scales_of(build.spec, build.served.program, checkpoint)
     served = build.served if spec is build.spec else serve(spec)
     if engine == "onnxruntime":

@@ -38,7 +38,7 @@ def parse_ids(text: str) -> list[int] | None:
 
 def encoded(text: str, tokenizer: Tokenizer | None, weights: Path, *, parse_special: bool) -> list[int]:
     """Return the token ids of a text; N3CError (exit code 6) where there is no tokenizer."""
-    return encode_text(_required(tokenizer, weights), text, parse_special=parse_special)
+    return encode_text(required(tokenizer, weights), text, parse_special=parse_special)
 
 
 def encoded_chat(message: str, tokenizer: Tokenizer | None, weights: Path, *, parse_special: bool) -> list[int]:
@@ -53,7 +53,7 @@ def encoded_chat(message: str, tokenizer: Tokenizer | None, weights: Path, *, pa
         help_ = "put chat_template.jinja beside the weights, or leave --chat out"
         raise N3CError(Diagnostic("E0840", "no chat template", Span(str(weights)), help=help_), ExitCode.USAGE)
     return encode_chat(
-        _required(tokenizer, weights),
+        required(tokenizer, weights),
         [{"role": "user", "content": message}],
         {},
         template.literals,
@@ -65,7 +65,7 @@ def encoded_chat(message: str, tokenizer: Tokenizer | None, weights: Path, *, pa
 def tag_ids(tags: tuple[str, str], tokenizer: Tokenizer | None, weights: Path) -> Tags:
     """Return the ids of the start and the end tag, each given as ids (`12,13`) or as text."""
     start, end = (
-        tuple(ids) if (ids := parse_ids(tag)) else tuple(_required(tokenizer, weights).encode(tag, special=False))
+        tuple(ids) if (ids := parse_ids(tag)) else tuple(required(tokenizer, weights).encode(tag, special=False))
         for tag in tags
     )
     if not start or not end:
@@ -73,7 +73,8 @@ def tag_ids(tags: tuple[str, str], tokenizer: Tokenizer | None, weights: Path) -
     return Tags(start, end)
 
 
-def _required(tokenizer: Tokenizer | None, weights: Path) -> Tokenizer:
+def required(tokenizer: Tokenizer | None, weights: Path) -> Tokenizer:
+    """Return the tokenizer of a checkpoint; N3CError (E0805, exit code 6) where it has none."""
     if tokenizer is None:
         message = "no tokenizer.json in the checkpoint, and the vocabulary is not bytes"
         help_ = "put the model's tokenizer.json beside the weights, or give token ids"

@@ -83,10 +83,10 @@ def open_runner(
     speculate = speculate and {"draft", "verify"} <= set(build.served.program.entry_points)
     names = ("prefill", "draft", "verify") if speculate else ("prefill", "decode")
     checkpoint = fitting_checkpoint(spec, weights)
-    sizes = [size for size in spec.serving.batch_sizes if size < batch and continuous]
-    opened = open_engine(chosen, build, names, [*sizes, batch], checkpoint, device, progress)
     tokenizer = find_tokenizer([weights], spec.model.vocab_size)
     eos = eos_token_ids(weights) or frozenset(spec.model.eos_token_ids)
+    sizes = [size for size in spec.serving.batch_sizes if size < batch and continuous]
+    opened = open_engine(chosen, build, names, [*sizes, batch], checkpoint, device, progress)
     rounding = with_scales_of(spec, build.served.program, checkpoint).serving.activations == "as_format"
     return Runner(build, opened, tokenizer, eos, MtpDrafter() if speculate else None, device, chosen, rounding)
 

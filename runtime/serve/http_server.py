@@ -24,11 +24,15 @@ LINGER_SECONDS = 5.0
 
 
 class HttpServer:
-    """Serves a model at an address until `end` is called, SIGTERM or SIGINT comes to the main thread, or it fails."""
+    """Serves a model on a socket until `end` is called, SIGTERM or SIGINT comes to the main thread, or it fails."""
 
-    def __init__(self, served: ServedModel, host: str, port: int, *, grace: float, access_log: bool = False) -> None:
+    def __init__(
+        self, served: ServedModel, listening: socket.socket, *, grace: float, access_log: bool = False
+    ) -> None:
+        """Listen on a socket of `bound`; OSError where another process has begun to since."""
         self.served, self.grace = served, grace
-        self.socket = _bound(host, port)
+        self.socket = listening
+        self.socket.listen(2048)
         config = uvicorn.Config(
             create_app(served),
             http=bounded_protocol(served.limits),
@@ -105,14 +109,13 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _bound(host: str, port: int) -> socket.socket:
-    """Return a socket that listens; OSError where the address cannot be had."""
+def bound(host: str, port: int) -> socket.socket:
+    """Return a socket that has the address and does not listen yet; OSError where the address cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
-        listening.listen(2048)
     except (TypeError, ValueError) as error:  # no host has such a name
         listening.close()
         raise OSError(str(error)) from error

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from n3c.backends.progress import SILENT, Progress
-from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
+from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 from n3c.runtime.build_folder import open_build
 from n3c.runtime.engines.choice import ENGINE_HELP, Device, EngineName, require_device
 from n3c.runtime.options import Argument, Option, checked, size_of, usage_error
@@ -66,7 +66,9 @@ def open_served(
     from n3c.runtime.generation.capacity import Capacity
     from n3c.runtime.generation.chat_template import find_chat_template
     from n3c.runtime.generation.prefix_cache import PrefixCache
+    from n3c.runtime.generation.prompts import required
     from n3c.runtime.generation.runner import open_runner, require_weights
+    from n3c.runtime.generation.tokenizer import find_tokenizer
     from n3c.runtime.refit.update import WeightUpdates
 
     from .limits import Limits
@@ -80,6 +82,8 @@ def open_served(
     opened = open_build(Path(build))
     folder = require_weights(None if weights is None else checkpoint_directory(weights))
     template = find_chat_template(folder)
+    vocabulary = opened.spec.model.vocab_size
+    tokenizer = required(find_tokenizer([folder], vocabulary), folder)
     progress.phase("load")
     runner = open_runner(
         opened,
@@ -91,25 +95,20 @@ def open_served(
         speculate=not no_mtp,
         progress=progress,
     )
-    if runner.tokenizer is None:
-        message = "no tokenizer.json in the checkpoint, and the vocabulary is not bytes"
-        help_ = "put the model's tokenizer.json beside the weights"
-        raise N3CError(Diagnostic("E0805", message, Span(str(folder)), help=help_), ExitCode.FILE)
     cache = None if no_prefix_cache else PrefixCache(memory, runner.drafter is not None)
     batch = Batch(runner.engine, Capacity.of(opened.spec), runner.drafter, cache)
     metrics, limits = Metrics(), Limits(queue=queue, body_bytes=body, choices=max_n)
-    service = Service(Scheduler(batch, runner.tokenizer, queue, metrics))
+    service = Service(Scheduler(batch, tokenizer, queue, metrics))
     metrics.watch(service.scheduler, lambda: service.waiting)
-    vocabulary = opened.spec.model.vocab_size
     return ServedModel(
         name=name or opened.spec.name,
         service=service.start(),
-        tokenizer=runner.tokenizer,
+        tokenizer=tokenizer,
         vocab_size=vocabulary,
         eos_ids=runner.eos_ids,
         metrics=metrics,
         renderer=None if template is None else Renderer(template, limits.template_seconds, limits.template_bytes),
-        grammars=_grammars(runner.tokenizer, vocabulary, runner.eos_ids),
+        grammars=_grammars(tokenizer, vocabulary, runner.eos_ids),
         parse_special=parse_special,
         api_key=key,
         weight_updates=WeightUpdates(opened.spec) if allow_weight_updates else None,

@@ -49,7 +49,7 @@ def test_shipped_specs(path: Path) -> None:
     assert_agreement(load_spec(path)[0])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(spec_texts())
 def test_random_specs(text: str) -> None:
     assert_agreement(parse_spec(text, "spec.toml")[0])

@@ -32,7 +32,7 @@ def test_templates_are_what_lowering_says(name: str, tmp_path: Path) -> None:
     assert differences(spec, tmp_path) == []
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, phases=(Phase.generate,))
+@settings(max_examples=30, derandomize=True, phases=(Phase.generate,))
 @given(specs(narrowest=8))
 def test_of_random_specs(spec: Spec) -> None:
     """The gradient that passes a norm of one channel is rounding alone, so that there are several."""

@@ -23,7 +23,6 @@ from support.random_specs import specs
 CONTEXT, PROMPT, TOKENS = 24, 11, 4
 FEW = settings(
     max_examples=6,
-    deadline=None,
     derandomize=True,
     phases=(Phase.generate,),
     suppress_health_check=[HealthCheck.too_slow],

@@ -68,7 +68,7 @@ def test_shipped_specs_round_trip(name: str) -> None:
     round_trip(load_spec(SPECS / f"{name}.toml")[0])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(specs())
 def test_random_specs_round_trip(spec: Spec) -> None:
     round_trip(spec)
@@ -86,7 +86,7 @@ def test_export_says_what_each_reader_needs() -> None:
     assert config["n_shared_experts"] == 1
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     st.lists(
         st.sampled_from(["linear_attention", "mamba", "moe", "full_attention", "attention", "mlp"]),
@@ -395,7 +395,7 @@ def test_the_number_of_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert (found.code, found.message) == ("E0301", "not readable: it has more than 4 values")
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.sampled_from(sorted(OLD)),
     st.recursive(

@@ -113,7 +113,7 @@ def test_an_override_cannot_smuggle_keys() -> None:
         parse_spec(MINIMAL, "x.toml", ["model.hidden_size=8\nvocab_size=9"])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(specs())
 def test_dump_loads_back(spec: Spec) -> None:
     text = dump_spec(spec)
@@ -141,7 +141,7 @@ def test_numbers_are_written_as_toml(number: float) -> None:
     assert tomllib.loads(f"x = {toml_value(number)}")["x"] == number
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(spec_texts(), st.data())
 def test_any_damage_is_a_located_error(text: str, data: st.DataObject) -> None:
     """Whatever is cut out of, or put into, a spec: it loads, or N3CError says where it does not."""

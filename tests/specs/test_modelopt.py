@@ -178,7 +178,7 @@ def test_the_specs_own_words_outrank_the_quantizers() -> None:
     assert read(config)[0] == spec
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.data())
 def test_any_mixture_is_kept(data: st.DataObject) -> None:
     """Whatever format each module has: the rules give it back, and stay short where they can."""

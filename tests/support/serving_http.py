@@ -19,7 +19,7 @@ from n3c.runtime.generation.drafter import MtpDrafter
 from n3c.runtime.generation.grammar import Grammars
 from n3c.runtime.generation.prefix_cache import PrefixCache
 from n3c.runtime.generation.tokenizer import Tokenizer, find_tokenizer
-from n3c.runtime.serve.http_server import HttpServer
+from n3c.runtime.serve.http_server import HttpServer, bound
 from n3c.runtime.serve.limits import Limits
 from n3c.runtime.serve.metrics import Metrics
 from n3c.runtime.serve.open import open_served
@@ -108,7 +108,7 @@ def saying(tokenizer: Tokenizer, answers: Sequence[str]) -> Logits:
 @contextlib.contextmanager
 def listening(served: ServedModel, *, grace: float = 5.0) -> Generator[HttpServer]:
     """Run a server on a thread; it has ended when the block is left."""
-    server, ready = HttpServer(served, "127.0.0.1", 0, grace=grace), threading.Event()
+    server, ready = HttpServer(served, bound("127.0.0.1", 0), grace=grace), threading.Event()
     thread = threading.Thread(target=server.run, args=(ready.set,))
     thread.start()
     assert ready.wait(60), "the server does not start"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +16,9 @@ from n3c.compiler.cli.progress import TerminalProgress
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 from n3c.runtime.numbers import require_number
 from n3c.runtime.serve.open import open_served, require_packages
+
+if TYPE_CHECKING:
+    from n3c.runtime.serve.http_server import HttpServer
 
 LOCAL = "127.0.0.1"
 
@@ -47,16 +52,36 @@ def command(build: Path, host: str, port: int, grace: float, access_log: bool, a
     """Serve BUILD until SIGTERM or Ctrl-C."""
     require_packages()
     require_number("--grace", grace)
-    from n3c.runtime.serve.http_server import HttpServer
+    from n3c.runtime.serve.http_server import HttpServer, bound
 
-    with TerminalProgress() as progress:
-        served = open_served(**{"weights": None} | options.given(open_served), progress=progress)
+    with _address_told(host, port):
+        listening = bound(host, port)  # before the minutes that loading takes
+    with listening:
+        with TerminalProgress() as progress:
+            served = open_served(**{"weights": None} | options.given(open_served), progress=progress)
+        try:
+            with _address_told(host, port):
+                server = HttpServer(served, listening, grace=grace, access_log=access_log)
+        except N3CError:
+            served.close()
+            raise
+        _run(server, host, as_json)
+    return ExitCode.OK
+
+
+@contextmanager
+def _address_told(host: str, port: int) -> Generator[None]:
+    """Raise N3CError (E0844, exit code 2) where the address cannot be had."""
     try:
-        server = HttpServer(served, host, port, grace=grace, access_log=access_log)
+        yield
     except OSError as error:
-        served.close()
         message = f"cannot listen at {host}:{port}: {error.strerror or error}"
         raise N3CError(Diagnostic("E0844", message, help="choose another --port"), ExitCode.USAGE) from error
+
+
+def _run(server: HttpServer, host: str, as_json: bool) -> None:
+    """Serve to the end; say where, when requests are taken."""
+    served = server.served
 
     def ready() -> None:
         if as_json:
@@ -67,4 +92,3 @@ def command(build: Path, host: str, port: int, grace: float, access_log: bool, a
             tell("everyone who reaches this address may use it: give --api-key")
 
     server.run(ready)
-    return ExitCode.OK

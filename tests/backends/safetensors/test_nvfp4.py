@@ -28,7 +28,7 @@ def assert_equals_modelopt(weight: torch.Tensor) -> None:
     assert ours.scale_2 == np.float32(scale_2.item())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
     rows=st.integers(1, 40),

@@ -4,22 +4,62 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
 
 from .data_files import program
+from .generated import imported, tiny_spec, write_generated
 
 
 @pytest.fixture
-def two_processes() -> Iterator[None]:
-    """Join a group as number 0 of two processes; what the other one sends is nothing."""
+def rank() -> int:
+    return 0
+
+
+@pytest.fixture
+def two_processes(rank: int) -> Iterator[None]:
+    """Join a group as one of two processes; what the other one sends is nothing."""
     fake: Any = importlib.import_module("torch.testing._internal.distributed.fake_pg")
-    dist.init_process_group("fake", rank=0, world_size=2, store=fake.FakeStore())
+    dist.init_process_group("fake", rank=rank, world_size=2, store=fake.FakeStore())
     yield
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.usefixtures("two_processes")
+def test_a_process_computes_with_its_half_of_the_vocabulary(rank: int, tmp_path: Path) -> None:
+    """Embeddings of the others' tokens are zeros, and so are their losses: a sum over processes has them all."""
+    with program(tmp_path, 256) as train:
+        model, parallelize = train.model.Model(), train.parallelize
+        embedding, head = model.backbone.embeddings, model.lm_head
+        rows, columns = embedding.weight.data.clone(), head.weight.data[128 * rank : 128 * (rank + 1)].clone()
+        meshes = parallelize.Meshes.over_all("cpu", tensor=2)
+        ids = torch.tensor([[0, 127, 128, 255]])
+        own = ids // 128 == rank
+        share = parallelize.share_of("backbone.embeddings", embedding, model.config, meshes)
+        torch.testing.assert_close(share(ids), rows[ids] * own[..., None], rtol=0, atol=0)
+        share = parallelize.share_of("lm_head", head, model.config, meshes)
+        x = torch.randn(1, 4, 64)
+        logits = (x @ columns.T)[own].repeat(1, 2)  # what is gathered of the other process is a copy
+        losses = F.cross_entropy(logits, ids[own] - 128 * rank, reduction="sum")
+        torch.testing.assert_close(share(x, ids), losses)
+
+
+@pytest.mark.parametrize(("norm", "factor"), [(0.0, 1.0), (0.25, 1.0), (0.5, 1.0), (1.0, 0.5), (4.0, 0.125)])
+def test_gradients_are_clipped_and_small_ones_stay(norm: float, factor: float, tmp_path: Path) -> None:
+    with program(tmp_path) as train:
+        parameter = torch.nn.Parameter(torch.zeros(2))
+        parameter.grad = torch.tensor([0.6, -0.8]) * norm
+        assert train.parallelize.clip_gradients([parameter, torch.nn.Parameter(torch.zeros(1))], 0.5) == norm
+        torch.testing.assert_close(parameter.grad, torch.tensor([0.6, -0.8]) * norm * factor, rtol=1e-5, atol=0)
+        assert train.trainer.clip_factor is train.parallelize.clip_factor  # SplitAdamW's, too
 
 
 @pytest.mark.parametrize(("vocabulary", "shared"), [(256, True), (257, False)])
@@ -34,3 +74,31 @@ def test_a_vocabulary_is_shared_where_it_divides(vocabulary: int, shared: bool, 
             assert (parallelize.share_of(name, module, model.config, meshes) is not None) == shared
             weight = module.weight.to_local() if shared else module.weight
             assert weight.shape == (vocabulary // 2 if shared else vocabulary, 64)
+
+
+def test_experts_on_processes_compute_what_they_do_on_one(tmp_path: Path) -> None:
+    """Tokens that go to the experts and come back, with their gradients, in a group of one process."""
+    write_generated(tiny_spec("E", mtp=None), tmp_path)
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with imported(tmp_path) as train:
+            config, parallelize = train.model.Config(), train.parallelize
+            torch.manual_seed(0)
+            experts = parallelize.Experts(config)
+            for parameter in experts.parameters():
+                torch.nn.init.normal_(parameter, std=0.1)
+            alone = deepcopy(experts)
+            mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("expert", "tensor"))
+            with torch.device("meta"):
+                share = parallelize.ExpertShare(experts, parallelize.Experts(config), mesh)
+            ids, weights = torch.tensor([[[0, 3, 7], [3, 1, 2]]]), torch.rand(1, 2, 3)
+            found = list[torch.Tensor]()
+            for computes in (share, alone):
+                x = torch.linspace(-1, 1, 2 * config.moe_latent_size).view(1, 2, -1).requires_grad_()
+                y = computes(x, ids, weights)
+                y.square().sum().backward()
+                assert x.grad is not None
+                found += [y, x.grad]
+            torch.testing.assert_close(found[:2], found[2:])
+    finally:
+        dist.destroy_process_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,6 +46,18 @@ DEFAULTS = {
 def test_defaults(settings: Any) -> None:
     required = {"data": "d", "out": "o", "steps": 1}
     assert vars(settings.Settings(**required)) == required | DEFAULTS
+
+
+@pytest.mark.parametrize("name", ["data", "val_data", "weights", "teacher", "quantized"])
+def test_nothing_is_written_inside_what_is_read(settings: Any, name: str, tmp_path: Path) -> None:
+    """`metrics.jsonl` would be data of the next run."""
+    (tmp_path / "read").mkdir()
+    (tmp_path / "link").symlink_to("read")
+    told = f"--out is inside --{name.replace('_', '-')}"
+    for out, refused in (("read", True), ("read/a/b", True), ("link/out", True), ("reader", False), (".", False)):
+        values = {name: str(tmp_path / "read"), "out": str(tmp_path / out)}
+        assert (told in problems(settings, values)) is refused
+    assert not settings.around(settings.Settings(**GIVEN | {name: str(tmp_path), "out": "\0"}))
 
 
 @pytest.mark.parametrize("name", ["steps", "save_every", "profile_step", "lr"])

@@ -212,6 +212,17 @@ def test_torchtitan_reads_train_pys_windows(train: SimpleNamespace, tmp_path: Pa
     assert torch.equal(repeated["input"], next(iter(loader))[0]["input"])
 
 
+def test_torchtitan_sums_what_experts_got_over_the_parts_of_a_step(train: SimpleNamespace) -> None:
+    model = train.adapter.TitanModel(train.adapter.TitanModel.Config(bf16=False))
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    parts = [torch.randint(1, 90, (1, 8)) for _ in range(2)]
+    loads = [model(part).tokens_per_expert for part in parts]
+    assert not torch.equal(*loads)
+    assert torch.equal(model.tokens_per_expert, loads[0] + loads[1])
+
+
 def test_a_mean_over_all_tokens_for_torchtitan(train: SimpleNamespace) -> None:
     """The loss of the labels' share of the step, with the routers' balance by its factor."""
     loss = train.adapter.Loss(SimpleNamespace(balance=0.5))

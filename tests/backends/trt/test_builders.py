@@ -121,9 +121,9 @@ def test_the_allocator_of_a_builder_keeps_what_is_freed(
     environments: list[Mapping[str, str]] = []
 
     class Seen(subprocess.Popen[bytes]):
-        def __init__(self, *command: Any, env: Mapping[str, str], **options: Any) -> None:
+        def __init__(self, command: Any, env: Mapping[str, str], **options: Any) -> None:
             environments.append(env)
-            super().__init__(*command, env=env, **options)
+            super().__init__(command, env=env, **options)
 
     monkeypatch.setattr(subprocess, "Popen", Seen)
     with Builders(1) as running:

@@ -174,6 +174,28 @@ def test_a_link_in_the_place_of_the_working_folder_is_not_followed(spec: Path, t
     assert names(tmp_path / "mine") == ["notes.txt"]
 
 
+@pytest.mark.parametrize("out", ["weights/out", "weights/a/b", "link/out", "weights"])
+def test_nothing_is_written_inside_the_checkpoint(out: str, spec: Path, tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "link").symlink_to("weights")
+    for weights in ("weights", "link"):
+        given = ("--target", "torch", "--weights", tmp_path / weights, "-o", tmp_path / out, "--json")
+        result = n3c("build", spec, *given)
+        assert (result.code, result.codes) == (6, ["E0612"])
+        assert "which is read and never written to" in result.data["diagnostics"][0]["message"]
+    assert not any((tmp_path / "weights").iterdir())
+
+
+def test_standard_output_is_no_folder(spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights/config.json").write_text("{}")
+    for command in (("build", spec, "--target", "torch"), ("quantize", spec, "--weights", "weights")):
+        result = n3c(*command, "-o", "-", "--json")
+        assert (result.code, result.codes) == (6, ["E0612"])
+    assert not (tmp_path / "-").exists()
+
+
 def test_a_link_to_the_output_stays_a_link(spec: Path, tmp_path: Path) -> None:
     (tmp_path / "big").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "big")

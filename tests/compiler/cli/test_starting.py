@@ -58,6 +58,23 @@ def test_a_new_spec_is_named_by_its_file_and_is_good(tmp_path: Path) -> None:
     assert load_spec(tmp_path / "No Name.toml")[0].name == "my-model"
 
 
+def test_what_is_for_standard_output_goes_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    begun = n3c("init", "-", "--from", "super")
+    assert (begun.code, begun.err) == (0, "")
+    assert begun.out == (SPECS / "super.toml").read_text(encoding="utf-8")
+    assert n3c("init", "-", "--json").data["out"] is None
+    config = n3c("export-config", "super", "-o", "-")
+    assert (config.code, config.out) == (0, n3c("export-config", "super").out)
+    (tmp_path / "config.json").write_text(config.out)
+    imported = n3c("import", "config.json", "-o", "-")
+    assert (imported.code, imported.out) == (0, n3c("import", "config.json").out)
+    for command in (("inspect", "super"), ("diff", "super", "ultra")):  # which print something else there
+        page = n3c(*command, "--html", "-", "--json")
+        assert (page.code, page.codes) == (6, ["E0602"])
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_copy_of_a_shipped_spec_keeps_its_comments(name: str, tmp_path: Path) -> None:
     file = tmp_path / "copy.toml"

@@ -31,7 +31,7 @@ def best(units: list[Unit], scores: Scores, bits: float) -> float:
     return min(totals)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(st.integers(1, 500), st.floats(0.01, 100), st.floats(0, 1)), min_size=1, max_size=6),
     st.floats(4.5, 16),

@@ -20,7 +20,7 @@ def random_matrix(seed: int, rows: int = 32, columns: int = 64) -> torch.Tensor:
     return w
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 1 << 16), st.sampled_from([1, 16]), st.sampled_from([1e-30, 1e-3, 1.0, 1e20]))
 def test_nvfp4_weights_are_those_of_the_packing(seed: int, block_rows: int, size: float) -> None:
     w = random_matrix(seed) * size

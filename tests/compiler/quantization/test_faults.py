@@ -231,6 +231,17 @@ def test_an_output_inside_the_source(tmp_path: Path) -> None:
     assert tree(tmp_path / "model") == before
 
 
+@pytest.mark.parametrize("option", ["--like", "--calibration", "--activation-scales"])
+def test_an_output_inside_another_folder_that_is_read(option: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model", policy_spec())
+    (tmp_path / "read").mkdir()
+    result = n3c("quantize", "--weights", tmp_path / "model", option, tmp_path / "read", "-o", tmp_path / "read/a/b",
+                 "--json")  # fmt: skip
+    assert (result.code, result.codes) == (6, ["E0612"])
+    assert str(tmp_path / "read") in result.data["diagnostics"][0]["message"]
+    assert not any((tmp_path / "read").iterdir())
+
+
 def test_a_full_disk_leaves_what_can_be_resumed(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model", policy_spec())
     arguments = ("quantize", "--weights", tmp_path / "model", "-o", tmp_path / "out", "--max-shard-size", "60kb")

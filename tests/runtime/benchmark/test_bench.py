@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from n3c.runtime import bench
 from n3c.runtime.benchmark.result import Percentiles
@@ -52,6 +53,32 @@ def test_a_checkpoint_without_drafts_as_a_table(folder: Path) -> None:
     header, _, row, last = result.out.splitlines()
     assert header.startswith("batch  context") and row.split()[:2] == ["3", "43"]
     assert last.startswith("torch on cpu (") and last.endswith(f", without drafts; {folder / 'weights'}")
+
+
+def test_more_than_the_memory_holds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told before anything is allocated, by the largest batch; where it cannot be foretold, by the allocator."""
+
+    def opened(*_: object) -> None:
+        raise AssertionError("nothing is to be opened")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("n3c.runtime.engines.memory.available_memory_bytes", lambda: 2_000_000)
+        assert n3c("bench", folder / "out", "--batch", 1, "--new-tokens", 2, "--runs", 1).code == 0
+        patch.setattr("n3c.runtime.benchmark.run._opened", opened)
+        for batch in (400, 65536):
+            result = n3c("bench", folder / "out", "--batch", 1, "--batch", batch, "--engine", "torch", "--json")
+            assert (result.code, result.codes) == (4, ["E0815"])
+            assert f"{batch:,} sequences need" in result.data["diagnostics"][0]["message"]
+
+
+@pytest.mark.parametrize("place", ["measure.measure", "run._opened"])
+def test_an_allocation_that_fails(place: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        torch.zeros(1 << 50)  # more than addresses reach
+
+    monkeypatch.setattr(f"n3c.runtime.benchmark.{place}", fails)
+    result = n3c("bench", folder / "out", "--engine", "torch", "--json")
+    assert (result.code, result.codes) == (4, ["E0815"])
 
 
 def test_the_api_returns_the_same(folder: Path) -> None:

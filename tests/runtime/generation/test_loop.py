@@ -67,7 +67,7 @@ def generated(
 prompts_of_a_batch = st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=11), min_size=1, max_size=4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     prompts=prompts_of_a_batch,
     kind=st.sampled_from(["wrong", "right", "random", "mtp", "none"]),

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -82,18 +83,50 @@ def test_what_it_refuses(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        result = n3c("serve", *where, "--port", taken.getsockname()[1])
+        with monkeypatch.context() as patch:
+            patch.setattr("n3c.runtime.generation.runner.open_engine", _unopened)
+            result = n3c("serve", *where, "--port", taken.getsockname()[1])
     assert (result.code, result.codes) == (2, ["E0844"])
-    assert n3c("serve", *where, "--cache-memory", "much").codes == ["E0701"]
-    assert n3c("serve", built / "out", "--json").codes == ["E0808"]
+    assert n3c("serve", *where, "--port", 0, "--cache-memory", "much").codes == ["E0701"]
+    assert n3c("serve", built / "out", "--port", 0, "--json").codes == ["E0808"]
 
     def found(name: str) -> str | None:
         return None if name == "uvicorn" else name
 
     monkeypatch.setattr("importlib.util.find_spec", found)
-    missing = n3c("serve", *where)
+    missing = n3c("serve", *where, "--port", 0)
     assert (missing.code, missing.codes) == (4, ["E0509"])
     assert missing.data["diagnostics"][0]["help"] == "pip install 'n3c[serve]'"
+
+
+def _unopened(*_: object, **__: object) -> None:
+    raise AssertionError("no engine is to be opened")
+
+
+def test_a_port_that_another_takes_while_it_loads(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+
+        def taken(*_: object, **__: object) -> Any:
+            other.listen()
+            return served
+
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", 0))
+        served = opening.open_served(built / "out", built / "weights")
+        monkeypatch.setattr("n3c.compiler.cli.commands.serve.open_served", taken)
+        port = other.getsockname()[1]
+        result = n3c("serve", built / "out", "--weights", built / "weights", "--port", port, "--json")
+    assert (result.code, result.codes) == (2, ["E0844"])
+    assert not served.service.healthy
+
+
+def test_a_tokenizer_that_is_missing_is_told_before_weights_are_read(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(built / "weights", tmp_path / "weights", ignore=shutil.ignore_patterns("tokenizer.json"))
+    monkeypatch.setattr("n3c.runtime.generation.runner.open_engine", _unopened)
+    result = n3c("serve", built / "out", "--weights", tmp_path / "weights", "--port", 0, "--json")
+    assert (result.code, result.codes) == (6, ["E0805"])
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_the_server_keeps_to_its_description(server: HttpServer) -> None:
         case.validate_response(answer, checks=checks)
 
     for operation in schema.get_all_operations():
-        limits = settings(max_examples=40, deadline=None, suppress_health_check=CHECKS)
+        limits = settings(max_examples=40, suppress_health_check=CHECKS)
         limits(given(case=operation.ok().as_strategy())(check))()
     print(dict(statuses))
     assert statuses[200] > 5 and statuses[400] > 5

@@ -117,7 +117,7 @@ def require_as_before(server: HttpServer, before: Held, after: Held) -> None:
     batch = server.served.service.scheduler.batch
     assert not batch.rows and not server.served.service.scheduler.running
     assert after.requests == before.requests
-    assert (after.threads, after.files) == (before.threads, before.files)
+    assert after.threads <= before.threads and after.files <= before.files  # fewer where an earlier test's went
     assert batch.cache is not None and batch.cache.bytes <= CACHE_BYTES
 
 

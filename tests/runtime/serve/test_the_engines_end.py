@@ -19,7 +19,7 @@ from n3c.ir.diagnostics import ExitCode, N3CError
 from n3c.runtime.generation.chat_template import ChatTemplate
 from n3c.runtime.generation.sequence import Options, Running
 from n3c.runtime.serve.app import create_app
-from n3c.runtime.serve.http_server import HttpServer
+from n3c.runtime.serve.http_server import HttpServer, bound
 from n3c.runtime.serve.rendering import Renderer
 from n3c.runtime.serve.scheduler import Update, Work
 from n3c.runtime.serve.served_model import ServedModel
@@ -200,7 +200,11 @@ def test_requests_are_told_and_health_says_so(served: ServedModel) -> None:
 
 def test_the_server_ends_with_the_engine(served: ServedModel) -> None:
     """So whoever started it can start it again."""
-    server, ready, raised = HttpServer(served, "127.0.0.1", 0, grace=60), threading.Event(), list[BaseException]()
+    server, ready, raised = (
+        HttpServer(served, bound("127.0.0.1", 0), grace=60),
+        threading.Event(),
+        list[BaseException](),
+    )
 
     def run() -> None:
         try:

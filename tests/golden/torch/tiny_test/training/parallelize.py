@@ -417,13 +417,18 @@ def norm_of_gradients(parameters: Iterable[nn.Parameter]) -> Tensor:
     return total.sqrt()
 
 
+def clip_factor(norm: Tensor, limit: float) -> Tensor:
+    """Return the factor [] that brings gradients of norm [] to `limit`; 1 where they are below."""
+    return (limit / (norm + 1e-6)).clamp(max=1.0)
+
+
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     """Scale the gradients to a norm of at most `limit` over all processes; return their norm []."""
     parameters = list(parameters)
     norm = norm_of_gradients(parameters)
     if bool(norm.isfinite()):  # else they tell where it broke
-        factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+        factor = clip_factor(norm, limit)
         for parameter in parameters:
             if parameter.grad is not None:
                 local_part(parameter.grad).mul_(factor)

@@ -303,4 +303,15 @@ def impossible(settings: Settings) -> list[str]:
         problems.append("--resume-step and --profile-step must be at least 0")
     if settings.val_every < 0 or settings.val_sequences < 1:
         problems.append("--val-every must be at least 0, --val-sequences at least 1")
-    return problems
+    return problems + [f"--out is inside --{name.replace('_', '-')}" for name in around(settings)]
+
+
+def around(settings: Settings) -> list[str]:
+    """Return the settings that name a folder to read in which --out is: it would become data."""
+    names = ("data", "val_data", "weights", "teacher", "quantized")
+    folders = {name: Path(place) for name in names if (place := getattr(settings, name))}
+    try:
+        out = Path(settings.out).resolve()
+        return [n for n, f in folders.items() if f.is_dir() and out.is_relative_to(f.resolve())]
+    except (OSError, ValueError, RuntimeError):  # a loop of links: told where it is opened
+        return []

@@ -34,7 +34,7 @@ from .data import Batch, open_data
 from .distillation import Distillation
 from .faults import finite, first_fault
 from .optimizer import SplitAdamW, build_optimizer, learning_rate
-from .parallelize import clip_gradients, norm_of_gradients
+from .parallelize import clip_factor, clip_gradients, norm_of_gradients
 from .roles import choose_trained
 from .settings import FILES, NOT_FINITE, USAGE, Settings, TrainError
 from .weights import build_model, build_teacher
@@ -136,8 +136,7 @@ class Trainer:
         if isinstance(optimizer, SplitAdamW):
             norm = norm_of_gradients(model.parameters())
             self.good &= norm.isfinite() & sums.isfinite().all()
-            factor = (settings.clip / (norm + 1e-6)).clamp(max=1.0)
-            optimizer.factor = torch.where(self.good, factor, -1.0)
+            optimizer.factor = torch.where(self.good, clip_factor(norm, settings.clip), -1.0)
         else:
             norm = clip_gradients(model.parameters(), settings.clip)
         numbers = torch.cat([sums, norm[None]])
