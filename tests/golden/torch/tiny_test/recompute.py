@@ -30,9 +30,8 @@ class Recomputable(nn.Module):
         return self.compute(*inputs)
 
 
-def recompute(model: nn.Module, kinds: str) -> None:
-    """Have the blocks of some kinds of mixers computed again: "all", "none" or "mamba2,moe"."""
+def recompute(model: nn.Module, mixers: tuple[type[nn.Module], ...]) -> None:
+    """Have the blocks with mixers of these classes computed again, and no others."""
     for module in model.modules():
         if isinstance(module, Recomputable):
-            kind = type(module.mixer).__name__.lower()
-            module.gradient_checkpointing = kinds == "all" or kind in kinds.split(",")
+            module.gradient_checkpointing = isinstance(module.mixer, mixers)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..model import Config
+from ..model import KINDS, Config
 
 CHOICES = {
     "numerics": ("float32", "bf16", "bf16-split", "nvfp4"),
@@ -30,7 +30,6 @@ CHOICES = {
     "dtype": ("", "uint8", "uint16", "uint32", "int32", "int64"),
     "export_dtype": ("float32", "bfloat16"),
 }
-KINDS = ["mamba2", "moe", "attention", "mlp"]  # of mixers
 MOST_SETTINGS = 1 << 16  # bytes
 MOST_SEQUENCES = 1 << 20  # of a step
 USAGE, NOT_FINITE, FILES, STOPPED = 2, 5, 6, 128 + signal.SIGTERM
