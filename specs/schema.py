@@ -141,11 +141,6 @@ class Spec:
         """The kind of each block: those of the trunk, then those of one prediction step."""
         return self.model.pattern.kinds + (self.mtp.pattern.kinds if self.mtp else ())
 
-    @property
-    def in_transformers(self) -> bool:
-        """Whether transformers' nemotron_h has all kinds of blocks."""
-        return all(kind.in_transformers for kind in self.blocks)
-
     def table(self, kind: BlockKind) -> Any:
         """Return the table of a block kind, a `kind.table_class`; None where the spec has no such blocks."""
         return self.section(kind.table)
