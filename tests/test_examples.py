@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,17 +11,20 @@ from pathlib import Path
 
 import pytest
 
+from support import shell
+from support.pages import blocks
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NAMES = sorted(path.parent.name for path in EXAMPLES.glob("*/pyproject.toml"))
+PIP = (sys.executable, "-m", "pip")
+OFFLINE = ("--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check")
 
 
 def install(name: str, folder: Path) -> Path:
     """Install an example into a folder of its own, without a network; return that folder."""
     source, site = folder / "source", folder / "site"
     shutil.copytree(EXAMPLES / name, source, ignore=shutil.ignore_patterns("__pycache__", "build", "*.egg-info"))
-    options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
-    pip = [sys.executable, "-m", "pip", "install", *options, "--target", str(site), str(source)]
-    subprocess.run(pip, check=True, capture_output=True)
+    subprocess.run([*PIP, "install", *OFFLINE, "--target", str(site), str(source)], check=True, capture_output=True)
     return site
 
 
@@ -58,3 +62,27 @@ def test_what_is_installed_shows_in_the_commands(tmp_path: Path) -> None:
     assert "`serving.passes` of a spec adds it, after fuse_moe" in n3c("passes")
     assert '"gated_delta_net": {' in n3c("schema")
     assert ": ok (gated), 8 layers: 1 *, 4 -, 3 G" in n3c("check", str(EXAMPLES / "gated-delta-net/gated.toml"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="the blocks are for a shell of Unix")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_readme_runs_from_top_to_bottom(name: str, tmp_path: Path) -> None:
+    """As it stands, but for pip's folder and options: checked, built, trained, resumed, quantized, verified, run."""
+    site, work = tmp_path / "site", tmp_path / "work"
+    ignored = shutil.ignore_patterns("__pycache__", "build", "*.egg-info")
+    shutil.copytree(EXAMPLES / name, work / "examples" / name, ignore=ignored)
+    variables = environment(site) | {"PATH": shell.environment(tmp_path)["PATH"]}
+    pip = tmp_path / "bin/pip"
+    pip.write_text(f'#!/bin/sh\nexec {shlex.join([*PIP])} "$@" {shlex.join([*OFFLINE, "--target", str(site)])}\n')
+    pip.chmod(0o755)
+    script = f"set -eux\n{script_of(name)}"
+    done = subprocess.run(
+        ["bash", "-c", script], env=variables, cwd=work, capture_output=True, text=True, timeout=540, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def script_of(name: str) -> str:
+    """Return the blocks of commands of an example's README."""
+    return "\n".join(block.code for block in blocks(EXAMPLES / name / "README.md"))

@@ -323,7 +323,7 @@ def _write_record(job: Job, folder: Path, source: Checkpoint, shards: Sequence[S
     }
     made = record(job.provenance, shards, outcome.ledger, outcome.checked, rows)
     _write(folder / RECORD, json.dumps(made, indent=1) + "\n")
-    _write(folder / CARD, model_card(made))
+    _write(folder / CARD, model_card(made, job.provenance.in_transformers))
 
 
 def _write(path: Path, text: str) -> None:

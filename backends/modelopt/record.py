@@ -41,6 +41,8 @@ class Provenance:
     """What the source is called: a hub id, or a folder."""
     command: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
+    in_transformers: bool = True
+    """Whether transformers has such a model."""
 
 
 def record(
@@ -84,10 +86,10 @@ def record(
     }
 
 
-def model_card(record: Mapping[str, Any]) -> str:
-    """Return README.md for a record."""
+def model_card(record: Mapping[str, Any], in_transformers: bool = True) -> str:
+    """Return README.md for a record, which names transformers as the library where that has the model."""
     source, versions = record["source"]["name"], record["versions"]
-    lines = ["---", "library_name: transformers"]
+    lines = ["---", *(["library_name: transformers"] if in_transformers else [])]
     if re.fullmatch(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+", source):
         lines.append(f"base_model: {json.dumps(source)}")
     lines += ["tags:", "- n3c", "- modelopt", "---", f"# {record['name']}", ""]

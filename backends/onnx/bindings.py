@@ -22,6 +22,11 @@ _ONNX = re.compile(r"onnx/[a-z_]+(\.b[0-9]+)?(\.s[0-9]+)?\.onnx")
 _MAX_DIM = 1 << 40
 
 
+def parameter_of(name: str) -> str:
+    """Return the name of the parameter that the input `name` is bound to, as it is or as bytes."""
+    return name.removesuffix(BYTES)
+
+
 @dataclass(frozen=True, slots=True)
 class Binding:
     """An engine input or output."""

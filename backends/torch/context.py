@@ -115,6 +115,7 @@ class SpecView:
     tied: bool
     rescale: bool
     conv_bias: bool
+    in_transformers: bool
     wrapped: bool
     """Whether modeling_n3c.py is written: transformers' nemotron_h has the model, but lacks something of it."""
     remote_code: tuple[str, ...]
@@ -160,6 +161,7 @@ def spec_view(spec: Spec, spec_sha256: str, flops_per_token: tuple[int, int]) ->
     moe = _moe_parts(spec.moe) if uses.moe and spec.moe is not None else None
     shared = moe is not None and moe.shared
     layers = _moe_layers(spec)
+    in_transformers = all(kind.in_transformers for kind in blocks)
     mixers = tuple(kind.template for kind in kinds() if kind in blocks or (shared and kind is MLP))
     return SpecView(
         name=_matching(NAME, spec.name, "name"),
@@ -176,7 +178,8 @@ def spec_view(spec: Spec, spec_sha256: str, flops_per_token: tuple[int, int]) ->
         tied=spec.model.tie_word_embeddings,
         rescale=spec.model.rescale_prenorm_residual,
         conv_bias=uses.mamba and tables["mamba"]["conv_bias"] == "True",
-        wrapped=(uses.mtp or (uses.moe and not shared)) and not layers and all(b.in_transformers for b in blocks),
+        in_transformers=in_transformers,
+        wrapped=(uses.mtp or (uses.moe and not shared)) and not layers and in_transformers,
         remote_code=_remote_code(blocks),
         model={**_literals(spec.model, "model"), "eos_token_id": _token_ids(spec.model.eos_token_ids)},
         tables=tables,

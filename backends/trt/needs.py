@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from n3c.backends.kernel_work import Choice
-from n3c.backends.onnx.bindings import BYTES, Binding
+from n3c.backends.onnx.bindings import Binding, parameter_of
 from n3c.backends.onnx.emit import OnnxEntry
 from n3c.ir import ops
 from n3c.ir.program import EntryPoint, Program
@@ -84,7 +84,7 @@ def needs_of(program: Program, entry_point: EntryPoint, entry: OnnxEntry, contex
     labels = {name: call.label for call in reversed(entry_point.calls) for name in (*call.parameters, *call.states)}
     gathered = _gathered(program, entry_point, entry)
     for binding in entry.weights:
-        name = binding.name.removesuffix(BYTES)
+        name = parameter_of(binding.name)
         needs.reads[binding.name] = _weight(binding, labels.get(binding.name) or labels[name], gathered.get(name))
     for binding in entry.arguments:
         if binding.kind == "view":  # the memory of the state before it, in the type in which it is read

@@ -25,6 +25,7 @@ def provenance(request: QuantizeRequest, spec: Spec) -> Provenance:
         source=checkpoint_name(request.weights),
         command=command(request),
         versions=tool_versions(),
+        in_transformers=all(kind.in_transformers for kind in spec.blocks),
     )
 
 

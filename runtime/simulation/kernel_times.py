@@ -18,11 +18,10 @@ from n3c.ir import ops
 from n3c.ir.costs import distinct_experts, node_flops
 from n3c.ir.program import Call, Function, Node, Program, Value
 from n3c.ir.types import DType, TensorType
+from n3c.runtime.engines.torch.few_rows import FEW_ROWS
 
 NO_KERNEL = frozenset({*ops.DEQUANTIZE, ops.split, ops.concat, ops.expand_experts, ops.shift_left, ops.last_token})
 """Ops that a neighbour does on the way."""
-FEW_ROWS = 16
-"""Rows up to which a product is one of weights that are decoded and summed, not one of tensor cores."""
 DECODED = {DType.F4E2M1: 6.0, DType.F8E4M3: 3.8}
 """Type of stored weights → instructions to read and decode one; others 1.3. Of linears on an H100."""
 READ = 1.3

@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from n3c.backends.onnx.bindings import parameter_of
 from n3c.ir.program import Program
 from n3c.ir.types import DType
 from n3c.runtime.engines.interface import Array
@@ -36,15 +37,15 @@ class OnnxGraphs:
         rounding: Rounding,
         tolerance: Tolerance,
     ) -> None:
-        """Take `weights` by the names of graph inputs, in the stored types of the program."""
+        """Take `weights` by the names of parameters, in the stored types of the program."""
         self.name, self.rounding, self.tolerance = name, rounding, tolerance
         self._program, self._graphs, self._inputs = program, graphs, CallInputs(program)
         self.weights = {
-            name: _as_input(weights[name], dtype, shape)
+            name: _as_input(weights[parameter_of(name)], dtype, shape)
             for stages in graphs.values()
             for graph in stages
             for name, (dtype, shape) in graph.inputs.items()
-            if name in weights
+            if parameter_of(name) in weights
         }
         self.reset()
 
@@ -98,6 +99,8 @@ class OnnxGraphs:
             whole = self.state(name.removesuffix(".view"), np.dtype(np.float16), (*dims[:-1], dims[-1] // 2), batch)
             return np.ascontiguousarray(whole).view(dtype)
         if name not in self._states:
+            if name not in self._program.states:
+                raise KeyError(f"{name} is no input, weight or state")
             self._states[name] = np.zeros((batch, *dims), dtype)
         return self._states[name]
 

@@ -12,7 +12,7 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
-from n3c.backends.onnx.bindings import BYTES, Binding
+from n3c.backends.onnx.bindings import Binding, parameter_of
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.backends.torch.loading import load_package
 from n3c.passes.serving import serve
@@ -51,7 +51,7 @@ def decode(out: Path, parameters: dict[str, Tensor], ids: Tensor) -> Tensor:
     entry = bindings["entries"][f"decode.b{BATCH}"]
     session = ReferenceEvaluator(onnx.load(out / entry["onnx"]), new_ops=[FP4DynamicQuantize])
     rows = [Binding(**row | {"shape": tuple(row["shape"])}) for row in bindings["weights"]]
-    feeds = {row.name: to_numpy(parameters[row.name.removesuffix(BYTES)], row) for row in rows}
+    feeds = {row.name: to_numpy(parameters[parameter_of(row.name)], row) for row in rows}
     inputs = [Binding(**row | {"shape": tuple(row["shape"])}) for row in entry["inputs"]]
     outputs = [Binding(**row | {"shape": tuple(row["shape"])}) for row in entry["outputs"]]
     states = {row.name: torch.zeros(row.shape) for row in inputs if row.kind == "state"}

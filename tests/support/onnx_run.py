@@ -14,7 +14,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from torch import Tensor
 
-from n3c.backends.onnx.bindings import BYTES, Binding
+from n3c.backends.onnx.bindings import Binding, parameter_of
 from n3c.backends.onnx.emit import OnnxEntry
 
 NUMPY_DTYPES: dict[str, Any] = {
@@ -82,7 +82,7 @@ class OnnxRunner:
     def __init__(self, entry: OnnxEntry, parameters: Mapping[str, Tensor]) -> None:
         self.entry = entry
         self._session = ReferenceEvaluator(onnx.load_from_string(entry.to_bytes()), new_ops=[FP4DynamicQuantize])
-        self._weights = {b.name: to_numpy(parameters[b.name.removesuffix(BYTES)], b) for b in entry.weights}
+        self._weights = {b.name: to_numpy(parameters[parameter_of(b.name)], b) for b in entry.weights}
 
     def run(self, arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the outputs; next states under the names of the states, of FP8 caches as they are stored."""

@@ -18,7 +18,7 @@ from n3c.runtime.generation.chat_template import ChatTemplate, find_chat_templat
 from n3c.runtime.generation.drafter import MtpDrafter
 from n3c.runtime.generation.grammar import Grammars
 from n3c.runtime.generation.prefix_cache import PrefixCache
-from n3c.runtime.generation.tokenizer import Tokenizer, find_tokenizer
+from n3c.runtime.generation.tokenizer import Tokenizer
 from n3c.runtime.serve.http_server import HttpServer, bound
 from n3c.runtime.serve.limits import Limits
 from n3c.runtime.serve.metrics import Metrics
@@ -30,8 +30,8 @@ from n3c.runtime.serve.service import Service
 from support.checkpoints import write_checkpoint
 from support.command import n3c
 from support.fake_engine import FakeEngine, Logits
+from support.small_tokenizer import VOCAB, open_tokenizer, write_tokenizer
 from support.specs import SMALL, spec_from_text
-from support.tokenizers import VOCAB, write_tokenizer
 
 TEMPLATE = (Path(__file__).parents[1] / "runtime/generation/templates/nemotron_3_nano.jinja").read_text()
 TEXT = (
@@ -60,10 +60,8 @@ def scripted_served(
     folder: Path, model: Logits, *, drafts: bool = True, limits: Limits | None = None, context: int = 4096
 ) -> ServedModel:
     """Return a served stand-in with the tokenizer in `folder`; any function of the tokens is its model."""
-    tokenizer, template = find_tokenizer([folder], VOCAB), find_chat_template(folder)
-    assert tokenizer is not None
-    engine = FakeEngine(model, batch_sizes=(1, 2, 4), chunk=16)
-    return served_engine(engine, Capacity(context, VOCAB), tokenizer, template, drafts, limits)
+    engine, template = FakeEngine(model, batch_sizes=(1, 2, 4), chunk=16), find_chat_template(folder)
+    return served_engine(engine, Capacity(context, VOCAB), open_tokenizer(folder), template, drafts, limits)
 
 
 def served_engine(

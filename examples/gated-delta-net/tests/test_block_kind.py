@@ -130,6 +130,18 @@ def test_onnx_runtime_computes_the_reference(text: str, tmp_path: Path) -> None:
     assert verified.as_json()["ok"], verified.as_json()
 
 
+def test_its_name_chooses_the_blocks_that_are_computed_twice() -> None:
+    model = model_of(generated(spec_of(HYBRID)))
+    model.activation_checkpointing_enable(kinds="gated_delta_net")
+    chosen = {type(block.mixer).__name__: block.gradient_checkpointing for block in model.backbone.layers}
+    assert chosen.pop("GatedDeltaNet") and chosen and not any(chosen.values())
+
+
+def test_no_card_says_that_transformers_has_it() -> None:
+    card = emit(spec_of(SPEC), "0" * 64)["gated/training/card.py"]
+    assert "library_name" not in card
+
+
 def test_check_counts_and_refuses() -> None:
     layers = check(GATED, target="onnx").as_json()["layers"]
     assert layers == {"total": 8, "attention": 1, "mlp": 4, "gated_delta_net": 3}
@@ -166,6 +178,7 @@ def test_rules_decide_the_formats_of_its_roles(tmp_path: Path) -> None:
     assert f"{mixer(0)}.out_proj.weight_scale_2" in quantized
     assert f"{mixer(4)}.out_proj.weight_scale" in quantized
     assert f"{mixer(4)}.out_proj.weight_scale_2" not in quantized  # FP8: of the last four layers
+    assert "library_name" not in (tmp_path / "nvfp4/README.md").read_text(encoding="utf-8")  # transformers has no `G`
     build(GATED, target="onnx", output=tmp_path / "out")
     verified = verify(tmp_path / "out", weights=tmp_path / "nvfp4")
     assert verified.as_json()["ok"], verified.as_json()

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from n3c.backends.onnx.bindings import BYTES, Binding
+from n3c.backends.onnx.bindings import Binding, parameter_of
 from n3c.backends.progress import SILENT, Progress
 from n3c.backends.safetensors.checkpoint import Checkpoint
 from n3c.backends.safetensors.sources import load
@@ -110,7 +110,7 @@ class TrtEngine:
             with device.current():
                 self._contexts.append(Contexts(trt, self._logger, device, [plan.path for plan in placed]))
                 weights = {memory_of(b): b for plan in placed for b in plan.weights}
-                self._parameters |= {memory: parameters[b.name.removesuffix(BYTES)] for memory, b in weights.items()}
+                self._parameters |= {memory: parameters[parameter_of(b.name)] for memory, b in weights.items()}
                 states = {b.source for plan in placed for b in plan.inputs if b.kind == "state"}
                 planned = [state for state in state_plan.states if state.name in states]
                 self._memories.append(DeviceMemory(device, weights.values(), planned, batch))

@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 
-from n3c.backends.onnx.bindings import BYTES
+from n3c.backends.onnx.bindings import BYTES, parameter_of
 from n3c.backends.onnx.emit import emit_entry
 from n3c.backends.onnx.stages import stages
 from n3c.ir.types import DType
@@ -86,9 +86,7 @@ def test_weights_and_states_are_inputs_that_the_bindings_describe() -> None:
     for value, row in zip((*graph.input, *graph.output), (*rows, *entry.outputs), strict=True):
         assert [d.dim_value or -1 for d in value.type.tensor_type.shape.dim] == row["shape"]
     calls = program.entry_points["decode"].calls
-    assert {row["name"].removesuffix(BYTES) for row in entry.bindings} == {
-        name for call in calls for name in call.parameters
-    }
+    assert {parameter_of(row["name"]) for row in entry.bindings} == {name for call in calls for name in call.parameters}
     assert {row["source"] for row in entry.outputs} == {"logits", *(name for call in calls for name in call.states)}
     assert max(len(tensor.raw_data) for tensor in graph.initializer) <= 1024  # tables and shapes, no weights
     codes = next(row for row in entry.bindings if row["name"].endswith("experts.*.up_proj.weight"))

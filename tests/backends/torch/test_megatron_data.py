@@ -23,9 +23,9 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield modules
 
 
-def opened(train: Any, data: Path, out: Path) -> Any:
+def opened(train: Any, data: Path) -> Any:
     """Return the tokens of --data."""
-    return train.sources.open_tokens(data, settings_of(train, data, out))
+    return train.sources.open_tokens(data, settings_of(train, data, data.parent / "out"))
 
 
 def megatron(prefix: Path, documents: list[list[list[int]]], code: int = 8, dtype: str = "<u2") -> None:
@@ -48,7 +48,7 @@ def test_megatron(train: Any, tmp_path: Path, code: int, dtype: str) -> None:
     """By the prefix that Megatron takes, either file, or a folder; documents of several sequences."""
     megatron(tmp_path / "one", MEGATRON, code, dtype)
     for name in ("one", "one.bin", "one.idx", "."):
-        tokens = opened(train, tmp_path / name, tmp_path / "out")
+        tokens = opened(train, tmp_path / name)
         assert tokens.read(0, 19).tolist() == [i for document in MEGATRON for ids in document for i in ids]
         assert tokens.ends.tolist() == [5, 6, 19] and "1 file of token ids, 3 documents, 19 tokens" in tokens.opened
 
@@ -57,7 +57,7 @@ def test_megatron_in_several_files(train: Any, tmp_path: Path) -> None:
     megatron(tmp_path / "a", MEGATRON)
     megatron(tmp_path / "b", MEGATRON[:2])
     np.save(tmp_path / "c.npy", np.arange(4))
-    tokens = opened(train, tmp_path, tmp_path / "out")
+    tokens = opened(train, tmp_path)
     assert tokens.ends.tolist() == [5, 6, 19, 24, 25, 29]
     window = tokens.window(3, 18)  # from inside the first document into the fourth
     assert window.documents.tolist() == [0, 0, 1, *[2] * 13, 3, 3]
@@ -86,7 +86,7 @@ def test_damaged_megatron(train: Any, tmp_path: Path, at: int, new: bytes, messa
     at %= len(old)
     index.write_bytes(old[:at] + new + (old[at + len(new) :] if new else b""))
     with pytest.raises(train.settings.TrainError) as error:
-        opened(train, tmp_path / "one", tmp_path / "out")
+        opened(train, tmp_path / "one")
     assert message in str(error.value) and error.value.code == 6
 
 
@@ -107,7 +107,7 @@ def test_what_megatron_writes(train: Any, tmp_path: Path, dtype: type, monkeypat
     megatron(tmp_path / "ours", MEGATRON, core.DType.code_from_dtype(dtype), np.dtype(dtype).str)
     for suffix in (".bin", ".idx"):
         assert (tmp_path / f"ours{suffix}").read_bytes() == (tmp_path / f"theirs{suffix}").read_bytes()
-    tokens, theirs = opened(train, tmp_path / "theirs", tmp_path / "out"), core.IndexedDataset(str(tmp_path / "theirs"))
+    tokens, theirs = opened(train, tmp_path / "theirs"), core.IndexedDataset(str(tmp_path / "theirs"))
     assert tokens.read(0, tokens.count).tolist() == np.concatenate([theirs[n] for n in range(len(theirs))]).tolist()
     lengths = theirs.index.sequence_lengths.cumsum()
     assert tokens.ends.tolist() == [lengths[n - 1] for n in theirs.index.document_indices[1:]]

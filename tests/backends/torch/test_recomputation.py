@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -95,6 +96,8 @@ def test_kinds_of_blocks() -> None:
     assert all(block.gradient_checkpointing for block in model.mtp.layers)
     model.activation_checkpointing_enable(False)
     assert not any(block.gradient_checkpointing for block in [*model.backbone.layers, *model.mtp.layers])
+    with pytest.raises(ValueError, match="experts is none of mamba2, moe, attention, mlp"):
+        model.activation_checkpointing_enable(kinds="experts")
 
 
 def test_only_training_is_checkpointed() -> None:

@@ -51,7 +51,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(folder: Path, program: Path, *arguments: str) -> subprocess.Popen[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(folder)}
-    environment["PYTHONSAFEPATH"] = "1"  # beside the program lies tokenizers.py of these tests
     environment.pop("TRITON_INTERPRET", None)
     return subprocess.Popen(
         [*launcher, str(program), *arguments],

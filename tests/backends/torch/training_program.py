@@ -18,7 +18,7 @@ def arguments(data: Path, out: Path, *more: str) -> list[str]:
 
 def opened(train: Any, data: Path) -> Any:
     """Return the tokens of --data, with default settings."""
-    settings = train.settings.parse_settings("", arguments(data, data / "out"))
+    settings = train.settings.parse_settings("", arguments(data, data.parent / "out"))
     return train.sources.open_tokens(data, settings)
 
 

@@ -68,8 +68,9 @@ def test_commands_and_values(spec: Path, tmp_path: Path) -> None:
     both(2, "check", spec, "--set", HOSTILE)
     both(3, "check", spec, "--set", f"moe.top_k='{HOSTILE}'")
     both(3, "inspect", spec, "--set", f"model.{HOSTILE}=1")
-    both(2, "quantize", "--weights", tmp_path, "-o", tmp_path / "out", "--part", HOSTILE)
-    both(2, "quantize", "--weights", tmp_path, "-o", tmp_path / "out", "--fmt", HOSTILE)
+    (weights := tmp_path / "weights").mkdir()
+    both(2, "quantize", "--weights", weights, "-o", tmp_path / "out", "--part", HOSTILE)
+    both(2, "quantize", "--weights", weights, "-o", tmp_path / "out", "--fmt", HOSTILE)
 
 
 @pytest.mark.parametrize(

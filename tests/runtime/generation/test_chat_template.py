@@ -13,9 +13,9 @@ from transformers import AutoTokenizer
 from n3c.ir.diagnostics import N3CError
 from n3c.runtime.generation.chat_template import find_chat_template
 from n3c.runtime.generation.control_tokens import encode_chat, encode_text
-from n3c.runtime.generation.tokenizer import Tokenizer, find_tokenizer
+from n3c.runtime.generation.tokenizer import Tokenizer
 from n3c.runtime.serve.rendering import Renderer
-from support.tokenizers import VOCAB, write_tokenizer
+from support.small_tokenizer import open_tokenizer, write_tokenizer
 
 NEMOTRON = (Path(__file__).parent / "templates/nemotron_3_nano.jinja").read_text()
 TOOL: dict[str, Any] = {
@@ -64,9 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer(folder: Path) -> Tokenizer:
-    found = find_tokenizer([folder], VOCAB)
-    assert found is not None
-    return found
+    return open_tokenizer(folder)
 
 
 @pytest.mark.parametrize("chat", CHATS)

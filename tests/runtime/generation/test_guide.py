@@ -24,9 +24,9 @@ from n3c.runtime.generation.loop import Generation
 from n3c.runtime.generation.reasoning import Reasoning, Tags
 from n3c.runtime.generation.sampling import Sampling, distribution
 from n3c.runtime.generation.sequence import Options
-from n3c.runtime.generation.tokenizer import ByteTokenizer, Tokenizer, decoded, find_tokenizer
+from n3c.runtime.generation.tokenizer import ByteTokenizer, Tokenizer, decoded
 from support.fake_engine import FakeEngine, Logits
-from support.tokenizers import END, VOCAB, write_tokenizer
+from support.small_tokenizer import END, VOCAB, open_tokenizer, write_tokenizer
 
 SIZE = 40
 LOGITS = st.lists(st.floats(-20, 20, width=32), min_size=SIZE, max_size=SIZE, unique=True)
@@ -113,8 +113,7 @@ SCHEMAS: list[dict[str, Any]] = [
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tokenizer, Grammars, int]]:
     folder = tmp_path_factory.mktemp("grammar")
     write_tokenizer(folder)
-    found = find_tokenizer([folder], VOCAB)
-    assert found is not None
+    found = open_tokenizer(folder)
     return {
         "bytes": (ByteTokenizer(), Grammars.of(ByteTokenizer(), 256, frozenset()), 256),
         "file": (found, Grammars.of(found, VOCAB, frozenset((END,))), VOCAB),

@@ -18,7 +18,7 @@ from n3c.runtime.engines.interface import Array
 from n3c.runtime.serve.http_server import HttpServer
 from n3c.runtime.serve.served_model import ServedModel
 from support.serving_http import listening, scripted_served
-from support.tokenizers import VOCAB
+from support.small_tokenizer import VOCAB
 
 WAIT = 30.0
 """Seconds that anything here may take."""

@@ -17,7 +17,7 @@ from schemathesis.specs.openapi.checks import content_type_conformance, response
 
 from n3c.runtime.serve.http_server import HttpServer
 from support.serving_http import listening, scripted_served
-from support.tokenizers import VOCAB
+from support.small_tokenizer import VOCAB
 
 CHECKS = (HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large, HealthCheck.large_base_example)
 

@@ -17,7 +17,7 @@ import pytest
 from n3c.runtime.serve.http_server import HttpServer
 from n3c.runtime.serve.limits import Limits
 from support.serving_http import guarded, listening, scripted_served
-from support.tokenizers import VOCAB
+from support.small_tokenizer import VOCAB
 
 WAIT = 30.0
 """Seconds after which something hangs."""

@@ -25,7 +25,7 @@ from n3c.runtime.serve.scheduler import Update, Work
 from n3c.runtime.serve.served_model import ServedModel
 from n3c.runtime.serve.service import DrainingError, Service
 from support.serving_http import scripted_served
-from support.tokenizers import VOCAB
+from support.small_tokenizer import VOCAB
 
 WAIT = 30.0
 """Seconds after which something hangs."""

@@ -15,13 +15,13 @@ from openai import OpenAI
 
 from n3c.runtime.engines.interface import Array
 from n3c.runtime.generation.grammar import Grammars
-from n3c.runtime.generation.tokenizer import ByteTokenizer, Tokenizer, find_tokenizer
+from n3c.runtime.generation.tokenizer import ByteTokenizer, Tokenizer
 from n3c.runtime.serve.errors import ApiError
 from n3c.runtime.serve.tool_calls import Call, ToolCallStream
 from n3c.runtime.serve.tool_grammar import Answer, grammar
 from support.fake_engine import Logits
 from support.serving_http import TEMPLATE, listening, scripted_served
-from support.tokenizers import VOCAB, write_tokenizer
+from support.small_tokenizer import VOCAB, open_tokenizer, write_tokenizer
 
 WEATHER: dict[str, Any] = {
     "type": "object",
@@ -72,9 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer(folder: Path) -> Tokenizer:
-    found = find_tokenizer([folder], VOCAB)
-    assert found is not None
-    return found
+    return open_tokenizer(folder)
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,11 @@ from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 from pydantic import SecretStr
 
-from n3c.runtime.generation.tokenizer import find_tokenizer
 from n3c.runtime.serve.http_server import HttpServer
 from n3c.runtime.serve.reasoning_text import ReasoningStream
 from n3c.runtime.serve.tool_calls import Call, ToolCallStream, parse_call
 from support.serving_http import TEMPLATE, listening, saying, scripted_served
-from support.tokenizers import VOCAB, write_tokenizer
+from support.small_tokenizer import open_tokenizer, write_tokenizer
 
 WEATHER: Any = {
     "type": "function",
@@ -57,9 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def saying_server(folder: Path, *answers: str) -> Generator[HttpServer]:
-    tokenizer = find_tokenizer([folder], VOCAB)
-    assert tokenizer is not None
-    with listening(scripted_served(folder, saying(tokenizer, answers))) as server:
+    with listening(scripted_served(folder, saying(open_tokenizer(folder), answers))) as server:
         yield server
 
 

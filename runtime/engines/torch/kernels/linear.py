@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..few_rows import FEW_ROWS
 from ..packed import Format, PackedWeight
 from .launching import SMS, ceil_div, has_wide_products, power_of_two, product_type
 from .weights import row_product, tile_product, weight_tile
@@ -26,7 +27,6 @@ UNIT = {"bf16": 8, "fp8": 16, "nvfp4": 32}
 """Weights in 16 bytes: what K must be a multiple of for `row_kernel`."""
 WORD = {"bf16": 1, "fp8": 4, "nvfp4": 16}
 """Weights that K must be a multiple of for `tile_kernel`."""
-FEW_ROWS = 16
 DEQUANTIZE_ROWS = 256
 """From so many rows on a quantized matrix is dequantized for cuBLAS: tiles would do it again for each 128 rows."""
 

@@ -13,6 +13,13 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+KINDS = {  # class of a mixer -> what its kind is called
+    "Mamba2": "mamba2",
+    "MoE": "moe",
+    "Attention": "attention",
+    "MLP": "mlp",
+}
+
 
 class Recomputable(nn.Module):
     """A block that can drop its activations and compute them again in the backward pass.
@@ -31,8 +38,14 @@ class Recomputable(nn.Module):
 
 
 def recompute(model: nn.Module, kinds: str) -> None:
-    """Have the blocks of some kinds of mixers computed again: "all", "none" or "mamba2,moe"."""
+    """Have the blocks of some kinds of mixers computed again: "all", "none", or kinds as "a,b".
+
+    Raises ValueError for a kind that the model does not have.
+    """
+    chosen = set(kinds.split(","))
+    if unknown := chosen - {"all", "none", *KINDS.values()}:
+        raise ValueError(f"{', '.join(sorted(unknown))} is none of {', '.join(KINDS.values())}")
     for module in model.modules():
         if isinstance(module, Recomputable):
-            kind = type(module.mixer).__name__.lower()
-            module.gradient_checkpointing = kinds == "all" or kind in kinds.split(",")
+            kind = KINDS.get(type(module.mixer).__name__)
+            module.gradient_checkpointing = kinds == "all" or kind in chosen

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ..model import Config
+from ..recompute import KINDS
 
 CHOICES = {
     "numerics": ("float32", "bf16", "bf16-split", "nvfp4"),
@@ -30,7 +31,6 @@ CHOICES = {
     "dtype": ("", "uint8", "uint16", "uint32", "int32", "int64"),
     "export_dtype": ("float32", "bfloat16"),
 }
-KINDS = ["mamba2", "moe", "attention", "mlp"]  # of mixers
 MOST_SETTINGS = 1 << 16  # bytes
 MOST_SEQUENCES = 1 << 20  # of a step
 USAGE, NOT_FINITE, FILES, STOPPED = 2, 5, 6, 128 + signal.SIGTERM
@@ -260,8 +260,9 @@ def impossible(settings: Settings) -> list[str]:
         problems.append(f"{separator} is not from -1 to {config.vocab_size - 1}")
     if settings.numerics == "bf16-split" and "RANK" in os.environ:
         problems.append("--numerics bf16-split is for one process without torchrun")
-    if twice := set(settings.activation_checkpointing.split(",")) - {"all", "none"} - set(KINDS):
-        names = f"{', '.join(sorted(twice))} is none of all, none, {', '.join(KINDS)}"
+    kinds = ("all", "none", *KINDS.values())
+    if twice := set(settings.activation_checkpointing.split(",")) - set(kinds):
+        names = f"{', '.join(sorted(twice))} is none of {', '.join(kinds)}"
         problems.append(f"--activation-checkpointing: {names}")
     for name, choices in CHOICES.items():
         if (value := getattr(settings, name)) not in choices:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+
+from n3c.runtime.generation.tokenizer import Tokenizer, find_tokenizer
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
 MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
@@ -19,7 +22,7 @@ SAMPLE = "You are helpful. What is the weather in Paris? system user assistant\n
 
 def write_tokenizer(folder: Path, template: str | None = None) -> None:
     """Write tokenizer.json, tokenizer_config.json and generation_config.json."""
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -36,3 +39,10 @@ def write_tokenizer(folder: Path, template: str | None = None) -> None:
         config["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": END}), encoding="utf-8")
+
+
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """Return what `write_tokenizer` wrote, as n3c reads it."""
+    found = find_tokenizer([folder], VOCAB)
+    assert found is not None
+    return found
