@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -143,10 +143,11 @@ class _Emission:
             arguments.append(self.argument(name, bound_as(type_), "state", name))
             if bound_as(type_) != type_:
                 arguments.append(self.argument(f"{name}.view", type_, "view", name))
-        parameters = list({p.name: p for call in calls for p in self.parameters(call)}.values())
+        bound = [self.parameters(call) for call in calls]
+        parameters = list({parameter.name: parameter for of_call in bound for parameter in of_call}.values())
         weights = [self.argument(p.name, p.type, "weight", str(p.source), p.memory) for p in parameters]
-        for i, call in enumerate(calls):
-            self.call(call)
+        for i, (call, of_call) in enumerate(zip(calls, bound, strict=True)):
+            self.call(call, of_call)
             progress.step(call.label, i + 1, len(calls))
         results = [self.result(n, self.values[n], self.types[n], "output", n) for n in self.entry.outputs]
         results += [
@@ -198,15 +199,15 @@ class _Emission:
         self.graph.output(value, name, static.dtype, static.static_dims)
         return Binding(name, kind, static.dtype.value, static.static_dims, source)
 
-    def call(self, call: Call) -> None:
-        """Emit the nodes of one call, under its label."""
+    def call(self, call: Call, parameters: Sequence[Parameter]) -> None:
+        """Emit the nodes of one call, which binds `parameters`, under its label."""
         function = self.program.functions[call.function]
         self.graph.scope = f"{call.label}/"
         if call.origin.span is not None:
             self.spans.setdefault(call.label, call.origin.span)
         formals = (*function.inputs, *function.parameters, *function.states)
-        parameters = (parameter.name for parameter in self.parameters(call))
-        for formal, actual in zip(formals, (*call.inputs, *parameters, *call.states), strict=True):
+        names = (parameter.name for parameter in parameters)
+        for formal, actual in zip(formals, (*call.inputs, *names, *call.states), strict=True):
             self.emitter.bind(formal, self.values[actual])
         for formal, actual in zip(function.states, call.states, strict=True):
             if f"{actual}.view" in self.values:

@@ -85,7 +85,7 @@ def needs_of(program: Program, entry_point: EntryPoint, entry: OnnxEntry, contex
     gathered = _gathered(program, entry_point, entry)
     for binding in entry.weights:
         name = parameter_of(binding.name)
-        needs.reads[binding.name] = _weight(binding, labels.get(binding.name) or labels[name], gathered.get(name))
+        needs.reads[binding.name] = _weight(binding, labels[name], gathered.get(name))
     for binding in entry.arguments:
         if binding.kind == "view":  # the memory of the state before it, in the type in which it is read
             _alias(needs, binding)
