@@ -140,10 +140,10 @@ def _attention(kernel: Kernel, cache: TensorInfo, context: int, stored: int, han
     elements = float(result.elements * (cache.dims[-1] if scores else context))
     cost = STORED.get(DTYPES[cache.dtype], SINGLE) if scores else SINGLE
     width = BITS[cache.dtype] // 8
-    # Values: neighbouring lanes read positions, so each takes a sector and a wavefront of its own.
+    # Values: neighbouring lanes read positions, so each takes a sector of its own, for which L2 needs longer than L1.
     sectors = round(elements * (width if scores else _SECTOR))
     instructions = elements * (cost.instructions + further * SIBLING.instructions)
-    wavefronts = elements * ((cost.wavefronts if scores else 32.0) + further * SIBLING.wavefronts)
+    wavefronts = elements * ((cost.wavefronts if scores else 0.0) + further * SIBLING.wavefronts)
     return Work("sum", stored, handed, (), sectors, instructions, wavefronts)
 
 

@@ -1,8 +1,8 @@
 """Decoding of whole models with random weights made on the device, by the torch engine, beside transformers.
 
 `engine` is a call as generation makes it, with its copies from and to the host; `device` is the time between its first
-and last kernel. The roofline is the least bytes of a step (`compiler/report/cost.py`) over 3.35 TB/s, that of an H100
-by its data sheet, on every card: `ceilings` says what this one gives.
+and last kernel. The roofline is the least bytes of a step (`compiler/report/cost.py`) over the bandwidth of the card by
+its data sheet: `ceilings` says what it gives.
 """
 
 from __future__ import annotations
@@ -10,17 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from n3c.backends.gpus import GPUS
 from n3c.compiler.report.cost import decode_bytes
 from n3c.passes.serving import serve
 from n3c.specs.schema import Spec
 
-from .part import Row, Setting, kernel_table, made_on, report, seconds_of, spec_of, wall_seconds_of
+from .part import Row, Setting, card, kernel_table, made_on, report, seconds_of, spec_of, wall_seconds_of
 from .served import call_of, engine_of, free, replay_of
 from .train import transformers_model
 
 TITLE = "Decoding"
-H100 = GPUS["H100 SXM"]
 BF16 = {"quantization.format": "bf16", "quantization.rules": []}
 
 
@@ -43,13 +41,13 @@ def run(setting: Setting) -> Iterator[Row]:
 
 def _engine_rows(title: str, spec: Spec, setting: Setting, batch: int, contexts: tuple[int, ...]) -> Iterator[Row]:
     served = serve(spec)
-    engine = engine_of(spec, setting, ("decode",), batch)
+    engine = engine_of(spec, setting, ("decode",), [batch])
     for context in contexts:
         call = call_of(engine, "decode", context)
         seconds = wall_seconds_of(setting, call)
         replay = replay_of(engine, "decode")
         device = seconds_of(setting, replay) if replay else seconds
-        least = decode_bytes(served, spec, batch, context)["total"] / H100.bandwidth
+        least = decode_bytes(served, spec, batch, context)["total"] / card(setting).bandwidth
         yield {
             "model": title,
             "batch": batch,
@@ -57,7 +55,7 @@ def _engine_rows(title: str, spec: Spec, setting: Setting, batch: int, contexts:
             "engine ms": round(1e3 * seconds, 3),
             "device ms": round(1e3 * device, 3),
             "tokens/s": round(batch / seconds, 1),
-            "of an H100's roofline": f"{least / seconds:.0%} (device {least / device:.0%})",
+            "of the roofline": f"{least / seconds:.0%} (device {least / device:.0%})",
         }
         if context == contexts[0] and batch <= 8:
             yield {

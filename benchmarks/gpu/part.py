@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from n3c.backends.gpus import GPUS, Gpu, gpu_named
 from n3c.backends.torch.emit import emit
 from n3c.backends.torch.loading import load_package, write_files
 from n3c.specs.load import load_spec
@@ -44,6 +45,14 @@ def spec_of(name: str, setting: Setting, overrides: Mapping[str, object] | None 
     sets = [f"{key}={json.dumps(value)}" for key, value in (overrides or {}).items()]
     spec, _ = load_spec(SPECS / f"{'tiny' if setting.tiny else name}.toml", sets)
     return spec
+
+
+def card(setting: Setting) -> Gpu:
+    """Return the GPU at hand; an H100 on a CPU, and where n3c does not know the card."""
+    import torch
+
+    known = gpu_named(torch.cuda.get_device_name()) if setting.device == "cuda" else None
+    return known or GPUS["H100 SXM"]
 
 
 def generated(spec: Spec) -> Any:

@@ -8,16 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from n3c.backends.gpus import GPUS
 from n3c.compiler.report.cost import flops_per_token
 from n3c.passes.lower.model import lower
 
 from .decode import BF16
-from .part import Row, Setting, kernel_table, report, spec_of, wall_seconds_of
+from .part import Row, Setting, card, kernel_table, report, spec_of, wall_seconds_of
 from .served import call_of, engine_of, free
 
 TITLE = "Prefill"
-PEAK = GPUS["H100 SXM"].bf16  # dense, FLOP/s
 
 
 def run(setting: Setting) -> Iterator[Row]:
@@ -27,7 +25,7 @@ def run(setting: Setting) -> Iterator[Row]:
     formats: list[tuple[str, dict[str, Any]]] = [("BF16", BF16), ("NVFP4", {})]
     for title, own in formats:
         spec = spec_of("nano", setting, {**sizes, **own, "serving.batch_sizes": [1]})
-        engine: Any = engine_of(spec, setting, ("prefill",), 1)
+        engine: Any = engine_of(spec, setting, ("prefill",), [1])
         for length in lengths:
             # The time of a chunk depends on the context in attention only: three places stand for all.
             places = [0, length // 2 // chunk * chunk, length - chunk]
@@ -40,7 +38,7 @@ def run(setting: Setting) -> Iterator[Row]:
                 "chunk": chunk,
                 "tokens/s": round(length / seconds),
                 "TFLOP/s": round(flops / seconds / 1e12, 1),
-                "of an H100's peak": f"{flops / seconds / PEAK:.0%}",
+                "of BF16's peak": f"{flops / seconds / card(setting).bf16:.0%}",
             }
         yield {"kernels": f"a chunk, {title}", "table": kernel_table(setting, call_of(engine, "prefill", 0))}
         engine = None  # the memory of its weights

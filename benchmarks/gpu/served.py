@@ -17,10 +17,10 @@ from n3c.specs.schema import Spec
 from .part import Setting
 
 
-def engine_of(spec: Spec, setting: Setting, names: Sequence[str], batch: int) -> Any:
-    """Return an engine of a spec for `batch` sequences, its weights in the formats of the spec."""
+def engine_of(spec: Spec, setting: Setting, names: Sequence[str], batches: Sequence[int]) -> Any:
+    """Return an engine of a spec for calls of `batches` sequences, its weights in the formats of the spec."""
     weights = RandomWeights(stored_parameters(spec))
-    return torch_engine(serve(spec), spec, names, [batch], weights, "cuda" if setting.device == "cuda" else "cpu")
+    return torch_engine(serve(spec), spec, names, batches, weights, "cuda" if setting.device == "cuda" else "cpu")
 
 
 def call_of(engine: Any, entry: str, context: int, seed: int = 0) -> Callable[[], object]:

@@ -30,7 +30,7 @@ def run(setting: Setting) -> Iterator[Row]:
         spec = spec_of("super", setting, {**serving, "model.pattern": str(whole.model.pattern.symbols[:44])})
         title = "Super's first 44 of 88 blocks"
     for batch in (1, 8):
-        engine: Any = engine_of(spec, setting, ("decode", "verify", "draft"), batch)
+        engine: Any = engine_of(spec, setting, ("decode", "verify", "draft"), [batch])
         times: dict[str, float] = {}
         for entry in ("decode", "verify", "draft"):
             call: Any = call_of(engine, entry, 32 if setting.tiny else 1024)

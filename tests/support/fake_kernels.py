@@ -26,6 +26,10 @@ def fake_kernels(called: list[str]) -> Kernels:
         y = _product(x, weight, torch.float32)
         return (ops.relu2(y) if squared_relu else y).to(dtype)
 
+    def rounding(activation: Activation | None, x: Tensor) -> Tensor:
+        called.append("rounded")
+        return rounded(activation, x)
+
     def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         called.append("rms_norm")
         return ops.rms_norm(x.float(), weight, eps=eps).to(x.dtype)
@@ -98,6 +102,7 @@ def fake_kernels(called: list[str]) -> Kernels:
     return Kernels(
         few_rows_linear,
         many_rows_linear,
+        rounding,
         rms_norm,
         add_rms_norm,
         route,

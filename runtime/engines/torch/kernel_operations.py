@@ -32,6 +32,7 @@ class Kernels:
 
     few_rows_linear: Callable[..., Tensor]
     many_rows_linear: Callable[..., Tensor]
+    rounded: Callable[[Activation | None, Tensor], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     route: Callable[..., tuple[Tensor, Tensor]]
@@ -51,11 +52,13 @@ def kernel_operations() -> MakeOperations:
     from .kernels.linear import few_rows_linear, many_rows_linear
     from .kernels.mamba_step import mamba2_step
     from .kernels.norm import add_rms_norm, rms_norm
+    from .kernels.rounding import rounded
     from .kernels.router import route
 
     kernels = Kernels(
         few_rows_linear=few_rows_linear,
         many_rows_linear=many_rows_linear,
+        rounded=rounded,
         rms_norm=rms_norm,
         add_rms_norm=add_rms_norm,
         route=route,
@@ -78,6 +81,10 @@ class KernelOperations(PlainOperations):
     def linear(self, x: Tensor, weight: PackedWeight, dtype: torch.dtype, *, squared_relu: bool = False) -> Tensor:
         """Dequantize in registers, and write the float32 sums as they are asked for."""
         return self._kernels.many_rows_linear(x, weight, squared_relu=squared_relu, dtype=dtype)
+
+    def rounded(self, activation: Activation | None, x: Tensor) -> Tensor:
+        """Round in one kernel."""
+        return self._kernels.rounded(activation, x)
 
     def norm(self, norm: Any, x: Tensor) -> Tensor:
         """Norm in one kernel."""

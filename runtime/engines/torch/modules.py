@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .activations import Activation, rounded
+from .activations import Activation
 from .operations import Operations
 from .packed import PackedWeight
 
@@ -28,7 +28,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y."""
-        rows = rounded(self._activation, x.flatten(0, -2))
+        rows = self._operations.rounded(self._activation, x.flatten(0, -2))
         rows = self._operations.linear(rows, self._weight, self._dtype or x.dtype)
         return rows.view(*x.shape[:-1], -1)
 
@@ -54,8 +54,9 @@ class PackedMlp(_UpAndDown):
     def forward(self, x: Tensor) -> Tensor:
         """Return [B, S, D] for x [B, S, D]."""
         outer, inner = self._activations
-        active = self._operations.linear(rounded(outer, x.flatten(0, -2)), self._up, x.dtype, squared_relu=True)
-        return self._operations.linear(rounded(inner, active), self._down, x.dtype).view_as(x)
+        rows = self._operations.rounded(outer, x.flatten(0, -2))
+        active = self._operations.linear(rows, self._up, x.dtype, squared_relu=True)
+        return self._operations.linear(self._operations.rounded(inner, active), self._down, x.dtype).view_as(x)
 
 
 class PackedExperts(_UpAndDown):
@@ -65,7 +66,8 @@ class PackedExperts(_UpAndDown):
         """Return [B, S, L] for x [B, S, L], experts and weights [B, S, K], in the type of x."""
         rows, chosen, shares = (t.flatten(0, -2) for t in (x, experts, weights))
         outer, inner = self._activations
-        y = self._operations.experts(rounded(outer, rows), chosen, shares, self._up, self._down, inner)
+        rows = self._operations.rounded(outer, rows)
+        y = self._operations.experts(rows, chosen, shares, self._up, self._down, inner)
         return y.view_as(x)
 
 
@@ -82,4 +84,4 @@ class Gate(nn.Module):
 
         `batch` says nothing: an entry point has no padding, as `counts` say what is real, and no given experts.
         """
-        return *self._operations.route(self.router, rounded(self._activation, x)), None
+        return *self._operations.route(self.router, self._operations.rounded(self._activation, x)), None

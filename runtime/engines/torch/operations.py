@@ -29,6 +29,10 @@ class Operations(Protocol):
         """
         ...
 
+    def rounded(self, activation: Activation | None, x: Tensor) -> Tensor:
+        """Return x [.., K] rounded where there is an activation's format, else as it is."""
+        ...
+
     def norm(self, norm: Any, x: Tensor) -> Tensor:
         """Return the norm of x [B, T, D] by a generated module."""
         ...

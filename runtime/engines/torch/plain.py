@@ -27,6 +27,10 @@ class PlainOperations:
         y = F.linear(x, weight.dequantized(x.dtype)).to(dtype)
         return F.relu(y).square() if squared_relu else y
 
+    def rounded(self, activation: Activation | None, x: Tensor) -> Tensor:
+        """Round in float32, step by step."""
+        return rounded(activation, x)
+
     def norm(self, norm: Any, x: Tensor) -> Tensor:
         """Run the generated module."""
         normed: Tensor = norm(x)

@@ -12,7 +12,7 @@ from n3c.specs.load import loaded
 from n3c.specs.shipped import spec_file
 
 LONG = ("serving.max_seq_len=131072", "serving.prefill_chunk=2048")
-WEIGHT_ONLY = ('serving.activations="weight_only"',)  # as the engine that was measured computes
+WEIGHT_ONLY = ('serving.activations="weight_only"',)
 BF16 = ('quantization.format="bf16"', "quantization.rules=[]")
 
 
@@ -24,12 +24,16 @@ def times(name: str, gpu: str, *overrides: str) -> KernelTimes:
 @pytest.mark.parametrize(
     ("overrides", "entry", "batch", "context", "measured_ms"),
     [
+        ((), "decode", 1, 1024, 2.52),
+        ((), "decode", 8, 32768, 5.93),
         (WEIGHT_ONLY, "decode", 1, 1024, 2.20),
         (WEIGHT_ONLY, "decode", 1, 32768, 2.29),
         (WEIGHT_ONLY, "decode", 8, 1024, 5.04),
         (WEIGHT_ONLY, "decode", 8, 32768, 5.60),
         (BF16, "decode", 1, 1024, 3.29),
         (BF16, "decode", 1, 32768, 3.38),
+        (BF16, "decode", 8, 1024, 9.25),
+        (BF16, "decode", 32, 32768, 19.85),
         (BF16, "prefill", 1, 2048, 55.0),
     ],
 )

@@ -17,10 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..activations import Activation, rounded
+from ..activations import Activation
 from ..packed import PackedWeight
 from .launching import ceil_div, power_of_two, product_type
 from .linear import UNIT, WORD, finished, row_blocks, stored, tile_blocks, words
+from .rounding import rounded
 from .weights import row_product, tile_product
 
 FEW_PAIRS = 512

@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, patch
@@ -27,7 +28,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from n3c.runtime.engines.torch.kernels import attention, experts, gated_norm, linear, mamba_step, norm, router
+from n3c.runtime.engines.torch.activations import Activation
+from n3c.runtime.engines.torch.kernels import attention, experts, gated_norm, linear, mamba_step, norm, rounding, router
 from n3c.runtime.engines.torch.packed import Format, PackedWeight
 
 TYPES = {
@@ -142,6 +144,9 @@ def calls() -> dict[str, Callable[[], object]]:
     found["gated_norm"] = lambda: gated_norm.gated_rms_norm(
         tensor(8, 4096, dtype=f32), tensor(8, 10304)[:, :4096], tensor(4096), 8, 1e-5
     )
+    for stored in ("fp8", "nvfp4"):
+        activation = Activation(stored, tensor(dtype=f32))
+        found[f"rounding.{stored}"] = partial(rounding.rounded, activation, tensor(8, 2688))
     found["router"] = lambda: router.route(tensor(8, 512, dtype=f32), tensor(512, dtype=f32), 22, 5.0)
     return found
 

@@ -16,7 +16,7 @@ SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120
 
 EACH_KERNEL = (
     "linear.nvfp4.1.small", "linear.fp8.4", "linear.nvfp4.1024", "experts.nvfp4.8", "experts.bf16.512",
-    "mamba.1", "attention.1", "norm.add", "gated_norm", "router",
+    "mamba.1", "attention.1", "norm.add", "gated_norm", "router", "rounding.nvfp4",
 )  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def test_each_kernel(capability: int, tmp_path: Path) -> None:
     assert found == {
         "row_kernel", "tile_kernel", "sum_kernel", "dequantize_kernel", "few_pairs_kernel", "grouped_kernel",
         "combine_kernel", "conv_kernel", "step_kernel", "part_kernel", "join_kernel", "rms_norm_kernel",
-        "gated_norm_kernel", "router_kernel",
+        "gated_norm_kernel", "router_kernel", "rounding_kernel",
     }  # fmt: skip
 
 
