@@ -21,7 +21,7 @@ def layer_bytes(program: Program, layers: int, batch: int) -> list[int]:
     The embedding counts for the first layer; norm, head and drafter for the last.
     """
     sizes = [0] * layers
-    for parameter in program.memories():
+    for parameter in program.parameters.values():
         at = 0 if parameter.role == "embedding" else layers - 1
         sizes[min(at if parameter.layer is None else parameter.layer, layers - 1)] += parameter.type.bytes
     pending = program.entry_points["verify"].tokens if "verify" in program.entry_points else 1

@@ -79,7 +79,7 @@ def _usage(spec: Spec, served: Served, request: Request) -> Iterator[Diagnostic]
 
 def weight_bytes(program: Program) -> int:
     """Return the bytes of all weights."""
-    return sum(parameter.type.bytes for parameter in program.memories())
+    return sum(parameter.type.bytes for parameter in program.parameters.values())
 
 
 def require_memory(program: Program, memory: int, span: Span | None) -> None:
