@@ -173,7 +173,7 @@ class Parameter:
         return str(self.source.operand if isinstance(self.source, Bytes) else self.source)
 
     def as_bytes(self) -> Parameter:
-        """Return the same memory as bytes; ValueError where it holds no codes."""
+        """Return the same memory as i8: of FP4 two codes an element."""
         return replace(self, type=self.type.as_bytes(), source=Bytes(self.source))
 
 
