@@ -196,9 +196,12 @@ def at_once(folder: Path, estimates: Mapping[str, int], count: int, jobs: int | 
 def test_processes_are_started_while_the_free_memory_holds_them(
     free: int | None, held: int, built: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def held_by(process: int) -> int:
+        return held
+
     monkeypatch.setattr(builders, "usable_cores", lambda: 8)
     monkeypatch.setattr(builders, "available_memory_bytes", lambda: free)
-    monkeypatch.setattr(builders, "rss_bytes", lambda _: held)
+    monkeypatch.setattr(builders, "rss_bytes", held_by)
     assert at_once(tmp_path, {"first": 4, "second": 4, "third": 4, "small": 1}, len(built)) == built
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from n3c.backends.hashing import sha256_file
 from n3c.backends.onnx.bindings import BYTES, Binding, parameter_of, read_bindings
-from n3c.backends.onnx.linear_forms import Applied, LinearForm
+from n3c.backends.onnx.linear_forms import Applied, Choose, LinearForm
 from n3c.backends.trt.plan_file import Sidecar, write_sidecar
+from n3c.ir.program import Program
 from n3c.passes.lower.model import lower
 from n3c.runtime.build_folder import OpenedBuild, open_build
 from n3c.runtime.engines.interface import Engine
@@ -35,6 +37,10 @@ def sums_in_decode(applied: Applied) -> LinearForm:
     return "sum" if applied.exact else "product"
 
 
+def choose(program: Program, sms: Sequence[int]) -> Choose:
+    return sums_in_decode
+
+
 def weights_of(build: OpenedBuild, entry: str) -> dict[str, Binding]:
     entries = read_bindings(build.out / "trt/bindings.json").entries
     return {row.name: row for key, of in entries.items() if key.startswith(f"{entry}.") for row in of.weights}
@@ -44,7 +50,7 @@ def weights_of(build: OpenedBuild, entry: str) -> dict[str, Binding]:
 def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OpenedBuild:
     """A build whose decode reads every NVFP4 weight as bytes, and whose prefill multiplies what is stored."""
     monkeypatch.setattr("n3c.backends.onnx.linear_forms.LEAST_IN_PLANES", 16)
-    monkeypatch.setattr("n3c.compiler.building.plans.fastest_for", lambda *_: sums_in_decode)
+    monkeypatch.setattr("n3c.compiler.building.plans.fastest_for", choose)
     spec = write_small(tmp_path, SERVING, ('"MEM*E-ME"', '"ME*-"'), extra=QUANTIZED.rpartition("[[")[0])
     entries = [argument for entry in ENTRIES for argument in ("--entry", entry)]
     result = n3c("build", spec, "--target", "onnx", "-o", tmp_path / "out", *entries)
