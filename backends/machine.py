@@ -103,6 +103,14 @@ def available_memory_bytes() -> int | None:
     return available
 
 
+def rss_bytes(process: int) -> int | None:
+    """Return the memory that a process of this machine holds, by its id."""
+    with contextlib.suppress(OSError):
+        pages = int(Path(f"/proc/{process}/statm").read_text(encoding="ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
 def peak_rss_bytes() -> int | None:
     """Return the most memory that this process has held."""
     if sys.platform == "win32":

@@ -107,7 +107,7 @@ def _days() -> Iterator[str]:
         start = time.process_time()
         done: Simulated = simulate(
             name, gpu="B200", replicas=1000, rate=rate, prompt_tokens=PROMPTS, output_tokens=ANSWERS,
-            acceptance=acceptance, requests=int(DAY * rate / 1000), set=SETTINGS,
+            acceptance=acceptance, requests=int(DAY * rate / 1000), set=(*SETTINGS, "serving.max_seq_len=131072"),
         )  # fmt: skip
         seconds, load = time.process_time() - start, done.load
         yield (

@@ -218,8 +218,6 @@ def experts(
     up: TensorType,
     down: TensorType,
     inner_scale: TensorType | None = None,
-    up_bytes: TensorType | None = None,
-    down_bytes: TensorType | None = None,
     *,
     inner_format: str,
 ) -> TensorType:
@@ -227,11 +225,8 @@ def experts(
 
     x [B, S, L], indices i64 and weights f32 [B, S, K], up [E, I, L], down [E, L, I] → [B, S, L],
     in whichever dispatch a backend prefers (sorted tokens and grouped GEMM in training). With `inner_scale` f32 []
-    what `down` reads is quantized to `inner_format`, as by quantize_activation; else that is empty. `up_bytes` and
-    `down_bytes` are `up` and `down` again, from codes that can be gathered by expert, where those cannot.
+    what `down` reads is quantized to `inner_format`, as by quantize_activation; else that is empty.
     """
-    for weight, again in ((up, up_bytes), (down, down_bytes)):
-        require(again is None or again == weight, f"{again} is not {weight}")
     require((inner_scale is None) == (inner_format == ""), "inner_scale and inner_format go together")
     require(inner_scale is None or inner_scale == TensorType(DType.F32, ()), f"inner_scale is f32[], not {inner_scale}")
     require(len(up.dims) == 3 and up.dims[2] == x.dims[-1], f"up {up} does not fit {x}")

@@ -172,6 +172,10 @@ class Parameter:
         """The key that parameters of the same bytes share: the source, whatever type the bytes are bound as."""
         return str(self.source.operand if isinstance(self.source, Bytes) else self.source)
 
+    def as_bytes(self) -> Parameter:
+        """Return the same memory as i8: of FP4 two codes an element."""
+        return replace(self, type=self.type.as_bytes(), source=Bytes(self.source))
+
 
 @dataclass(frozen=True, slots=True)
 class State:
@@ -249,10 +253,6 @@ class Program:
     entry_points: dict[str, EntryPoint] = field(default_factory=dict[str, EntryPoint])
     ledger: tuple[LedgerEntry, ...] = ()
     """Filled by the pass `quantize`: every weight once."""
-
-    def memories(self) -> Iterator[Parameter]:
-        """Yield the parameters, but of several that are the same bytes in different types the first only."""
-        yield from {p.memory: p for p in reversed(self.parameters.values())}.values()
 
     def calls(self) -> Iterator[Call]:
         """Yield the calls of every entry point."""

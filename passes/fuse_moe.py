@@ -1,9 +1,8 @@
 """fuse_moe: pick the dispatch of experts for serving, and merge linears that read the same input.
 
-Three rewrites, each with its pattern in its module:
+Two rewrites, each with its pattern in its module:
 1. `expert_dispatch`: only the chosen experts are computed, but in the entry points of `batched` all at once;
-2. `expert_bytes`: NVFP4 codes that are gathered by expert become bytes of two codes;
-3. `merged_linears`: BF16 linears of one input (router and latent_down; q, k and v) become one.
+2. `merged_linears`: BF16 linears of one input (router and latent_down; q, k and v) become one.
 
 After quantize, as formats decide what may merge; after plan_state, which makes the entry points;
 before cleanup, which drops the parts of what merges.
@@ -16,24 +15,22 @@ from typing import ClassVar
 
 from n3c.ir.program import Program
 
-from .rewrites.expert_bytes import bind_codes_as_bytes
 from .rewrites.expert_dispatch import dispatch_experts
 from .rewrites.merged_linears import merge_linears
 
 
 @dataclass(frozen=True, slots=True)
 class FuseMoe:
-    """Dispatch of experts, their codes as bytes, merged linears."""
+    """Dispatch of experts, merged linears."""
 
     name: ClassVar[str] = "fuse_moe"
 
     merge_linears: bool = True
-    """Whether the third rewrite is applied."""
+    """Whether the second rewrite is applied."""
     batched: tuple[str, ...] = ("prefill",)
     """Entry points whose experts are computed all at once."""
 
     def run(self, program: Program) -> bool:
         """Rewrite functions and, with them, the parameters that their calls bind."""
         changed = dispatch_experts(program, self.batched, self.name)
-        changed |= bind_codes_as_bytes(program, self.name)
         return (self.merge_linears and merge_linears(program, self.name)) or changed

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from n3c.ir.program import Program
-from n3c.ir.source import Bytes
 from n3c.ir.types import DType
 
 CODES = (DType.F4E2M1, DType.F8E4M3)
@@ -37,8 +36,6 @@ class Pack:
                     changed = True
         for name, old in program.parameters.items():
             if old.type.dtype in self.lacking:
-                program.parameters[name] = replace(
-                    old, type=old.type.as_bytes(), source=Bytes(old.source), origin=old.origin.by(self.name)
-                )
+                program.parameters[name] = replace(old.as_bytes(), origin=old.origin.by(self.name))
                 changed = True
         return changed

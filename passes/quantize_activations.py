@@ -20,7 +20,7 @@ from n3c.ir import ops
 from n3c.ir.formats import FORMATS, INPUT_SCALE
 from n3c.ir.program import Call, Function, Node, Parameter, Program, Value
 from n3c.ir.rewrite import Builder
-from n3c.ir.source import Bytes, Fp8, InputScale, Nvfp4, Stack, Tensor
+from n3c.ir.source import Fp8, InputScale, Nvfp4, Stack, Tensor
 from n3c.ir.types import DType, TensorType
 
 ROUNDED = tuple(format_.name for format_ in FORMATS.values() if format_.input_divisor is not None)
@@ -74,7 +74,7 @@ class QuantizeActivations:
         return scale
 
     def _parameter(self, codes: Parameter) -> Parameter:
-        source = codes.source.operand if isinstance(codes.source, Bytes) else codes.source
+        source = codes.source
         assert isinstance(source, Nvfp4 | Fp8) and isinstance(source.operand, Tensor | Stack)  # formats are of linears
         scale = InputScale(source.operand)
         name = str(scale.names[0] if isinstance(source.operand, Tensor) else source.operand.pattern)

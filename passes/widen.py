@@ -16,8 +16,6 @@ from n3c.ir.program import Function, Parameter, Program, Value
 from n3c.ir.source import Bytes, Dequantized, Fp8, Nvfp4, Rounded
 from n3c.ir.types import DType
 
-from .rewrites.expert_bytes import TYPED
-
 _NARROW = (DType.F16, DType.BF16, DType.F8E4M3)
 
 
@@ -54,8 +52,7 @@ class Widen:
             return parameter
         source = parameter.source.operand if isinstance(parameter.source, Bytes) else parameter.source
         source = Dequantized(source) if isinstance(source, Nvfp4 | Fp8) else Rounded(source)
-        name = parameter.name.removesuffix(TYPED[DType.F4E2M1])  # of the same bytes, so of the same values
-        return replace(parameter, name=name, type=formal.type, source=source, origin=parameter.origin.by(self.name))
+        return replace(parameter, type=formal.type, source=source, origin=parameter.origin.by(self.name))
 
 
 def _widen(function: Function) -> list[int]:

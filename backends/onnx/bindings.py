@@ -14,7 +14,7 @@ from n3c.ir.types import DType
 
 FILE = "bindings.json"
 BYTES = ".bytes"
-"""Behind the name of a weight in FP4: the same memory, bound as bytes for a sum."""
+"""Behind the name of a parameter: its memory bound as bytes, for what gathers codes or decodes them by tables."""
 _DTYPES = tuple(dtype.value for dtype in DType)
 _ENTRY = re.compile(r"[a-z_]+\.b[1-9][0-9]{0,8}(\.s[0-9]{1,4})?")
 """`decode.b4`, or `decode.b4.s0` of a stage."""
@@ -23,7 +23,7 @@ _MAX_DIM = 1 << 40
 
 
 def parameter_of(name: str) -> str:
-    """Return the name of the parameter that the input `name` is bound to, as it is or as bytes."""
+    """Return the name of the parameter whose memory the input `name` is, as it is stored or as bytes."""
     return name.removesuffix(BYTES)
 
 

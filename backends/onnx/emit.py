@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,7 @@ import onnx_ir as onnx
 from n3c.backends.progress import SILENT, Progress
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 from n3c.ir.extensions import part
-from n3c.ir.program import Call, EntryPoint, Function, Parameter, Program
-from n3c.ir.source import Bytes
+from n3c.ir.program import Call, EntryPoint, Function, Parameter, Program, Value
 from n3c.ir.types import DType, TensorType
 from n3c.passes.base import run_pipeline
 from n3c.passes.widen import Widen
@@ -143,8 +142,8 @@ class _Emission:
             arguments.append(self.argument(name, bound_as(type_), "state", name))
             if bound_as(type_) != type_:
                 arguments.append(self.argument(f"{name}.view", type_, "view", name))
-        bound = [self.parameters(call) for call in calls]
-        parameters = list({parameter.name: parameter for of_call in bound for parameter in of_call}.values())
+        bound = [list(self.bound(call)) for call in calls]
+        parameters = list({p.name: p for of_call in bound for _, views in of_call for p in views}.values())
         weights = [self.argument(p.name, p.type, "weight", str(p.source), p.memory) for p in parameters]
         for i, (call, of_call) in enumerate(zip(calls, bound, strict=True)):
             self.call(call, of_call)
@@ -167,15 +166,16 @@ class _Emission:
             dynamic_inputs=self.dynamic(),
         )
 
-    def parameters(self, call: Call) -> list[Parameter]:
-        """Return what a call binds: its parameters, those that are read as bytes under a name of their own."""
+    def bound(self, call: Call) -> Iterator[tuple[Value, list[Parameter]]]:
+        """Yield each formal parameter of a call with what is bound to it: the parameter, its bytes, or both so."""
         function = self.program.functions[call.function]
-        codes = {id(value) for node in function.nodes if (value := self.forms.read_as_bytes(node)) is not None}
-        bound = (self.program.parameters[name] for name in call.parameters)
-        return [
-            _as_bytes(parameter) if id(formal) in codes else parameter
-            for formal, parameter in zip(function.parameters, bound, strict=True)
-        ]
+        as_bytes = {id(v): self.forms.is_product(n) for n in function.nodes for v in self.forms.read_as_bytes(n)}
+        for formal, name in zip(function.parameters, call.parameters, strict=True):
+            parameter = self.program.parameters[name]
+            views = [parameter] if as_bytes.get(id(formal), True) else []
+            if id(formal) in as_bytes:
+                views.append(replace(parameter.as_bytes(), name=name + BYTES))
+            yield formal, views
 
     def argument(self, name: str, type_: TensorType, kind: str, source: str, memory: str = "") -> Binding:
         """Declare a graph input."""
@@ -199,16 +199,18 @@ class _Emission:
         self.graph.output(value, name, static.dtype, static.static_dims)
         return Binding(name, kind, static.dtype.value, static.static_dims, source)
 
-    def call(self, call: Call, parameters: Sequence[Parameter]) -> None:
-        """Emit the nodes of one call, which binds `parameters`, under its label."""
+    def call(self, call: Call, bound: Iterable[tuple[Value, Sequence[Parameter]]]) -> None:
+        """Emit the nodes of one call under its label; `bound` is what its formal parameters are bound to."""
         function = self.program.functions[call.function]
         self.graph.scope = f"{call.label}/"
         if call.origin.span is not None:
             self.spans.setdefault(call.label, call.origin.span)
-        formals = (*function.inputs, *function.parameters, *function.states)
-        names = (parameter.name for parameter in parameters)
-        for formal, actual in zip(formals, (*call.inputs, *names, *call.states), strict=True):
+        formals, actuals = (*function.inputs, *function.states), (*call.inputs, *call.states)
+        for formal, actual in zip(formals, actuals, strict=True):
             self.emitter.bind(formal, self.values[actual])
+        for formal, views in bound:
+            self.emitter.bind(formal, self.values[views[0].name])
+            self.emitter.bind_view(formal, self.values[views[-1].name])
         for formal, actual in zip(function.states, call.states, strict=True):
             if f"{actual}.view" in self.values:
                 self.emitter.bind_view(formal, self.values[f"{actual}.view"])
@@ -229,13 +231,6 @@ class _Emission:
                     Diagnostic("E0507", message, node.origin.span, help="run the serving passes first"), ExitCode.TARGET
                 )
             spelling(self.emitter, node)
-
-
-def _as_bytes(parameter: Parameter) -> Parameter:
-    """Return the same memory as bytes."""
-    return replace(
-        parameter, name=parameter.name + BYTES, type=parameter.type.as_bytes(), source=Bytes(parameter.source)
-    )
 
 
 def bound_as(type_: TensorType) -> TensorType:

@@ -142,11 +142,11 @@ class Emitter:
         return self._rounded.get(id(value))
 
     def bind_view(self, value: Value, view: onnx.Value) -> None:
-        """Note the same bytes of a formal state in the type that the IR says."""
+        """Note the same bytes of a formal in its other type: of a state that of the IR, of codes i8."""
         self._views[id(value)] = view
 
     def view(self, value: Value) -> onnx.Value:
-        """Return a formal state in the type that the IR says, where it is bound as another one too."""
+        """Return a formal in its other type, if it is bound in two, or in its only one."""
         return self._views[id(value)]
 
     def bind_written(self, value: Value, rows: Rows) -> None:

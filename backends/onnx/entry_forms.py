@@ -14,13 +14,14 @@ from n3c.ir import ops
 from n3c.ir.op_definition import OpDef
 from n3c.ir.program import EntryPoint, Node, Program, Value
 from n3c.ir.types import DType
+from n3c.passes.pack import CODES
 
 from .linear_forms import Applied, Choose, LinearForm, as_bytes, fastest, rounds
 
 
 def fastest_for(program: Program, sms: Sequence[int] = ()) -> Choose:
     """Return the choice for the GPUs of these SM versions (none: 120), for those that hold the weights if any do."""
-    weights = sum(parameter.type.bytes for parameter in program.memories())
+    weights = sum(parameter.type.bytes for parameter in program.parameters.values())
     gpus = gpus_of(sms or (120,))
     return fastest(*(tuple(gpu for gpu in gpus if gpu.memory > weights) or gpus))
 
@@ -77,22 +78,30 @@ class LinearForms:
         """Return the form of a linear."""
         return self._choose(self._applied(node))
 
-    def read_as_bytes(self, node: Node) -> Value | None:
-        """Return the FP4 codes that a node reads as bytes, decoded by tables: those of a linear that is a sum."""
-        if node.op is not ops.linear or (weight := node["weight"]).node is None or self.of(node) != "sum":
-            return None
-        codes = weight.stored[0]
-        return codes if as_bytes(codes.type.dtype, weight.type.static_dims[-1]) else None
+    def read_as_bytes(self, node: Node) -> list[Value]:
+        """Return the stored values of NVFP4 weights that a node reads as bytes, decoded by tables.
+
+        Codes of a linear that is a sum; codes and block scales of chosen experts, as neither type can be gathered.
+        Experts in buckets read both as they are, too (`is_product`), and as bytes for what overflows.
+        """
+        weights = [weight for weight in node.weights if _is_nvfp4(weight)]
+        if node.op is ops.expert_linear or self._overflows(node):
+            return [value for weight in weights for value in weight.stored if value.type.dtype in CODES]
+        if node.op is not ops.linear or not weights or self.of(node) != "sum":
+            return []
+        codes, width = weights[0].stored[0], weights[0].type.static_dims[-1]
+        return [codes] if as_bytes(codes.type.dtype, width) else []
 
     def _applied(self, node: Node) -> Applied:
         weight = node["weight"]
         codes, rows = weight.stored[0], rows_of(node, self._dims)
         *experts, n, k = weight.type.static_dims
-        blocked = weight.node is not None and weight.node.op is ops.dequantize_nvfp4
+        blocked = _is_nvfp4(weight)
         if node.op is ops.expert_linear:
             top_k = node["indices"].type.bind(self._dims).static_dims[-1]
             choice = Choice(experts[0], top_k, rows)
-            return Applied(codes.type.dtype, blocked, (n, k), rows, exact=self._exact, choice=choice)
+            dtype = DType.I8 if blocked else codes.type.dtype
+            return Applied(dtype, blocked, (n, k), rows, exact=self._exact, choice=choice)
         rounding = _made_by(node["x"], ops.quantize_activation)
         around: set[str] = set()
         if rounding is None or not blocked:  # FP4 is rounded to in kernels of its own, which a norm ends in
@@ -107,6 +116,11 @@ class LinearForms:
 
 _AROUND = ((ops.rms_norm, "RMSNormalization"), (ops.gated_rms_norm, "Sqrt"), (ops.relu2, "Relu"))
 """Op → an ONNX operator of its spelling, by which its cost in front of a sum is known."""
+
+
+def _is_nvfp4(weight: Value) -> bool:
+    """Whether a weight is stored as codes with scales of their blocks."""
+    return weight.node is not None and weight.node.op is ops.dequantize_nvfp4
 
 
 def _made_by(value: Value, op: OpDef) -> Node | None:

@@ -78,16 +78,17 @@ def _linears(
     if node.op is ops.expert_linear:
         chosen = node["indices"].type.bind(dims).elements
         selected = chosen * prod(weight.type.static_dims[1:])
+    product = forms.is_product(node)
     for name in _modules(parameter.source):
         yield Linear(
             name,
             requested=_format(parameter),
-            weight=parameter.name + (BYTES if forms.read_as_bytes(node) is not None else ""),
+            weight=parameter.name + (BYTES if not product and weight.stored[0] in forms.read_as_bytes(node) else ""),
             selected=selected,
             total=total,
             shape=(n, k),
             rows=rows_of(node, dims),
-            widened=_widened(parameter, wide) if forms.is_product(node) else "",
+            widened=_widened(parameter, wide) if product else "",
             by_expert=node.op is ops.expert_linear and forms.of(node) == "by_expert",
         )
 

@@ -35,6 +35,8 @@ class Order:
     ranges: Mapping[str, Range]
     spans: Mapping[str, Span]
     """First part of a node's name → where the spec asked for it."""
+    memory: int = 0
+    """Bytes that its process will hold at most, as `builder_bytes` estimates."""
 
     def locate(self, node: str) -> Span | None:
         """Return the spec line that a node, by its name, comes from."""

@@ -6,8 +6,6 @@ with a loop in another way the second time; so every plan has a process, which e
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import os
 import pickle
 import queue
@@ -22,15 +20,12 @@ from contextlib import suppress
 from types import TracebackType
 from typing import IO
 
-from n3c.backends.machine import available_memory_bytes, usable_cores
+from n3c.backends.machine import available_memory_bytes, rss_bytes, usable_cores
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 
 from .build import PlanResult
 from .builder_process import Message, Order, Refused, Step, send
 
-BUILDER_BYTES = 3 * 10**9
-"""Memory that a process takes for a plan with bound weights: of 88 layers 2 to 3 GB, but 5.3 for prefill, which is
-1.8 in stages of 22 (docs/benchmarks.md)."""
 _HEARTBEAT = 0.2
 """Seconds between looks at what the processes are at."""
 _LAST_WORDS = 4000
@@ -48,21 +43,16 @@ _ALLOCATOR = {
 merging small pieces and giving them back."""
 
 
-def builders_at_once(bytes_each: int = BUILDER_BYTES) -> int:
-    """Return how many builders of `bytes_each` the cores and the free memory of the machine allow, at least 1."""
-    memory = available_memory_bytes()
-    return max(1, usable_cores() if memory is None else min(usable_cores(), memory // max(bytes_each, 1)))
-
-
 class Builders:
-    """At most `jobs` processes that build what is ordered, the largest graph first; leaving the context ends them."""
+    """Processes that build what is ordered, what takes most memory first; leaving the context ends them."""
 
-    def __init__(self, jobs: int) -> None:
-        self._pool = ThreadPoolExecutor(jobs, thread_name_prefix="builder")
-        self._numbers = itertools.count()
-        self._lock = threading.Lock()
-        self._waiting: list[tuple[int, int, Order]] = []
-        """A heap: the largest graph first, of equal ones the earliest."""
+    def __init__(self, jobs: int | None = None) -> None:
+        """Have at most `jobs` at once; None: one for each core, as many as the free memory is expected to hold."""
+        self._bounded = jobs is None
+        self._pool = ThreadPoolExecutor(jobs or usable_cores(), thread_name_prefix="builder")
+        self._lock = threading.Condition()
+        """Notified when a process has ended."""
+        self._waiting: list[Order] = []
         self._running: dict[subprocess.Popen[bytes], tuple[Order, Step]] = {}
         """Process → what it builds, and what it is at."""
         self._ended: queue.SimpleQueue[PlanResult | Exception] = queue.SimpleQueue()
@@ -79,12 +69,13 @@ class Builders:
             self._closed = True
             for process in self._running:
                 process.kill()
+            self._lock.notify_all()
         self._pool.shutdown(cancel_futures=True)
 
     def order(self, order: Order) -> None:
         """Have a plan built, as soon as a process may."""
         with self._lock:
-            heapq.heappush(self._waiting, (-order.model.stat().st_size, next(self._numbers), order))
+            self._waiting.append(order)
         self._unread += 1
         self._pool.submit(self._build_next)
 
@@ -107,13 +98,13 @@ class Builders:
             yield result
 
     def _build_next(self) -> None:
-        """Build the largest plan that waits, in a thread of the pool."""
+        """Build one of the plans that wait, in a thread of the pool."""
         try:
             with tempfile.TemporaryFile() as printed:
                 with self._lock:
-                    if self._closed:
+                    order = self._next()
+                    if order is None:
                         return
-                    _, _, order = heapq.heappop(self._waiting)
                     process = _started(printed)
                     self._running[process] = (order, Step("Starting"))
                 try:
@@ -121,9 +112,34 @@ class Builders:
                 finally:
                     with self._lock:
                         del self._running[process]
+                        self._lock.notify_all()
             self._ended.put(result)
         except Exception as error:
             self._ended.put(error)
+
+    def _next(self) -> Order | None:
+        """Wait until memory is free for a plan that waits, and take the largest of those; None after the end."""
+        while not self._closed:
+            free = self._free_memory()
+            fitting = [order for order in self._waiting if free is None or order.memory <= free]
+            if fitting:
+                largest = max(fitting, key=lambda order: order.memory)
+                self._waiting.remove(largest)
+                return largest
+            self._lock.wait()
+        return None
+
+    def _free_memory(self) -> int | None:
+        """Return the bytes that another process may take, None for any: the first one always begins.
+
+        They are what is free now, less what those at work are expected to take beyond what they hold already.
+        """
+        free = available_memory_bytes() if self._bounded and self._running else None
+        if free is None:
+            return None
+        return free - sum(
+            max(0, order.memory - (rss_bytes(process.pid) or 0)) for process, (order, _) in self._running.items()
+        )
 
     def _result(self, process: subprocess.Popen[bytes], order: Order, printed: IO[bytes]) -> PlanResult:
         """Return what a process makes of `order`; N3CError where it does not."""

@@ -83,9 +83,12 @@ def needs_of(program: Program, entry_point: EntryPoint, entry: OnnxEntry, contex
     needs = Needs()
     labels = {name: call.label for call in reversed(entry_point.calls) for name in (*call.parameters, *call.states)}
     gathered = _gathered(program, entry_point, entry)
+    weights: dict[str, Need] = {}
     for binding in entry.weights:
-        name = parameter_of(binding.name)
-        needs.reads[binding.name] = _weight(binding, labels[name], gathered.get(name))
+        name = parameter_of(binding.name)  # as it is stored and as bytes it is one memory, to be moved once
+        if name not in weights:
+            weights[name] = _weight(binding, labels[name], gathered.get(name))
+        needs.reads[binding.name] = weights[name]
     for binding in entry.arguments:
         if binding.kind == "view":  # the memory of the state before it, in the type in which it is read
             _alias(needs, binding)

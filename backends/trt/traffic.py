@@ -199,7 +199,7 @@ def _distinct(tensors: Iterable[TensorInfo]) -> list[TensorInfo]:
 def _short(name: str, label: str) -> str:
     """Return the name of a weight or state without that of its layer: `mixer.in_proj`, `k_cache`, `lm_head`."""
     inside = name.removeprefix(f"{label}.") if label.rpartition(".")[2].isdigit() else name
-    return re.sub(r"(\.next|\.fp4|\.bytes|\.weight)+$", "", inside)
+    return re.sub(r"(\.next|\.bytes|\.weight)+$", "", inside)
 
 
 def kind_of(program: Program, label: str, function: str) -> str:

@@ -30,6 +30,7 @@ from n3c.backends.kernel_work import (
     rounded_up,
     sum_cost,
 )
+from n3c.backends.onnx.bindings import parameter_of
 from n3c.backends.onnx.linears import Linear
 from n3c.ir.types import DType
 
@@ -81,7 +82,7 @@ def _sum(
         cost = _cost(kernel, tensor, linear, outputs)
         if isinstance(need, GatheredWeight) and need.choice is not None:
             elements = float(linear.selected)
-            scales = [t for t in kernel.inputs if t.name == f"{tensor.name}_scale"]
+            scales = [t for t in kernel.inputs if parameter_of(t.name) == f"{parameter_of(tensor.name)}_scale"]
             expert = sum(t.bytes // t.dims[0] for t in (tensor, *scales))
             choice = replace(need.choice, by_expert=linear.by_expert)
             repeated.append(Repeated(expert * choice.top_k, choice.tokens, choice))

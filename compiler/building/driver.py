@@ -105,7 +105,7 @@ def build(
     jobs: Annotated[
         int | None,
         Option(
-            "Build so many plans at once (default: as cores and free memory allow, at 3 GB each).",
+            "Build so many plans at once (default: as cores and free memory allow).",
             "-j",
             least=1,
             most=1024,

@@ -18,8 +18,9 @@ from n3c.backends.onnx.forms import batches_of
 from n3c.backends.onnx.stages import balanced, layer_bytes, stages
 from n3c.backends.trt.audit import Audit, audit, audit_json
 from n3c.backends.trt.build import PlanResult
+from n3c.backends.trt.builder_memory import builder_bytes
 from n3c.backends.trt.builder_process import Order
-from n3c.backends.trt.builders import BUILDER_BYTES, Builders, builders_at_once
+from n3c.backends.trt.builders import Builders
 from n3c.backends.trt.constants import weights_as_inputs
 from n3c.backends.trt.module import load_trt
 from n3c.backends.trt.plan_cache import plan_key
@@ -33,7 +34,7 @@ from n3c.specs.schema import Spec
 
 from .judged import Judged
 from .plan_source import PlanSource
-from .request import BUILDER_COPIES, Job, weight_bytes
+from .request import Job
 
 CONTEXT = 4096
 """Tokens of each sequence at which traffic and time are stated, where the cache holds as many."""
@@ -126,7 +127,7 @@ def emit_engines(job: Job) -> Judged:
     version = load_trt(job.request.trt).__version__  # where it is missing, say so before any work
     (job.folder / "trt").mkdir()
     judgements: dict[str, Judgement] = {}
-    with Builders(job.builders or _builders(job)) as builders:
+    with Builders(job.builders) as builders:
         source = PlanSource(builders, job.cache_bytes)
         wanted: dict[Path, tuple[Part, OnnxEntry]] = {}
         by_time = sorted(parts, key=lambda part: -part.batch)  # those that take longest are not left for the end
@@ -142,13 +143,6 @@ def emit_engines(job: Job) -> Judged:
             _describe(job, part, plan, version)
     _write_json(job.folder / "trt" / FILE, bindings.as_json(job.request.weights_mode))
     return _audited(job, parts, judgements, source)
-
-
-def _builders(job: Job) -> int:
-    """Return how many plans to build at once."""
-    if job.request.weights_mode == "bound":
-        return builders_at_once()
-    return builders_at_once(BUILDER_BYTES + BUILDER_COPIES * weight_bytes(job.served.program))
 
 
 def _emitted(job: Job, parts: Sequence[Part]) -> Iterator[tuple[Part, OnnxEntry]]:
@@ -169,7 +163,8 @@ def _emitted(job: Job, parts: Sequence[Part]) -> Iterator[tuple[Part, OnnxEntry]
 def _order(job: Job, part: Part, entry: OnnxEntry) -> Order:
     request, folder = job.request, job.folder
     model, plan = folder / "onnx" / part.onnx, folder / "trt" / f"{part.staged_name}.plan"
-    return Order(model, plan, request.trt, request.sms, entry.dynamic_inputs, entry.spans)
+    memory = builder_bytes(entry, embedded=request.weights_mode == "embedded")
+    return Order(model, plan, request.trt, request.sms, entry.dynamic_inputs, entry.spans, memory)
 
 
 def _key(order: Order, entry: OnnxEntry, version: str) -> str:

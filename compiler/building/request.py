@@ -9,6 +9,7 @@ from typing import Literal
 
 from n3c.backends.machine import memory_bytes
 from n3c.backends.progress import Progress
+from n3c.backends.trt.builder_memory import BUILDER_COPIES
 from n3c.backends.trt.targets import Flavour
 from n3c.compiler.common_options import Target
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
@@ -18,9 +19,6 @@ from n3c.specs.schema import Spec
 
 Entry = Literal["prefill", "decode", "verify", "draft"]
 WeightsMode = Literal["bound", "embedded"]
-
-BUILDER_COPIES = 3
-"""Copies of embedded weights that building a plan holds at once; measured in docs/engine-forms.md."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +48,7 @@ class Job:
     folder: Path
     progress: Progress
     builders: int | None = None
-    """Processes that build plans at once; None: as many as the machine allows."""
+    """Processes that build plans at once; None: as many as cores and memory allow."""
     cache_bytes: int = 0
     """How large the cache of plans may become; 0: none is asked."""
 
@@ -77,14 +75,9 @@ def _usage(spec: Spec, served: Served, request: Request) -> Iterator[Diagnostic]
         yield Diagnostic("E0706", "--weights-mode embedded needs the weights", help="add --weights DIR")
 
 
-def weight_bytes(program: Program) -> int:
-    """Return the bytes of all weights."""
-    return sum(parameter.type.bytes for parameter in program.memories())
-
-
 def require_memory(program: Program, memory: int, span: Span | None) -> None:
     """Raise N3CError (E0513, exit code 4) where building plans with weights inside takes more than `memory` bytes."""
-    weights = weight_bytes(program)
+    weights = sum(parameter.type.bytes for parameter in program.parameters.values())
     if BUILDER_COPIES * weights > memory:
         needed = f"{BUILDER_COPIES * weights / 1e9:.1f} GB, {BUILDER_COPIES} times {weights / 1e9:.1f} GB of weights"
         message = f"embedding needs about {needed}; this machine has {memory / 1e9:.1f} GB of memory"

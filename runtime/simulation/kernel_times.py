@@ -123,7 +123,7 @@ class KernelTimes:
         dtype = DType.BF16
         for weight in node.weights:
             parts = [self.program.bound(call, value) for value in weight.stored]
-            dtype = parts[0].type.dtype
+            dtype = DType.BF16 if node.op is ops.expert_linear else parts[0].type.dtype  # chosen ones are decoded
             elements = share * weight.type.elements
             stored += share * sum(part.type.bytes for part in parts)
             meets = max(1.0, flops / len(node.weights) / 2 / elements)

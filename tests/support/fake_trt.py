@@ -1,4 +1,6 @@
-"""TensorRT's runtime and GPUs, played by ONNX Runtime and host memory: a "plan" is an ONNX file in float32.
+"""TensorRT's runtime and GPUs, played by host memory and ONNX Runtime: a "plan" is an ONNX file.
+
+One in float32 runs in ONNX Runtime, one of narrower types in the ONNX reference evaluator, which knows them all.
 
 Everything up to the kernels is real: addresses, sizes, order, what is written where. An address outside of what was
 allocated on the device of the plan, an input that was not set, a stream or a current device that is another one fails.
@@ -17,13 +19,22 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar
 
+import ml_dtypes
 import numpy as np
 import onnx
+from onnx.reference import ReferenceEvaluator
 
 from n3c.runtime.engines.interface import Array
 from n3c.runtime.engines.onnxruntime.session import inference_session
 
-TYPES: Mapping[int, type[np.generic]] = {onnx.TensorProto.FLOAT: np.float32, onnx.TensorProto.INT64: np.int64}
+TYPES: Mapping[int, Any] = {
+    onnx.TensorProto.FLOAT: np.float32,
+    onnx.TensorProto.INT64: np.int64,
+    onnx.TensorProto.INT8: np.int8,
+    onnx.TensorProto.BFLOAT16: ml_dtypes.bfloat16,
+    onnx.TensorProto.FLOAT8E4M3FN: ml_dtypes.float8_e4m3fn,
+}
+WIDE = (onnx.TensorProto.FLOAT, onnx.TensorProto.INT64)
 
 
 class HostMemory:
@@ -215,7 +226,8 @@ class Bound:
 class _Context:
     def __init__(self, trt: FakeTrt, device: HostDevice, model: Any, config: _Config, scratch: int) -> None:
         blob = model.SerializeToString()
-        self._session: Any = inference_session(blob)
+        wide = all(value.type.tensor_type.elem_type in WIDE for value in model.graph.input)
+        self._session: Any = inference_session(blob) if wide else ReferenceEvaluator(model)
         self._config, self._kernel, self._needs = config, hashlib.sha256(blob).hexdigest().encode(), scratch
         self._scratch: tuple[int, int] | None = None
         self._trt, self._device, self._graph = trt, device, model.graph
@@ -277,10 +289,19 @@ class _Context:
             self._array(value, bound)[...] = result
 
     def _array(self, value: Any, bound: Bound) -> Array:
+        """Return the memory of an input or output; FP4 codes, which share bytes, copied to one a byte."""
         tensor = value.type.tensor_type
         shape = bound.shapes.get(value.name) or tuple(d.dim_value for d in tensor.shape.dim)
+        if tensor.elem_type == onnx.TensorProto.FLOAT4E2M1:
+            pairs = self._memory(value.name, bound, prod(shape) // 2)
+            codes: Array = np.stack((pairs & 15, pairs >> 4), axis=-1).view(ml_dtypes.float4_e2m1fn).reshape(shape)
+            return codes
         dtype = np.dtype(TYPES[tensor.elem_type])
-        address, size = bound.addresses[value.name], prod(shape) * dtype.itemsize
-        assert self._device.holds(address, size), value.name
-        array: Array = np.ctypeslib.as_array((ctypes.c_byte * size).from_address(address)).view(dtype).reshape(shape)
+        array: Array = self._memory(value.name, bound, prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
         return array
+
+    def _memory(self, name: str, bound: Bound, size: int) -> Array:
+        address = bound.addresses[name]
+        assert self._device.holds(address, size), name
+        memory: Array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+        return memory

@@ -1,7 +1,7 @@
 """Linears of the chosen experts: gather first, so that only their weights are read.
 
 ONNX (and TensorRT) cannot gather FP4 values, and a gather of dequantized ones becomes a kernel of its
-own that writes them out. So NVFP4 codes come as bytes: a byte is the index into a table of 256
+own that writes them out. So NVFP4 codes are bound as bytes: a byte is the index into a table of 256
 entries, of the value of its low nibble, and its upper half into one of 16; everything from the gather
 to the sum is one kernel.
 """
@@ -17,7 +17,7 @@ from n3c.backends.onnx.emitter import DenseWeight, Emitter, Fp8Weight, Nvfp4Weig
 from n3c.ir.program import Node, Value
 
 from . import activations, tables
-from .linears import block_scales, in_planes, product_scale, unscaled
+from .linears import block_scales, in_planes, nvfp4_weight, product_scale, unscaled
 from .router import LEAST
 
 
@@ -83,7 +83,7 @@ def chosen_product(
     dims: tuple[int, ...],
 ) -> onnx.Value:
     """Return the products of x [B, S, R or 1, K] with weights [E, N, K] of experts `indices`, of `dims` [B, S, R]."""
-    g, weight = emitter.graph, emitter.weight(value)
+    g, weight = emitter.graph, _gatherable(emitter, value)
     chosen = (*dims, *emitter.sizes(value)[1:])
     if emitter.rendering == "float32":
         matrices = _gathered(emitter, weight, indices)
@@ -99,6 +99,12 @@ def chosen_product(
     if scale is None:
         return y
     return g.node("Mul", y, g.node("Unsqueeze", tables.rows(emitter, scale, indices), g.i64(-1)))
+
+
+def _gatherable(emitter: Emitter, value: Value) -> Weight:
+    """Return a weight as its rows can be gathered: of NVFP4 the bytes."""
+    weight = emitter.weight(value)
+    return nvfp4_weight(*map(emitter.view, value.stored)) if isinstance(weight, Nvfp4Weight) else weight
 
 
 def _gathered(emitter: Emitter, weight: Weight, indices: onnx.Value) -> onnx.Value:

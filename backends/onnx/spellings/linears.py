@@ -22,9 +22,12 @@ from . import activations, tables
 
 def dequantize_nvfp4(emitter: Emitter, node: Node) -> None:
     """Bind the codes and scales; the op that reads the weight spells the dequantization."""
-    codes, scale, scale_2 = (emitter.operand(node, name) for name in ("codes", "scale", "scale_2"))
-    packed, packed_scale = (value.dtype is onnx.DataType.INT8 for value in (codes, scale))
-    emitter.bind_weight(node.results[0], Nvfp4Weight(codes, scale, scale_2, packed, packed_scale))
+    emitter.bind_weight(node.results[0], nvfp4_weight(*map(emitter.get, node.results[0].stored)))
+
+
+def nvfp4_weight(codes: onnx.Value, scale: onnx.Value, scale_2: onnx.Value) -> Nvfp4Weight:
+    """Return a weight of codes and block scales as they are stored, or as bytes."""
+    return Nvfp4Weight(codes, scale, scale_2, *(value.dtype is onnx.DataType.INT8 for value in (codes, scale)))
 
 
 def dequantize_fp8(emitter: Emitter, node: Node) -> None:

@@ -75,14 +75,13 @@ def _computed(
     g = emitter.graph
     indices = g.node("Reshape", expert, g.i64(LISTED, 1, 1))
     x = g.node("Reshape", x, g.i64(LISTED, 1, 1, -1))
-    up, down = (node.get(f"{name}_bytes") or node[name] for name in node.op.weights)
     x_scale = None
     if scale is not None:
         x, x_scale = (
             activations.values(emitter, Rounded(x, (LISTED, 1, 1, emitter.sizes(node["x"])[-1]), *scale)),
             scale[0],
         )
-    inner = chosen_product(emitter, x, x_scale, up, indices, (LISTED, 1, 1))
+    inner = chosen_product(emitter, x, x_scale, node["up"], indices, (LISTED, 1, 1))
     positive = g.node("Relu", inner)
     active = g.node("Mul", positive, positive)
     if node.get("inner_scale") is not None:
@@ -92,5 +91,5 @@ def _computed(
         active, x_scale = activations.values(emitter, rounded), rounded.scale
     else:
         x_scale = None
-    y = chosen_product(emitter, active, x_scale, down, indices, (LISTED, 1, 1))
+    y = chosen_product(emitter, active, x_scale, node["down"], indices, (LISTED, 1, 1))
     return g.node("Reshape", y, g.i64(1, LISTED, -1))

@@ -109,8 +109,6 @@ class EngineProducts:
         up: Operand,
         down: Operand,
         inner_scale: Tensor | None = None,
-        up_bytes: Operand | None = None,
-        down_bytes: Operand | None = None,
         *,
         inner_format: str,
     ) -> Tensor:

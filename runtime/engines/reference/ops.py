@@ -120,8 +120,6 @@ def experts(
     up: Tensor,
     down: Tensor,
     inner_scale: Tensor | None = None,
-    up_bytes: Tensor | None = None,
-    down_bytes: Tensor | None = None,
     *,
     inner_format: str,
 ) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 
+from n3c.backends.onnx.bindings import parameter_of
 from n3c.backends.onnx.embedded import WEIGHTS_FILE, WeightsFile, embed
 from n3c.backends.onnx.emit import emit_entry
 from n3c.backends.safetensors.checkpoint import Checkpoint
@@ -47,7 +48,7 @@ def test_the_same_numbers_as_bound(lacking: tuple[DType, ...], checkpoint: Check
     with WeightsFile(tmp_path, checkpoint) as file:
         for name in ENTRIES:
             entry = emit_entry(served.program, name, batch=BATCH)
-            weights = {p.name: as_torch(load(p, checkpoint), p.type.dtype) for p in entry.parameters}
+            weights = {parameter_of(p.name): as_torch(load(p, checkpoint), p.type.dtype) for p in entry.parameters}
             values = arguments(entry, served.program, vocabulary=97, width=64)
             bound = OnnxRunner(entry, weights).run(values)
             embed(entry, file)
@@ -69,7 +70,7 @@ def test_equal_memory_is_there_once(served: Served, checkpoint: Checkpoint, tmp_
             memories |= {p.memory: p.type.bytes for p in entry.parameters}
     pages = sum(-(-size // 4096) * 4096 for size in memories.values())
     assert pages - 4096 < (tmp_path / WEIGHTS_FILE).stat().st_size <= pages
-    assert sum(memories.values()) == sum(p.type.bytes for p in served.program.memories())
+    assert sum(memories.values()) == sum(p.type.bytes for p in served.program.parameters.values())
 
 
 def test_a_plan_keeps_the_stored_types(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from n3c.backends.onnx.bindings import BYTES, parameter_of
 from n3c.backends.onnx.emit import emit_entry
 from n3c.passes.lower.model import lower
 from n3c.passes.serving import serve
@@ -107,20 +108,35 @@ def test_graphs_are_valid_onnx(name: str) -> None:
 
 
 def test_entry_points_share_the_memory_of_weights() -> None:
-    """What prefill reads as FP4 and FP8 decode reads as bytes, and so does what overflows; all else has one name."""
+    """A weight has its name as it is stored; what decode gathers, and what overflows, is bound as bytes of it."""
     program = serve(small_spec(QUANTIZED)).program
     entries = {name: emit_entry(program, name, batch=1) for name in program.entry_points}
-    decode = {binding.memory: binding for binding in entries["decode"].weights}
-    prefill = {binding.memory: binding for binding in entries["prefill"].weights}
-    for memory, binding in decode.items():
-        other = prefill[memory]
-        if binding.dtype == "i8":
-            typed = [twin for twin in entries["prefill"].weights if twin.memory == memory and twin != binding]
-            codes = not binding.name.endswith("_scale")
-            suffix, dtype = (".fp4", "f4e2m1") if codes else (".fp8", "f8e4m3")
-            assert [(twin.name, twin.dtype) for twin in typed] == [(binding.name + suffix, dtype)]
-            assert typed[0].shape == (*binding.shape[:-1], (1 + codes) * binding.shape[-1])
+    bound = {name: {b.name: b for b in entry.weights} for name, entry in entries.items()}
+    decode, prefill = bound["decode"], bound["prefill"]
+    for binding in decode.values():
+        stored = prefill[parameter_of(binding.name)]
+        assert binding.memory == stored.memory
+        if binding.name.endswith(BYTES):
+            codes = 2 if stored.dtype == "f4e2m1" else 1
+            assert (binding.dtype, stored.dtype in ("f4e2m1", "f8e4m3")) == ("i8", True)
+            assert stored.shape == (*binding.shape[:-1], codes * binding.shape[-1])
+            assert stored.name not in decode and ".experts." in stored.name
         else:
-            assert other == binding
-    assert {m for m in prefill if m not in decode} <= {b.memory for b in entries["draft"].weights}
-    assert {b.memory for b in entries["verify"].weights} == set(prefill)
+            assert stored == binding
+    assert any(name.endswith(BYTES) for name in decode)
+    memories = {name: {b.memory for b in of.values()} for name, of in bound.items()}
+    assert memories["prefill"] - memories["decode"] <= memories["draft"]
+    assert memories["verify"] == memories["prefill"]
+
+
+@pytest.mark.parametrize(("tokens", "overflows"), [(8, False), (256, True)])
+def test_prefill_binds_experts_as_bytes_only_where_buckets_overflow(tokens: int, overflows: bool) -> None:
+    program = serve(small_spec(QUANTIZED)).program
+    weights = emit_entry(program, "prefill", batch=1, tokens=tokens).weights
+    experts = [b for b in weights if "layers.1.mixer.experts.*.up_proj" in b.name]
+    as_bytes = [b for b in experts if b.name.endswith(BYTES)]
+    stored = {b.name: b for b in experts if b not in as_bytes}
+    assert {b.dtype for b in stored.values()} >= {"f4e2m1", "f8e4m3"}
+    names = [name for name in stored if name.endswith((".weight", ".weight_scale"))]
+    assert [parameter_of(b.name) for b in as_bytes] == (names if overflows else [])
+    assert all((b.dtype, b.memory) == ("i8", stored[parameter_of(b.name)].memory) for b in as_bytes)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
+from n3c.backends.onnx.bindings import parameter_of
 from n3c.backends.onnx.emit import OnnxEntry, emit_entry
 from n3c.backends.onnx.spellings.tables import e4m3_table, nibble_tables
 from n3c.backends.safetensors.checkpoint import Checkpoint
@@ -36,7 +37,7 @@ def opened(formats: str, folder: Path, lacking: tuple[DType, ...]) -> tuple[Prog
 
 
 def run(entry: OnnxEntry, program: Program, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    values = {p.name: as_torch(load(p, checkpoint), p.type.dtype) for p in entry.parameters}
+    values = {parameter_of(p.name): as_torch(load(p, checkpoint), p.type.dtype) for p in entry.parameters}
     return OnnxRunner(entry, values).run(arguments(entry, program, vocabulary=97, width=64))
 
 
@@ -81,11 +82,11 @@ def test_a_gpu_rounds_to_the_types_that_it_has() -> None:
 def test_bytes_are_the_checkpoints_own(tmp_path: Path) -> None:
     """What is bound is the same memory in another type: plans of all GPUs share one copy."""
     program, packed, checkpoint = opened(QUANTIZED, tmp_path, AMPERE)
-    native = {p.name: p for p in emit_entry(program, "decode", batch=1).parameters}
-    changed = [p for p in emit_entry(packed, "decode", batch=1).parameters if p.type != native[p.name].type]
+    native = {p.memory: p for p in emit_entry(program, "prefill", batch=1).parameters}
+    changed = [p for p in emit_entry(packed, "prefill", batch=1).parameters if p.type != native[p.memory].type]
     assert {p.format for p in changed} == {"nvfp4", "fp8"}
-    assert all(p.memory == native[p.name].memory for p in changed)
-    assert all(load(p, checkpoint).tobytes() == load(native[p.name], checkpoint).tobytes() for p in changed)
+    assert all(p.name == native[p.memory].name for p in changed)
+    assert all(load(p, checkpoint).tobytes() == load(native[p.memory], checkpoint).tobytes() for p in changed)
 
 
 def test_tables_are_the_types() -> None:

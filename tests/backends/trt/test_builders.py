@@ -15,7 +15,7 @@ import pytest
 from n3c.backends import machine
 from n3c.backends.trt import builders
 from n3c.backends.trt.builder_process import Order, Step
-from n3c.backends.trt.builders import Builders, builders_at_once
+from n3c.backends.trt.builders import Builders
 from n3c.ir.diagnostics import ExitCode, N3CError, Span
 from support.fake_tensorrt_module import install_stand_in
 from support.processes import alive, children
@@ -30,20 +30,20 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install_stand_in(folder, monkeypatch)
 
 
-def order(folder: Path, name: str, model: bytes = b"onnx", sm: int = 90) -> Order:
+def order(folder: Path, name: str, model: bytes = b"onnx", sm: int = 90, memory: int = 0) -> Order:
     path = folder / f"{name}.onnx"
     path.write_bytes(model)
-    return Order(path, folder / f"{name}.plan", "full", (sm,), {}, {"layer": SPAN})
+    return Order(path, folder / f"{name}.plan", "full", (sm,), {}, {"layer": SPAN}, memory)
 
 
 def ignored(_: Mapping[str, Step]) -> None:
     """Nobody looks at steps."""
 
 
-def test_the_largest_graph_is_built_first(tmp_path: Path) -> None:
+def test_what_takes_most_memory_is_built_first(tmp_path: Path) -> None:
     with Builders(1) as running:
         for name, size in (("first", 1), ("small", 2), ("large", 99)):
-            running.order(order(tmp_path, name, b"x" * size))
+            running.order(order(tmp_path, name, memory=size))
         built = list(running.results(ignored))
     assert {plan.path.name for plan in built} == {"first.plan", "small.plan", "large.plan"}
     assert built.index(next(p for p in built if p.path.stem == "large")) < 2  # only what had begun came before it
@@ -167,14 +167,62 @@ def test_a_process_ends_when_its_parent_is_gone(tmp_path: Path) -> None:
     raise AssertionError("the process goes on for nobody")
 
 
-def test_cores_and_free_memory_bound_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def at_once(folder: Path, estimates: Mapping[str, int], count: int, jobs: int | None = None) -> set[str]:
+    """Return which plans are built at once, `count` of them, of those that take so much memory; then end them all."""
+    found: set[str] = set()
+
+    def look(steps: Mapping[str, Step]) -> None:
+        if len(steps) >= count:
+            found.update(name.removesuffix(".plan") for name in steps)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), Builders(jobs) as running:
+        for name, memory in estimates.items():
+            running.order(order(folder, name, b"slow  ", memory=memory))
+        list(running.results(look))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("free", "held", "built"),
+    [
+        (9, 0, {"first", "second", "small"}),  # the third would take 4 of what the others will take
+        (3, 4, {"first", "small"}),  # what they hold already is not free any more
+        (0, 0, {"first"}),
+        (100, 0, {"first", "second", "third", "small"}),
+        (None, 0, {"first", "second", "third", "small"}),
+    ],
+)
+def test_processes_are_started_while_the_free_memory_holds_them(
+    free: int | None, held: int, built: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def held_by(process: int) -> int:
+        return held
+
     monkeypatch.setattr(builders, "usable_cores", lambda: 8)
-    for memory, jobs in ((None, 8), (10, 1), (3 * 10**9, 1), (14 * 10**9, 4), (10**12, 8)):
-        monkeypatch.setattr(builders, "available_memory_bytes", lambda memory=memory: memory)
-        assert builders_at_once(3 * 10**9) == jobs
+    monkeypatch.setattr(builders, "available_memory_bytes", lambda: free)
+    monkeypatch.setattr(builders, "rss_bytes", held_by)
+    assert at_once(tmp_path, {"first": 4, "second": 4, "third": 4, "small": 1}, len(built)) == built
+
+
+def test_memory_is_not_asked_where_the_number_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builders, "available_memory_bytes", lambda: 0)
+    assert at_once(tmp_path, {"a": 5, "b": 5, "c": 5}, 2, jobs=2) == {"a", "b"}
+
+
+def test_what_does_not_fit_waits_for_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builders, "usable_cores", lambda: 8)
+    monkeypatch.setattr(builders, "available_memory_bytes", lambda: 1)
+    with Builders() as running:
+        for name in ("a", "b", "c"):
+            running.order(order(tmp_path, name, memory=4))
+        assert {plan.path.name for plan in running.results(ignored)} == {"a.plan", "b.plan", "c.plan"}
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="tells no free memory")
-def test_free_memory() -> None:
+def test_free_memory_and_that_of_a_process() -> None:
     free, total = machine.available_memory_bytes(), machine.memory_bytes()
     assert free is not None and total is not None and 0 < free < total
+    held = machine.rss_bytes(os.getpid())
+    assert held is not None and 10**7 < held < total
+    assert machine.rss_bytes(2**22 + 1) is None  # beyond the largest id

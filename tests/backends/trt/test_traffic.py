@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from n3c.backends.kernel_work import Choice
+from n3c.backends.onnx.bindings import parameter_of
 from n3c.backends.onnx.emit import OnnxEntry, emit_entry
 from n3c.backends.trt.build import build_plan
 from n3c.backends.trt.layers import Kernel, TensorInfo
 from n3c.backends.trt.module import load_trt
+from n3c.backends.trt.needs import needs_of
 from n3c.backends.trt.traffic import Moved, Traffic, traffic, traffic_json
 from n3c.compiler.report.cost import decode_bytes
 from n3c.passes.serving import Served, serve
@@ -46,7 +48,7 @@ def kernel(inputs: list[TensorInfo], outputs: list[TensorInfo], *, constants: tu
 
 
 X = tensor("x", "Float", BATCH, 1, 64)  # 512 bytes
-EXPERTS = "backbone.layers.1.mixer.experts.*.up_proj.weight"  # [8, 48, 32] in NVFP4: 24 bytes * 32 a row
+EXPERTS = "backbone.layers.1.mixer.experts.*.up_proj.weight.bytes"  # [8, 48, 32] in NVFP4: 24 bytes * 32 a row
 CACHE = "backbone.layers.3.k_cache"  # [2, 2, 32, 16] in float32: 4096 bytes a sequence
 
 
@@ -96,6 +98,14 @@ def test_gathered_experts_are_never_more_than_all(served: Served) -> None:
     codes = tensor(EXPERTS, "Int8", 8, 48, 16)
     (row,) = account(served, entry, kernel([codes], [])).kernels
     assert row.moved == Moved(codes.bytes, codes.bytes)
+
+
+def test_a_weight_that_is_bound_in_two_types_must_be_moved_once(served: Served) -> None:
+    """Prefill multiplies what is stored, and computes from its bytes what no bucket holds."""
+    entry = emit_entry(served.program, "prefill", batch=1, tokens=256)
+    needs = needs_of(served.program, served.program.entry_points["prefill"], entry, CONTEXT)
+    assert needs.reads[EXPERTS] is needs.reads[parameter_of(EXPERTS)]
+    assert needs.reads[EXPERTS].ideal == 8 * 48 * 16
 
 
 def test_what_a_cache_keeps_of_experts() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from n3c.backends.onnx.bindings import BYTES, parameter_of
 from n3c.backends.trt.module import load_trt
 from n3c.backends.trt.plan_file import check_plan, read_sidecar
 from n3c.compiler.building.request import require_memory
@@ -61,9 +62,10 @@ def test_entry_points_share_one_copy_of_the_weights(tmp_path: Path) -> None:
         memories.setdefault(row["memory"], set()).add(elements * bits[row["dtype"]] // 8)
     assert all(len(sizes) == 1 for sizes in memories.values())
     program = serve(load_spec(spec)[0]).program
-    assert sum(max(sizes) for sizes in memories.values()) == sum(p.type.bytes for p in program.memories())
-    shared = [row for row in bindings["weights"] if row["name"].endswith(".fp4")]
-    assert shared and all(row["memory"] in {r["memory"] for r in bindings["weights"] if r != row} for row in shared)
+    assert sum(max(sizes) for sizes in memories.values()) == sum(p.type.bytes for p in program.parameters.values())
+    rows = {row["name"]: row for row in bindings["weights"]}
+    shared = {name: row for name, row in rows.items() if name.endswith(BYTES)}
+    assert shared and all(row["memory"] == rows[parameter_of(name)]["memory"] for name, row in shared.items())
 
 
 def test_one_entry_point_alone(tmp_path: Path) -> None:
