@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from n3c.ir.formats import as_bytes
 from n3c.ir.program import Program
 from n3c.ir.source import Bytes
 from n3c.ir.types import DType
@@ -33,12 +34,12 @@ class Pack:
         for function in program.functions.values():
             for formal in function.parameters:
                 if formal.type.dtype in self.lacking:
-                    formal.type = formal.type.as_bytes()
+                    formal.type = as_bytes(formal.type)
                     changed = True
         for name, old in program.parameters.items():
             if old.type.dtype in self.lacking:
                 program.parameters[name] = replace(
-                    old, type=old.type.as_bytes(), source=Bytes(old.source), origin=old.origin.by(self.name)
+                    old, type=as_bytes(old.type), source=Bytes(old.source), origin=old.origin.by(self.name)
                 )
                 changed = True
         return changed

@@ -12,6 +12,7 @@ import onnx_ir as onnx
 from n3c.backends.progress import SILENT, Progress
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError, Span
 from n3c.ir.extensions import part
+from n3c.ir.formats import as_bytes
 from n3c.ir.program import Call, EntryPoint, Function, Parameter, Program
 from n3c.ir.source import Bytes
 from n3c.ir.types import DType, TensorType
@@ -234,7 +235,7 @@ class _Emission:
 def _as_bytes(parameter: Parameter) -> Parameter:
     """Return the same memory as bytes."""
     return replace(
-        parameter, name=parameter.name + BYTES, type=parameter.type.as_bytes(), source=Bytes(parameter.source)
+        parameter, name=parameter.name + BYTES, type=as_bytes(parameter.type), source=Bytes(parameter.source)
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from n3c.ir import ops
+from n3c.ir.formats import as_bytes
 from n3c.ir.op_definition import OpDef
 from n3c.ir.program import Call, Function, Node, Program, Value
 from n3c.ir.rewrite import Builder
@@ -29,7 +30,7 @@ def bind_codes_as_bytes(program: Program, made_by: str) -> bool:
         for _, _, weight in _weights(function, ops.expert_linear):
             for stored in _codes(weight):
                 gathered.update(program.bound(call, stored).name for call in calls)
-                stored.type = stored.type.as_bytes()
+                stored.type = as_bytes(stored.type)
     for function in program.functions.values():
         calls = [call for call in program.calls() if call.function == function.name]
         for node, name, weight in list(_weights(function, ops.experts)):
@@ -38,7 +39,7 @@ def bind_codes_as_bytes(program: Program, made_by: str) -> bool:
     for name in gathered:
         old = program.parameters[name]
         program.parameters[name] = replace(
-            old, type=old.type.as_bytes(), source=Bytes(old.source), origin=old.origin.by(made_by)
+            old, type=as_bytes(old.type), source=Bytes(old.source), origin=old.origin.by(made_by)
         )
     return bool(gathered)
 
@@ -63,7 +64,7 @@ def _bind_both(program: Program, function: Function, calls: list[Call], node: No
         if stored.type.dtype not in TYPED:
             again.append(stored)
             continue
-        formal = Value(f"{stored.name}.bytes", stored.type.as_bytes())
+        formal = Value(f"{stored.name}.bytes", as_bytes(stored.type))
         function.parameters.append(formal)
         again.append(formal)
         for call in calls:

@@ -90,7 +90,7 @@ def chosen_product(
         y = g.node("Squeeze", g.node("MatMul", matrices, g.node("Unsqueeze", x, g.i64(-1))), g.i64(-1))
     elif isinstance(weight, Nvfp4Weight) and weight.packed:
         scales = block_scales(emitter, weight, indices)
-        codes = tables.in_blocks(emitter, tables.rows(emitter, weight.codes, indices), chosen)
+        codes = tables.rows(emitter, weight.codes, indices)
         y = tables.e2m1_product(emitter, g.node("Unsqueeze", x, g.i64(-2)), codes, scales, chosen)
     else:
         product = g.node("Mul", g.node("Unsqueeze", x, g.i64(-2)), _gathered(emitter, weight, indices))

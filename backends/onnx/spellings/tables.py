@@ -61,16 +61,11 @@ def e4m3(emitter: Emitter, codes: onnx.Value) -> onnx.Value:
 def e2m1(emitter: Emitter, codes: onnx.Value, scales: onnx.Value) -> onnx.Value:
     """Return a whole weight in float32: the graph input `codes` i8 [..., N, K/2] times `scales` [..., N, K/16]."""
     g = emitter.graph
-    *outer, half = (d for d in codes.shape or () if isinstance(d, int))
+    *outer, blocks, _ = (d for d in codes.shape or () if isinstance(d, int))
     pairs = g.node("Gather", g.constant(np.stack(nibble_tables(), axis=-1)), places(emitter, codes), axis=0)
-    blocks = g.node("Reshape", pairs, g.i64(*outer, 2 * half // NVFP4_BLOCK, NVFP4_BLOCK))
-    return g.node("Reshape", g.node("Mul", blocks, g.node("Unsqueeze", scales, g.i64(-1))), g.i64(*outer, 2 * half))
-
-
-def in_blocks(emitter: Emitter, codes: onnx.Value, dims: tuple[int, ...]) -> onnx.Value:
-    """Return the bytes `codes` [..., N, K/2] of a weight of `dims` [..., N, K] by blocks: [..., N, K/16, 8]."""
-    g = emitter.graph
-    return g.node("Reshape", codes, g.i64(*dims[:-1], dims[-1] // NVFP4_BLOCK, NVFP4_BLOCK // 2))
+    values = g.node("Reshape", pairs, g.i64(*outer, blocks, NVFP4_BLOCK))
+    scaled = g.node("Mul", values, g.node("Unsqueeze", scales, g.i64(-1)))
+    return g.node("Reshape", scaled, g.i64(*outer, blocks * NVFP4_BLOCK))
 
 
 def e2m1_product(
