@@ -63,12 +63,11 @@ def _order(emitter: Emitter, indices: onnx.Value, pairs: int) -> tuple[onnx.Valu
     g = emitter.graph
 
     def make() -> tuple[onnx.Value, onnx.Value, onnx.Value]:
-        flat = g.node("Cast", g.node("Reshape", indices, g.i64(pairs)), to=onnx.DataType.FLOAT)
+        flat = g.node("Cast", g.node("Reshape", indices, g.i64(pairs)), to=onnx.DataType.INT32)
         experts, order = g.nodes_results("TopK", (flat, g.i64(pairs)), 2, "", {"axis": -1})
         nowhere = g.node("Expand", g.i64(0), g.i64(pairs))
         place = g.node("ScatterElements", nowhere, order, g.constant(np.arange(pairs)), axis=0)
-        ids = g.node("Cast", experts, to=onnx.DataType.INT64)
-        return g.node("Reshape", ids, g.i64(pairs, 1, 1)), order, place
+        return g.node("Reshape", g.node("Cast", experts, to=onnx.DataType.INT64), g.i64(pairs, 1, 1)), order, place
 
     experts, order, place = emitter.shared_many(("by expert", id(indices)), make)
     return experts, order, place

@@ -86,9 +86,13 @@ def e2m1_product(
     *outer, n, width = dims
     rank, blocks = len(outer), width // NVFP4_BLOCK
     index, planes = places(emitter, codes), _planes(emitter, x, rank, blocks)
-    low, high = nibble_tables()
-    even = looked_up(emitter, low, index)
-    odd = looked_up(emitter, high[::16], g.node("Div", index, g.constant(np.array(16, np.int32))))
+    upper = g.node("Div", index, g.constant(np.array(16, np.int32)))
+    lower = upper
+    for _ in range(4):
+        lower = g.node("Add", lower, lower)
+    lower = g.node("Sub", index, lower)
+    even = looked_up(emitter, E2M1, lower)
+    odd = looked_up(emitter, nibble_tables()[1][::16], upper)
     x_even, x_odd = (g.node("Concat", *planes[i::2], axis=-1) for i in (0, 1))  # [..., 1, K/16, 8]
     pairs = g.node("Add", g.node("Mul", even, x_even), g.node("Mul", odd, x_odd))
     parts = g.split(pairs, NVFP4_BLOCK // 2, -1)
