@@ -48,10 +48,8 @@ def _by_expert(emitter: Emitter, node: Node, x: onnx.Value, x_scale: onnx.Value 
     pairs, each = prod(chosen), prod(chosen) if rows > 1 else prod(chosen[:-1])
     experts, order, place = _order(emitter, emitter.operand(node, "indices"), pairs)
     row = order if each == pairs else g.node("Div", order, g.i64(chosen[-1]))
-    sorted_x = g.node(
-        "Reshape", tables.rows(emitter, g.node("Reshape", x, g.i64(each, width)), row), g.i64(pairs, 1, 1, width)
-    )
-    y = chosen_product(emitter, sorted_x, x_scale, node["weight"], experts, (pairs, 1, 1))
+    sorted_x = tables.rows(emitter, g.node("Reshape", x, g.i64(each, width)), row)
+    y = chosen_product(emitter, sorted_x, x_scale, node["weight"], experts, (pairs,))
     outputs = emitter.sizes(node.results[0])
     return g.node(
         "Reshape", tables.rows(emitter, g.node("Reshape", y, g.i64(pairs, outputs[-1])), place), g.i64(*outputs)
@@ -67,7 +65,7 @@ def _order(emitter: Emitter, indices: onnx.Value, pairs: int) -> tuple[onnx.Valu
         experts, order = g.nodes_results("TopK", (flat, g.i64(pairs)), 2, "", {"axis": -1})
         nowhere = g.node("Expand", g.i64(0), g.i64(pairs))
         place = g.node("ScatterElements", nowhere, order, g.constant(np.arange(pairs)), axis=0)
-        return g.node("Reshape", g.node("Cast", experts, to=onnx.DataType.INT64), g.i64(pairs, 1, 1)), order, place
+        return g.node("Cast", experts, to=onnx.DataType.INT64), order, place
 
     experts, order, place = emitter.shared_many(("by expert", id(indices)), make)
     return experts, order, place
