@@ -140,11 +140,12 @@ def dequantize_nvfp4(codes: TensorType, scale: TensorType, scale_2: TensorType) 
     result is the exact product in float32. A 16x16 block repeats its scale in 16 rows, so both block
     shapes read alike.
     """
+    require(codes.dtype in (DType.F4E2M1, DType.I8), f"codes must be f4e2m1 or i8, not {codes}")
     require(scale.dtype in (DType.F8E4M3, DType.I8), f"scale must be f8e4m3 or i8, not {scale}")
     *rows, blocks = scale.dims
     require(isinstance(blocks, int), "block scales need a static last dim")
     weight = TensorType(DType.F4E2M1, (*rows, int(blocks) * NVFP4_BLOCK))
-    require(codes == weight or codes == as_bytes(weight), f"scale {scale} does not fit {codes}")
+    require(codes in (weight, as_bytes(weight)), f"scale {scale} does not fit {codes}")
     require(scale_2 == TensorType(DType.F32, weight.dims[:-2]), f"scale_2 {scale_2} does not fit {codes}")
     return weight.with_dtype(DType.F32)
 

@@ -85,14 +85,9 @@ def e2m1_product(
     g = emitter.graph
     *outer, n, width = dims
     rank, blocks = len(outer), width // NVFP4_BLOCK
-    index, planes = places(emitter, codes), _planes(emitter, x, rank, blocks)
-    upper = g.node("Div", index, g.constant(np.array(16, np.int32)))
-    lower = upper
-    for _ in range(4):
-        lower = g.node("Add", lower, lower)
-    lower = g.node("Sub", index, lower)
-    even = looked_up(emitter, E2M1, lower)
-    odd = looked_up(emitter, nibble_tables()[1][::16], upper)
+    planes = _planes(emitter, x, rank, blocks)
+    lower, upper = _nibbles(emitter, codes)
+    even, odd = looked_up(emitter, E2M1, lower), looked_up(emitter, np.roll(E2M1, 8), upper)
     x_even, x_odd = (g.node("Concat", *planes[i::2], axis=-1) for i in (0, 1))  # [..., 1, K/16, 8]
     pairs = g.node("Add", g.node("Mul", even, x_even), g.node("Mul", odd, x_odd))
     parts = g.split(pairs, NVFP4_BLOCK // 2, -1)
@@ -104,6 +99,21 @@ def e2m1_product(
     swapped = g.node("Transpose", grouped, perm=[*range(rank), rank + 1, rank, rank + 2])
     sums = g.node("ReduceSum", swapped, g.i64(-1), keepdims=0)
     return g.node("Reshape", g.node("Transpose", sums, perm=[*range(rank), rank + 1, rank]), g.i64(*outer, n))
+
+
+def _nibbles(emitter: Emitter, codes: onnx.Value) -> tuple[onnx.Value, onnx.Value]:
+    """Return the low nibbles of the bytes `codes`, and the high ones plus 8, modulo 16; i32.
+
+    Both are places in tables of 16 entries, which 32 lanes read at once: of one of 256, as the byte itself would be,
+    some of them would wait for others. 16 times is spelled by doubling: what a constant multiplies the builder does
+    not see to be below 16, and checks.
+    """
+    g, index = emitter.graph, places(emitter, codes)
+    upper = g.node("Div", index, g.constant(np.array(16, np.int32)))
+    sixteenfold = upper
+    for _ in range(4):
+        sixteenfold = g.node("Add", sixteenfold, sixteenfold)
+    return g.node("Sub", index, sixteenfold), upper
 
 
 def _planes(emitter: Emitter, x: onnx.Value, rank: int, blocks: int) -> Sequence[onnx.Value]:
