@@ -1,9 +1,8 @@
 """Linears of the chosen experts: gather first, so that only their weights are read.
 
 ONNX (and TensorRT) cannot gather FP4 values, and a gather of dequantized ones becomes a kernel of its
-own that writes them out. So NVFP4 codes come as bytes: a byte is the index into a table of 256
-entries, of the value of its low nibble, and its upper half into one of 16; everything from the gather
-to the sum is one kernel.
+own that writes them out. So NVFP4 codes come as bytes, by blocks, and each half of a byte is looked up;
+everything from the gather to the sum is one kernel.
 """
 
 from __future__ import annotations
@@ -57,7 +56,10 @@ def _by_expert(emitter: Emitter, node: Node, x: onnx.Value, x_scale: onnx.Value 
 
 
 def _order(emitter: Emitter, indices: onnx.Value, pairs: int) -> tuple[onnx.Value, onnx.Value, onnx.Value]:
-    """Return the experts of all pairs in order, [P, 1, 1], which pair each is of, and where each pair has gone, [P]."""
+    """Return the experts of all pairs in order, which pair each is of, and where each pair has gone, all [P].
+
+    INT32 is sorted, as what kernels gather with: from other types each would cast the index again.
+    """
     g = emitter.graph
 
     def make() -> tuple[onnx.Value, onnx.Value, onnx.Value]:
@@ -79,7 +81,7 @@ def chosen_product(
     indices: onnx.Value,
     dims: tuple[int, ...],
 ) -> onnx.Value:
-    """Return the products of x [B, S, R or 1, K] with weights [E, N, K] of experts `indices`, of `dims` [B, S, R]."""
+    """Return the products of x [..., R or 1, K] with weights [E, N, K] of experts `indices`, of `dims` [..., R]."""
     g, weight = emitter.graph, emitter.weight(value)
     chosen = (*dims, *emitter.sizes(value)[1:])
     if emitter.rendering == "float32":

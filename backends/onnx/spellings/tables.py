@@ -1,4 +1,4 @@
-"""Codes bound as bytes, decoded by tables of 256 entries.
+"""Codes bound as bytes, decoded by tables: of 256 entries for a byte, of 16 for each half of one.
 
 For types that cannot be gathered from (FP4), and for GPUs that lack them (FP4 before Blackwell, FP8
 before Ada): a signed byte plus 128 is the index. From the gather to the sum all is one kernel.
@@ -59,7 +59,7 @@ def e4m3(emitter: Emitter, codes: onnx.Value) -> onnx.Value:
 
 
 def e2m1(emitter: Emitter, codes: onnx.Value, scales: onnx.Value) -> onnx.Value:
-    """Return a whole weight in float32: the graph input `codes` i8 [..., N, K/2] times `scales` [..., N, K/16]."""
+    """Return a whole weight in float32: the graph input `codes` i8 [..., N, K/16, 8] times `scales` [..., N, K/16]."""
     g = emitter.graph
     *outer, blocks, _ = (d for d in codes.shape or () if isinstance(d, int))
     pairs = g.node("Gather", g.constant(np.stack(nibble_tables(), axis=-1)), places(emitter, codes), axis=0)
