@@ -36,8 +36,8 @@ STORED = {
 """Type of a weight → reading, decoding and adding one."""
 SINGLE = Cost(14.0, 2.0)
 """Wider types with one element a load: after a gather, or a number that is only known when it runs."""
-FP4_BY_TABLE = Cost(15.5, 4.3)
-"""A block of 16 a step through tables, with x as planes: neighbouring lanes read it side by side."""
+FP4_BY_TABLE = Cost(12.5, 3.2)
+"""A block of 16 a step through tables of 16 entries, with x as planes: neighbouring lanes read it side by side."""
 FP8_BY_TABLE = Cost(8.0, 9.0)
 """Not counted: estimated from NVFP4's."""
 OTHER = Cost(8.0, 1.0)

@@ -124,3 +124,18 @@ BF16 = WeightFormat("bf16", (Part("codes", "", DType.BF16, Covers.WEIGHT),))
 
 FORMATS = {format_.name: format_ for format_ in (NVFP4, W4A16_NVFP4, FP8, BF16)}
 """Name → format."""
+
+
+def as_bytes(codes: TensorType) -> TensorType:
+    """Return the type of the same bytes as i8: of f8e4m3 [..., K] its dims, of f4e2m1 by blocks, [..., K/16, 8].
+
+    So what reads a block finds its bytes by one index. ValueError for other types and where K is symbolic.
+    """
+    *outer, last = codes.dims
+    if not isinstance(last, int):
+        raise ValueError(f"{codes} has a symbolic last dim")
+    if codes.dtype is DType.F4E2M1:
+        return TensorType(DType.I8, (*outer, last // NVFP4_BLOCK, NVFP4_BLOCK // 2))
+    if codes.dtype is DType.F8E4M3:
+        return codes.with_dtype(DType.I8)
+    raise ValueError(f"{codes} has no codes")

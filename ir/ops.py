@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any, cast
 
-from .formats import NVFP4_BLOCK
+from .formats import NVFP4_BLOCK, as_bytes
 from .op_definition import Attribute, Continues, Types, op, require
 from .types import Dim, DType, TensorType
 
@@ -135,20 +135,19 @@ def expert_linear(x: TensorType, indices: TensorType, weight: TensorType) -> Ten
 def dequantize_nvfp4(codes: TensorType, scale: TensorType, scale_2: TensorType) -> TensorType:
     """w[..., o, i] = e2m1(codes[..., o, i]) · scale[..., o, i/16] · scale_2[...].
 
-    codes: f4e2m1 [..., out, in], or the same bytes as i8 [..., out, in/2] (the low nibble of byte i is
-    element 2i); scale: f8e4m3 [..., out, in/16], or the same bytes as i8; scale_2: f32 [] or [E]. The
+    codes: f4e2m1 [..., out, in], or the same bytes by blocks as i8 [..., out, in/16, 8] (the low nibble of byte i
+    is element 2i); scale: f8e4m3 [..., out, in/16], or the same bytes as i8; scale_2: f32 [] or [E]. The
     result is the exact product in float32. A 16x16 block repeats its scale in 16 rows, so both block
     shapes read alike.
     """
     require(codes.dtype in (DType.F4E2M1, DType.I8), f"codes must be f4e2m1 or i8, not {codes}")
-    last = codes.dims[-1]
-    require(isinstance(last, int), "codes need a static last dim")
-    k = int(last) * (2 if codes.dtype is DType.I8 else 1)
-    require(k % NVFP4_BLOCK == 0, f"K = {k} is not a multiple of {NVFP4_BLOCK}")
     require(scale.dtype in (DType.F8E4M3, DType.I8), f"scale must be f8e4m3 or i8, not {scale}")
-    require(scale.dims == (*codes.dims[:-1], k // NVFP4_BLOCK), f"scale {scale} does not fit {codes}")
-    require(scale_2 == TensorType(DType.F32, codes.dims[:-2]), f"scale_2 {scale_2} does not fit {codes}")
-    return TensorType(DType.F32, (*codes.dims[:-1], k))
+    *rows, blocks = scale.dims
+    require(isinstance(blocks, int), "block scales need a static last dim")
+    weight = TensorType(DType.F4E2M1, (*rows, int(blocks) * NVFP4_BLOCK))
+    require(codes in (weight, as_bytes(weight)), f"scale {scale} does not fit {codes}")
+    require(scale_2 == TensorType(DType.F32, weight.dims[:-2]), f"scale_2 {scale_2} does not fit {codes}")
+    return weight.with_dtype(DType.F32)
 
 
 @op()

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from .diagnostics import Span
+from .formats import as_bytes
 from .op_definition import Attribute, OpDef
 from .ops import DEQUANTIZE
 from .source import Bytes, Source
@@ -173,8 +174,8 @@ class Parameter:
         return str(self.source.operand if isinstance(self.source, Bytes) else self.source)
 
     def as_bytes(self) -> Parameter:
-        """Return the same memory as i8: of FP4 two codes an element."""
-        return replace(self, type=self.type.as_bytes(), source=Bytes(self.source))
+        """Return the same memory as i8, by `formats.as_bytes`."""
+        return replace(self, type=as_bytes(self.type), source=Bytes(self.source))
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,13 +59,6 @@ class TensorType:
         """Return the same dims with another element type."""
         return TensorType(dtype, self.dims)
 
-    def as_bytes(self) -> TensorType:
-        """Return the type of the same bytes as i8; ValueError where the last dim is symbolic."""
-        last = self.dims[-1]
-        if not isinstance(last, int):
-            raise ValueError(f"{self} has a symbolic last dim")
-        return self.with_dtype(DType.I8).with_last(last * self.dtype.bits // DType.I8.bits)
-
     def bind(self, dims: Mapping[str, int]) -> TensorType:
         """Return the type with the named dims of `dims` replaced by their sizes."""
         return TensorType(self.dtype, tuple(dims.get(d, d) if isinstance(d, str) else d for d in self.dims))

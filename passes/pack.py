@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from n3c.ir.formats import as_bytes
 from n3c.ir.program import Program
 from n3c.ir.types import DType
 
@@ -32,7 +33,7 @@ class Pack:
         for function in program.functions.values():
             for formal in function.parameters:
                 if formal.type.dtype in self.lacking:
-                    formal.type = formal.type.as_bytes()
+                    formal.type = as_bytes(formal.type)
                     changed = True
         for name, old in program.parameters.items():
             if old.type.dtype in self.lacking:

@@ -20,7 +20,7 @@ class Nvfp4Weight:
     """A weight in NVFP4 that is not dequantized yet: its reader decides how."""
 
     codes: onnx.Value
-    """FLOAT4E2M1 [..., N, K], or the same bytes as INT8 [..., N, K/2]."""
+    """FLOAT4E2M1 [..., N, K], or the same bytes as INT8 [..., N, K/16, 8]."""
     scale: onnx.Value
     """FLOAT8E4M3FN [..., N, K/16]."""
     scale_2: onnx.Value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 
 import ml_dtypes
 import numpy as np
@@ -48,6 +49,8 @@ def load(parameter: Parameter, checkpoint: Checkpoint) -> Array:
     """
     value = _evaluate(parameter.source, checkpoint).astype(NUMPY_DTYPES[parameter.type.dtype], copy=False)
     shape = parameter.type.static_dims
+    if isinstance(parameter.source, Bytes) and value.shape == (*shape[:-2], prod(shape[-2:])):
+        value = value.reshape(shape)  # by blocks
     if parameter.type.dtype is DType.F4E2M1:
         shape = (*shape[:-1], shape[-1] // 2)
     if value.shape != shape:

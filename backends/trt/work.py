@@ -37,8 +37,6 @@ from n3c.ir.types import DType
 from .layers import BITS, DTYPES, Kernel, TensorInfo
 from .needs import CacheRead, GatheredWeight, Needs
 
-_TABLE = 256
-"""Entries of a table that decodes a byte."""
 _SECTOR = 32
 """Bytes that L2 gives at least."""
 _PRODUCT_TYPES = {"FP4E2M1": DType.F4E2M1, "FP8": DType.F8E4M3, "BFloat16": DType.BF16, "Half": DType.BF16}
@@ -65,7 +63,7 @@ def work_of(
     ]
     if caches and kernel.sums:
         return _attention(kernel, caches[0], context, stored, handed)
-    cost = FP4_BY_TABLE if _by_table(kernel) else OTHER
+    cost = FP4_BY_TABLE if any(_by_table(tensor) for tensor in kernel.inputs if tensor.name in linears) else OTHER
     steps = _elements(kernel, needs, context)
     return Work("other", stored, handed, (), 0, steps * cost.instructions, steps * cost.wavefronts)
 
@@ -107,16 +105,17 @@ def _siblings(kernel: Kernel, linear: Linear) -> int:
 def _cost(kernel: Kernel, tensor: TensorInfo, linear: Linear, outputs: int) -> Cost:
     """Return the cost of a weight and all outputs that it makes, by what the kernel does around it."""
     dtype, fp8 = DTYPES.get(tensor.dtype, DType.I64), linear.requested == "fp8"
-    return sum_cost(dtype, kernel.operators, fp8=fp8, by_table=_by_table(kernel), outputs=outputs)
+    return sum_cost(dtype, kernel.operators, fp8=fp8, by_table=_by_table(tensor), outputs=outputs)
 
 
-def _by_table(kernel: Kernel) -> bool:
-    return any(constant.elements == _TABLE for constant in kernel.constants)
+def _by_table(weight: TensorInfo) -> bool:
+    """Whether a weight is bound as bytes, which tables decode."""
+    return weight.dtype in ("Int8", "UInt8")
 
 
 def _codes(tensor: TensorInfo, linear: Linear) -> int:
     """Return how many weights an element holds: two where NVFP4 codes are bytes."""
-    return 2 if tensor.dtype in ("Int8", "UInt8") and linear.requested.endswith("nvfp4") else 1
+    return 2 if _by_table(tensor) and linear.requested.endswith("nvfp4") else 1
 
 
 def _rows_are_slowest(kernel: Kernel, linear: Linear) -> bool:

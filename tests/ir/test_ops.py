@@ -67,8 +67,8 @@ BAD: list[Case] = [
     (ops.expert_linear, [t("B", "S", 1, 9), INDICES, UP], {}, "weight .* does not fit"),
     (ops.expert_linear, [t("B", "S", 3, 8), INDICES, UP], {}, "does not fit indices"),
     (ops.dequantize_nvfp4, [t(4, 32), SCALE, t()], {}, "must be f4e2m1"),
-    (ops.dequantize_nvfp4, [t(4, "K", dtype=FP4), SCALE, t()], {}, "static last dim"),
-    (ops.dequantize_nvfp4, [t(4, 24, dtype=FP4), t(4, 1, dtype=FP8), t()], {}, "not a multiple of 16"),
+    (ops.dequantize_nvfp4, [CODES, t(4, "K", dtype=FP8), t()], {}, "static last dim"),
+    (ops.dequantize_nvfp4, [t(4, 24, dtype=FP4), t(4, 1, dtype=FP8), t()], {}, "scale .* does not fit"),
     (ops.dequantize_nvfp4, [CODES, t(4, 2), t()], {}, "scale must be f8e4m3 or i8"),
     (ops.dequantize_nvfp4, [CODES, t(4, 1, dtype=FP8), t()], {}, "scale .* does not fit"),
     (ops.dequantize_nvfp4, [CODES, SCALE, t(4)], {}, "scale_2 .* does not fit"),
@@ -155,7 +155,7 @@ def test_every_condition_of_a_shape_rule_refuses_a_case(monkeypatch: pytest.Monk
 def test_nvfp4_codes_may_be_bytes() -> None:
     scale, scale_2 = t(3, 4, 2, dtype=DType.F8E4M3), t(3)
     packed = ops.dequantize_nvfp4.infer([t(3, 4, 32, dtype=DType.F4E2M1), scale, scale_2], {})
-    as_bytes = ops.dequantize_nvfp4.infer([t(3, 4, 16, dtype=DType.I8), scale, scale_2], {})
+    as_bytes = ops.dequantize_nvfp4.infer([t(3, 4, 2, 8, dtype=DType.I8), scale, scale_2], {})
     assert packed == as_bytes == (t(3, 4, 32),)
 
 

@@ -65,7 +65,7 @@ class OneOp:
                 return self.build.emit(ops.dequantize_fp8, codes, scales, name="w")
             packed = torch.randint(0, 256, (*outer, k // 2), generator=self.generator, dtype=torch.uint8)
             codes = (
-                self.value("codes", DType.I8, packed.view(torch.int8))
+                self.value("codes", DType.I8, packed.view(torch.int8).unflatten(-1, (-1, 8)))
                 if form == "packed"
                 else self.value("codes", DType.F4E2M1, packed, dims)
             )

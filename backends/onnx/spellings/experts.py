@@ -1,9 +1,8 @@
 """Linears of the chosen experts: gather first, so that only their weights are read.
 
 ONNX (and TensorRT) cannot gather FP4 values, and a gather of dequantized ones becomes a kernel of its
-own that writes them out. So NVFP4 codes are bound as bytes: a byte is the index into a table of 256
-entries, of the value of its low nibble, and its upper half into one of 16; everything from the gather
-to the sum is one kernel.
+own that writes them out. So NVFP4 codes are bound as bytes, by blocks, and each half of a byte is looked up;
+everything from the gather to the sum is one kernel.
 """
 
 from __future__ import annotations
@@ -48,10 +47,8 @@ def _by_expert(emitter: Emitter, node: Node, x: onnx.Value, x_scale: onnx.Value 
     pairs, each = prod(chosen), prod(chosen) if rows > 1 else prod(chosen[:-1])
     experts, order, place = _order(emitter, emitter.operand(node, "indices"), pairs)
     row = order if each == pairs else g.node("Div", order, g.i64(chosen[-1]))
-    sorted_x = g.node(
-        "Reshape", tables.rows(emitter, g.node("Reshape", x, g.i64(each, width)), row), g.i64(pairs, 1, 1, width)
-    )
-    y = chosen_product(emitter, sorted_x, x_scale, node["weight"], experts, (pairs, 1, 1))
+    sorted_x = tables.rows(emitter, g.node("Reshape", x, g.i64(each, width)), row)
+    y = chosen_product(emitter, sorted_x, x_scale, node["weight"], experts, (pairs,))
     outputs = emitter.sizes(node.results[0])
     return g.node(
         "Reshape", tables.rows(emitter, g.node("Reshape", y, g.i64(pairs, outputs[-1])), place), g.i64(*outputs)
@@ -59,16 +56,18 @@ def _by_expert(emitter: Emitter, node: Node, x: onnx.Value, x_scale: onnx.Value 
 
 
 def _order(emitter: Emitter, indices: onnx.Value, pairs: int) -> tuple[onnx.Value, onnx.Value, onnx.Value]:
-    """Return the experts of all pairs in order, [P, 1, 1], which pair each is of, and where each pair has gone, [P]."""
+    """Return the experts of all pairs in order, which pair each is of, and where each pair has gone, all [P].
+
+    INT32 is sorted, as what kernels gather with: from other types each would cast the index again.
+    """
     g = emitter.graph
 
     def make() -> tuple[onnx.Value, onnx.Value, onnx.Value]:
-        flat = g.node("Cast", g.node("Reshape", indices, g.i64(pairs)), to=onnx.DataType.FLOAT)
+        flat = g.node("Cast", g.node("Reshape", indices, g.i64(pairs)), to=onnx.DataType.INT32)
         experts, order = g.nodes_results("TopK", (flat, g.i64(pairs)), 2, "", {"axis": -1})
         nowhere = g.node("Expand", g.i64(0), g.i64(pairs))
         place = g.node("ScatterElements", nowhere, order, g.constant(np.arange(pairs)), axis=0)
-        ids = g.node("Cast", experts, to=onnx.DataType.INT64)
-        return g.node("Reshape", ids, g.i64(pairs, 1, 1)), order, place
+        return g.node("Cast", experts, to=onnx.DataType.INT64), order, place
 
     experts, order, place = emitter.shared_many(("by expert", id(indices)), make)
     return experts, order, place
@@ -82,7 +81,7 @@ def chosen_product(
     indices: onnx.Value,
     dims: tuple[int, ...],
 ) -> onnx.Value:
-    """Return the products of x [B, S, R or 1, K] with weights [E, N, K] of experts `indices`, of `dims` [B, S, R]."""
+    """Return the products of x [..., R or 1, K] with weights [E, N, K] of experts `indices`, of `dims` [..., R]."""
     g, weight = emitter.graph, _gatherable(emitter, value)
     chosen = (*dims, *emitter.sizes(value)[1:])
     if emitter.rendering == "float32":
@@ -90,7 +89,7 @@ def chosen_product(
         y = g.node("Squeeze", g.node("MatMul", matrices, g.node("Unsqueeze", x, g.i64(-1))), g.i64(-1))
     elif isinstance(weight, Nvfp4Weight) and weight.packed:
         scales = block_scales(emitter, weight, indices)
-        codes = tables.in_blocks(emitter, tables.rows(emitter, weight.codes, indices), chosen)
+        codes = tables.rows(emitter, weight.codes, indices)
         y = tables.e2m1_product(emitter, g.node("Unsqueeze", x, g.i64(-2)), codes, scales, chosen)
     else:
         product = g.node("Mul", g.node("Unsqueeze", x, g.i64(-2)), _gathered(emitter, weight, indices))

@@ -46,8 +46,7 @@ def linear_sum(emitter: Emitter, node: Node, form: LinearForm) -> None:
     if isinstance(weight, Nvfp4Weight) and weight.packed:
         column = g.node("Unsqueeze", x, g.i64(-2))
         dims = (*emitter.sizes(node.results[0]), emitter.sizes(node["x"])[-1])
-        codes = tables.in_blocks(emitter, weight.codes, dims[-2:])
-        y = tables.e2m1_product(emitter, column, codes, block_scales(emitter, weight), dims)
+        y = tables.e2m1_product(emitter, column, weight.codes, block_scales(emitter, weight), dims)
     elif form == "sum_by_rows":
         y = _rows_fastest(emitter, node, x, weight)
     elif form == "siblings":

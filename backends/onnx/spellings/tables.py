@@ -1,4 +1,4 @@
-"""Codes bound as bytes, decoded by tables of 256 entries.
+"""Codes bound as bytes, decoded by tables: of 256 entries for a byte, of 16 for each half of one.
 
 For types that cannot be gathered from (FP4), and for GPUs that lack them (FP4 before Blackwell, FP8
 before Ada): a signed byte plus 128 is the index. From the gather to the sum all is one kernel.
@@ -59,18 +59,13 @@ def e4m3(emitter: Emitter, codes: onnx.Value) -> onnx.Value:
 
 
 def e2m1(emitter: Emitter, codes: onnx.Value, scales: onnx.Value) -> onnx.Value:
-    """Return a whole weight in float32: the graph input `codes` i8 [..., N, K/2] times `scales` [..., N, K/16]."""
+    """Return a whole weight in float32: the graph input `codes` i8 [..., N, K/16, 8] times `scales` [..., N, K/16]."""
     g = emitter.graph
-    *outer, half = (d for d in codes.shape or () if isinstance(d, int))
+    *outer, blocks, _ = (d for d in codes.shape or () if isinstance(d, int))
     pairs = g.node("Gather", g.constant(np.stack(nibble_tables(), axis=-1)), places(emitter, codes), axis=0)
-    blocks = g.node("Reshape", pairs, g.i64(*outer, 2 * half // NVFP4_BLOCK, NVFP4_BLOCK))
-    return g.node("Reshape", g.node("Mul", blocks, g.node("Unsqueeze", scales, g.i64(-1))), g.i64(*outer, 2 * half))
-
-
-def in_blocks(emitter: Emitter, codes: onnx.Value, dims: tuple[int, ...]) -> onnx.Value:
-    """Return the bytes `codes` [..., N, K/2] of a weight of `dims` [..., N, K] by blocks: [..., N, K/16, 8]."""
-    g = emitter.graph
-    return g.node("Reshape", codes, g.i64(*dims[:-1], dims[-1] // NVFP4_BLOCK, NVFP4_BLOCK // 2))
+    values = g.node("Reshape", pairs, g.i64(*outer, blocks, NVFP4_BLOCK))
+    scaled = g.node("Mul", values, g.node("Unsqueeze", scales, g.i64(-1)))
+    return g.node("Reshape", scaled, g.i64(*outer, blocks * NVFP4_BLOCK))
 
 
 def e2m1_product(
@@ -90,10 +85,9 @@ def e2m1_product(
     g = emitter.graph
     *outer, n, width = dims
     rank, blocks = len(outer), width // NVFP4_BLOCK
-    index, planes = places(emitter, codes), _planes(emitter, x, rank, blocks)
-    low, high = nibble_tables()
-    even = looked_up(emitter, low, index)
-    odd = looked_up(emitter, high[::16], g.node("Div", index, g.constant(np.array(16, np.int32))))
+    planes = _planes(emitter, x, rank, blocks)
+    lower, upper = _nibbles(emitter, codes)
+    even, odd = looked_up(emitter, E2M1, lower), looked_up(emitter, np.roll(E2M1, 8), upper)
     x_even, x_odd = (g.node("Concat", *planes[i::2], axis=-1) for i in (0, 1))  # [..., 1, K/16, 8]
     pairs = g.node("Add", g.node("Mul", even, x_even), g.node("Mul", odd, x_odd))
     parts = g.split(pairs, NVFP4_BLOCK // 2, -1)
@@ -105,6 +99,21 @@ def e2m1_product(
     swapped = g.node("Transpose", grouped, perm=[*range(rank), rank + 1, rank, rank + 2])
     sums = g.node("ReduceSum", swapped, g.i64(-1), keepdims=0)
     return g.node("Reshape", g.node("Transpose", sums, perm=[*range(rank), rank + 1, rank]), g.i64(*outer, n))
+
+
+def _nibbles(emitter: Emitter, codes: onnx.Value) -> tuple[onnx.Value, onnx.Value]:
+    """Return the low nibbles of the bytes `codes`, and the high ones plus 8, modulo 16; i32.
+
+    Both are places in tables of 16 entries, which 32 lanes read at once: of one of 256, as the byte itself would be,
+    some of them would wait for others. 16 times is spelled by doubling: what a constant multiplies the builder does
+    not see to be below 16, and checks.
+    """
+    g, index = emitter.graph, places(emitter, codes)
+    upper = g.node("Div", index, g.constant(np.array(16, np.int32)))
+    sixteenfold = upper
+    for _ in range(4):
+        sixteenfold = g.node("Add", sixteenfold, sixteenfold)
+    return g.node("Sub", index, sixteenfold), upper
 
 
 def _planes(emitter: Emitter, x: onnx.Value, rank: int, blocks: int) -> Sequence[onnx.Value]:

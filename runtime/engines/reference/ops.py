@@ -70,9 +70,8 @@ def expert_linear(x: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
 
 
 def dequantize_nvfp4(codes: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
-    packed = codes.view(torch.uint8)
-    nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
-    blocks = _unflatten(E2M1[nibbles.long()], -1, 16)
+    packed = codes.view(torch.uint8).reshape(*scale.shape, -1)
+    blocks = E2M1[torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2).long()]
     return (blocks * _e4m3(scale).unsqueeze(-1)).flatten(-2) * scale_2[..., None, None]
 
 

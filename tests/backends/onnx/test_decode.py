@@ -90,7 +90,7 @@ def test_weights_and_states_are_inputs_that_the_bindings_describe() -> None:
     assert {row["source"] for row in entry.outputs} == {"logits", *(name for call in calls for name in call.states)}
     assert max(len(tensor.raw_data) for tensor in graph.initializer) <= 1024  # tables and shapes, no weights
     codes = next(row for row in entry.bindings if row["name"].endswith(f"experts.*.up_proj.weight{BYTES}"))
-    assert (codes["dtype"], codes["shape"]) == ("i8", [8, 48, 16])
+    assert (codes["dtype"], codes["shape"]) == ("i8", [8, 48, 2, 8])
     assert codes["source"].startswith("bytes(nvfp4_codes(stack(")
 
 

@@ -63,7 +63,7 @@ def test_the_gpu_decides() -> None:
     assert (fastest_for(nano)(qkv), fastest_for(nano, (121,))(qkv)) == ("sum", "siblings")
     assert fastest_for(nano, (120,)) is fastest(GPUS["RTX 5090"], PRO)  # others do not hold its weights
     assert fastest_for(Program("small"), (86,)) is fastest(*gpus_of((86,)))
-    large = replace(NVFP4, rounded=False, rows=4, shape=(65536, 8192))
+    large = replace(NVFP4, rounded=False, rows=6, shape=(262144, 8192))
     assert (fastest(PRO)(large), fastest(SPARK)(large)) == ("sum", "sum_by_rows")
 
 

@@ -110,7 +110,7 @@ def test_packed_codes_cover_every_byte() -> None:
     x = one.input("x", 1, 1, 1, 512)
     indices = one.integers("indices", torch.tensor([[[0]]]))
     weight = one.quantized("packed", 1, 1, 512)
-    one.values["codes"] = torch.arange(256, dtype=torch.int64).to(torch.uint8).view(torch.int8).reshape(1, 1, 256)
+    one.values["codes"] = torch.arange(256, dtype=torch.int64).to(torch.uint8).view(torch.int8).reshape(1, 1, 32, 8)
     compare(one, one.apply(ops.expert_linear, x, indices, weight), tolerance=1e-4)
 
 

@@ -103,6 +103,8 @@ def test_sources(tmp_path: Path) -> None:
     assert codes.shape == (3, 16, 16)
     as_bytes = value(Bytes(Nvfp4(Stack("e.*.w", 3), "codes", 1)), DType.I8, 3, 16, 16)
     np.testing.assert_array_equal(as_bytes.view(np.uint8), codes)
+    blocks = value(Bytes(Nvfp4(Stack("e.*.w", 3), "codes", 1)), DType.I8, 3, 16, 2, 8)
+    assert blocks.tobytes() == codes.tobytes()
     scales = value(Nvfp4(Stack("e.*.w", 3), "scale_2", 1), DType.F32, 3)
     np.testing.assert_array_equal(scales, [t.abs().max().item() / np.float32(2688) for t in tensors.values()])
     refused(lambda: value(Tensor("log"), DType.F32, 3), "E0606", "needs [3]", "gives [2]")
