@@ -3,7 +3,7 @@
   sum          a product and a sum in one kernel, [rows, N]: it reads and decodes the weight once a row; codes of NVFP4
                are bound as bytes for it, and looked up in tables
   sum_by_rows  the same as [N, rows], and a transpose: neighbouring outputs read the same row of the weight
-  siblings     a sum for each row beside each other, in one kernel: it reads and decodes the weight once for up to 32
+  siblings     a sum for each row beside each other, in one kernel: it reads and decodes the weight once, for up to 32
   product      a matrix product on tensor cores, behind kernels that prepare its operands
 
 and of linears of chosen experts, where a sum reads those of a token after those of another:
@@ -39,7 +39,7 @@ LinearForm = Literal["sum", "sum_by_rows", "siblings", "product", "by_expert"]
 MOST_SORTED = 3840
 """Pairs that TopK sorts."""
 MOST_SIBLINGS = 32
-"""Outputs of one kernel. What one reads with more of them the builder writes to memory in float32 first."""
+"""Rows that have an output each of one kernel. With more of them the builder writes the weight to memory in float32."""
 
 
 LEAST_IN_PLANES = 512
@@ -99,7 +99,7 @@ def admissible(applied: Applied) -> tuple[LinearForm, ...]:
         found.append("sum")
         if applied.rows > 1 and not (applied.by_table and applied.blocked):  # planes of x are of one row
             found.append("sum_by_rows")
-        if applied.rows > 1 and not applied.blocked:
+        if 1 < applied.rows <= MOST_SIBLINGS and not applied.blocked:
             found.append("siblings")
     if applied.beside_loop or not (applied.exact and rounds("product", applied)):
         found.append("product")
@@ -144,13 +144,11 @@ def kernels(form: LinearForm, applied: Applied) -> tuple[Work, ...]:
 def _siblings(applied: Applied) -> Iterator[Work]:
     n, k = applied.shape
     around = applied.around - {"RMSNormalization"}  # behind the sum, by the kernel that finds the mean of squares
-    for start in range(0, applied.rows, MOST_SIBLINGS):
-        rows = min(MOST_SIBLINGS, applied.rows - start)
-        by_table = applied.by_table
-        cost = sum_cost(applied.dtype, around, fp8=not applied.blocked, by_table=by_table, outputs=rows)
-        instructions, wavefronts = n * k * cost.instructions, n * k * cost.wavefronts
-        yield Work("sum", applied.bytes, (4 * rows * k, 4 * rows * n), (), 0, instructions, wavefronts)
-    yield _elementwise(4 * applied.rows * n)  # they are joined, if not in the next kernel
+    rows, by_table = applied.rows, applied.by_table
+    cost = sum_cost(applied.dtype, around, fp8=not applied.blocked, by_table=by_table, outputs=rows)
+    instructions, wavefronts = n * k * cost.instructions, n * k * cost.wavefronts
+    yield Work("sum", applied.bytes, (4 * rows * k, 4 * rows * n), (), 0, instructions, wavefronts)
+    yield _elementwise(4 * rows * n)  # they are joined, if not in the next kernel
 
 
 def _chosen(form: LinearForm, applied: Applied, choice: Choice) -> Iterator[Work]:

@@ -35,6 +35,8 @@ NVFP4 = Applied(DType.F4E2M1, True, (10304, 2688), 1, True, exact=True)
         (LATENT_UP, "sum"),
         (replace(LATENT_UP, rows=4), "sum"),  # 8 MB: read again from L2
         (replace(HEAD, rows=2), "siblings"),  # 1 GB: read again from memory
+        (replace(HEAD, rows=32), "siblings"),
+        (replace(HEAD, rows=33), "sum_by_rows"),  # more outputs than a kernel has
         (replace(HEAD, rows=256, exact=False), "product"),
         (replace(IN_PROJ, rows=8), "product"),
         (replace(IN_PROJ, rows=8, dtype=DType.I8, rounded=False), "siblings"),  # no FP8: a product widens the weight
