@@ -7,8 +7,8 @@ a weak test, or a change that means the same; judged.toml names those with the r
 
     python -m benchmarks.mutants --count 40 --seed 1 --seconds 1500 --coverage build/mutants/coverage
 
-The coverage of test files that the folder lacks is recorded first, which takes as long as the tests do: remove the
-files of tests that have changed.
+The coverage of test files that the folder lacks, or that have changed, is recorded first, which takes as long as the
+tests do.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Generator
 from pathlib import Path
-from types import CodeType
+from types import CodeType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -108,6 +108,46 @@ def test_a_mutant_meets_the_tests_of_its_function() -> None:
     outside = Mutant("ir/ops.py", 1, Change(0, 1, "", "<module>"))
     assert coverage.of_mutant(outside, 100) == ordered
     assert coverage.of_mutant(Mutant("ir/types.py", 1, Change(0, 1, "", "f")), 100)[0] == ordered[3]  # of the folder
+
+
+def test_another_test_comes_before_slow_cases_of_one() -> None:
+    """Quick cases all come first: a case each of a condition, say."""
+    seconds = {f"a.py::{test}": float(took) for test, took in
+               {"a[1]": 0.1, "a[2]": 0.1, "b[1]": 2, "b[2]": 2.1, "b[3]": 2.2, "c": 5}.items()}  # fmt: skip
+    coverage = Coverage(seconds, {"ir/ops.py:f": list(seconds)})
+    ordered = coverage.of_mutant(Mutant("ir/ops.py", 9, Change(0, 1, "", "f")), 100)
+    assert [test.partition("::")[2] for test in ordered] == ["a[1]", "a[2]", "b[1]", "b[2]", "c", "b[3]"]
+
+
+class StandInForRecording:
+    """A tree of one test, which passes, or is skipped, and how often it ran."""
+
+    def __init__(self) -> None:
+        self.ran, self.skips = 0, False
+
+    def pytest(self, arguments: list[str], recorder: Any, limit: float) -> int:
+        self.ran += 1
+        outcome = "skipped" if self.skips else "passed"
+        recorder.pytest_runtest_logreport(SimpleNamespace(nodeid="t", duration=1, outcome=outcome))
+        recorder._names["t"] = {"ir/ops.py:f"}
+        recorder.pytest_sessionfinish()
+        return 0
+
+
+def test_a_recording_holds_as_long_as_its_tests_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of no test is none: it was skipped for a reason that may be gone."""
+    recording = part("coverage")
+    monkeypatch.setattr(recording, "ROOT", tmp_path)
+    file, tree = tmp_path / "test_a.py", StandInForRecording()
+    tree.folder = tree.root = tmp_path
+    found = []
+    for text, skips in (("1", True), ("1", False), ("1", False), ("2", False)):
+        file.write_text(text)
+        tree.skips = skips
+        coverage = recording.record(tree, ["test_a.py"], tmp_path / "recorded", 9)
+        found.append((tree.ran, coverage.tests))
+    assert found == [(1, {}), *((ran, {"ir/ops.py:f": ["t"]}) for ran in (2, 2, 3))]
+    assert len(list((tmp_path / "recorded").iterdir())) == 1
 
 
 def test_text_of_a_template_is_not_what_notices() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from n3c.backends.gpus import GPUS, Gpu, gpus_of
 from n3c.backends.kernel_work import Choice
 from n3c.backends.onnx.entry_forms import LinearForms, fastest_for
+from n3c.backends.onnx.forms import forms
 from n3c.backends.onnx.linear_forms import Applied, LinearForm, admissible, fastest, rounds, seconds_of
 from n3c.ir import ops
 from n3c.ir.program import Program
@@ -65,6 +66,22 @@ def test_the_gpu_decides() -> None:
     assert fastest_for(Program("small"), (86,)) is fastest(*gpus_of((86,)))
     large = replace(NVFP4, rounded=False, rows=4, shape=(65536, 8192))
     assert (fastest(PRO)(large), fastest(SPARK)(large)) == ("sum", "sum_by_rows")
+
+
+@pytest.mark.parametrize(("least", "labels"), [(5, ["decode", "prefill"]), (4, ["decode.b1", "decode.b4", "prefill"])])
+def test_the_batches_of_an_entry_point(least: int, labels: list[str]) -> None:
+    """They are told apart where their forms differ; prefill is for one sequence at a time."""
+    program = serve(load_spec(SPECS / "tiny.toml")[0]).program
+    entries = {name: program.entry_points[name] for name in ("decode", "prefill")}
+    rows = set[int]()
+
+    def choose(applied: Applied) -> LinearForm:
+        rows.add(applied.rows)
+        return "product" if applied.rows >= least else "sum"
+
+    found = forms(replace(program, entry_points=entries), (1, 4), (), choose)
+    assert list(dict.fromkeys(form.entry for form in found)) == labels
+    assert rows == {1, 4, entries["prefill"].tokens}
 
 
 TYPES = [DType.F4E2M1, DType.F8E4M3, DType.BF16, DType.F32, DType.I8]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -308,6 +309,27 @@ class EngineStandIn:
         if self.fault == "zeros":
             y.register_hook(torch.zeros_like)
         return y
+
+
+@pytest.mark.parametrize(
+    ("capability", "engine", "takes"),
+    [((9, 0), True, "emulate"), ((10, 0), True, "by_engine"), ((12, 1), True, "by_engine"), ((10, 0), False, "emulate"),
+     ((10, 0), None, "emulate")],
+)  # fmt: skip
+def test_who_computes_in_low_precision(
+    numerics: Any, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], engine: bool | None, takes: str
+) -> None:
+    """Transformer Engine from Blackwell on, where it is installed (not None), has NVFP4 and computes right."""
+    blackwell = importlib.import_module(f"{numerics.__package__}.blackwell")
+    looked_at = list[str]()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(blackwell, "require_true_products", lambda engine, kind, device: looked_at.append(kind))
+    package = None if engine is None else SimpleNamespace(is_nvfp4_available=lambda: engine)
+    monkeypatch.setitem(sys.modules, "transformer_engine", None if engine is None else SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", package)
+    assert blackwell.low_precision(torch.device("cuda")) is getattr(blackwell, takes)
+    assert looked_at == (sorted(set(blackwell.FORMATS.values())) if takes == "by_engine" else [])
+    assert blackwell.low_precision(torch.device("cpu")) is blackwell.emulate
 
 
 @pytest.mark.parametrize(

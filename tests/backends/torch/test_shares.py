@@ -102,3 +102,18 @@ def test_experts_on_processes_compute_what_they_do_on_one(tmp_path: Path) -> Non
             torch.testing.assert_close(found[:2], found[2:])
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("experts", "fused"), [(0, True), (1, True), (2, False)])
+@pytest.mark.usefixtures("two_processes")
+def test_one_kernel_updates_the_parameters_of_one_mesh(experts: int, fused: bool, tmp_path: Path) -> None:
+    """Experts that processes share out lie on a mesh of their own; 0: nothing is shared out."""
+    write_generated(tiny_spec("E", mtp=None), tmp_path)
+    with imported(tmp_path) as train:
+        with torch.device("meta"):
+            model = train.model.Model()
+        if experts:
+            train.parallelize.parallelize(model, train.parallelize.Meshes.over_all("cpu", expert=experts))
+        for name in ("adamw", "muon"):
+            settings = train.settings.Settings(data="d", out="o", steps=1, optimizer=name)
+            assert train.optimizer.build_optimizer(model, settings).defaults["fused"] is fused
