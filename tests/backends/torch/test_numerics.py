@@ -114,6 +114,8 @@ def test_hadamard_is_orthogonal_and_spreads(numerics: Any) -> None:
     torch.testing.assert_close(numerics.hadamard(x) @ numerics.hadamard(y).T, x @ y.T, atol=1e-5, rtol=1e-5)
     spread = numerics.hadamard(torch.eye(16)[3:4])
     torch.testing.assert_close(spread.abs(), torch.full((1, 16), 0.25))
+    negative = numerics.hadamard(torch.eye(16))[:, 0] < 0  # by the signs alone: the transform's first column is ones
+    assert sum(1 << place for place in range(16) if negative[place]) == 0xD7E8  # Transformer Engine's mask
 
 
 def test_mxfp8(numerics: Any) -> None:
