@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,39 @@ def rank() -> int:
     return 0
 
 
+@contextmanager
+def processes(count: int, rank: int) -> Generator[None]:
+    """Join a group as one of several processes; what the others send is nothing."""
+    fake: Any = importlib.import_module("torch.testing._internal.distributed.fake_pg")
+    dist.init_process_group("fake", rank=rank, world_size=count, store=fake.FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.fixture
 def two_processes(rank: int) -> Iterator[None]:
-    """Join a group as one of two processes; what the other one sends is nothing."""
-    fake: Any = importlib.import_module("torch.testing._internal.distributed.fake_pg")
-    dist.init_process_group("fake", rank=rank, world_size=2, store=fake.FakeStore())
-    yield
-    dist.destroy_process_group()
+    with processes(2, rank):
+        yield
+
+
+def test_who_works_together(tmp_path: Path) -> None:
+    """Of 16 processes: tensor-parallel ones lie side by side, then those that share parameters, then their groups."""
+    write_generated(tiny_spec("E", mtp=None), tmp_path)
+    with imported(tmp_path) as train, processes(16, 0):
+        over_all = train.parallelize.Meshes.over_all
+        meshes = over_all("cpu", tensor=2, replicate=2, expert=4)
+        assert meshes.tensor.mesh.tolist() == [0, 1]
+        assert meshes.data.mesh.tolist() == list(range(0, 16, 2))
+        assert meshes.shards.mesh.tolist() == [[0, 2, 4, 6], [8, 10, 12, 14]]
+        assert meshes.expert.mesh_dim_names == ("replica", "expert", "tensor")
+        assert meshes.expert.mesh.tolist() == torch.arange(16).view(2, 4, 2).tolist()
+        alone = over_all("cpu")
+        assert alone.tensor is alone.expert is None
+        assert alone.data.mesh.tolist() == alone.shards.mesh.tolist() == list(range(16))
+        with pytest.raises(ValueError, match=r"^8 data processes do not divide into 3 groups$"):
+            over_all("cpu", tensor=2, replicate=3)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

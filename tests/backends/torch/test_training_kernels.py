@@ -145,6 +145,19 @@ def test_scan_by_larger_chunks(kernels: Any, monkeypatch: pytest.MonkeyPatch) ->
     test_scan(kernels, **sizes, packed=False, continued=False)
 
 
+@pytest.mark.parametrize(
+    ("heads", "channels", "split"),
+    [(66, 80, (2, 64)), (67, 80, (1, 128)), (16, 200, (4, 64)), (34, 200, (2, 128)), (1, 64, (1, 64)), (1, 5, (1, 16))],
+)
+def test_heads_are_divided_until_the_gpu_is_half_full(
+    kernels: Any, monkeypatch: pytest.MonkeyPatch, heads: int, channels: int, split: tuple[int, int]
+) -> None:
+    """Of 132 processors; a part has a power of two of channels, 64 at least. A CPU needs no parts."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    assert kernels.ssd.split_of(heads, channels, torch.device("cuda")) == split
+    assert kernels.ssd.split_of(heads, channels, torch.device("cpu"))[0] == 1
+
+
 def test_scan_in_parts(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are few heads, several programs share the channels of one."""
 
