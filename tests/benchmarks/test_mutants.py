@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import sys
 import threading
+import time
 from collections.abc import Generator
 from pathlib import Path
 from types import CodeType, SimpleNamespace
@@ -212,7 +214,7 @@ class StandInForTree:
     """Tests that fail with a change, always, or not at all, by their name."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.running = folder / "running.txt"
         self.is_changed = False
 
     @contextlib.contextmanager
@@ -261,3 +263,17 @@ def test_what_was_judged_is_still_there_and_drawn_no_more() -> None:
             (name, mutant.described(text).partition(": ")[2]) for mutant in mutants if driver.is_judged(mutant, judged)
         }
     assert found == judged
+
+
+@pytest.mark.parametrize(("began", "takes", "code"), [(100, 0.2, 7), (0, 60, None)])
+def test_a_test_that_never_ends(began: float, takes: float, code: int | None, tmp_path: Path) -> None:
+    """It ends when its time is over, which begins anew with each test: in the future here, for one that has time."""
+    running = tmp_path / "running"
+    running.touch()
+    os.utime(running, times=(0, time.time() + began))
+
+    def work() -> int:
+        time.sleep(takes)
+        return 7
+
+    assert part("tree")._forked(work, tmp_path / "output", running, 0.1) == code

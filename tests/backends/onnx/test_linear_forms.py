@@ -125,6 +125,27 @@ def test_what_is_admissible(applied: Applied) -> None:
         assert forms == ("product",)
 
 
+@pytest.mark.parametrize(
+    ("applied", "forms"),
+    [
+        (EXPERTS, ("sum",)),
+        (replace(EXPERTS, rows=2, choice=Choice(512, 22, 2)), ("sum", "by_expert")),
+        (replace(EXPERTS, rows=192, choice=Choice(512, 20, 192)), ("sum", "by_expert")),  # 3,840 pairs
+        (replace(EXPERTS, rows=193, choice=Choice(512, 20, 193)), ("sum",)),
+        (LATENT_UP, ("sum",)),
+        (replace(LATENT_UP, exact=False), ("sum", "product")),
+        (replace(LATENT_UP, rows=2), ("sum", "sum_by_rows", "siblings")),
+        (NVFP4, ("sum", "product")),
+        (replace(NVFP4, rows=2), ("sum", "sum_by_rows", "product")),
+        (replace(NVFP4, rows=2, dtype=DType.I8, rounded=False), ("sum",)),
+        (replace(IN_PROJ, rows=2), ("sum", "sum_by_rows", "siblings", "product")),
+        (replace(IN_PROJ, beside_loop=True, exact=False), ("product",)),
+    ],
+)
+def test_the_admissible_forms(applied: Applied, forms: tuple[LinearForm, ...]) -> None:
+    assert admissible(applied) == forms
+
+
 @pytest.mark.parametrize("name", ["tiny", "nano", "super"])
 @pytest.mark.parametrize("sm", [89, 120])
 def test_a_draft_is_judged_by_the_numbers_that_it_is_decoded_with(name: str, sm: int) -> None:

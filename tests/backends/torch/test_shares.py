@@ -79,6 +79,42 @@ def test_a_process_computes_with_its_half_of_the_vocabulary(rank: int, tmp_path:
         torch.testing.assert_close(share(x, ids), losses)
 
 
+def test_the_shares_of_a_block_sum_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What two processes compute, and the gradients of what they read, are added up by hand: no other one answers."""
+    write_generated(tiny_spec("M*-E", mtp=None), tmp_path)
+    with imported(tmp_path) as train:
+        torch.manual_seed(0)
+        model, parallelize = train.model.Model(), train.parallelize
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        x, chosen = torch.randn(2, 20, 64), torch.randint(8, (2, 20, 3))
+        inputs = {"Mamba2": (x,), "Attention": (x,), "MLP": (x,), "Experts": (x[..., :32], chosen, torch.rand(2, 20, 3))}
+        blocks = {name: module for name, module in model.named_modules() if type(module).__name__ in inputs}
+        assert len(blocks) == 5  # with the shared expert
+        wholes = dict[int, torch.Tensor]()
+        monkeypatch.setattr(parallelize.DTensor, "full_tensor", lambda tensor, **_: wholes[id(tensor)])
+
+        def values(computes: Any, module: torch.nn.Module) -> torch.Tensor:
+            read, *others = inputs[type(module).__name__]
+            read = read.detach().clone().requires_grad_()
+            y = computes(read, *others)
+            y.backward(torch.linspace(-1, 1, y.numel()).view_as(y))
+            assert read.grad is not None
+            return torch.cat([y.detach(), read.grad])
+
+        whole = {name: values(block, block) for name, block in blocks.items()}
+        for rank in range(2):
+            with processes(2, rank):
+                meshes = parallelize.Meshes.over_all("cpu", tensor=2)
+                for name, block in blocks.items():
+                    cut = deepcopy(block)
+                    share = parallelize.share_of(name, cut, model.config, meshes)
+                    wholes |= {id(p): block.get_parameter(n).detach() for n, p in cut.named_parameters()}
+                    whole[name] -= values(share, block)
+        for name, left in whole.items():
+            torch.testing.assert_close(left, torch.zeros_like(left), rtol=0, atol=1e-4, msg=name)
+
+
 @pytest.mark.parametrize(("norm", "factor"), [(0.0, 1.0), (0.25, 1.0), (0.5, 1.0), (1.0, 0.5), (4.0, 0.125)])
 def test_gradients_are_clipped_and_small_ones_stay(norm: float, factor: float, tmp_path: Path) -> None:
     with program(tmp_path) as train:

@@ -101,3 +101,15 @@ def test_tokens_beyond_the_vocabulary(train: Any, wrong: int, monkeypatch: pytes
     assert tokens.window(wrong - 4, 4).ids.tolist() == [0] * 4
     with pytest.raises(train.settings.TrainError, match=said):
         tokens.window(6, 4)
+
+
+@pytest.mark.parametrize("start", range(9))
+@pytest.mark.parametrize("length", range(1, 5))
+def test_the_documents_of_a_window(train: Any, start: int, length: int) -> None:
+    """Tokens of one document, and no others, have one number."""
+    of_token = [0, 0, 0, 1, 2, 2, 3, 3, 3, 3, 4, 5, 5]
+    ends = torch.tensor([3, 4, 6, 10, 11, 13])
+    tokens = train.tokens.Tokens(Path("a"), 512, [torch.zeros(13, dtype=torch.int32)], ends)
+    numbers = tokens.documents(start, length)
+    expected = torch.tensor(of_token[start : start + length])
+    assert torch.equal(numbers[:, None] == numbers, expected[:, None] == expected)
