@@ -30,7 +30,10 @@ class Copy:
         self.root = root
         self.edited: set[str] = set()
         for name in COPIED:
-            shutil.copytree(ROOT / name, root / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, root / name, symlinks=True, ignore=ignored, copy_function=shutil.copyfile)
+        for folder in filter(Path.is_dir, root.rglob("*")):
+            folder.chmod(0o755)  # whatever they are in a checkout that nobody can write
         shutil.copy(ROOT / "pyproject.toml", root)
 
     def create(self, path: str, text: str) -> None:

@@ -57,7 +57,7 @@ def test_a_template_changed_by_hand_is_found(
 ) -> None:
     """`seen` is the first thing that differs: a gradient alone where the change is in a written gradient."""
     templates = tmp_path / "templates"
-    shutil.copytree(Path(torch_backend.__file__).with_name("templates"), templates)
+    shutil.copytree(Path(torch_backend.__file__).with_name("templates"), templates, copy_function=shutil.copyfile)
     holding = [path for path in templates.rglob("*.jinja") if line in path.read_text(encoding="utf-8")]
     assert len(holding) == 1
     holding[0].write_text(holding[0].read_text(encoding="utf-8").replace(line, changed), encoding="utf-8")

@@ -468,9 +468,11 @@ def test_what_mamba_ssm_does_not_reach(package: Any, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     "capability", [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow), 120]
 )
-def test_compiles(package: Any, capability: int) -> None:
+def test_compiles(package: Any, capability: int, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Every kernel compiles for a GPU, which need not be there, at the sizes of Nemotron 3 Nano in bfloat16."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    kept = getattr(request.config, "cache", None)  # absent under -p no:cacheprovider
+    environment["TRITON_CACHE_DIR"] = str(kept.mkdir("triton") if kept else tmp_path)
     program = Path(__file__).with_name("compile_kernels.py")
     command = [sys.executable, str(program), str(Path(package.__file__).parent), str(capability)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
