@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,10 +14,11 @@ from n3c.backends.gpus import GPUS, Gpu, gpus_of
 from n3c.backends.kernel_work import Choice
 from n3c.backends.onnx.entry_forms import LinearForms, fastest_for
 from n3c.backends.onnx.forms import forms
-from n3c.backends.onnx.linear_forms import Applied, LinearForm, admissible, fastest, rounds, seconds_of
+from n3c.backends.onnx.linear_forms import Applied, LinearForm, admissible, fastest, kernels, rounds, seconds_of
+from n3c.backends.onnx.linears import _widened  # pyright: ignore[reportPrivateUsage]
 from n3c.ir import ops
 from n3c.ir.program import Program
-from n3c.ir.types import DType
+from n3c.ir.types import DType, TensorType
 from n3c.passes.serving import serve
 from n3c.specs.load import load_spec
 from support.specs import SPECS
@@ -144,6 +147,38 @@ def test_what_is_admissible(applied: Applied) -> None:
 )
 def test_the_admissible_forms(applied: Applied, forms: tuple[LinearForm, ...]) -> None:
     assert admissible(applied) == forms
+
+
+@pytest.mark.parametrize(
+    ("applied", "passing"),
+    [
+        (NVFP4, (4 * 2688 // 2, 4 * 4 * 10304)),  # codes
+        (IN_PROJ, (4 * 4096, 4 * 4 * 18560)),
+        (replace(LATENT_UP, exact=False), (2 * 4 * 1024, 4 * 4 * 4096)),  # BF16
+        (replace(LATENT_UP, dtype=DType.F8E4M3, exact=False), (2 * 4096 * 1024, 2 * 4 * 1024, 4 * 4 * 4096)),  # widened
+        (replace(LATENT_UP, dtype=DType.F8E4M3, wide=True), (4 * 4096 * 1024, 2 * 4 * 1024, 4 * 4 * 4096)),
+    ],
+)
+def test_the_bytes_that_a_product_reads_and_writes(applied: Applied, passing: tuple[int, ...]) -> None:
+    """Of four rows, by the kernel of the product itself: the widened weight, if any, x and y."""
+    *_, product = kernels("product", replace(applied, rows=4))
+    assert product.passing == passing
+    assert product.stored == (0 if len(passing) == 3 else applied.bytes)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "format_", "narrow", "wide"),
+    [
+        (DType.F32, "fp32", "", ""),
+        (DType.BF16, "bf16", "", "fp32"),
+        (DType.F8E4M3, "fp8", "", ""),
+        (DType.F4E2M1, "nvfp4", "", ""),
+        (DType.I8, "nvfp4", "bf16", "fp32"),
+    ],
+)
+def test_to_what_products_have_weights_dequantized(dtype: DType, format_: str, narrow: str, wide: str) -> None:
+    parameter: Any = SimpleNamespace(type=TensorType(dtype, (4, 16)), format=format_)
+    assert (_widened(parameter, False), _widened(parameter, True)) == (narrow, wide)
 
 
 @pytest.mark.parametrize("name", ["tiny", "nano", "super"])

@@ -88,12 +88,8 @@ def test_the_shares_of_a_block_sum_to_it(tmp_path: Path, monkeypatch: pytest.Mon
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
         x, chosen = torch.randn(2, 20, 64), torch.randint(8, (2, 20, 3))
-        inputs = {
-            "Mamba2": (x,),
-            "Attention": (x,),
-            "MLP": (x,),
-            "Experts": (x[..., :32], chosen, torch.rand(2, 20, 3)),
-        }
+        experts = (x[..., :32], chosen, torch.rand(2, 20, 3))
+        inputs = {"Mamba2": (x,), "Attention": (x,), "MLP": (x,), "Experts": experts}
         blocks = {name: module for name, module in model.named_modules() if type(module).__name__ in inputs}
         assert len(blocks) == 5  # with the shared expert
         wholes = dict[int, torch.Tensor]()

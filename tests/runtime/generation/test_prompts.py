@@ -32,7 +32,7 @@ def test_a_chat_is_what_the_template_makes_of_it(tmp_path: Path) -> None:
 
 def test_a_chat_needs_a_template(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
-    with pytest.raises(N3CError, match="E0840.*no chat template") as caught:
+    with pytest.raises(N3CError, match=r"E0840.*no chat template") as caught:
         encoded_chat("hello", open_tokenizer(tmp_path), tmp_path, parse_special=False)
     assert caught.value.exit_code == ExitCode.USAGE
 
