@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from n3c.ir.extensions import GROUPS
+from support.copies import writable_copy
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("backends", "compiler", "docs", "ir", "passes", "runtime", "specs", "tests", "typings")
@@ -30,11 +31,8 @@ class Copy:
         self.root = root
         self.edited: set[str] = set()
         for name in COPIED:
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(ROOT / name, root / name, symlinks=True, ignore=ignored, copy_function=shutil.copyfile)
-        for folder in filter(Path.is_dir, root.rglob("*")):
-            folder.chmod(0o755)  # whatever they are in a checkout that nobody can write
-        shutil.copy(ROOT / "pyproject.toml", root)
+            writable_copy(ROOT / name, root / name)
+        shutil.copyfile(ROOT / "pyproject.toml", root / "pyproject.toml")
 
     def create(self, path: str, text: str) -> None:
         """Write a new file."""

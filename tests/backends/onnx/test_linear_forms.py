@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from n3c.backends.gpus import GPUS, Gpu, gpus_of
-from n3c.backends.kernel_work import Choice
+from n3c.backends.kernel_work import FP4_BY_TABLE, OTHER, Choice, Cost
 from n3c.backends.onnx.entry_forms import LinearForms, fastest_for
 from n3c.backends.onnx.forms import forms
 from n3c.backends.onnx.linear_forms import Applied, LinearForm, admissible, fastest, kernels, rounds, seconds_of
@@ -164,6 +164,14 @@ def test_the_bytes_that_a_product_reads_and_writes(applied: Applied, passing: tu
     *_, product = kernels("product", replace(applied, rows=4))
     assert product.passing == passing
     assert product.stored == (0 if len(passing) == 3 else applied.bytes)
+
+
+@pytest.mark.parametrize(("by_table", "cost"), [(False, OTHER), (True, FP4_BY_TABLE)])
+def test_the_work_of_widening_a_weight(by_table: bool, cost: Cost) -> None:
+    dtype = DType.I8 if by_table else DType.F8E4M3
+    widening, *_ = kernels("product", Applied(dtype, by_table, (64, 32), 4))
+    assert widening.stored == (64 * 32 // 2 + 64 * 2 if by_table else 64 * 32)
+    assert (widening.instructions, widening.wavefronts) == (2048 * cost.instructions, 2048 * cost.wavefronts)
 
 
 @pytest.mark.parametrize(

@@ -334,6 +334,38 @@ def test_who_computes_in_low_precision(
     assert blackwell.low_precision(torch.device("cpu")) is blackwell.emulate
 
 
+def test_what_transformer_engine_computes(modules: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The linears that have a format, and experts whose two matrices have one, by modules of their shapes."""
+    numerics = modules[1]
+    blackwell = importlib.import_module(f"{numerics.__package__}.blackwell")
+    model_module = importlib.import_module(f"{numerics.__package__}.model")
+    with torch.device("meta"):
+        model = model_module.Model()
+
+    def linear(inner: int, out: int, **_: Any) -> tuple[int, int]:
+        return inner, out
+
+    def grouped(count: int, inner: int, out: int, **_: Any) -> tuple[int, int, int]:
+        return count, inner, out
+
+    package = SimpleNamespace(Linear=linear, GroupedLinear=grouped)
+    monkeypatch.setitem(sys.modules, "transformer_engine", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", package)
+    monkeypatch.setattr(blackwell, "Engine", lambda module, kind: (module, kind))
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    blackwell.by_engine(model)
+    engines: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, blackwell.EngineExperts):
+            engines |= dict(zip((f"{name}.up_proj", f"{name}.down_proj"), module.engines, strict=True))
+        elif isinstance(module, blackwell.EngineLinear):
+            engines[name] = module.engine
+    assert engines.keys() == blackwell.FORMATS.keys()
+    for name, (shape, kind) in engines.items():
+        *count, out, inner = shapes.get(f"{name}.weight") or shapes[name]
+        assert (shape, kind) == ((*count, inner, out), blackwell.FORMATS[name])
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [("", ""), ("zeros", "its dx in nvfp4 is off by 100% on this GPU"), ("fails", "fails in nvfp4 on this GPU: CUDA")],
