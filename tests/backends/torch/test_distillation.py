@@ -117,6 +117,14 @@ def test_the_export_is_that_of_quantize(made: Made) -> None:
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
 
 
+@pytest.mark.parametrize("activations", ["stored", "rows", "none"])
+def test_how_activations_are_rounded(made: Made, activations: str) -> None:
+    """By the scales of the checkpoint, by one for each row, or not."""
+    formats = made.modules.quantized.Quantized(made.folder / "ptq", False, activations).formats.values()
+    assert formats and all(format_.by_row == (activations == "rows") for format_ in formats)
+    assert any(format_.input_scale is not None for format_ in formats) == (activations != "none")
+
+
 def test_which_linears_share_a_scale(made: Made) -> None:
     """q, k and v of one layer, as far as they have one kind of format; nothing else does."""
     quantized = made.modules.quantized
