@@ -124,7 +124,8 @@ def test_another_test_comes_before_slow_cases_of_one() -> None:
 class StandInForRecording:
     """A tree of one test, which passes, or is skipped, and how often it ran."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.folder = self.root = folder
         self.ran, self.skips = 0, False
 
     def pytest(self, arguments: list[str], recorder: Any, limit: float) -> int:
@@ -140,9 +141,8 @@ def test_a_recording_holds_as_long_as_its_tests_are_the_same(tmp_path: Path, mon
     """One of no test is none: it was skipped for a reason that may be gone."""
     recording = part("coverage")
     monkeypatch.setattr(recording, "ROOT", tmp_path)
-    file, tree = tmp_path / "test_a.py", StandInForRecording()
-    tree.folder = tree.root = tmp_path
-    found = []
+    file, tree = tmp_path / "test_a.py", StandInForRecording(tmp_path)
+    found: list[tuple[int, dict[str, list[str]]]] = []
     for text, skips in (("1", True), ("1", False), ("1", False), ("2", False)):
         file.write_text(text)
         tree.skips = skips

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from n3c.backends.gpus import GPUS, Gpu, gpus_of
-from n3c.backends.kernel_work import FP4_BY_TABLE, OTHER, Choice, Cost
+from n3c.backends.kernel_work import FP4_BY_TABLE, OTHER, Choice, Cost, sum_cost
 from n3c.backends.onnx.entry_forms import LinearForms, fastest_for
 from n3c.backends.onnx.forms import forms
 from n3c.backends.onnx.linear_forms import Applied, LinearForm, admissible, fastest, kernels, rounds, seconds_of
@@ -164,6 +164,23 @@ def test_the_bytes_that_a_product_reads_and_writes(applied: Applied, passing: tu
     *_, product = kernels("product", replace(applied, rows=4))
     assert product.passing == passing
     assert product.stored == (0 if len(passing) == 3 else applied.bytes)
+
+
+@pytest.mark.parametrize(
+    ("form", "applied", "outputs", "elements"),
+    [
+        ("sum", replace(LATENT_UP, rows=3), 1, 3 * 4096 * 1024),
+        ("sum_by_rows", replace(LATENT_UP, rows=3), 1, 3 * 4096 * 1024),
+        ("siblings", replace(LATENT_UP, rows=3), 3, 4096 * 1024),
+        ("sum", replace(EXPERTS, rows=4, choice=Choice(512, 22, 4)), 1, 88 * 2688 * 1024),
+        ("by_expert", replace(EXPERTS, rows=4, choice=Choice(512, 22, 4)), 1, 88 * 2688 * 1024),
+    ],
+)
+def test_the_work_of_sums(form: LinearForm, applied: Applied, outputs: int, elements: int) -> None:
+    """That of an element is `sum_cost`'s; rows that are siblings decode it together."""
+    cost = sum_cost(applied.dtype, (), fp8=not applied.blocked, by_table=applied.by_table, outputs=outputs)
+    (work,) = (work for work in kernels(form, applied) if work.form == "sum")
+    assert (work.instructions, work.wavefronts) == (elements * cost.instructions, elements * cost.wavefronts)
 
 
 @pytest.mark.parametrize(("by_table", "cost"), [(False, OTHER), (True, FP4_BY_TABLE)])

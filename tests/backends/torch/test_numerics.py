@@ -324,8 +324,15 @@ def test_who_computes_in_low_precision(
     """Transformer Engine from Blackwell on, where it is installed (not None), has NVFP4 and computes right."""
     blackwell = importlib.import_module(f"{numerics.__package__}.blackwell")
     looked_at = list[str]()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(blackwell, "require_true_products", lambda engine, kind, device: looked_at.append(kind))
+
+    def capability_of(device: torch.device) -> tuple[int, int]:
+        return capability
+
+    def require(engine: Any, kind: str, device: torch.device) -> None:
+        looked_at.append(kind)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability_of)
+    monkeypatch.setattr(blackwell, "require_true_products", require)
     package = None if engine is None else SimpleNamespace(is_nvfp4_available=lambda: engine)
     monkeypatch.setitem(sys.modules, "transformer_engine", None if engine is None else SimpleNamespace())
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", package)
@@ -348,10 +355,13 @@ def test_what_transformer_engine_computes(modules: tuple[Any, ...], monkeypatch:
     def grouped(count: int, inner: int, out: int, **_: Any) -> tuple[int, int, int]:
         return count, inner, out
 
+    def engine(module: Any, kind: str) -> tuple[Any, str]:
+        return module, kind
+
     package = SimpleNamespace(Linear=linear, GroupedLinear=grouped)
     monkeypatch.setitem(sys.modules, "transformer_engine", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", package)
-    monkeypatch.setattr(blackwell, "Engine", lambda module, kind: (module, kind))
+    monkeypatch.setattr(blackwell, "Engine", engine)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     blackwell.by_engine(model)
     engines: dict[str, Any] = {}

@@ -93,7 +93,11 @@ def test_the_shares_of_a_block_sum_to_it(tmp_path: Path, monkeypatch: pytest.Mon
         blocks = {name: module for name, module in model.named_modules() if type(module).__name__ in inputs}
         assert len(blocks) == 5  # with the shared expert
         wholes = dict[int, torch.Tensor]()
-        monkeypatch.setattr(parallelize.DTensor, "full_tensor", lambda tensor, **_: wholes[id(tensor)])
+
+        def full(tensor: torch.Tensor, **_: Any) -> torch.Tensor:
+            return wholes[id(tensor)]
+
+        monkeypatch.setattr(parallelize.DTensor, "full_tensor", full)
 
         def values(computes: Any, module: torch.nn.Module) -> torch.Tensor:
             read, *others = inputs[type(module).__name__]

@@ -153,7 +153,11 @@ def test_heads_are_divided_until_the_gpu_is_half_full(
     kernels: Any, monkeypatch: pytest.MonkeyPatch, heads: int, channels: int, split: tuple[int, int]
 ) -> None:
     """Of 132 processors; a part has a power of two of channels, 64 at least. A CPU needs no parts."""
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+
+    def properties(device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(multi_processor_count=132)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     assert kernels.ssd.split_of(heads, channels, torch.device("cuda")) == split
     assert kernels.ssd.split_of(heads, channels, torch.device("cpu"))[0] == 1
 
