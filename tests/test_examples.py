@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from support import shell
+from support.copies import writable_copy
 from support.pages import blocks
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -23,7 +23,7 @@ OFFLINE = ("--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--disa
 def install(name: str, folder: Path) -> Path:
     """Install an example into a folder of its own, without a network; return that folder."""
     source, site = folder / "source", folder / "site"
-    shutil.copytree(EXAMPLES / name, source, ignore=shutil.ignore_patterns("__pycache__", "build", "*.egg-info"))
+    writable_copy(EXAMPLES / name, source, "build", "*.egg-info")
     subprocess.run([*PIP, "install", *OFFLINE, "--target", str(site), str(source)], check=True, capture_output=True)
     return site
 
@@ -70,8 +70,7 @@ def test_what_is_installed_shows_in_the_commands(tmp_path: Path) -> None:
 def test_a_readme_runs_from_top_to_bottom(name: str, tmp_path: Path) -> None:
     """As it stands, but for pip's folder and options: checked, built, trained, resumed, quantized, verified, run."""
     site, work = tmp_path / "site", tmp_path / "work"
-    ignored = shutil.ignore_patterns("__pycache__", "build", "*.egg-info")
-    shutil.copytree(EXAMPLES / name, work / "examples" / name, ignore=ignored)
+    writable_copy(EXAMPLES / name, work / "examples" / name, "build", "*.egg-info")
     variables = environment(site) | {"PATH": shell.environment(tmp_path)["PATH"]}
     pip = tmp_path / "bin/pip"
     pip.write_text(f'#!/bin/sh\nexec {shlex.join([*PIP])} "$@" {shlex.join([*OFFLINE, "--target", str(site)])}\n')

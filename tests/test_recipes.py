@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from n3c.ir.extensions import GROUPS
+from support.copies import writable_copy
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("backends", "compiler", "docs", "ir", "passes", "runtime", "specs", "tests", "typings")
@@ -30,8 +31,8 @@ class Copy:
         self.root = root
         self.edited: set[str] = set()
         for name in COPIED:
-            shutil.copytree(ROOT / name, root / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "pyproject.toml", root)
+            writable_copy(ROOT / name, root / name)
+        shutil.copyfile(ROOT / "pyproject.toml", root / "pyproject.toml")
 
     def create(self, path: str, text: str) -> None:
         """Write a new file."""

@@ -7,8 +7,8 @@ a weak test, or a change that means the same; judged.toml names those with the r
 
     python -m benchmarks.mutants --count 40 --seed 1 --seconds 1500 --coverage build/mutants/coverage
 
-The coverage of test files that the folder lacks is recorded first, which takes as long as the tests do: remove the
-files of tests that have changed.
+The coverage of test files that the folder lacks, or that have changed, is recorded first, which takes as long as the
+tests do.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from .tree import ROOT, Tree, import_shared
 
 FOLDERS = ("ir", "passes", "specs", "backends", "runtime/generation")
 PASSED = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
-_LIMIT, _START = 8.0, 60.0
-"""Times as long as they took alone, behind that many seconds, is what tests of a mutant may take."""
+_LIMIT, _START = 8.0, 40.0
+"""Times as long as the slowest took alone, and so many seconds, is what a test of a mutant may take."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ class Trials:
         """Return the test that fails or never ends; the first one where its file cannot be imported."""
         for part in self._coverage.in_parts(tests):
             files = list(dict.fromkeys(test.partition("::")[0] for test in part))
-            running = self._tree.folder / "running.txt"
+            running = self._tree.running
             running.write_text(part[0], encoding="utf-8")
-            limit = _START + _LIMIT * sum(self._coverage.seconds[test] for test in part)
+            limit = _START + _LIMIT * max(self._coverage.seconds[test] for test in part)
             if self._tree.pytest(files, Chosen(part, running), limit) not in PASSED:
                 return running.read_text(encoding="utf-8")
         return None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,8 +60,9 @@ class Coverage:
         """Return the tests to run, those of the file's own folder first, `budget` seconds of them and one at least.
 
         These are the tests that call the function, and then the others of their files: a value that the first test
-        of a file computes is one that others look at. A change of a template is to be noticed in what the code does:
-        tests that call `assert_golden` are left out.
+        of a file computes is one that others look at. Quick ones come first; the second case of a test counts as twice
+        as slow, the third as three times: another test shows more. A change of a template is to be noticed in what
+        the code does: tests that call `assert_golden` are left out.
         """
         callers = self._callers(mutant)
         files = {_file(test) for test in callers}
@@ -113,26 +116,35 @@ class Coverage:
     def _ordered(self, tests: Iterable[str], path: str) -> list[str]:
         stem = f"_{Path(path).name.partition('.')[0]}"
 
-        def rank(test: str) -> tuple[int, float, str]:
+        def near(test: str) -> int:
             file = Path(_file(test))
-            near = 0 if file.stem.endswith(stem) else 1 if file.is_relative_to(_mirror(path)) else 2
-            return near, self.seconds[test], test
+            return 0 if file.stem.endswith(stem) else 1 if file.is_relative_to(_mirror(path)) else 2
 
-        return sorted(tests, key=rank)
+        cases, cost = Counter[str](), dict[str, float]()
+        for test in sorted(tests, key=lambda test: (self.seconds[test], test)):
+            function = test.partition("[")[0]
+            cases[function] += 1
+            cost[test] = self.seconds[test] * cases[function]
+        return sorted(tests, key=lambda test: (near(test), cost[test], test))
 
 
 def record(tree: Tree, files: Sequence[str], folder: Path, limit: float) -> Coverage:
     """Run each test file in a fork, note in `folder` what every test that passes calls, and return it all.
 
-    Files that were recorded before are not run again.
+    A file that has been recorded is run again when its text is another, or when no test of it has passed.
     """
     coverage = Coverage()
     for file in files:
-        out = folder / f"{file.replace('/', '.')}.json"
+        name, text = file.replace("/", "."), (ROOT / file).read_bytes()
+        out = folder / f"{name}.{hashlib.sha256(text).hexdigest()[:12]}.json"
         if not out.is_file():
+            for earlier in folder.glob(f"{name}.*json"):
+                earlier.unlink()
             started = time.monotonic()
             code = tree.pytest(["--maxfail=1000", file], Recorder(tree, out), limit)
-            print(f"{file}: {time.monotonic() - started:.0f} s, code {code}", flush=True)
+            passed = len(Coverage.read(out).seconds) if out.is_file() else 0
+            took = f"{time.monotonic() - started:.0f} s"
+            print(f"{file}: {passed} tests recorded in {took}, pytest's code {code}", flush=True)
         if out.is_file():
             coverage.add(Coverage.read(out))
     return coverage
@@ -197,12 +209,13 @@ class Recorder:
             self._failed.add(report.nodeid)
 
     def pytest_sessionfinish(self) -> None:
-        """Write what was noted."""
+        """Write what was noted, if a test has passed."""
         coverage = Coverage({test: round(time, 3) for test, time in self._passed.items() if test not in self._failed})
         for test in coverage.seconds:
             for name in self._names[test]:
                 coverage.tests.setdefault(name, []).append(test)
-        coverage.write(self._out)
+        if coverage.seconds:
+            coverage.write(self._out)
 
     def _taken(self) -> set[str]:
         """Return the names of what was called since the calls were noted, and note no more."""

@@ -51,6 +51,8 @@ class Tree:
         self.root = folder / "tree"
         self.output = folder / "output.txt"
         """What the latest tests printed."""
+        self.running = folder / "running.txt"
+        """The test that runs; written when it begins."""
         ignored = shutil.ignore_patterns(".git", ".venv*", "build", "__pycache__", ".*_cache", "*.egg-info")
         shutil.copytree(ROOT, self.root, ignore=ignored, symlinks=True)
         (self.root / "import").mkdir()
@@ -75,7 +77,10 @@ class Tree:
             os.utime(place, (times.st_atime, times.st_mtime))
 
     def pytest(self, arguments: Sequence[str], plugin: object, limit: float) -> int | None:
-        """Return pytest's exit code; None where it took longer than `limit` seconds."""
+        """Return pytest's exit code; None where a test, or what stands before the first, took over `limit` seconds.
+
+        A plugin that writes `running` when a test begins tells them apart; without one it is all of them.
+        """
 
         def run() -> int:
             os.chdir(self.root)
@@ -86,13 +91,17 @@ class Tree:
             given = ["-q", "-x", "-p", "no:cacheprovider", f"--basetemp={self.folder / 'tests'}", *arguments]
             return int(pytest.main(given, plugins=[plugin]))
 
-        code = _forked(run, self.output, limit)
+        self.running.touch()
+        code = _forked(run, self.output, self.running, limit)
         shutil.rmtree(self.folder / "tests", ignore_errors=True)
         return code
 
 
-def _forked(work: Callable[[], int], output: Path, limit: float) -> int | None:
-    """Return what `work` returns in a fork, whose processes all end with it; None after `limit` seconds."""
+def _forked(work: Callable[[], int], output: Path, running: Path, limit: float) -> int | None:
+    """Return what `work` returns in a fork, whose processes all end with it.
+
+    None where it writes nothing to `running` for `limit` seconds.
+    """
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
@@ -106,9 +115,8 @@ def _forked(work: Callable[[], int], output: Path, limit: float) -> int | None:
         finally:
             sys.stdout.flush()
             os._exit(code)
-    end = time.monotonic() + limit
     try:
-        while time.monotonic() < end:
+        while time.time() < running.stat().st_mtime + limit:
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
                 return os.waitstatus_to_exitcode(status)

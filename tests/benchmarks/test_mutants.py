@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import sys
 import threading
+import time
 from collections.abc import Generator
 from pathlib import Path
-from types import CodeType
+from types import CodeType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -110,6 +112,46 @@ def test_a_mutant_meets_the_tests_of_its_function() -> None:
     assert coverage.of_mutant(Mutant("ir/types.py", 1, Change(0, 1, "", "f")), 100)[0] == ordered[3]  # of the folder
 
 
+def test_another_test_comes_before_slow_cases_of_one() -> None:
+    """Quick cases all come first: a case each of a condition, say."""
+    seconds = {f"a.py::{test}": float(took) for test, took in
+               {"a[1]": 0.1, "a[2]": 0.1, "b[1]": 2, "b[2]": 2.1, "b[3]": 2.2, "c": 5}.items()}  # fmt: skip
+    coverage = Coverage(seconds, {"ir/ops.py:f": list(seconds)})
+    ordered = coverage.of_mutant(Mutant("ir/ops.py", 9, Change(0, 1, "", "f")), 100)
+    assert [test.partition("::")[2] for test in ordered] == ["a[1]", "a[2]", "b[1]", "b[2]", "c", "b[3]"]
+
+
+class StandInForRecording:
+    """A tree of one test, which passes, or is skipped, and how often it ran."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = self.root = folder
+        self.ran, self.skips = 0, False
+
+    def pytest(self, arguments: list[str], recorder: Any, limit: float) -> int:
+        self.ran += 1
+        outcome = "skipped" if self.skips else "passed"
+        recorder.pytest_runtest_logreport(SimpleNamespace(nodeid="t", duration=1, outcome=outcome))
+        recorder._names["t"] = {"ir/ops.py:f"}
+        recorder.pytest_sessionfinish()
+        return 0
+
+
+def test_a_recording_holds_as_long_as_its_tests_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of no test is none: it was skipped for a reason that may be gone."""
+    recording = part("coverage")
+    monkeypatch.setattr(recording, "ROOT", tmp_path)
+    file, tree = tmp_path / "test_a.py", StandInForRecording(tmp_path)
+    found: list[tuple[int, dict[str, list[str]]]] = []
+    for text, skips in (("1", True), ("1", False), ("1", False), ("2", False)):
+        file.write_text(text)
+        tree.skips = skips
+        coverage = recording.record(tree, ["test_a.py"], tmp_path / "recorded", 9)
+        found.append((tree.ran, coverage.tests))
+    assert found == [(1, {}), *((ran, {"ir/ops.py:f": ["t"]}) for ran in (2, 2, 3))]
+    assert len(list((tmp_path / "recorded").iterdir())) == 1
+
+
 def test_text_of_a_template_is_not_what_notices() -> None:
     golden, other = "tests/backends/torch/test_emit.py::test_golden", "tests/backends/torch/test_numerics.py::x"
     tests = {"model.py::forward": [golden, other], "tests/support/golden.py:assert_golden": [golden]}
@@ -172,7 +214,7 @@ class StandInForTree:
     """Tests that fail with a change, always, or not at all, by their name."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.running = folder / "running.txt"
         self.is_changed = False
 
     @contextlib.contextmanager
@@ -221,3 +263,17 @@ def test_what_was_judged_is_still_there_and_drawn_no_more() -> None:
             (name, mutant.described(text).partition(": ")[2]) for mutant in mutants if driver.is_judged(mutant, judged)
         }
     assert found == judged
+
+
+@pytest.mark.parametrize(("began", "takes", "code"), [(100, 0.2, 7), (0, 60, None)])
+def test_a_test_that_never_ends(began: float, takes: float, code: int | None, tmp_path: Path) -> None:
+    """It ends when its time is over, which begins anew with each test: in the future here, for one that has time."""
+    running = tmp_path / "running"
+    running.touch()
+    os.utime(running, times=(0, time.time() + began))
+
+    def work() -> int:
+        time.sleep(takes)
+        return 7
+
+    assert part("tree")._forked(work, tmp_path / "output", running, 0.1) == code

@@ -6,7 +6,6 @@ agree in logits, in loss, and in the gradient of every tensor of the checkpoint 
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader
 from n3c.backends.torch import emit as torch_backend
 from n3c.specs.load import load_spec
 from n3c.specs.schema import Spec
+from support.copies import writable_copy
 from support.drift import differences
 from support.random_specs import specs
 from support.small import cut_small
@@ -57,7 +57,7 @@ def test_a_template_changed_by_hand_is_found(
 ) -> None:
     """`seen` is the first thing that differs: a gradient alone where the change is in a written gradient."""
     templates = tmp_path / "templates"
-    shutil.copytree(Path(torch_backend.__file__).with_name("templates"), templates)
+    writable_copy(Path(torch_backend.__file__).with_name("templates"), templates)
     holding = [path for path in templates.rglob("*.jinja") if line in path.read_text(encoding="utf-8")]
     assert len(holding) == 1
     holding[0].write_text(holding[0].read_text(encoding="utf-8").replace(line, changed), encoding="utf-8")

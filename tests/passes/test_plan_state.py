@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from n3c.passes.serving import serve
 from n3c.passes.state_layout import ALIGNMENT
 from n3c.specs.load import load_spec
+from n3c.specs.pattern import Pattern
 from support.specs import SPECS, small_spec
 
 
@@ -92,3 +95,20 @@ def test_entry_points_without_drafts() -> None:
 def test_ssm_dtypes(dtype: str, name: str) -> None:
     spec = small_spec(odd=("max_seq_len = 32", f'max_seq_len = 32\nssm_state_dtype = "{dtype}"'))
     assert {s.dtype for s in serve(spec).plan.states if s.kind == "ssm"} == {name}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "filled"),
+    [
+        ("*E", ["mtp_input.following", "attention.prefill.states"]),
+        ("E*", ["mtp_input.following", "moe.prefill", "attention.prefill.states"]),
+        ("E", []),
+    ],
+)
+def test_prefill_computes_of_the_mtp_block_what_fills_its_caches(pattern: str, filled: list[str]) -> None:
+    spec = small_spec()
+    assert spec.mtp is not None
+    program = serve(replace(spec, mtp=replace(spec.mtp, pattern=Pattern.parse(pattern)))).program
+    calls = [call for call in program.entry_points["prefill"].calls if call.label.startswith("mtp.")]
+    assert [call.function for call in calls] == filled
+    assert not calls or (calls[-1].states and not calls[-1].outputs)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from n3c.backends.gpus import GPUS, Gpu, gpus_of
-from n3c.backends.kernel_work import Choice
+from n3c.backends.kernel_work import FP4_BY_TABLE, OTHER, Choice, Cost, sum_cost
 from n3c.backends.onnx.entry_forms import LinearForms, fastest_for
-from n3c.backends.onnx.linear_forms import Applied, LinearForm, admissible, fastest, rounds, seconds_of
+from n3c.backends.onnx.forms import forms
+from n3c.backends.onnx.linear_forms import Applied, LinearForm, admissible, fastest, kernels, rounds, seconds_of
+from n3c.backends.onnx.linears import _widened  # pyright: ignore[reportPrivateUsage]
 from n3c.ir import ops
 from n3c.ir.program import Program
-from n3c.ir.types import DType
+from n3c.ir.types import DType, TensorType
 from n3c.passes.serving import serve
 from n3c.specs.load import load_spec
 from support.specs import SPECS
@@ -69,6 +73,22 @@ def test_the_gpu_decides() -> None:
     assert (fastest(PRO)(large), fastest(SPARK)(large)) == ("sum", "sum_by_rows")
 
 
+@pytest.mark.parametrize(("least", "labels"), [(5, ["decode", "prefill"]), (4, ["decode.b1", "decode.b4", "prefill"])])
+def test_the_batches_of_an_entry_point(least: int, labels: list[str]) -> None:
+    """They are told apart where their forms differ; prefill is for one sequence at a time."""
+    program = serve(load_spec(SPECS / "tiny.toml")[0]).program
+    entries = {name: program.entry_points[name] for name in ("decode", "prefill")}
+    rows = set[int]()
+
+    def choose(applied: Applied) -> LinearForm:
+        rows.add(applied.rows)
+        return "product" if applied.rows >= least else "sum"
+
+    found = forms(replace(program, entry_points=entries), (1, 4), (), choose)
+    assert list(dict.fromkeys(form.entry for form in found)) == labels
+    assert rows == {1, 4, entries["prefill"].tokens}
+
+
 TYPES = [DType.F4E2M1, DType.F8E4M3, DType.BF16, DType.F32, DType.I8]
 SIZES = st.integers(1, 512).map(lambda n: 16 * n)
 
@@ -108,6 +128,84 @@ def test_what_is_admissible(applied: Applied) -> None:
         assert not any(rounds(form, applied) for form in forms)
     if applied.beside_loop:
         assert forms == ("product",)
+
+
+@pytest.mark.parametrize(
+    ("applied", "forms"),
+    [
+        (EXPERTS, ("sum",)),
+        (replace(EXPERTS, rows=2, choice=Choice(512, 22, 2)), ("sum", "by_expert")),
+        (replace(EXPERTS, rows=192, choice=Choice(512, 20, 192)), ("sum", "by_expert")),  # 3,840 pairs
+        (replace(EXPERTS, rows=193, choice=Choice(512, 20, 193)), ("sum",)),
+        (LATENT_UP, ("sum",)),
+        (replace(LATENT_UP, exact=False), ("sum", "product")),
+        (replace(LATENT_UP, rows=2), ("sum", "sum_by_rows", "siblings")),
+        (NVFP4, ("sum", "product")),
+        (replace(NVFP4, rows=2), ("sum", "sum_by_rows", "product")),
+        (replace(NVFP4, rows=2, dtype=DType.I8, rounded=False), ("sum",)),
+        (replace(IN_PROJ, rows=2), ("sum", "sum_by_rows", "siblings", "product")),
+        (replace(IN_PROJ, beside_loop=True, exact=False), ("product",)),
+    ],
+)
+def test_the_admissible_forms(applied: Applied, forms: tuple[LinearForm, ...]) -> None:
+    assert admissible(applied) == forms
+
+
+@pytest.mark.parametrize(
+    ("applied", "passing"),
+    [
+        (NVFP4, (4 * 2688 // 2, 4 * 4 * 10304)),  # codes
+        (IN_PROJ, (4 * 4096, 4 * 4 * 18560)),
+        (replace(LATENT_UP, exact=False), (2 * 4 * 1024, 4 * 4 * 4096)),  # BF16
+        (replace(LATENT_UP, dtype=DType.F8E4M3, exact=False), (2 * 4096 * 1024, 2 * 4 * 1024, 4 * 4 * 4096)),  # widened
+        (replace(LATENT_UP, dtype=DType.F8E4M3, wide=True), (4 * 4096 * 1024, 2 * 4 * 1024, 4 * 4 * 4096)),
+    ],
+)
+def test_the_bytes_that_a_product_reads_and_writes(applied: Applied, passing: tuple[int, ...]) -> None:
+    """Of four rows, by the kernel of the product itself: the widened weight, if any, x and y."""
+    *_, product = kernels("product", replace(applied, rows=4))
+    assert product.passing == passing
+    assert product.stored == (0 if len(passing) == 3 else applied.bytes)
+
+
+@pytest.mark.parametrize(
+    ("form", "applied", "outputs", "elements"),
+    [
+        ("sum", replace(LATENT_UP, rows=3), 1, 3 * 4096 * 1024),
+        ("sum_by_rows", replace(LATENT_UP, rows=3), 1, 3 * 4096 * 1024),
+        ("siblings", replace(LATENT_UP, rows=3), 3, 4096 * 1024),
+        ("sum", replace(EXPERTS, rows=4, choice=Choice(512, 22, 4)), 1, 88 * 2688 * 1024),
+        ("by_expert", replace(EXPERTS, rows=4, choice=Choice(512, 22, 4)), 1, 88 * 2688 * 1024),
+    ],
+)
+def test_the_work_of_sums(form: LinearForm, applied: Applied, outputs: int, elements: int) -> None:
+    """That of an element is `sum_cost`'s; rows that are siblings decode it together."""
+    cost = sum_cost(applied.dtype, (), fp8=not applied.blocked, by_table=applied.by_table, outputs=outputs)
+    (work,) = (work for work in kernels(form, applied) if work.form == "sum")
+    assert (work.instructions, work.wavefronts) == (elements * cost.instructions, elements * cost.wavefronts)
+
+
+@pytest.mark.parametrize(("by_table", "cost"), [(False, OTHER), (True, FP4_BY_TABLE)])
+def test_the_work_of_widening_a_weight(by_table: bool, cost: Cost) -> None:
+    dtype = DType.I8 if by_table else DType.F8E4M3
+    widening, *_ = kernels("product", Applied(dtype, by_table, (64, 32), 4))
+    assert widening.stored == (64 * 32 // 2 + 64 * 2 if by_table else 64 * 32)
+    assert (widening.instructions, widening.wavefronts) == (2048 * cost.instructions, 2048 * cost.wavefronts)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "format_", "narrow", "wide"),
+    [
+        (DType.F32, "fp32", "", ""),
+        (DType.BF16, "bf16", "", "fp32"),
+        (DType.F8E4M3, "fp8", "", ""),
+        (DType.F4E2M1, "nvfp4", "", ""),
+        (DType.I8, "nvfp4", "bf16", "fp32"),
+    ],
+)
+def test_to_what_products_have_weights_dequantized(dtype: DType, format_: str, narrow: str, wide: str) -> None:
+    parameter: Any = SimpleNamespace(type=TensorType(dtype, (4, 16)), format=format_)
+    assert (_widened(parameter, False), _widened(parameter, True)) == (narrow, wide)
 
 
 @pytest.mark.parametrize("name", ["tiny", "nano", "super"])

@@ -36,6 +36,23 @@ def test_the_largest_stage_is_as_small_as_can_be(sizes: list[int], data: st.Data
     assert worst(sizes, starts) == best
 
 
+def test_the_bytes_of_layers() -> None:
+    """All weights and states are counted once: of the embedding with the first layer, of all behind them the last."""
+    program = serve(small_spec(QUANTIZED)).program
+    layers = max(memory.layer for memory in program.memories() if memory.layer is not None) + 1
+    for count in (1, 2, layers):
+        sizes = [0] * count
+        tokens = program.entry_points["verify"].tokens
+        for memory in program.memories():
+            first = memory.role == "embedding"
+            layer = (0 if first else count - 1) if memory.layer is None else min(memory.layer, count - 1)
+            sizes[layer] += memory.type.bytes
+        for state in program.states.values():
+            size = state.type.bind({"B": BATCH, "S": tokens}).bytes
+            sizes[state.layer if state.layer < count else count - 1] += size
+        assert layer_bytes(program, count, BATCH) == sizes
+
+
 def test_more_stages_than_layers() -> None:
     with pytest.raises(ValueError, match="3 layers do not make 4 stages"):
         balanced([1, 2, 3], 4)

@@ -90,6 +90,8 @@ def test_the_record_tells_the_run_and_what_it_gave(folder: Path, tmp_path: Path)
     model = generate(
         replace(tiny_spec("E", mtp=None), model=replace(tiny_spec("E", mtp=None).model, vocab_size=256))
     ).Model()
+    assert record["tensors"] == {"count": 26, "bytes": sum(entry["bytes"] for entry in record["formats"].values())}
+    assert record["weights"]["count"] == 26
     assert record["weights"]["elements"] == sum(tensor.numel() for tensor in model.state_dict().values())
     for row in record["files"]:
         data = (first / row["path"]).read_bytes()

@@ -117,6 +117,25 @@ def test_the_export_is_that_of_quantize(made: Made) -> None:
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
 
 
+@pytest.mark.parametrize("activations", ["stored", "rows", "none"])
+def test_how_activations_are_rounded(made: Made, activations: str) -> None:
+    """By the scales of the checkpoint, by one for each row, or not."""
+    formats = made.modules.quantized.Quantized(made.folder / "ptq", False, activations).formats.values()
+    assert formats and all(format_.by_row == (activations == "rows") for format_ in formats)
+    assert any(format_.input_scale is not None for format_ in formats) == (activations != "none")
+
+
+def test_which_linears_share_a_scale(made: Made) -> None:
+    """q, k and v of one layer, as far as they have one kind of format; nothing else does."""
+    quantized = made.modules.quantized
+    rows = {"0.q_proj": 0, "0.k_proj": 16, "0.v_proj": 0, "0.o_proj": 0, "1.q_proj": 1, "1.k_proj": 16, "2.v_proj": 0}
+    known = SimpleNamespace(formats={name: quantized.Format(blocks, None, False) for name, blocks in rows.items()})
+    shared = {name: quantized.Quantized.sharing(known, name) for name in rows}
+    assert {name: others for name, others in shared.items() if others} == {
+        "0.q_proj": ["0.v_proj"], "0.v_proj": ["0.q_proj"], "1.q_proj": ["1.k_proj"], "1.k_proj": ["1.q_proj"],
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("engine", ["reference", "onnxruntime"])
 def test_engines_compute_what_training_computed(made: Made, engine: Any) -> None:
     """The logits of the student, in its formats, are those of an engine with the exported checkpoint.

@@ -99,10 +99,11 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_formatted_and_clean(generated: Path) -> None:
     """Also the adapters for other trainers. Only imports of a package with a name of 80 letters are too long."""
-    run_tool("ruff", "format", "--isolated", "--check", "--diff", "--line-length", "100", str(generated))
+    run_tool("ruff", "format", "--no-cache", "--isolated", "--check", "--diff", "--line-length", "100", str(generated))
     rules = "A,B,C4,D2,D3,D4,E,F,I,PERF,PIE,RUF,UP,W"
     style = "D203,D205,D212,D213,D400,D401,D415"
-    options = ["--isolated", "--line-length", "100", "--target-version", "py311", "--select", rules, "--ignore", style]
+    options = ["--no-cache", "--isolated", "--line-length", "100", "--target-version", "py311"]
+    options += ["--select", rules, "--ignore", style]
     ours = ["megatron_provider", *sorted({path.parent.name for path in generated.glob("*/*/__init__.py")})]
     options += ["--config", f"lint.isort.known-first-party = {ours}"]
     options += ["--per-file-ignores", "long/*.py:E501"]

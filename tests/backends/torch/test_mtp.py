@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHBlock
 
 from support.models import small_config
 
-from .generated import generate, tiny_spec
+from .generated import generate, imported, tiny_spec, write_generated
 
 IDS = torch.tensor([[5, 90, 2, 33, 33, 8, 61, 7, 1], [0, 96, 44, 3, 17, 17, 29, 50, 12]])
 
@@ -175,3 +177,16 @@ def test_short_sequences(case: tuple[Any, str, int], length: int) -> None:
     out = model(IDS[:, :length], labels=IDS[:, :length])
     assert len(out.mtp_logits) == min(depth, length - 1)
     assert torch.isfinite(out.loss) and torch.isfinite(out.mtp_loss)
+
+
+@pytest.mark.parametrize(("length", "targets"), [(1, [0]), (2, [1, 0]), (3, [2, 1, 0]), (5, [4, 3, 2])])
+def test_how_many_tokens_are_predicted(length: int, targets: list[int], tmp_path: Path) -> None:
+    """By depth, as far as a sequence goes: two sequences, in one of which a label does not count."""
+    write_generated(tiny_spec("M", mtp="*", depth=2), tmp_path)
+    with imported(tmp_path) as train:
+        labels = torch.ones(2, length, dtype=torch.int64)
+        labels[1, -1] = train.trainer.IGNORED
+        batch = SimpleNamespace(labels=labels, documents=None)
+        trainer = SimpleNamespace(model=SimpleNamespace(config=train.model.Config()))
+        found = train.trainer.Trainer.targets(trainer, batch)
+        assert found.tolist() == [2 * count - (count > 0) for count in targets]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -113,6 +114,8 @@ def test_hadamard_is_orthogonal_and_spreads(numerics: Any) -> None:
     torch.testing.assert_close(numerics.hadamard(x) @ numerics.hadamard(y).T, x @ y.T, atol=1e-5, rtol=1e-5)
     spread = numerics.hadamard(torch.eye(16)[3:4])
     torch.testing.assert_close(spread.abs(), torch.full((1, 16), 0.25))
+    negative = numerics.hadamard(torch.eye(16))[:, 0] < 0  # by the signs alone: the transform's first column is ones
+    assert sum(1 << place for place in range(16) if negative[place]) == 0xD7E8  # Transformer Engine's mask
 
 
 def test_mxfp8(numerics: Any) -> None:
@@ -308,6 +311,69 @@ class EngineStandIn:
         if self.fault == "zeros":
             y.register_hook(torch.zeros_like)
         return y
+
+
+@pytest.mark.parametrize(
+    ("capability", "engine", "takes"),
+    [((9, 0), True, "emulate"), ((10, 0), True, "by_engine"), ((12, 1), True, "by_engine"), ((10, 0), False, "emulate"),
+     ((10, 0), None, "emulate")],
+)  # fmt: skip
+def test_who_computes_in_low_precision(
+    numerics: Any, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], engine: bool | None, takes: str
+) -> None:
+    """Transformer Engine from Blackwell on, where it is installed (not None), has NVFP4 and computes right."""
+    blackwell = importlib.import_module(f"{numerics.__package__}.blackwell")
+    looked_at = list[str]()
+
+    def capability_of(device: torch.device) -> tuple[int, int]:
+        return capability
+
+    def require(engine: Any, kind: str, device: torch.device) -> None:
+        looked_at.append(kind)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability_of)
+    monkeypatch.setattr(blackwell, "require_true_products", require)
+    package = None if engine is None else SimpleNamespace(is_nvfp4_available=lambda: engine)
+    monkeypatch.setitem(sys.modules, "transformer_engine", None if engine is None else SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", package)
+    assert blackwell.low_precision(torch.device("cuda")) is getattr(blackwell, takes)
+    assert looked_at == (sorted(set(blackwell.FORMATS.values())) if takes == "by_engine" else [])
+    assert blackwell.low_precision(torch.device("cpu")) is blackwell.emulate
+
+
+def test_what_transformer_engine_computes(modules: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The linears that have a format, and experts whose two matrices have one, by modules of their shapes."""
+    numerics = modules[1]
+    blackwell = importlib.import_module(f"{numerics.__package__}.blackwell")
+    model_module = importlib.import_module(f"{numerics.__package__}.model")
+    with torch.device("meta"):
+        model = model_module.Model()
+
+    def linear(inner: int, out: int, **_: Any) -> tuple[int, int]:
+        return inner, out
+
+    def grouped(count: int, inner: int, out: int, **_: Any) -> tuple[int, int, int]:
+        return count, inner, out
+
+    def engine(module: Any, kind: str) -> tuple[Any, str]:
+        return module, kind
+
+    package = SimpleNamespace(Linear=linear, GroupedLinear=grouped)
+    monkeypatch.setitem(sys.modules, "transformer_engine", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", package)
+    monkeypatch.setattr(blackwell, "Engine", engine)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    blackwell.by_engine(model)
+    engines: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, blackwell.EngineExperts):
+            engines |= dict(zip((f"{name}.up_proj", f"{name}.down_proj"), module.engines, strict=True))
+        elif isinstance(module, blackwell.EngineLinear):
+            engines[name] = module.engine
+    assert engines.keys() == blackwell.FORMATS.keys()
+    for name, (shape, kind) in engines.items():
+        *count, out, inner = shapes.get(f"{name}.weight") or shapes[name]
+        assert (shape, kind) == ((*count, inner, out), blackwell.FORMATS[name])
 
 
 @pytest.mark.parametrize(

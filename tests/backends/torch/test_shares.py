@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,39 @@ def rank() -> int:
     return 0
 
 
+@contextmanager
+def processes(count: int, rank: int) -> Generator[None]:
+    """Join a group as one of several processes; what the others send is nothing."""
+    fake: Any = importlib.import_module("torch.testing._internal.distributed.fake_pg")
+    dist.init_process_group("fake", rank=rank, world_size=count, store=fake.FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.fixture
 def two_processes(rank: int) -> Iterator[None]:
-    """Join a group as one of two processes; what the other one sends is nothing."""
-    fake: Any = importlib.import_module("torch.testing._internal.distributed.fake_pg")
-    dist.init_process_group("fake", rank=rank, world_size=2, store=fake.FakeStore())
-    yield
-    dist.destroy_process_group()
+    with processes(2, rank):
+        yield
+
+
+def test_who_works_together(tmp_path: Path) -> None:
+    """Of 16 processes: tensor-parallel ones lie side by side, then those that share parameters, then their groups."""
+    write_generated(tiny_spec("E", mtp=None), tmp_path)
+    with imported(tmp_path) as train, processes(16, 0):
+        over_all = train.parallelize.Meshes.over_all
+        meshes = over_all("cpu", tensor=2, replicate=2, expert=4)
+        assert meshes.tensor.mesh.tolist() == [0, 1]
+        assert meshes.data.mesh.tolist() == list(range(0, 16, 2))
+        assert meshes.shards.mesh.tolist() == [[0, 2, 4, 6], [8, 10, 12, 14]]
+        assert meshes.expert.mesh_dim_names == ("replica", "expert", "tensor")
+        assert meshes.expert.mesh.tolist() == torch.arange(16).view(2, 4, 2).tolist()
+        alone = over_all("cpu")
+        assert alone.tensor is alone.expert is None
+        assert alone.data.mesh.tolist() == alone.shards.mesh.tolist() == list(range(16))
+        with pytest.raises(ValueError, match=r"^8 data processes do not divide into 3 groups$"):
+            over_all("cpu", tensor=2, replicate=3)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -50,6 +77,47 @@ def test_a_process_computes_with_its_half_of_the_vocabulary(rank: int, tmp_path:
         logits = (x @ columns.T)[own].repeat(1, 2)  # what is gathered of the other process is a copy
         losses = F.cross_entropy(logits, ids[own] - 128 * rank, reduction="sum")
         torch.testing.assert_close(share(x, ids), losses)
+
+
+def test_the_shares_of_a_block_sum_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What two processes compute, and the gradients of what they read, are added up by hand: no other one answers."""
+    write_generated(tiny_spec("M*-E", mtp=None), tmp_path)
+    with imported(tmp_path) as train:
+        torch.manual_seed(0)
+        model, parallelize = train.model.Model(), train.parallelize
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        x, chosen = torch.randn(2, 20, 64), torch.randint(8, (2, 20, 3))
+        experts = (x[..., :32], chosen, torch.rand(2, 20, 3))
+        inputs = {"Mamba2": (x,), "Attention": (x,), "MLP": (x,), "Experts": experts}
+        blocks = {name: module for name, module in model.named_modules() if type(module).__name__ in inputs}
+        assert len(blocks) == 5  # with the shared expert
+        wholes = dict[int, torch.Tensor]()
+
+        def full(tensor: torch.Tensor, **_: Any) -> torch.Tensor:
+            return wholes[id(tensor)]
+
+        monkeypatch.setattr(parallelize.DTensor, "full_tensor", full)
+
+        def values(computes: Any, module: torch.nn.Module) -> torch.Tensor:
+            read, *others = inputs[type(module).__name__]
+            read = read.detach().clone().requires_grad_()
+            y = computes(read, *others)
+            y.backward(torch.linspace(-1, 1, y.numel()).view_as(y))
+            assert read.grad is not None
+            return torch.cat([y.detach(), read.grad])
+
+        whole = {name: values(block, block) for name, block in blocks.items()}
+        for rank in range(2):
+            with processes(2, rank):
+                meshes = parallelize.Meshes.over_all("cpu", tensor=2)
+                for name, block in blocks.items():
+                    cut = deepcopy(block)
+                    share = parallelize.share_of(name, cut, model.config, meshes)
+                    wholes |= {id(p): block.get_parameter(n).detach() for n, p in cut.named_parameters()}
+                    whole[name] -= values(share, block)
+        for name, left in whole.items():
+            torch.testing.assert_close(left, torch.zeros_like(left), rtol=0, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize(("norm", "factor"), [(0.0, 1.0), (0.25, 1.0), (0.5, 1.0), (1.0, 0.5), (4.0, 0.125)])
@@ -102,3 +170,18 @@ def test_experts_on_processes_compute_what_they_do_on_one(tmp_path: Path) -> Non
             torch.testing.assert_close(found[:2], found[2:])
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("experts", "fused"), [(0, True), (1, True), (2, False)])
+@pytest.mark.usefixtures("two_processes")
+def test_one_kernel_updates_the_parameters_of_one_mesh(experts: int, fused: bool, tmp_path: Path) -> None:
+    """Experts that processes share out lie on a mesh of their own; 0: nothing is shared out."""
+    write_generated(tiny_spec("E", mtp=None), tmp_path)
+    with imported(tmp_path) as train:
+        with torch.device("meta"):
+            model = train.model.Model()
+        if experts:
+            train.parallelize.parallelize(model, train.parallelize.Meshes.over_all("cpu", expert=experts))
+        for name in ("adamw", "muon"):
+            settings = train.settings.Settings(data="d", out="o", steps=1, optimizer=name)
+            assert train.optimizer.build_optimizer(model, settings).defaults["fused"] is fused

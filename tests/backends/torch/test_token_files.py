@@ -77,3 +77,39 @@ def test_what_is_no_text_is_told_by_what_others_wrote(train: Any, tmp_path: Path
     settings = train.settings.Settings(data=str(path), out="o", steps=1)
     with pytest.raises(train.settings.TrainError, match=f"is {kind}, and no text"):
         train.file_kinds.find(path, settings)
+
+
+@pytest.mark.parametrize("wrong", range(10))
+def test_tokens_beyond_the_vocabulary(train: Any, wrong: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 10 in two files the first 8 are checked, 4 at a time, when they are opened; the others where they are read."""
+    monkeypatch.setattr(train.tokens, "CHECKED", 5)
+    monkeypatch.setattr(train.tokens, "PIECE", 4)
+    ids = torch.zeros(10, dtype=torch.int32)
+    ids[wrong] = 512
+    said = rf"^a holds token 512, and the vocabulary has 512 \(the first wrong one is token {wrong}\)$"
+
+    def opened(vocabulary: int, count: int = 10) -> Any:
+        return train.tokens.Tokens(Path("a"), vocabulary, [ids[:3], ids[3:count]])
+
+    for count in range(wrong + 1, 11):
+        assert opened(513, count).read(0, count).tolist() == ids[:count].tolist()
+    if wrong < 8:
+        with pytest.raises(train.settings.TrainError, match=said):
+            opened(512)
+        return
+    tokens = opened(512)
+    assert tokens.window(wrong - 4, 4).ids.tolist() == [0] * 4
+    with pytest.raises(train.settings.TrainError, match=said):
+        tokens.window(6, 4)
+
+
+@pytest.mark.parametrize("start", range(9))
+@pytest.mark.parametrize("length", range(1, 5))
+def test_the_documents_of_a_window(train: Any, start: int, length: int) -> None:
+    """Tokens of one document, and no others, have one number."""
+    of_token = [0, 0, 0, 1, 2, 2, 3, 3, 3, 3, 4, 5, 5]
+    ends = torch.tensor([3, 4, 6, 10, 11, 13])
+    tokens = train.tokens.Tokens(Path("a"), 512, [torch.zeros(13, dtype=torch.int32)], ends)
+    numbers = tokens.documents(start, length)
+    expected = torch.tensor(of_token[start : start + length])
+    assert torch.equal(numbers[:, None] == numbers, expected[:, None] == expected)

@@ -143,6 +143,29 @@ def test_long_texts_in_parts(
         assert tokens.ends.tolist() == [tokens.count]
 
 
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("0123456789", ["0123456789"]),
+        ("01234567890", ["0123456789", "0"]),
+        ("0123 56\n890", ["0123 56", "\n890"]),
+        ("0123 567890", ["0123", " 567890"]),
+        ("0\n234567890123", ["0", "\n234567890", "123"]),
+        ("\n1234567890", ["\n123456789", "0"]),  # no part is empty
+        ("012345678\n0", ["012345678", "\n0"]),
+        ("0123456789\n", ["0123456789", "\n"]),
+    ],
+)
+def test_where_a_text_is_cut(train: Any, text: str, parts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into parts of at most 10 here: before a line, else before a word, else anywhere."""
+    monkeypatch.setattr(train.documents, "MOST_TEXT", 10)
+    found = list(train.documents.pieces(text))
+    assert [piece.text for piece in found] == parts
+    assert [(piece.first, piece.last) for piece in found] == [
+        (number == 0, number == len(parts) - 1) for number in range(len(parts))
+    ]
+
+
 def test_empty_documents(train: Any, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "some.jsonl").write_text('{"text": "a"}\n\n{"text": ""}\n{"text": null}\n{"text": "b"}')
     tokens = opened(train, tmp_path / "some.jsonl", tmp_path, "--tokenizer", str(folder / "tokenizer"))

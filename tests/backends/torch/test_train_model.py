@@ -15,9 +15,9 @@ from .training_program import arguments, failure
 
 
 def test_weights_depend_on_the_seed_and_the_name_alone(train: Any) -> None:
-    def weights(seed: str) -> dict[str, torch.Tensor]:
+    def weights(seed: str, *more: str) -> dict[str, torch.Tensor]:
         torch.rand(7)  # what was drawn before does not matter
-        given = ["--data", "d", "--out", "o", "--steps", "1", "--seed", seed]
+        given = ["--data", "d", "--out", "o", "--steps", "1", "--seed", seed, *more]
         world = train.world.World(0, 1, torch.device("cpu"))
         model: torch.nn.Module = train.weights.build_model(train.settings.parse_settings("", given), world, None)
         return model.state_dict()
@@ -29,6 +29,11 @@ def test_weights_depend_on_the_seed_and_the_name_alone(train: Any) -> None:
     assert first[name].std() == pytest.approx(0.1, rel=0.05)  # initializer_range
     assert not torch.equal(first[name], other[name])
     assert not torch.equal(first["lm_head.weight"], first["backbone.embeddings.weight"])
+    heads = {
+        rule: weights("1", "--init", rule)["backbone.layers.0.mixer.A_log"] for rule in ("published", "transformers")
+    }
+    assert torch.equal(heads["published"], first["backbone.layers.0.mixer.A_log"])
+    assert torch.equal(heads["transformers"], torch.arange(1.0, 9.0).log())
 
 
 def test_weights_of_a_checkpoint(train: Any, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

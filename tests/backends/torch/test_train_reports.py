@@ -35,6 +35,29 @@ def test_terminal(train: Any, text: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert line["mfu"] == pytest.approx(line["flops_per_second"] / 1e9, abs=1e-4)
 
 
+def test_the_speed_of_a_step(train: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 x 15 tokens in 3 s over two processes; a token attends to 8 on average, and is trained in three passes."""
+    monkeypatch.setattr(train.metrics, "FLOPS_PER_TOKEN", 1000)
+    monkeypatch.setattr(train.metrics, "FLOPS_PER_TOKEN_OF_CONTEXT", 10)
+    given = arguments(text, tmp_path, "--batch-size", "4", "--seq-len", "15", "--peak-tflops", "0.00000035")
+    settings, world = train.settings.parse_settings("", given), SimpleNamespace(rank=1, size=2)
+    found = train.metrics.Metrics(settings, world, 0).speed(3.0)
+    assert found == {"tokens_per_second": 20.0, "flops_per_second": 64_800, "mfu": 0.0926}
+
+
+def test_which_steps_are_shown(train: Any, text: Path, tmp_path: Path) -> None:
+    """The first, the last, every third, and one with a validation; the file has them all."""
+    shown: list[str] = []
+    world = SimpleNamespace(rank=0, size=1, device=SimpleNamespace(type="cpu"), say=shown.append)
+    settings = train.settings.parse_settings("", arguments(text, tmp_path, "--log-every", "3", "--steps", "8"))
+    metrics = train.metrics.Metrics(settings, world, 0)
+    for step in range(1, 9):
+        metrics.write({"step": step, "tokens_per_second": 1.0} | ({"val_loss": 0.5} if step == 5 else {}))
+    assert [int(line.split()[0]) for line in shown] == [1, 3, 5, 6, 8]
+    assert shown[2].split("  ")[-2:] == ["val_loss 0.5", "1 tokens/s"]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 8
+
+
 def test_tensorboard(
     train: Any, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

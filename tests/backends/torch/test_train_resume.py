@@ -89,6 +89,26 @@ def test_resume_keeps_the_rules_of_training(tmp_path: Path, text: Path, capsys: 
             assert "disable_2d_quantization False, now True" in said
 
 
+def test_moments_go_on_by_this_runs_kernel(train: Any, text: Path, tmp_path: Path) -> None:
+    """One process has the fused kernel of a run whose processes had none, as one where experts are shared out."""
+    settings = train.settings.parse_settings("", arguments(text, tmp_path, "--no-async-checkpoints"))
+    world = train.world.World(0, 1, torch.device("cpu"))
+    model = train.weights.build_model(settings, world, None)
+    store = train.checkpointing.Checkpoints(tmp_path / "checkpoints", 1, world, {}, {})
+
+    def optimizer(fused: bool) -> torch.optim.Optimizer:
+        built: torch.optim.Optimizer = train.optimizer.build_optimizer(model, settings)
+        for group in built.param_groups:
+            group["fused"] = fused
+        return built
+
+    store.save(model, optimizer(False), settings, 1)
+    store.finish()
+    resumed = optimizer(True)
+    assert store.load(model, resumed, settings) == 1
+    assert all(group["fused"] is True for group in resumed.param_groups)
+
+
 @pytest.mark.parametrize("when", ["--async-checkpoints", "--no-async-checkpoints"])
 def test_full_disk(train: Any, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], when: str) -> None:
     """A checkpoint that does not fit leaves the one before it, and the run can go on from that."""

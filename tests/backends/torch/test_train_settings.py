@@ -66,6 +66,9 @@ def test_whole_numbers_have_64_bits(settings: Any, name: str) -> None:
         with pytest.raises(settings.TrainError, match=f"{name} has more than 64 bits") as error:
             settings.checked({"data": "d", "out": "o", "steps": 1, name: wrong})
         assert error.value.code == 2
+    with pytest.raises(settings.TrainError) as error:  # a number, which is no possible one
+        settings.checked({"data": "d", "out": "o", "steps": 1, name: -(2**63)})
+    assert "64 bits" not in str(error.value)
 
 
 LONGEST, VOCABULARY = tiny_spec().model.max_position_embeddings, tiny_spec().model.vocab_size

@@ -145,6 +145,23 @@ def test_scan_by_larger_chunks(kernels: Any, monkeypatch: pytest.MonkeyPatch) ->
     test_scan(kernels, **sizes, packed=False, continued=False)
 
 
+@pytest.mark.parametrize(
+    ("heads", "channels", "split"),
+    [(66, 80, (2, 64)), (67, 80, (1, 128)), (16, 200, (4, 64)), (34, 200, (2, 128)), (1, 64, (1, 64)), (1, 5, (1, 16))],
+)
+def test_heads_are_divided_until_the_gpu_is_half_full(
+    kernels: Any, monkeypatch: pytest.MonkeyPatch, heads: int, channels: int, split: tuple[int, int]
+) -> None:
+    """Of 132 processors; a part has a power of two of channels, 64 at least. A CPU needs no parts."""
+
+    def properties(device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(multi_processor_count=132)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    assert kernels.ssd.split_of(heads, channels, torch.device("cuda")) == split
+    assert kernels.ssd.split_of(heads, channels, torch.device("cpu"))[0] == 1
+
+
 def test_scan_in_parts(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are few heads, several programs share the channels of one."""
 
@@ -455,9 +472,11 @@ def test_what_mamba_ssm_does_not_reach(package: Any, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     "capability", [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow), 120]
 )
-def test_compiles(package: Any, capability: int) -> None:
+def test_compiles(package: Any, capability: int, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Every kernel compiles for a GPU, which need not be there, at the sizes of Nemotron 3 Nano in bfloat16."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    kept = getattr(request.config, "cache", None)  # absent under -p no:cacheprovider
+    environment["TRITON_CACHE_DIR"] = str(kept.mkdir("triton") if kept else tmp_path)
     program = Path(__file__).with_name("compile_kernels.py")
     command = [sys.executable, str(program), str(Path(package.__file__).parent), str(capability)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

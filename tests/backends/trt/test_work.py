@@ -207,7 +207,9 @@ def test_of_a_real_plan_on_every_gpu(served: Served, tmp_path: Path) -> None:
     moved = traffic(served.program, entry_point, entry, result.kernels, context=CONTEXT)
     found = predict(served.program, entry_point, entry, result.kernels, moved, GPUS.values())
     assert list(found) == list(GPUS)
-    for prediction in found.values():
+    least = sum(kind.ideal for kind in moved.by_kind.values())
+    for name, prediction in found.items():
+        assert prediction.total.memory == pytest.approx(least / GPUS[name].bandwidth)
         kinds = [time.predicted for time in prediction.by_kind.values()]
         assert prediction.total.predicted == pytest.approx(sum(kinds))
         assert prediction.total.predicted == pytest.approx(sum(kernel.seconds for kernel in prediction.kernels))

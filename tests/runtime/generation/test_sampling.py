@@ -28,10 +28,10 @@ def test_greedy_takes_the_first_of_equals() -> None:
     assert probabilities(np.array([1, 3, 3, 2], np.float32), Sampling()).tolist() == [0, 1, 0, 0]
 
 
-def test_temperature_sharpens_and_flattens() -> None:
-    assert probabilities(LOGITS, Sampling(1.0)) == pytest.approx([0.1, 0.4, 0.2, 0.3], rel=1e-6)
-    squares = np.array([0.01, 0.16, 0.04, 0.09])
-    assert probabilities(LOGITS, Sampling(0.5)) == pytest.approx(squares / squares.sum(), rel=1e-6)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 4.0])
+def test_temperature_sharpens_and_flattens(temperature: float) -> None:
+    powers = np.array([0.1, 0.4, 0.2, 0.3]) ** (1 / temperature)
+    assert probabilities(LOGITS, Sampling(temperature)) == pytest.approx(powers / powers.sum(), rel=1e-6)
 
 
 def test_top_k_keeps_the_k_likeliest() -> None:

@@ -18,7 +18,8 @@ from torch import Tensor
 from ..loss import IGNORED
 from .settings import FILES, TrainError
 
-CHECKED = 1 << 28  # tokens that are checked at once; of the others each window is
+CHECKED = 1 << 28  # tokens that are checked when files are opened; of the others each window is
+PIECE = 1 << 24  # tokens that are checked at a time
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Tokens:
         object.__setattr__(self, "part_ends", ends)
         if self.count == 0:
             raise TrainError(f"{self.path} holds no tokens", FILES)
-        for start in range(0, min(self.count, CHECKED), 1 << 24):
-            self.read(start, min(1 << 24, self.count - start))
+        for start in range(0, min(self.count, CHECKED), PIECE):
+            self.read(start, min(PIECE, self.count - start))
 
     @property
     def count(self) -> int:
