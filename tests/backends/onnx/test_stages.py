@@ -39,11 +39,11 @@ def test_the_largest_stage_is_as_small_as_can_be(sizes: list[int], data: st.Data
 def test_the_bytes_of_layers() -> None:
     """All weights and states are counted once: of the embedding with the first layer, of all behind them the last."""
     program = serve(small_spec(QUANTIZED)).program
-    layers = max(memory.layer for memory in program.memories() if memory.layer is not None) + 1
+    layers = max(memory.layer for memory in program.parameters.values() if memory.layer is not None) + 1
     for count in (1, 2, layers):
         sizes = [0] * count
         tokens = program.entry_points["verify"].tokens
-        for memory in program.memories():
+        for memory in program.parameters.values():
             first = memory.role == "embedding"
             layer = (0 if first else count - 1) if memory.layer is None else min(memory.layer, count - 1)
             sizes[layer] += memory.type.bytes
