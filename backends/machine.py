@@ -105,9 +105,14 @@ def available_memory_bytes() -> int | None:
 
 def rss_bytes(process: int) -> int | None:
     """Return the memory that a process of this machine holds, by its id."""
-    with contextlib.suppress(OSError):
-        pages = int(Path(f"/proc/{process}/statm").read_text(encoding="ascii").split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
+    return _status_bytes(process, "VmRSS")
+
+
+def _status_bytes(process: int | str, key: str) -> int | None:
+    """Return a figure of what Linux says of a process; None elsewhere."""
+    with contextlib.suppress(OSError, StopIteration):
+        status = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
+        return int(next(line for line in status if line.startswith(f"{key}:")).split()[1]) * 1024
     return None
 
 
@@ -115,9 +120,8 @@ def peak_rss_bytes() -> int | None:
     """Return the most memory that this process has held."""
     if sys.platform == "win32":
         return None
-    with contextlib.suppress(OSError, StopIteration):  # getrusage also counts what its parent held before exec
-        status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return int(next(line for line in status if line.startswith("VmHWM:")).split()[1]) * 1024
+    if (peak := _status_bytes("self", "VmHWM")) is not None:  # getrusage also counts what its parent held before exec
+        return peak
     try:
         import resource
     except ModuleNotFoundError:

@@ -14,10 +14,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from .part import SPECS, Row, Setting, report
+from .part import SPECS, Row, Setting, report, side_by_side
 
 TITLE = "Commands"
 PROMPT = "def __init__(self"
@@ -64,7 +65,10 @@ class Road:
         return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
 
     def _run(self, command: Sequence[object], device: str) -> str:
-        environment = {**os.environ} | ({} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""})
+        threads = max(1, (os.cpu_count() or 1) // side_by_side())
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        if device == "cpu":
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         done = subprocess.run(
             [str(part) for part in command], env=environment, capture_output=True, text=True, check=True
         )
@@ -78,32 +82,37 @@ class Road:
         runs: list[tuple[str, str, Sequence[str]]] = [
             ("default numerics", "default", ()),
             ("float32", "float32", ("--numerics", "float32", "--save-every", str(half))),
-            ("float32, resumed in the middle", "float32", ("--numerics", "float32", "--resume-step", str(half))),
             ("bf16", "bf16", ("--numerics", "bf16")),
             ("bf16-split", "bf16-split", ("--numerics", "bf16-split")),
             ("bf16, compiled", "compiled", ("--numerics", "bf16", "--compile")),
             ("nvfp4", "nvfp4", ("--numerics", "nvfp4")),
         ]
         if self.setting.tiny:
-            runs = runs[:1]
-        for title, out, options in runs:
-            begin = time.monotonic()
-            try:
-                losses = self.train(out, *start, *options)
-            except subprocess.CalledProcessError as error:
-                yield {"command": f"train.py, {title}", "error": "\n".join(error.stderr.strip().splitlines()[-3:])}
-                continue
-            pairs = list(zip(losses, exact, strict=False))
-            early = pairs[: max(2, self.steps // 5)]
-            yield {
-                "command": f"train.py, {title}",
-                "steps": len(losses),
-                "first loss": round(losses[0], 4),
-                "last loss": round(losses[-1], 4),
-                "most from the CPU's, first fifth": f"{max(abs(a - b) for a, b in early):.1e}",
-                "all": f"{max(abs(a - b) for a, b in pairs):.1e}",
-                "s": round(time.monotonic() - begin, 1),
-            }
+            runs = runs[1:2]
+        with ThreadPoolExecutor(side_by_side()) as pool:
+            for compared in [pool.submit(self._compared, exact, start, *run) for run in runs]:
+                yield compared.result()
+        resumed = ("--numerics", "float32", "--resume-step", str(half))
+        yield self._compared(exact, start, "float32, resumed in the middle", "float32", resumed)
+
+    def _compared(self, exact: list[float], start: Sequence[str], title: str, out: str, options: Sequence[str]) -> Row:
+        """Return how far the losses of a run are from those of the CPU."""
+        begin = time.monotonic()
+        try:
+            losses = self.train(out, *start, *options)
+        except subprocess.CalledProcessError as error:
+            return {"command": f"train.py, {title}", "error": "\n".join(error.stderr.strip().splitlines()[-3:])}
+        pairs = list(zip(losses, exact, strict=False))
+        early = pairs[: max(2, self.steps // 5)]
+        return {
+            "command": f"train.py, {title}",
+            "steps": len(losses),
+            "first loss": round(losses[0], 4),
+            "last loss": round(losses[-1], 4),
+            "most from the CPU's, first fifth": f"{max(abs(a - b) for a, b in early):.1e}",
+            "all": f"{max(abs(a - b) for a, b in pairs):.1e}",
+            "s": round(time.monotonic() - begin, 1),
+        }
 
     def _begun(self) -> str:
         """Return the folder of the weights that every run begins with: fresh ones, moved on by one step."""

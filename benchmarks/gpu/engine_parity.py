@@ -7,6 +7,9 @@ activations are rounded to FP4 or FP8, codes tip here and there, on a CPU as wel
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -22,7 +25,7 @@ from n3c.runtime.generation.loop import Generation
 from n3c.runtime.generation.sequence import Options
 from n3c.specs.schema import Spec
 
-from .part import Row, Setting, relative_error, report, spec_of
+from .part import Row, Setting, relative_error, report, side_by_side, spec_of
 
 TITLE = "Parity of the engine"
 FORMATS = ("nvfp4", "w4a16_nvfp4", "fp8", "bf16")
@@ -30,13 +33,18 @@ FORMATS = ("nvfp4", "w4a16_nvfp4", "fp8", "bf16")
 
 def run(setting: Setting) -> Iterator[Row]:
     """Yield the errors by format."""
-    for stored in FORMATS:
-        own: dict[str, object] = {"quantization.format": stored, "quantization.rules": []}
-        spec = spec_of("tiny", Setting(setting.device, tiny=True), own)
-        try:
-            yield from _engine(spec, setting, stored)
-        except Exception as error:
-            yield {"engine": stored, "error": f"{type(error).__name__}: {error}"[:500]}
+    with ProcessPoolExecutor(side_by_side(), get_context("spawn")) as pool:
+        for rows in pool.map(partial(_rows, setting), FORMATS):  # what takes long is compiling
+            yield from rows
+
+
+def _rows(setting: Setting, stored: str) -> list[Row]:
+    own: dict[str, object] = {"quantization.format": stored, "quantization.rules": []}
+    spec = spec_of("tiny", Setting(setting.device, tiny=True), own)
+    try:
+        return list(_engine(spec, setting, stored))
+    except Exception as error:
+        return [{"engine": stored, "error": f"{type(error).__name__}: {error}"[:500]}]
 
 
 class Copied:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -38,6 +39,11 @@ def report(run: Callable[[Setting], Iterator[Row]]) -> None:
     """Run a part as the setting in argv says, and print each row as a line of JSON when it is known."""
     for row in run(Setting(**json.loads(sys.argv[1]))):
         print(json.dumps(row), flush=True)
+
+
+def side_by_side() -> int:
+    """Return how many processes that compile kernels, each on some four cores, run at a time."""
+    return max(1, min(4, (os.cpu_count() or 1) // 4))
 
 
 def spec_of(name: str, setting: Setting, overrides: Mapping[str, object] | None = None) -> Spec:
