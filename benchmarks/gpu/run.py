@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -37,7 +38,7 @@ class Part:
 PARTS: Mapping[str, Part] = {
     "ceilings": Part("ceilings", 30),
     "plans": Part("tensorrt_plans", 60),
-    "engine_parity": Part("engine_parity", 120),
+    "engine_parity": Part("engine_parity", 180),
     "training_parity": Part("training_parity", 90),
     "commands": Part("commands", 300),
     "kernels": Part("kernels", 90),
@@ -104,20 +105,27 @@ def run_part(part: Part, setting: Setting, seconds: float) -> dict[str, Any]:
     if setting.device == "cpu":
         environment["TRITON_INTERPRET"] = "1"
     start = time.monotonic()
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    out, err, code = printed(command, environment, seconds)
     problem = ""
-    try:
-        out, err = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        out, err = process.communicate()
+    if code is None:
         problem = f"stopped after {seconds:.0f} s"
-    if not problem and process.returncode:
+    elif code:
         problem = (err.strip().splitlines() or ["no message"])[-1][:500]
     rows = [json.loads(line) for line in out.splitlines() if line.startswith("{") and line.endswith("}")]
     return {"rows": rows, "seconds": round(time.monotonic() - start, 1)} | ({"problem": problem} if problem else {})
+
+
+def printed(command: Sequence[str], environment: Mapping[str, str], seconds: float) -> tuple[str, str, int | None]:
+    """Return what a command prints and its exit code; None where it is stopped, with all that it has started."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        return *process.communicate(timeout=seconds), process.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # its own children would hold what it prints open
+        return *process.communicate(), None
 
 
 def about(device: str) -> dict[str, str]:

@@ -100,6 +100,16 @@ def test_the_model_of_time_is_measured_by_kernels_of_its_forms(tmp_path: Path) -
     assert all(float(row["error"]) < 1e-6 and row["predicted us"] >= 3 for row in part["rows"])
 
 
+def test_what_a_part_has_started_ends_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the part would be waited for until its children end, which hold its output open."""
+    monkeypatch.syspath_prepend(ROOT)
+    printed = importlib.import_module("benchmarks.gpu.run").printed
+    inner = "import time; print('child', flush=True); time.sleep(600)"
+    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
+    assert printed([sys.executable, "-c", outer], os.environ, 4) == ("child\n", "", None)
+    assert printed([sys.executable, "-c", "print(1); exit(3)"], os.environ, 60) == ("1\n", "", 3)
+
+
 def test_what_the_budget_does_not_allow_is_told(tmp_path: Path) -> None:
     parts = gpu(tmp_path, "ceilings", "scan", "--budget", "0.1")["parts"]
     assert all("the budget of 0.1 s is spent" in part["skipped"] for part in parts.values())
