@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -35,29 +35,14 @@ from n3c.specs.load import loaded
 from n3c.specs.schema import Spec
 from n3c.specs.shipped import spec_file
 
+from .clock import SkippingClock
+
 TITLE = "`n3c simulate` beside an engine"
 CHECKED = ("rate", "drafts", "times of calls", "tokens/s", "first token: p50", "p90", "a token: p50", "p90", "found")
 SEEDS = 6
 """Runs of a row, each of other requests."""
 MEMORY = 10**8
 SIZES = (1, 2, 4)
-
-
-@dataclass
-class ProcessorClock:
-    """The processor time of this thread, and the time in which nothing was to be done."""
-
-    _start: float = field(default_factory=time.thread_time)
-    _skipped: float = 0.0
-
-    @property
-    def now(self) -> float:
-        """Seconds."""
-        return time.thread_time() - self._start + self._skipped
-
-    @now.setter
-    def now(self, value: float) -> None:
-        self._skipped += value - self.now
 
 
 def run(quick: bool) -> Iterator[str]:
@@ -113,7 +98,7 @@ class _Server:
         engine: Any = TimedEngine(self.engine, time.thread_time)
         drafter = MtpDrafter() if self.drafts else None
         batch = Batch(engine, Capacity.of(self.spec), drafter, PrefixCache(MEMORY, self.drafts))
-        clock: Any = ProcessorClock()
+        clock: Any = SkippingClock(time.thread_time)
         real = Replica(batch, clock, partial(getattr, clock, "now"))
         begin = time.thread_time()
         real.run(given)

@@ -16,7 +16,7 @@ from n3c.ir.program import EntryPoint, Node, Program, Value
 from n3c.ir.types import DType
 from n3c.passes.pack import CODES
 
-from .linear_forms import Applied, Choose, LinearForm, as_bytes, fastest, rounds
+from .linear_forms import Applied, Choose, LinearForm, fastest, is_read_as_bytes, rounds
 
 
 def fastest_for(program: Program, sms: Sequence[int] = ()) -> Choose:
@@ -90,7 +90,7 @@ class LinearForms:
         if node.op is not ops.linear or not weights or self.of(node) != "sum":
             return []
         codes, width = weights[0].stored[0], weights[0].type.static_dims[-1]
-        return [codes] if as_bytes(codes.type.dtype, width) else []
+        return [codes] if is_read_as_bytes(codes.type.dtype, width) else []
 
     def _applied(self, node: Node) -> Applied:
         weight = node["weight"]

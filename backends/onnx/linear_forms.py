@@ -112,7 +112,7 @@ def rounds(form: LinearForm, applied: Applied) -> bool:
     return form == "product" and not (applied.wide or native or applied.dtype is DType.F32)
 
 
-def as_bytes(dtype: DType, k: int) -> bool:
+def is_read_as_bytes(dtype: DType, k: int) -> bool:
     """Return whether a sum of `k` terms reads the codes of a weight as bytes that are bound in `dtype`."""
     return dtype is DType.F4E2M1 and k >= LEAST_IN_PLANES
 
@@ -127,7 +127,7 @@ def kernels(form: LinearForm, applied: Applied) -> tuple[Work, ...]:
         return tuple(_product(applied, x, y))
     if form == "siblings":
         return tuple(_siblings(applied))
-    by_table = applied.by_table or (form == "sum" and as_bytes(applied.dtype, k))
+    by_table = applied.by_table or (form == "sum" and is_read_as_bytes(applied.dtype, k))
     rounding = 3 if applied.rounded and applied.blocked else 0  # division, codes, values
     preparing = 1 if by_table and applied.blocked else rounding  # planes, rounded in the same kernel
     cost = sum_cost(applied.dtype, applied.around, fp8=not applied.blocked, by_table=by_table)

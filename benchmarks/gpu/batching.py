@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,27 +23,11 @@ from n3c.runtime.simulation.replica import Replica
 from n3c.runtime.simulation.result import Load, load_of
 from n3c.runtime.simulation.workload import Request, lengths_of, poisson
 
+from ..clock import SkippingClock
 from .part import Row, Setting, report, spec_of
 from .served import engine_of
 
 TITLE = "Continuous batching"
-
-
-@dataclass
-class WallClock:
-    """The wall clock without the time in which nothing was to be done."""
-
-    _start: float = field(default_factory=time.perf_counter)
-    _skipped: float = 0.0
-
-    @property
-    def now(self) -> float:
-        """Seconds."""
-        return time.perf_counter() - self._start + self._skipped
-
-    @now.setter
-    def now(self, value: float) -> None:
-        self._skipped += value - self.now
 
 
 def run(setting: Setting) -> Iterator[Row]:
@@ -61,7 +45,7 @@ def run(setting: Setting) -> Iterator[Row]:
 
     def measured(given: Sequence[Request]) -> Load | None:
         batch = Batch(engine, Capacity.of(spec), cache=PrefixCache(memory, False))
-        clock: Any = WallClock()
+        clock: Any = SkippingClock(time.perf_counter)
         replica = Replica(batch, clock, partial(getattr, clock, "now"))
         replica.run(given)
         return load_of([replica])
