@@ -16,6 +16,7 @@ TITLE = "Kernels of decoding"
 NANO = {"D": 2688, "E": 128, "K": 6, "I": 1856, "L": 2688}
 SUPER = {"D": 4096, "E": 512, "K": 22, "I": 2688, "L": 1024}
 ROTATED = 200e6  # bytes
+W4A4 = ", activations rounded"
 
 
 def run(setting: Setting) -> Iterator[Row]:
@@ -31,33 +32,37 @@ def run(setting: Setting) -> Iterator[Row]:
 def _linears(setting: Setting) -> Iterator[Row]:
     import torch
 
+    from n3c.runtime.engines.torch.activations import rounded
     from n3c.runtime.engines.torch.kernels.linear import few_rows_linear, many_rows_linear
 
     shapes = [(64, 96)] if setting.tiny else [(10_304, 2688), (2688, 4096), (131_072, 2688)]
     for n, k in shapes:
-        for stored in ("bf16", "fp8", "nvfp4"):
+        for stored, how in (("bf16", ""), ("fp8", ""), ("nvfp4", ""), ("nvfp4", W4A4)):
             if n > 100_000 and stored != "bf16":
                 continue
             copies = _copies(stored, (n, k), setting)
+            activation = _activation(setting) if how else None
             for rows in (1, 32) if setting.tiny else (1, 4, 8, 32):
                 x = _normal(setting, rows, k)
-                kernel = few_rows_linear if rows <= 16 else many_rows_linear
-                want = x.float() @ copies[0].dequantized(torch.float32).T
+                kernel = partial(few_rows_linear if rows <= 16 else many_rows_linear, activation=activation)
+                want = rounded(activation, x.float()) @ copies[0].dequantized(torch.float32).T
                 error = relative_error(kernel(x, copies[0]), want)
                 seconds = seconds_of_each(setting, [partial(kernel, x, w) for w in copies])
-                yield _row(f"linear {n} x {k}", stored, rows, error, seconds, copies[0].bytes)
+                yield _row(f"linear {n} x {k}{how}", stored, rows, error, seconds, copies[0].bytes)
 
 
 def _experts(setting: Setting) -> Iterator[Row]:
     import torch
 
+    from n3c.runtime.engines.torch.activations import rounded
     from n3c.runtime.engines.torch.kernels.experts import routed_experts
 
     models = {"tiny": {"E": 4, "K": 2, "I": 48, "L": 32}} if setting.tiny else {"nano": NANO, "super": SUPER}
     for name, s in models.items():
-        for stored in ("nvfp4", "bf16"):
+        for stored, how in (("nvfp4", ""), ("nvfp4", W4A4), ("bf16", "")):
             if name == "super" and stored == "bf16":
                 continue
+            activation = _activation(setting) if how else None
             up, down = (
                 _packed(stored, (s["E"], s["I"], s["L"]), setting),
                 _packed(stored, (s["E"], s["L"], s["I"]), setting),
@@ -66,15 +71,20 @@ def _experts(setting: Setting) -> Iterator[Row]:
                 x = _normal(setting, rows, s["L"])
                 chosen = torch.stack([torch.randperm(s["E"])[: s["K"]] for _ in range(rows)]).to(setting.device)
                 weights = torch.rand(rows, s["K"], device=setting.device)
-                got, some = routed_experts(x, chosen, weights, up, down), min(rows, 4)
+                call = partial(routed_experts, x, chosen, weights, up, down, (activation, activation))
+                got, some = call(), min(rows, 4)
                 want = torch.zeros(some, s["L"], device=setting.device)
                 for t in range(some):
+                    read = rounded(activation, x[t].float())
                     for i, e in enumerate(chosen[t].tolist()):
-                        want[t] += weights[t, i] * (_one(down, e) @ (_one(up, e) @ x[t].float()).relu().square())
+                        inner = rounded(activation, (_one(up, e) @ read).relu().square())
+                        want[t] += weights[t, i] * (_one(down, e) @ inner)
                 met = len(chosen.unique())
-                seconds = seconds_of_each(setting, [partial(routed_experts, x, chosen, weights, up, down)], most=8)
+                seconds = seconds_of_each(setting, [call], most=8)
                 size = (up.bytes + down.bytes) * met // s["E"]
-                row = _row(f"experts {name}, {met} met", stored, rows, relative_error(got[:some], want), seconds, size)
+                row = _row(
+                    f"experts {name}, {met} met{how}", stored, rows, relative_error(got[:some], want), seconds, size
+                )
                 flops = 4 * rows * s["K"] * s["I"] * s["L"]
                 yield {**row, "TFLOP/s": round(flops / seconds / 1e12, 1)}
 
@@ -156,6 +166,14 @@ def _packed(stored: str, shape: tuple[int, ...], setting: Setting) -> Any:
     codes = torch.randint(256, (*stack, n, k // 2), dtype=torch.uint8, device=setting.device)
     blocks = torch.randint(0x30, 0x40, (*stack, n, k // 16), dtype=torch.uint8, device=setting.device)
     return PackedWeight("nvfp4", codes, blocks, scale, shape)
+
+
+def _activation(setting: Setting) -> Any:
+    import torch
+
+    from n3c.runtime.engines.torch.activations import Activation
+
+    return Activation("nvfp4", torch.tensor(8 / 2688, device=setting.device))  # for numbers up to 8
 
 
 def _one(weight: Any, expert: int) -> Any:

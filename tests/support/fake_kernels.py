@@ -20,10 +20,12 @@ def fake_kernels(called: list[str]) -> Kernels:
         assert x.dim() == 2 and len(x) <= 64
         return _product(x, weight, dtype)
 
-    def many_rows_linear(x: Tensor, weight: PackedWeight, *, squared_relu: bool, dtype: torch.dtype) -> Tensor:
+    def many_rows_linear(
+        x: Tensor, weight: PackedWeight, *, activation: Activation | None, squared_relu: bool, dtype: torch.dtype
+    ) -> Tensor:
         called.append("many_rows_linear")
         assert x.dim() == 2
-        y = _product(x, weight, torch.float32)
+        y = _product(rounded(activation, x), weight, torch.float32)
         return (ops.relu2(y) if squared_relu else y).to(dtype)
 
     def rounding(activation: Activation | None, x: Tensor) -> Tensor:
@@ -51,12 +53,13 @@ def fake_kernels(called: list[str]) -> Kernels:
         weights: Tensor,
         up: PackedWeight,
         down: PackedWeight,
-        activation: Activation | None = None,
+        activations: tuple[Activation | None, Activation | None] = (None, None),
     ) -> Tensor:
         called.append("routed_experts")
         assert chosen.dtype == torch.int64 and weights.dtype == torch.float32 and x.dim() == chosen.dim() == 2
         matrices = up.dequantized(torch.float32), down.dequantized(torch.float32)
-        return _experts(x, chosen, weights, *matrices, activation)
+        outer, inner = activations
+        return _experts(rounded(outer, x), chosen, weights, *matrices, inner)
 
     def mamba2_step(
         projected: Tensor,

@@ -22,6 +22,8 @@ MOST_STEPS = 8
 """Tokens of a sequence up to which the Mamba-2 step is made; more are scanned by chunks."""
 MOST_QUERIES = 128
 """Queries that share a key head, of all tokens of a sequence, up to which they are one tile; more is for PyTorch."""
+MOST_BESIDE = 64
+"""Rows up to which work is done on a stream of its own."""
 MOST_ROUTED = 64
 """Rows up to which a router's product is a kernel's; beyond it is the generated module's, in float32 as well."""
 
@@ -36,7 +38,7 @@ class Kernels:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     route: Callable[..., tuple[Tensor, Tensor]]
-    routed_experts: Callable[[Tensor, Tensor, Tensor, PackedWeight, PackedWeight, Activation | None], Tensor]
+    routed_experts: Callable[..., Tensor]
     mamba2_step: Callable[..., Tensor]
     gated_rms_norm: Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
     cached_attention: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -77,14 +79,37 @@ class KernelOperations(PlainOperations):
         """Take the generated package, for what no kernel computes."""
         super().__init__(package, spec)
         self._moe, self._kernels = spec.moe, kernels
+        self._stream: torch.cuda.Stream | None = None
 
-    def linear(self, x: Tensor, weight: PackedWeight, dtype: torch.dtype, *, squared_relu: bool = False) -> Tensor:
+    def beside(self, work: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
+        """Compute it on a stream of its own where few rows leave much of the GPU idle."""
+        if not x.is_cuda or x.numel() > MOST_BESIDE * x.shape[-1]:
+            return super().beside(work, x)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(x.device)
+        side = self._stream
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            y = work(x)
+
+        def result() -> Tensor:
+            # Memory of the side stream is used again on it alone, and it waits for this stream before it begins.
+            torch.cuda.current_stream().wait_stream(side)
+            return y
+
+        return result
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: PackedWeight,
+        dtype: torch.dtype,
+        *,
+        activation: Activation | None = None,
+        squared_relu: bool = False,
+    ) -> Tensor:
         """Dequantize in registers, and write the float32 sums as they are asked for."""
-        return self._kernels.many_rows_linear(x, weight, squared_relu=squared_relu, dtype=dtype)
-
-    def rounded(self, activation: Activation | None, x: Tensor) -> Tensor:
-        """Round in one kernel."""
-        return self._kernels.rounded(activation, x)
+        return self._kernels.many_rows_linear(x, weight, activation=activation, squared_relu=squared_relu, dtype=dtype)
 
     def norm(self, norm: Any, x: Tensor) -> Tensor:
         """Norm in one kernel."""
@@ -94,8 +119,9 @@ class KernelOperations(PlainOperations):
         """Add and norm in one kernel."""
         return self._kernels.add_rms_norm(y, x, norm.weight, norm.eps)
 
-    def route(self, router: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    def route(self, router: Any, x: Tensor, activation: Activation | None = None) -> tuple[Tensor, Tensor]:
         """Multiply with the router's weight as it is stored and choose in float32, of one group of experts."""
+        x = self._kernels.rounded(activation, x)
         config, rows = router.config, x.flatten(0, -2)
         assert self._moe is not None
         if len(rows) > MOST_ROUTED or self._moe.n_group > 1:
@@ -118,10 +144,10 @@ class KernelOperations(PlainOperations):
         weights: Tensor,
         up: PackedWeight,
         down: PackedWeight,
-        inner: Activation | None = None,
+        activations: tuple[Activation | None, Activation | None] = (None, None),
     ) -> Tensor:
         """Read the chosen experts only, each once for all of its tokens."""
-        return self._kernels.routed_experts(x, chosen, weights, up, down, inner)
+        return self._kernels.routed_experts(x, chosen, weights, up, down, activations)
 
     def mamba_step(
         self, mixer: Any, projected: Tensor, window: Tensor, ssm: Tensor, counts: Tensor | None, *, advance: bool

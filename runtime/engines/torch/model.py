@@ -19,7 +19,7 @@ from n3c.passes.pipelines import quantize_activations_pass, quantize_pass
 from n3c.specs.schema import Spec
 
 from .activations import Activation
-from .modules import Gate, PackedExperts, PackedLinear, PackedMlp
+from .modules import Beside, Gate, PackedExperts, PackedLinear, PackedMlp
 from .operations import Operations
 from .packed import PackedWeight
 from .weights import WeightSource
@@ -106,6 +106,9 @@ class PackedModel:
                 self._pack(name, part)
             else:
                 setattr(module, own, packed)
+        shared = getattr(module, "shared_experts", None)
+        if shared is not None:
+            module.shared_experts = Beside(module, shared, self._operations)
 
     def _packed_module(self, name: str, module: nn.Module) -> nn.Module | None:
         """Return what takes the place of a module of the generated package; None where it stays."""

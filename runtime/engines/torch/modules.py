@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,8 +29,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y."""
-        rows = self._operations.rounded(self._activation, x.flatten(0, -2))
-        rows = self._operations.linear(rows, self._weight, self._dtype or x.dtype)
+        rows, dtype = x.flatten(0, -2), self._dtype or x.dtype
+        rows = self._operations.linear(rows, self._weight, dtype, activation=self._activation)
         return rows.view(*x.shape[:-1], -1)
 
 
@@ -54,9 +55,9 @@ class PackedMlp(_UpAndDown):
     def forward(self, x: Tensor) -> Tensor:
         """Return [B, S, D] for x [B, S, D]."""
         outer, inner = self._activations
-        rows = self._operations.rounded(outer, x.flatten(0, -2))
-        active = self._operations.linear(rows, self._up, x.dtype, squared_relu=True)
-        return self._operations.linear(self._operations.rounded(inner, active), self._down, x.dtype).view_as(x)
+        linear = self._operations.linear
+        active = linear(x.flatten(0, -2), self._up, x.dtype, activation=outer, squared_relu=True)
+        return linear(active, self._down, x.dtype, activation=inner).view_as(x)
 
 
 class PackedExperts(_UpAndDown):
@@ -65,10 +66,7 @@ class PackedExperts(_UpAndDown):
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """Return [B, S, L] for x [B, S, L], experts and weights [B, S, K], in the type of x."""
         rows, chosen, shares = (t.flatten(0, -2) for t in (x, experts, weights))
-        outer, inner = self._activations
-        rows = self._operations.rounded(outer, rows)
-        y = self._operations.experts(rows, chosen, shares, self._up, self._down, inner)
-        return y.view_as(x)
+        return self._operations.experts(rows, chosen, shares, self._up, self._down, self._activations).view_as(x)
 
 
 class Gate(nn.Module):
@@ -84,4 +82,24 @@ class Gate(nn.Module):
 
         `batch` says nothing: an entry point has no padding, as `counts` say what is real, and no given experts.
         """
-        return *self._operations.route(self.router, self._operations.rounded(self._activation, x)), None
+        return *self._operations.route(self.router, x, self._activation), None
+
+
+class Beside(nn.Module):
+    """A module of an MoE that is computed beside the modules before it, as all read the same x."""
+
+    def __init__(self, moe: nn.Module, module: nn.Module, operations: Operations) -> None:
+        """Begin with `module` whenever `moe` begins."""
+        super().__init__()
+        self.module, self._operations = module, operations
+        self._result: Callable[[], Tensor] | None = None
+        moe.register_forward_pre_hook(self._begin)
+
+    def _begin(self, moe: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._result = self._operations.beside(self.module, inputs[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the result for x, which the MoE was called with."""
+        assert self._result is not None
+        result, self._result = self._result, None
+        return result()

@@ -22,15 +22,20 @@ from .packed import PackedWeight
 class Operations(Protocol):
     """What the modules of an engine are made of. Nothing waits for the device, unless it is said so."""
 
-    def linear(self, x: Tensor, weight: PackedWeight, dtype: torch.dtype, *, squared_relu: bool = False) -> Tensor:
-        """Return x [T, K] W^T as [T, N] of type `dtype`, or the square of its positive part.
-
-        x is taken as it is: who calls rounds it where the format says so.
-        """
+    def beside(self, work: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
+        """Return what gives the result of `work` for x, which may be computed beside all that is asked for before."""
         ...
 
-    def rounded(self, activation: Activation | None, x: Tensor) -> Tensor:
-        """Return x [.., K] rounded where there is an activation's format, else as it is."""
+    def linear(
+        self,
+        x: Tensor,
+        weight: PackedWeight,
+        dtype: torch.dtype,
+        *,
+        activation: Activation | None = None,
+        squared_relu: bool = False,
+    ) -> Tensor:
+        """Return x [T, K] W^T as [T, N] of type `dtype`, or the square of its positive part; x rounded first."""
         ...
 
     def norm(self, norm: Any, x: Tensor) -> Tensor:
@@ -41,8 +46,11 @@ class Operations(Protocol):
         """Return the norm of x + y, and x + y."""
         ...
 
-    def route(self, router: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the experts [B, T, K] int64 that a generated router chooses for x [B, T, D], and their weights."""
+    def route(self, router: Any, x: Tensor, activation: Activation | None = None) -> tuple[Tensor, Tensor]:
+        """Return the experts [B, T, K] int64 that a router chooses for x [B, T, D], and their weights.
+
+        x is rounded first.
+        """
         ...
 
     def experts(
@@ -52,9 +60,12 @@ class Operations(Protocol):
         weights: Tensor,
         up: PackedWeight,
         down: PackedWeight,
-        inner: Activation | None = None,
+        activations: tuple[Activation | None, Activation | None] = (None, None),
     ) -> Tensor:
-        """Return the weighted sum [T, L] of the chosen experts [T, K] of each x [T, L]; `down` reads `inner`."""
+        """Return the weighted sum [T, L] of the chosen experts [T, K] of each x [T, L].
+
+        What `up` and what `down` reads is rounded first.
+        """
         ...
 
     def mamba_step(

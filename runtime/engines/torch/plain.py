@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,14 +23,22 @@ class PlainOperations:
         """Take the package that is generated of `spec`; its own kernels for GPUs are used where they are installed."""
         self._package = package
 
-    def linear(self, x: Tensor, weight: PackedWeight, dtype: torch.dtype, *, squared_relu: bool = False) -> Tensor:
-        """Multiply with the dequantized weight."""
-        y = F.linear(x, weight.dequantized(x.dtype)).to(dtype)
-        return F.relu(y).square() if squared_relu else y
+    def beside(self, work: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
+        """Compute it when it is asked for."""
+        return partial(work, x)
 
-    def rounded(self, activation: Activation | None, x: Tensor) -> Tensor:
-        """Round in float32, step by step."""
-        return rounded(activation, x)
+    def linear(
+        self,
+        x: Tensor,
+        weight: PackedWeight,
+        dtype: torch.dtype,
+        *,
+        activation: Activation | None = None,
+        squared_relu: bool = False,
+    ) -> Tensor:
+        """Multiply with the dequantized weight."""
+        y = F.linear(rounded(activation, x), weight.dequantized(x.dtype)).to(dtype)
+        return F.relu(y).square() if squared_relu else y
 
     def norm(self, norm: Any, x: Tensor) -> Tensor:
         """Run the generated module."""
@@ -41,9 +50,9 @@ class PlainOperations:
         total = x + y
         return norm(total), total
 
-    def route(self, router: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    def route(self, router: Any, x: Tensor, activation: Activation | None = None) -> tuple[Tensor, Tensor]:
         """Run the generated module."""
-        chosen, weights, _ = router(x)
+        chosen, weights, _ = router(rounded(activation, x))
         return chosen, weights
 
     def experts(
@@ -53,9 +62,11 @@ class PlainOperations:
         weights: Tensor,
         up: PackedWeight,
         down: PackedWeight,
-        inner: Activation | None = None,
+        activations: tuple[Activation | None, Activation | None] = (None, None),
     ) -> Tensor:
         """Dequantize the chosen experts, or all of them where the tokens choose more than there are."""
+        outer, inner = activations
+        x = rounded(outer, x)
         if chosen.numel() < up.shape[0]:
             index = chosen.flatten()  # [T * K]
             rows = x.repeat_interleave(chosen.shape[1], 0)[:, :, None]  # [T * K, L, 1]

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import SMS, ceil_div, has_wide_products, power_of_two, product_type
+from .launching import SMS, begin, ceil_div, has_wide_products, overlapping, power_of_two, product_type
 
 
 @triton.jit
@@ -33,6 +33,7 @@ def part_kernel(
 
     Program (part, pair of a sequence and a key head); row m is token m % TOKENS of query head m // TOKENS.
     """
+    begin()
     part = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
     length = tl.load(lengths + pair // KEY_HEADS).to(tl.int32)
@@ -78,6 +79,7 @@ def join_kernel(
     Z: tl.constexpr, PARTS: tl.constexpr, BP: tl.constexpr, BZ: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write BZ channels of row `program_id(0)` of pair `program_id(1)` of y from the parts that the context has."""
+    begin()
     row = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
     z = tl.program_id(2) * BZ + tl.arange(0, BZ)
@@ -121,12 +123,13 @@ def cached_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -
     y = torch.empty_like(q)
     rows_of_four_warps = 64 if has_wide_products(q) else 32  # more would not stay in registers
     options = {"num_warps": 4 if block_m <= rows_of_four_warps else 8, "num_stages": 3 if block_m < 64 else 2}
+    options |= overlapping(q)
     part_kernel[(parts, pairs)](
         q, keys, values, lengths, sums, maxima, totals, capacity, rows, tokens, key_heads, 1 / math.sqrt(channels),
         channels, product_type(q), parts, block_m, block_z, block, **options,
     )  # fmt: skip
     join_kernel[(rows, pairs, ceil_div(channels, 32))](
         sums, maxima, totals, lengths, y, rows, tokens, key_heads,
-        channels, parts, min(parts, 16), 32, block, num_warps=4,
+        channels, parts, min(parts, 16), 32, block, num_warps=4, **overlapping(q),
     )  # fmt: skip
     return y

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..activations import Activation
 from ..packed import PackedWeight
-from .launching import ceil_div, power_of_two, product_type
+from .coded import can_be_coded, coded, coded_product
+from .launching import begin, ceil_div, overlapping, power_of_two, product_type
 from .linear import UNIT, WORD, finished, row_blocks, stored, tile_blocks, words
 from .rounding import rounded
 from .weights import row_product, tile_product
@@ -35,6 +36,7 @@ def one_token_kernel(
     BN: tl.constexpr, KU: tl.constexpr,
 ):  # fmt: skip
     """Write y [pairs, N] of x [K], or of [pairs, K]: program (n, pair) has BN rows of the pair's expert."""
+    begin()
     pair = tl.program_id(1)
     expert = tl.load(chosen + pair)
     rows = tl.minimum(tl.program_id(0) * BN + tl.arange(0, BN), N - 1)
@@ -43,6 +45,26 @@ def one_token_kernel(
         K, FORMAT, WIDE, BN, KU,
     )  # fmt: skip
     product = finished(product, scale + expert, FORMAT, SQUARED_RELU)
+    tl.store(y + pair * N + rows, product.to(y.dtype.element_ty))
+
+
+@triton.jit
+def coded_pairs_kernel(
+    x, steps, x_scale, chosen, data, scales, scale, y, N, PER_EXPERT, SCALES_PER_EXPERT,
+    K: tl.constexpr, PAIRS_PER_ROW: tl.constexpr, SQUARED_RELU: tl.constexpr, BN: tl.constexpr, KU: tl.constexpr,
+):  # fmt: skip
+    """Write y [pairs, N]; pair p reads row p // PAIRS_PER_ROW of x, in codes. Program (p, n) has BN rows of it."""
+    begin()
+    # Programs run in this order: those that read the same rows of an expert are near each other, and L2 has them.
+    pair = tl.program_id(0)
+    row = pair // PAIRS_PER_ROW
+    expert = tl.load(chosen + pair)
+    rows = tl.minimum(tl.program_id(1) * BN + tl.arange(0, BN), N - 1)
+    product = coded_product(
+        x + row * (K // 8), steps + row * (K // 16), data + expert * PER_EXPERT, scales + expert * SCALES_PER_EXPERT,
+        rows, K, BN, KU,
+    )  # fmt: skip
+    product = finished(product * tl.load(x_scale), scale + expert, "nvfp4", SQUARED_RELU)
     tl.store(y + pair * N + rows, product.to(y.dtype.element_ty))
 
 
@@ -70,6 +92,7 @@ def few_pairs_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """Write y [PAIRS, N]; pair p reads row p // PAIRS_PER_ROW of x. Program (n, p) works where p leads."""
+    begin()
     pair = tl.program_id(1)
     expert = tl.load(chosen + pair)
     others = tl.arange(0, BP)
@@ -92,6 +115,7 @@ def grouped_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Write y [pairs, N] as `few_pairs_kernel`: program (n, tile) has BM of the pairs sorted by expert."""
+    begin()
     tile = tl.program_id(1)
     expert = tl.load(tile_expert + tile).to(tl.int64)  # times the size of one
     if expert < EXPERTS:
@@ -107,6 +131,7 @@ def grouped_kernel(
 @triton.jit
 def combine_kernel(parts, weights, y, L, K: tl.constexpr, BLOCK: tl.constexpr):
     """Write y [T, L] = sum_k weights [T, K] parts [T, K, L], in the order of k."""
+    begin()
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -122,32 +147,40 @@ def routed_experts(
     weights: Tensor,
     up: PackedWeight,
     down: PackedWeight,
-    activation: Activation | None = None,
+    activations: tuple[Activation | None, Activation | None] = (None, None),
 ) -> Tensor:
     """Return sum_k weights_k down_k(relu(up_k x)^2): [T, L], of x's type, which is bfloat16 or float32.
 
     x [T, L], chosen [T, K] int64, weights [T, K] float32; up [E, I, L] and down [E, L, I] of any formats. L and I are
-    multiples of the words of the formats: 16 of NVFP4, 4 of FP8. A token's experts may repeat. What `down` reads is
-    rounded to `activation`.
+    multiples of the words of the formats: 16 of NVFP4, 4 of FP8. A token's experts may repeat. What `up` and
+    `down` read is rounded to `activations` first.
     """
     x, chosen, weights = x.contiguous(), chosen.contiguous(), weights.contiguous()
     (tokens, width), top_k = x.shape, chosen.shape[1]
     inner = x.new_empty(tokens * top_k, up.shape[1])
     parts = x.new_empty(tokens * top_k, width, dtype=torch.float32)
-    experts_linear(x, chosen, up, inner, squared_relu=True)
-    experts_linear(rounded(activation, inner), chosen, down, parts, squared_relu=False)
+    experts_linear(x, chosen, up, inner, activations[0], squared_relu=True)
+    experts_linear(inner, chosen, down, parts, activations[1], squared_relu=False)
     y = torch.empty_like(x)
     block = min(power_of_two(width), 512)
-    combine_kernel[(tokens, ceil_div(width, block))](parts, weights, y, width, top_k, block, num_warps=4)
+    combine_kernel[(tokens, ceil_div(width, block))](
+        parts, weights, y, width, top_k, block, num_warps=4, **overlapping(x)
+    )
     return y
 
 
-def experts_linear(x: Tensor, chosen: Tensor, weight: PackedWeight, y: Tensor, *, squared_relu: bool) -> None:
+def experts_linear(
+    x: Tensor, chosen: Tensor, weight: PackedWeight, y: Tensor, activation: Activation | None, *, squared_relu: bool
+) -> None:
     """Write y [T K, N]: row p is row p // (T K / rows of x) of x [.., K] times the matrix of expert `chosen[p]`."""
     experts, outputs, inputs = weight.shape
     pairs = chosen.numel()
     if inputs % WORD[weight.format]:
         raise ValueError(f"{inputs} inputs of {weight.format} experts are no multiple of {WORD[weight.format]}")
+    if 2 * pairs <= experts and activation is not None and can_be_coded(activation, weight):
+        coded_pairs(x, chosen, weight, y, activation, squared_relu)
+        return
+    x = rounded(activation, x)
     unit = UNIT[weight.format]
     if len(chosen) == 1 and inputs % unit == 0 and (weight.format != "bf16" or weight.data.dtype == torch.bfloat16):
         one_token(x, chosen, weight, y, squared_relu)
@@ -161,14 +194,31 @@ def experts_linear(x: Tensor, chosen: Tensor, weight: PackedWeight, y: Tensor, *
         block_m, block_n, block_k, options = tile_blocks(x, weight.format, load)
         few_pairs_kernel[(ceil_div(outputs, block_n), pairs)](
             x, chosen, *stored_as, pairs, inputs, per_row, weight.format, kind, squared_relu,
-            block_m, block_n, block_k, max(power_of_two(pairs), 16), **options,
+            block_m, block_n, block_k, max(power_of_two(pairs), 16), **options, **overlapping(x),
         )  # fmt: skip
         return
     block_m, block_n, block_k, options = tile_blocks(x, weight.format, max(pairs // experts, 16))
     order, tile_expert, tile_first, ends = sorted_tiles(chosen, experts, block_m)
     grouped_kernel[(ceil_div(outputs, block_n), len(tile_expert))](
         x, order, tile_expert, tile_first, ends, *stored_as, experts, inputs, per_row, weight.format, kind,
-        squared_relu, block_m, block_n, block_k, **options,
+        squared_relu, block_m, block_n, block_k, **options, **overlapping(x),
+    )  # fmt: skip
+
+
+def coded_pairs(
+    x: Tensor, chosen: Tensor, weight: PackedWeight, y: Tensor, activation: Activation, squared_relu: bool
+) -> None:
+    """Write y by `coded_pairs_kernel`: of so few pairs nearly each has an expert of its own."""
+    _, outputs, inputs = weight.shape
+    pairs = chosen.numel()
+    codes, steps, x_scale = coded(activation, x)
+    block, warps = row_blocks(outputs * pairs, inputs, UNIT["nvfp4"])
+    data = words(weight, torch.int64)
+    block_scales, scale = stored(weight, torch.int16)
+    coded_pairs_kernel[(pairs, ceil_div(outputs, block))](
+        codes.view(torch.int64), steps, x_scale, chosen, data, block_scales, scale, y, outputs,
+        *sizes(weight, data, block_scales), inputs, pairs // len(x), squared_relu, block, 32 * warps,
+        num_warps=warps, **overlapping(x),
     )  # fmt: skip
 
 
@@ -182,7 +232,7 @@ def one_token(x: Tensor, chosen: Tensor, weight: PackedWeight, y: Tensor, square
     stride = 0 if len(x) == 1 else inputs // (2 if wide else 4)
     one_token_kernel[(ceil_div(outputs, block), pairs)](
         x.view(torch.int64), chosen, data, block_scales, scale, y, outputs, *sizes(weight, data, block_scales),
-        inputs, stride, weight.format, wide, squared_relu, block, 32 * warps, num_warps=warps,
+        inputs, stride, weight.format, wide, squared_relu, block, 32 * warps, num_warps=warps, **overlapping(x),
     )  # fmt: skip
 
 

@@ -10,13 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import power_of_two
+from .launching import begin, overlapping, power_of_two
 from .norm import warps_of
 
 
 @triton.jit
 def gated_norm_kernel(y, z, weight, out, WIDTH, GROUP, Y_STRIDE, Z_STRIDE, eps, BLOCK: tl.constexpr):
     """Write group `program_id(1)` of row `program_id(0)`."""
+    begin()
     row = tl.program_id(0).to(tl.int64)
     inside = tl.arange(0, BLOCK) < GROUP
     at = tl.program_id(1) * GROUP + tl.arange(0, BLOCK)
@@ -42,6 +43,7 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float
     out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     block = power_of_two(width // groups)
     gated_norm_kernel[(len(z_rows), groups)](
-        y_rows, z_rows, weight, out, width, width // groups, y_stride, z_stride, eps, block, num_warps=warps_of(block)
+        y_rows, z_rows, weight, out, width, width // groups, y_stride, z_stride, eps, block,
+        num_warps=warps_of(block), **overlapping(z),
     )  # fmt: skip
     return out

@@ -1,4 +1,9 @@
-"""What launch functions share: sizes of blocks, and the types that products are computed in."""
+"""What kernels and launch functions share: how kernels follow each other, sizes of blocks, and types of products.
+
+A token is some 500 short kernels in a row. On SM 90 and later each is launched while the one before still runs
+(programmatic dependent launch): it asks for weights, which no kernel writes, and waits before it reads or writes
+anything else.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +13,52 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import cuda
+from triton.language.target_info import cuda_capability_geq
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter, which has no products of bfloat16."""
 
+PTX = tl.constexpr(not INTERPRETED and torch.version.hip is None)
+"""Whether kernels may have NVIDIA's instructions: neither the interpreter nor AMD's GPUs know them."""
+
 SMS = 1 if INTERPRETED else 132
 """Multiprocessors, of an H100: grids are made large enough to keep them all busy."""
+
+
+@triton.jit
+def begin():
+    """Let the next kernel start, and wait until the one before has written all its results."""
+    let_next_start()
+    wait_for_previous()
+
+
+@triton.jit
+def let_next_start():
+    """Let the next kernel start once all programs of this one have come here."""
+    if PTX and cuda_capability_geq(9, 0):
+        cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous():
+    """Wait until the kernel before has written all its results. Every kernel does, so all before that have, too."""
+    if PTX and cuda_capability_geq(9, 0):
+        cuda.gdc_wait()
+
+
+@triton.jit
+def prefetch(at):
+    """Ask for the lines of memory at pointers into L2."""
+    if PTX and cuda_capability_geq(9, 0):
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; // dummy $0", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+def overlapping(x: Tensor) -> dict[str, bool]:
+    """Return the option that launches a kernel while the one before still runs, where x's GPU can."""
+    return {"launch_pdl": True} if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9 else {}
 
 
 def product_type(x: Tensor) -> Any:

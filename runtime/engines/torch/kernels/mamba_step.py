@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import SMS, ceil_div, power_of_two
+from .launching import SMS, begin, ceil_div, overlapping, power_of_two
 
 
 @triton.jit
@@ -58,6 +58,7 @@ def conv_kernel(
     T: tl.constexpr, W: tl.constexpr, COUNTED: tl.constexpr, ADVANCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write silu(conv) [B, T, X] and move the window on: program (channels, sequence)."""
+    begin()
     row = tl.program_id(1).to(tl.int64)
     channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = channels < X
@@ -90,6 +91,7 @@ def step_kernel(
     T: tl.constexpr, COUNTED: tl.constexpr, ADVANCE: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Write y [B, T, H P] of BP channels of a head, and its part of the state: program (channels, head, sequence)."""
+    begin()
     head = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
     inner = H * P
@@ -158,10 +160,10 @@ def mamba2_step(
     block = min(power_of_two(conv_size), 128)
     conv_kernel[(ceil_div(conv_size, block), batch)](
         projected, window, conv_weight, conv_bias, counted, convolved, inner, width, conv_size,
-        tokens, taps, counts is not None, advance, block, num_warps=2,
+        tokens, taps, counts is not None, advance, block, num_warps=2, **overlapping(projected),
     )  # fmt: skip
     step_kernel[(ceil_div(channels, block_p), heads, batch)](
         projected, convolved, ssm, A_log, D, dt_bias, counted, y, heads, channels, size, conv_size, groups,
-        heads // groups, tokens, counts is not None, advance, block_p, block_n, num_warps=4,
+        heads // groups, tokens, counts is not None, advance, block_p, block_n, num_warps=4, **overlapping(projected),
     )  # fmt: skip
     return y

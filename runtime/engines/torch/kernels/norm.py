@@ -11,12 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import power_of_two
+from .launching import begin, overlapping, power_of_two
 
 
 @triton.jit
 def rms_norm_kernel(x, residual, weight, y, total, D, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
     """Write row `program_id(0)` of y and, with ADD, of the sum of x and the residual."""
+    begin()
     start = tl.program_id(0).to(tl.int64) * D
     at = tl.arange(0, BLOCK)
     inside = at < D
@@ -43,7 +44,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     width = x.shape[-1]
     block = power_of_two(width)
     rms_norm_kernel[(x.numel() // width,)](
-        x, x, weight, y, y, width, eps, False, block, num_warps=warps_of(block)
+        x, x, weight, y, y, width, eps, False, block, num_warps=warps_of(block), **overlapping(x)
     )  # fmt: skip
     return y
 
@@ -55,6 +56,6 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     width = x.shape[-1]
     block = power_of_two(width)
     rms_norm_kernel[(x.numel() // width,)](
-        x, residual, weight, y, total, width, eps, True, block, num_warps=warps_of(block)
+        x, residual, weight, y, total, width, eps, True, block, num_warps=warps_of(block), **overlapping(x)
     )  # fmt: skip
     return y, total

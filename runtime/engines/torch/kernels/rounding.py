@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activations import Activation
-from .launching import ceil_div, power_of_two
+from .launching import begin, ceil_div, overlapping, power_of_two
 
 BLOCK = 512
 """Numbers of a program: few, so that one row is spread over many multiprocessors."""
@@ -37,8 +37,18 @@ def nearest(x, MOST: tl.constexpr, LEAST: tl.constexpr, MANTISSA: tl.constexpr):
 
 
 @triton.jit
+def nvfp4(value):
+    """Return the numbers of E2M1 [BLOCKS, 16] next to value over the steps of its blocks, and the steps [BLOCKS]."""
+    step = nearest(tl.math.div_rn(tl.max(tl.abs(value), 1), 6.0), 448.0, 2.0**-6, 3)
+    every = tl.broadcast_to(step[:, None], value.shape)
+    ratio = tl.where(every > 0, tl.math.div_rn(value, tl.where(every > 0, every, 1.0)), 0.0)
+    return nearest(ratio, 6.0, 1.0, 1), step
+
+
+@triton.jit
 def rounding_kernel(x, scale, y, SIZE, FORMAT: tl.constexpr, BLOCKS: tl.constexpr):
     """Write BLOCKS times 16 numbers of y."""
+    begin()
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     at = block[:, None] * 16 + tl.arange(0, 16)[None, :]
     inside = at < SIZE
@@ -46,10 +56,8 @@ def rounding_kernel(x, scale, y, SIZE, FORMAT: tl.constexpr, BLOCKS: tl.constexp
     one = tl.load(scale)
     value = given * tl.math.div_rn(1.0, one)
     if FORMAT == "nvfp4":
-        step = nearest(tl.math.div_rn(tl.max(tl.abs(value), 1), 6.0), 448.0, 2.0**-6, 3)
-        step = tl.broadcast_to(step[:, None], value.shape)
-        ratio = tl.where(step > 0, tl.math.div_rn(value, tl.where(step > 0, step, 1.0)), 0.0)
-        value = nearest(ratio, 6.0, 1.0, 1) * step
+        number, step = nvfp4(value)
+        value = number * step[:, None]
     else:
         value = nearest(value, 448.0, 2.0**-6, 3)
     value = tl.where(given == given, value * one, given)  # NaN stays
@@ -67,6 +75,6 @@ def rounded(activation: Activation | None, x: Tensor) -> Tensor:
     y = torch.empty_like(x)
     blocks = min(power_of_two(ceil_div(x.numel(), 16)), BLOCK // 16)
     rounding_kernel[(ceil_div(x.numel(), 16 * blocks),)](
-        x, activation.scale, y, x.numel(), activation.format, blocks, num_warps=2
+        x, activation.scale, y, x.numel(), activation.format, blocks, num_warps=2, **overlapping(x)
     )
     return y

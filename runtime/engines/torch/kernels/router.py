@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import power_of_two
+from .launching import begin, overlapping, power_of_two
 
 LEAST = tl.constexpr(-(2**63))
 
@@ -32,6 +32,7 @@ def router_kernel(
     NORMALIZE: tl.constexpr,
 ):  # fmt: skip
     """Write the K experts and weights of token `program_id(0)`."""
+    begin()
     token = tl.program_id(0).to(tl.int64)
     logits += token * E
     experts, places = tl.arange(0, BE), tl.arange(0, BK)
@@ -66,6 +67,6 @@ def route(logits: Tensor, bias: Tensor, top_k: int, scaling: float, *, normalize
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
     router_kernel[(tokens,)](
         logits, bias, chosen, weights, experts, scaling, top_k, power_of_two(experts), power_of_two(top_k), normalize,
-        num_warps=1,
+        num_warps=1, **overlapping(logits),
     )  # fmt: skip
     return chosen, weights

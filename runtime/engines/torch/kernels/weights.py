@@ -18,6 +18,8 @@ threads. For more rows, `weight_tile` makes a tile of numbers for the tensor cor
 import triton
 import triton.language as tl
 
+from .launching import PTX, prefetch, wait_for_previous
+
 X_SCALE = tl.constexpr(2.0**60)
 """What activations are multiplied by, so that products with E2M1 and E4M3 codes do not vanish."""
 
@@ -61,9 +63,15 @@ def upper(word):
 
 
 @triton.jit
+def block_scale_bits(code):
+    """Return the values of E4M3 codes times 2^-120 in float32, without their signs; higher bits may be anything."""
+    return ((code.to(tl.uint32) & 0x7F) << 20).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def block_scale(code):
-    """Return the float32 values of E4M3 codes, without their signs; higher bits may be anything."""
-    return ((code.to(tl.uint32) & 0x7F) << 20).to(tl.float32, bitcast=True) * 2.0**120
+    """Return the values of E4M3 codes in float32, without their signs; higher bits may be anything."""
+    return block_scale_bits(code) * 2.0**120
 
 
 # One row of activations
@@ -154,7 +162,8 @@ def row_units(data, scales, rows, first, UNITS: tl.constexpr, FORMAT: tl.constex
     a, b = tl.split(tl.reshape(word, [rows.shape[0], KU, 2]))
     scale = a
     if FORMAT == "nvfp4":
-        units = first + tl.arange(0, KU)
+        # Two bytes a thread, where it wants them: wider loads would have to be moved among threads.
+        units = first + tl.max_contiguous(tl.arange(0, KU), 1)
         scale = tl.load(scales + rows[:, None] * UNITS + units[None, :], mask=(units < UNITS)[None, :], other=0)
     return a, b, scale
 
@@ -173,6 +182,7 @@ def row_product(
     UNITS: tl.constexpr = K // UNIT
     total = tl.zeros([BN, KU], tl.float32)
     a, b, scale = row_units(data, scales, rows, 0, UNITS, FORMAT, KU)
+    wait_for_previous()  # x is the result of the kernel before, weights are nobody's
     for first in range(0, UNITS, KU):
         units = first + tl.arange(0, KU)
         inside = units < UNITS
@@ -224,6 +234,31 @@ def upper_half(pair, TYPE: tl.constexpr):
     return (pair >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True) if tl.bfloat16 == TYPE else high(pair)
 
 
+TWO_PRODUCTS = tl.constexpr(
+    """{
+    .reg .b32 both, zero;
+    prmt.b32 both, $2, $2, 0x3232;
+    mov.b32 zero, 0x80008000;
+    fma.rn.bf16x2 $0, $1, both, zero;
+    }"""
+)
+"""Two bfloat16 times the upper half of a word."""
+
+
+@triton.jit
+def times(pair, step, TYPE: tl.constexpr):
+    """Return both bfloat16 of `pair` times step, a float32 that bfloat16 has, in TYPE."""
+    if PTX and tl.bfloat16 == TYPE:
+        # Two in one instruction; of two products by themselves the compiler swaps the halves, before and after.
+        pair = tl.inline_asm_elementwise(
+            TWO_PRODUCTS, "=r,r,r", [pair, step.to(tl.uint32, bitcast=True)], dtype=tl.uint32, is_pure=True, pack=1
+        )
+        lower_one, upper_one = lower_half(pair, TYPE), upper_half(pair, TYPE)
+    else:
+        lower_one, upper_one = (low(pair) * step).to(TYPE), (high(pair) * step).to(TYPE)
+    return lower_one, upper_one
+
+
 @triton.jit
 def weight_tile(
     data,
@@ -235,11 +270,13 @@ def weight_tile(
     TYPE: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    PAIRED: tl.constexpr,
 ):
     """Return a tile [BN, BK] of a matrix in TYPE: `rows` [BN], and the columns from `first` on, zeros after K.
 
     What is returned is the weight before the matrix' scale times 2^-16 (`nvfp4`) or 2^-120 (`fp8`), exactly. `data`
-    points to int32 in both, to the numbers themselves in `bf16`.
+    points to int32 in both, to the numbers themselves in `bf16`. PAIRED: of each eight columns of `nvfp4` the order is
+    that of `paired`, in which two numbers of an instruction's operand lie as they are unpacked.
     """
     if FORMAT == "nvfp4":
         words = first // 8 + tl.arange(0, BK // 8)
@@ -247,17 +284,15 @@ def weight_tile(
         word = word.to(tl.uint32, bitcast=True)
         blocks = first // 16 + tl.arange(0, BK // 16)
         code = tl.load(scales + rows[:, None] * (K // 16) + blocks[None, :], mask=(blocks < K // 16)[None, :], other=0)
-        step = (block_scale(code) * 2.0**110).to(TYPE)  # E2M1's 2^126 would leave the range
-        pair = pair_e2m1(word, 0)
-        even = tl.join(lower_half(pair, TYPE), upper_half(pair, TYPE))  # codes 0 and 4
-        pair = pair_e2m1(word, 2)
-        even = tl.join(even, tl.join(lower_half(pair, TYPE), upper_half(pair, TYPE)))  # [.., 4, 2]: 0 2 4 6
-        pair = pair_e2m1(word, 1)
-        odd = tl.join(lower_half(pair, TYPE), upper_half(pair, TYPE))
-        pair = pair_e2m1(word, 3)
-        odd = tl.join(odd, tl.join(lower_half(pair, TYPE), upper_half(pair, TYPE)))  # 1 3 5 7
-        values = tl.reshape(tl.join(even, odd), [BN, BK // 16, 16])
-        tile = tl.reshape(values * step[:, :, None], [BN, BK])
+        step = block_scale(code) * 2.0**110  # E2M1's 2^126 would leave the range
+        step = tl.reshape(tl.broadcast_to(step[:, :, None], [BN, BK // 16, 2]), [BN, BK // 8])
+        a, e = times(pair_e2m1(word, 0), step, TYPE)
+        b, f = times(pair_e2m1(word, 1), step, TYPE)
+        c, g = times(pair_e2m1(word, 2), step, TYPE)
+        d, h = times(pair_e2m1(word, 3), step, TYPE)
+        values = tl.join(tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h)))
+        values = tl.permute(values, [0, 1, 3, 4, 2]) if PAIRED else values
+        tile = tl.reshape(values, [BN, BK])
     elif FORMAT == "fp8":
         words = first // 4 + tl.arange(0, BK // 4)
         word = tl.load(data + rows[:, None] * (K // 4) + words[None, :], mask=(words < K // 4)[None, :], other=0)
@@ -275,6 +310,23 @@ def weight_tile(
 
 
 @triton.jit
+def paired(x):
+    """Return x [BM, BK] with each eight columns in the order 0 4 1 5 2 6 3 7: those of `pair_e2m1` side by side."""
+    halves = tl.reshape(x, [x.shape[0], x.shape[1] // 8, 2, 4])
+    return tl.reshape(tl.permute(halves, [0, 1, 3, 2]), [x.shape[0], x.shape[1]])
+
+
+@triton.jit
+def prefetch_tile(data, rows, first, K: tl.constexpr, FORMAT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """Ask for the codes of the tile that `weight_tile` returns, lines of 128 bytes, into L2."""
+    LINE: tl.constexpr = 128 // (4 if FORMAT != "bf16" else data.dtype.element_ty.primitive_bitwidth // 8)
+    PER_ELEMENT: tl.constexpr = 8 if FORMAT == "nvfp4" else (4 if FORMAT == "fp8" else 1)
+    LINES: tl.constexpr = triton.cdiv(BK // PER_ELEMENT, LINE)
+    at = tl.minimum(first // PER_ELEMENT + LINE * tl.arange(0, LINES), K // PER_ELEMENT - 1)
+    prefetch(data + rows[:, None] * (K // PER_ELEMENT) + at[None, :])
+
+
+@triton.jit
 def tile_product(
     x, x_rows, x_valid, data, scales, rows, first, last,
     K: tl.constexpr, FORMAT: tl.constexpr, TYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -285,6 +337,7 @@ def tile_product(
     """
     # Few rows are the narrow side of an instruction, down to 8 of them; weights then stay in the registers that they
     # are dequantized in, as its wide side.
+    PAIRED: tl.constexpr = FORMAT == "nvfp4" and BM < 64
     total = tl.zeros([BN, BM] if BM < 64 else [BM, BN], tl.float32)
     for tile in range(first, last):
         k = tile * BK  # a multiple of BK, as the compiler sees: it then loads 16 bytes at once
@@ -294,7 +347,9 @@ def tile_product(
         if FORMAT == "fp8":
             x_tile = x_tile.to(tl.float32) * X_SCALE
         x_tile = x_tile.to(TYPE)
-        w_tile = weight_tile(data, scales, rows, k, K, FORMAT, TYPE, BN, BK)
+        if PAIRED:
+            x_tile = paired(x_tile)
+        w_tile = weight_tile(data, scales, rows, k, K, FORMAT, TYPE, BN, BK, PAIRED)
         if BM < 64:
             total = tl.dot(w_tile, tl.trans(x_tile), total, input_precision="ieee")
         else:

@@ -26,6 +26,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.language import target_info
 from triton.runtime.jit import JITFunction
 
 from n3c.runtime.engines.torch.activations import Activation
@@ -35,6 +36,7 @@ from n3c.runtime.engines.torch.packed import Format, PackedWeight
 TYPES = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
+    torch.int8: "*i8",
     torch.uint8: "*u8",
     torch.int16: "*i16",
     torch.int32: "*i32",
@@ -64,7 +66,11 @@ class Launch:
 
     def compiled(self, capability: int) -> Any:
         source = ASTSource(self.kernel, self.signature, self.constants, self.aligned)
-        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)
+        target = GPUTarget("cuda", capability, 32)
+        driver = Mock()  # what kernels ask for the GPU that they are compiled for
+        driver.active.get_current_target.return_value = target
+        with patch.object(target_info, "driver", driver):
+            return triton.compile(source, target=target, options=self.options)
 
 
 def catch_launches(call: Callable[[], object]) -> list[Launch]:
@@ -96,15 +102,22 @@ def weight(format: Format, *shape: int) -> PackedWeight:
     return PackedWeight(format, data, tensor(*shape[:-1], shape[-1] // 16, dtype=torch.uint8), scale, shape)
 
 
-def experts_call(format: Format, tokens: int, E: int, K: int, L: int, inner: int) -> Callable[[], object]:
+def activation(format: Format) -> Activation:
+    return Activation(format, tensor(dtype=torch.float32))
+
+
+def experts_call(
+    format: Format, tokens: int, E: int, K: int, L: int, inner: int, rounds: bool = False
+) -> Callable[[], object]:
     x, chosen, weights = tensor(tokens, L), tensor(tokens, K, dtype=torch.int64), tensor(tokens, K, dtype=torch.float32)
     up, down = weight(format, E, inner, L), weight(format, E, L, inner)
-    return lambda: experts.routed_experts(x, chosen, weights, up, down)
+    read = activation(format) if rounds else None
+    return lambda: experts.routed_experts(x, chosen, weights, up, down, (read, read))
 
 
-def linear_call(format: Format, rows: int, N: int, K: int) -> Callable[[], object]:
+def linear_call(format: Format, rows: int, N: int, K: int, rounds: bool = False) -> Callable[[], object]:
     x, w = tensor(rows, K), weight(format, N, K)
-    return lambda: linear.many_rows_linear(x, w)
+    return lambda: linear.many_rows_linear(x, w, activation=activation(format) if rounds else None)
 
 
 def mamba_call(tokens: int, batch: int, H: int, counted: bool) -> Callable[[], object]:
@@ -134,6 +147,11 @@ def calls() -> dict[str, Callable[[], object]]:
         found[f"linear.{stored}.1.small"] = linear_call(stored, 1, 2688, 4096)
         for tokens in (1, 8, 512):
             found[f"experts.{stored}.{tokens}"] = experts_call(stored, tokens, 128, 6, 2688, 1856)
+        if stored == "nvfp4":
+            found["linear.coded.1"] = linear_call(stored, 1, 10304, 2688, rounds=True)
+            found["linear.coded.1.small"] = linear_call(stored, 1, 2688, 4096, rounds=True)
+            found["experts.coded.1"] = experts_call(stored, 1, 128, 6, 2688, 1856, rounds=True)
+            found["experts.coded.8"] = experts_call(stored, 8, 128, 6, 2688, 1856, rounds=True)
         found[f"experts.{stored}.8192"] = experts_call(stored, 8192, 512, 22, 1024, 2688)
     for tokens, counted in ((1, False), (4, True), (8, True)):
         found[f"mamba.{tokens}"] = mamba_call(tokens, 1, 64, counted)
@@ -145,8 +163,7 @@ def calls() -> dict[str, Callable[[], object]]:
         tensor(8, 4096, dtype=f32), tensor(8, 10304)[:, :4096], tensor(4096), 8, 1e-5
     )
     for stored in ("fp8", "nvfp4"):
-        activation = Activation(stored, tensor(dtype=f32))
-        found[f"rounding.{stored}"] = partial(rounding.rounded, activation, tensor(8, 2688))
+        found[f"rounding.{stored}"] = partial(rounding.rounded, activation(stored), tensor(8, 2688))
     found["router"] = lambda: router.route(tensor(8, 512, dtype=f32), tensor(512, dtype=f32), 22, 5.0)
     return found
 
@@ -174,6 +191,7 @@ def report(name: str, launch: Launch, capability: int, folder: Path | None) -> d
         stem.with_suffix(stem.suffix + ".ttgir").write_text(kernel.asm["ttgir"])
     registers = re.findall(r"REG:(\d+)", usage)
     mnemonics = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?\s*([A-Z0-9_.]+)", code)
+    waits = mnemonics.index("ACQBULK") if "ACQBULK" in mnemonics else 0
     loads = Counter(m for m in mnemonics if m.startswith(("LDG", "LDGSTS")))
     return {
         "call": name,
@@ -184,6 +202,9 @@ def report(name: str, launch: Launch, capability: int, folder: Path | None) -> d
         "shared": kernel.metadata.shared,
         "instructions": len(mnemonics),
         "loads": dict(loads),
+        "waits": waits > 0,
+        "starts_next": "PREEXIT" in mnemonics,
+        "loads_before_waiting": sum(m.startswith("LDG") for m in mnemonics[:waits]),
         **launch.options,
     }
 

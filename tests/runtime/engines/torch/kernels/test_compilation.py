@@ -16,7 +16,8 @@ SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120
 
 EACH_KERNEL = (
     "linear.nvfp4.1.small", "linear.fp8.4", "linear.nvfp4.1024", "experts.nvfp4.8", "experts.bf16.512",
-    "mamba.1", "attention.1", "norm.add", "gated_norm", "router", "rounding.nvfp4",
+    "linear.coded.1.small", "experts.coded.8", "mamba.1", "attention.1", "norm.add", "gated_norm", "router",
+    "rounding.nvfp4",
 )  # fmt: skip
 
 
@@ -45,20 +46,26 @@ def compiled(folder: Path, capability: int, *options: str) -> list[dict[str, Any
     [pytest.param(sm, marks=() if sm == 120 else pytest.mark.slow) for sm in SHARED_MEMORY],
 )
 def test_each_kernel(capability: int, tmp_path: Path) -> None:
-    found = {report["kernel"] for report in compiled(tmp_path, capability, "--once", "--only", *EACH_KERNEL)}
-    assert found == {
+    """From SM 90 on each kernel waits for the one before, and lets the next one start."""
+    reports = compiled(tmp_path, capability, "--once", "--only", *EACH_KERNEL)
+    assert {(report["waits"], report["starts_next"]) for report in reports} == {(capability >= 90,) * 2}
+    assert {report["kernel"] for report in reports} == {
         "row_kernel", "tile_kernel", "sum_kernel", "dequantize_kernel", "few_pairs_kernel", "grouped_kernel",
         "combine_kernel", "conv_kernel", "step_kernel", "part_kernel", "join_kernel", "rms_norm_kernel",
-        "gated_norm_kernel", "router_kernel", "rounding_kernel",
+        "gated_norm_kernel", "router_kernel", "rounding_kernel", "coding_kernel", "coded_row_kernel",
+        "coded_pairs_kernel",
     }  # fmt: skip
 
 
 def test_decoding_loads_16_bytes_a_thread(tmp_path: Path) -> None:
     """Eight rows of the matrix and their activations; block scales are two bytes for 16 of codes."""
-    for report in compiled(tmp_path, 90, "--only", "linear.bf16.1", "linear.nvfp4.1.small", "experts.nvfp4.1"):
-        if report["kernel"] in ("row_kernel", "one_token_kernel"):
+    calls = ("linear.bf16.1", "linear.nvfp4.1.small", "linear.coded.1", "experts.nvfp4.1", "experts.coded.1")
+    for report in compiled(tmp_path, 90, "--only", *calls):
+        if report["kernel"] in ("row_kernel", "one_token_kernel", "coded_row_kernel", "coded_pairs_kernel"):
             assert report["loads"]["LDG.E.128"] >= 8, report
             assert report["registers"] <= 128, report  # 16 warps an SM
+        if report["kernel"] in ("row_kernel", "coded_row_kernel"):
+            assert report["loads_before_waiting"] >= 2, report
 
 
 @pytest.mark.slow
