@@ -39,7 +39,8 @@ def _permuted(a: Words, b: Words, selector: Words) -> Words:
     nibbles = (selector[..., None] >> np.array([0, 4, 8, 12], np.uint32)) & 15
     chosen = np.take_along_axis(table, (nibbles & 7).astype(np.int64), axis=-1)
     signs = np.where(chosen & 0x80, 0xFF, 0).astype(np.uint8)
-    return np.where(nibbles & 8, signs, chosen).astype(np.uint8).view("<u4")[..., 0]
+    found: Words = np.where(nibbles & 8, signs, chosen).astype(np.uint8).view("<u4")[..., 0]
+    return found
 
 
 def _four_products(a: Words, b: Words, c: Words) -> Words:
@@ -67,7 +68,7 @@ INSTRUCTIONS: dict[str, Callable[..., Any]] = {
     "xor.b32": np.bitwise_xor,
     "shr.u32": np.right_shift,
     "sub.s32": np.subtract,
-    "mov.b32": lambda a: a,
+    "mov.b32": np.positive,
     "prmt.b32": _permuted,
     "dp4a.s32.s32": _four_products,
     "fma.rn.bf16x2": _two_fused,
