@@ -45,7 +45,8 @@ def _permuted(a: Words, b: Words, selector: Words) -> Words:
 
 def _four_products(a: Words, b: Words, c: Words) -> Words:
     products = _bytes(a).view(np.int8).astype(np.int64) * _bytes(b).view(np.int8)
-    return (products.sum(-1) + c.view(np.int32)).astype(np.int32).view(np.uint32)
+    sums: Words = (products.sum(-1) + c.view(np.int32)).astype(np.int32).view(np.uint32)
+    return sums
 
 
 def _two_fused(a: Words, b: Words, c: Words) -> Words:
