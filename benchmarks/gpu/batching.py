@@ -31,7 +31,7 @@ TITLE = "Continuous batching"
 
 
 def run(setting: Setting) -> Iterator[Row]:
-    """Yield what clients see at each rate, measured and simulated."""
+    """Yield what calls take, then what clients see at each rate, measured and simulated."""
     sizes, requests, memory = ([1, 2], 12, 10**7) if setting.tiny else ([1, 8, 32], 128, 2 * 10**9)
     prompt, output = ("uniform:20,60", "uniform:4,12") if setting.tiny else ("uniform:200,800", "uniform:32,160")
     serving = {
@@ -41,6 +41,9 @@ def run(setting: Setting) -> Iterator[Row]:
     spec = spec_of("nano", setting, {**serving, "serving.batch_sizes": sizes})
     engine = engine_of(spec, setting, ("prefill", "decode"), sizes)
     times = measure(engine, spec, repeats=3)
+    yield {"call": "drawing, a token", "ms": round(1e3 * times.draw_seconds, 3)}
+    for name, points in times.calls.items():
+        yield {"call": name, "ms": ", ".join(f"{1e3 * seconds:.2f} at {context}" for context, seconds in points)}
     lengths, plan = (lengths_of("", prompt), lengths_of("", output)), serve(spec).plan
 
     def measured(given: Sequence[Request]) -> Load | None:
@@ -82,9 +85,6 @@ def run(setting: Setting) -> Iterator[Row]:
                 "a token ms: p50": round(load.token.p50, 2),
                 "its p90": round(load.token.p90, 2),
             }
-    yield {"call": "drawing, a token", "ms": round(1e3 * times.draw_seconds, 3)}
-    for name, points in times.calls.items():
-        yield {"call": name, "ms": ", ".join(f"{1e3 * seconds:.2f} at {context}" for context, seconds in points)}
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ class Road:
 
     def served(self) -> Iterator[Row]:
         """Yield whether quantized weights give the same tokens on both devices, and are distilled alike."""
-        weights, nvfp4 = self.folder / "cpu" / "export", self.folder / "nvfp4"
+        weights, nvfp4 = self.folder / "cpu" / "export", self.folder / "quantized"
         self.n3c("quantize", str(SPECS / "tiny.toml"), "--weights", str(weights), "-o", str(nvfp4))
         for title, given in (("as trained", weights), ("NVFP4", nvfp4)):
             for options in ((), ("--no-mtp",)):

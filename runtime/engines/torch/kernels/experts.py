@@ -12,6 +12,9 @@ those pairs and the programs of others return at once. One token's pairs all lea
 one row of a linear does. Beyond `FEW_PAIRS` pairs are sorted by expert, and programs are tiles of the sorted pairs.
 """
 
+from collections.abc import Callable
+from functools import cache, partial
+
 import torch
 import triton
 import triton.language as tl
@@ -24,6 +27,9 @@ from .launching import begin, ceil_div, overlapping, power_of_two, product_type
 from .linear import UNIT, WORD, finished, row_blocks, stored, tile_blocks, words
 from .rounding import rounded
 from .weights import row_product, tile_product
+
+SortedTiles = tuple[Tensor, Tensor, Tensor, Tensor]
+"""The pairs sorted by expert, the expert and first pair of each tile, and where each expert's pairs end."""
 
 FEW_PAIRS = 512
 """Up to so many pairs a program finds those of its expert by itself."""
@@ -159,8 +165,9 @@ def routed_experts(
     (tokens, width), top_k = x.shape, chosen.shape[1]
     inner = x.new_empty(tokens * top_k, up.shape[1])
     parts = x.new_empty(tokens * top_k, width, dtype=torch.float32)
-    experts_linear(x, chosen, up, inner, activations[0], squared_relu=True)
-    experts_linear(inner, chosen, down, parts, activations[1], squared_relu=False)
+    tiles = cache(partial(sorted_tiles, chosen, up.shape[0]))  # up and down have the same
+    experts_linear(x, chosen, tiles, up, inner, activations[0], squared_relu=True)
+    experts_linear(inner, chosen, tiles, down, parts, activations[1], squared_relu=False)
     y = torch.empty_like(x)
     block = min(power_of_two(width), 512)
     combine_kernel[(tokens, ceil_div(width, block))](
@@ -170,9 +177,19 @@ def routed_experts(
 
 
 def experts_linear(
-    x: Tensor, chosen: Tensor, weight: PackedWeight, y: Tensor, activation: Activation | None, *, squared_relu: bool
+    x: Tensor,
+    chosen: Tensor,
+    tiles: Callable[[int], SortedTiles],
+    weight: PackedWeight,
+    y: Tensor,
+    activation: Activation | None,
+    *,
+    squared_relu: bool,
 ) -> None:
-    """Write y [T K, N]: row p is row p // (T K / rows of x) of x [.., K] times the matrix of expert `chosen[p]`."""
+    """Write y [T K, N]: row p is row p // (T K / rows of x) of x [.., K] times the matrix of expert `chosen[p]`.
+
+    `tiles` gives the sorted tiles of so many pairs.
+    """
     experts, outputs, inputs = weight.shape
     pairs = chosen.numel()
     if inputs % WORD[weight.format]:
@@ -189,16 +206,16 @@ def experts_linear(
     data = words(weight, torch.int32)
     stored_as = (data, block_scales, scale, y, outputs, *sizes(weight, data, block_scales))
     per_row, kind = pairs // x.shape[0], product_type(x)
+    load = 8 if pairs <= 2 * experts else 16  # tokens of an expert that mostly share its tile
     if pairs <= FEW_PAIRS:
-        load = 8 if pairs <= 2 * experts else 16  # tokens of an expert that mostly share its tile
         block_m, block_n, block_k, options = tile_blocks(x, weight.format, load)
         few_pairs_kernel[(ceil_div(outputs, block_n), pairs)](
             x, chosen, *stored_as, pairs, inputs, per_row, weight.format, kind, squared_relu,
             block_m, block_n, block_k, max(power_of_two(pairs), 16), **options, **overlapping(x),
         )  # fmt: skip
         return
-    block_m, block_n, block_k, options = tile_blocks(x, weight.format, max(pairs // experts, 16))
-    order, tile_expert, tile_first, ends = sorted_tiles(chosen, experts, block_m)
+    block_m, block_n, block_k, options = tile_blocks(x, weight.format, max(pairs // experts, load))
+    order, tile_expert, tile_first, ends = tiles(block_m)
     grouped_kernel[(ceil_div(outputs, block_n), len(tile_expert))](
         x, order, tile_expert, tile_first, ends, *stored_as, experts, inputs, per_row, weight.format, kind,
         squared_relu, block_m, block_n, block_k, **options, **overlapping(x),
@@ -241,7 +258,7 @@ def sizes(weight: PackedWeight, data: Tensor, block_scales: Tensor) -> tuple[int
     return data.numel() // weight.shape[0], block_scales.numel() // weight.shape[0]
 
 
-def sorted_tiles(chosen: Tensor, experts: int, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def sorted_tiles(chosen: Tensor, experts: int, block: int) -> SortedTiles:
     """Return the pairs sorted by expert, the expert and first pair of each tile, and where each expert's pairs end.
 
     Tiles are as many as any choice may need; the expert of those without work is `experts`.
