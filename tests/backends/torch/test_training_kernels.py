@@ -21,11 +21,15 @@ from torch import Tensor
 from n3c.backends.torch.loading import load_package
 
 from .generated import imported, tiny_spec, write_generated
+from .kernel_memory import kernel_memory as kernel_memory
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="the interpreter is chosen before Triton is imported"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") != "1", reason="the interpreter is chosen before Triton is imported"
+    ),
+    pytest.mark.usefixtures("kernel_memory"),
+]
 BOUNDARIES = (1, 2, 31, 64, 70)  # first tokens of documents: at the edges of tiles and of chunks of 64, and inside
 
 
@@ -163,14 +167,28 @@ def test_heads_are_divided_until_the_gpu_is_half_full(
 
 
 def test_scan_in_parts(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there are few heads, several programs share the channels of one."""
+    """Where there are few heads, several programs share the channels of one; those of a whole batch count."""
+    asked: list[tuple[int, int]] = []
 
-    def in_two(*_: object) -> tuple[int, int]:
+    def in_two(heads: int, channels: int, _: torch.device) -> tuple[int, int]:
+        asked.append((heads, channels))
         return 2, 16
 
     monkeypatch.setattr(kernels.ssd, "split_of", in_two)
-    sizes = {"batch": 1, "length": 70, "heads": 2, "groups": 1, "channels": 24, "states": 16}
+    sizes = {"batch": 2, "length": 70, "heads": 2, "groups": 1, "channels": 24, "states": 16}
     test_scan(kernels, **sizes, packed=True, continued=True)
+    assert asked == 2 * [(4, 24)]  # forwards and backwards
+
+
+def test_scan_of_slices(kernels: Any) -> None:
+    """What lies side by side, as after the convolution, is read where it is; no other order of axes is taken for it."""
+    wide = torch.randn(2, 20, 4 * 16 + 8)
+    x = wide[..., :64].unflatten(-1, (4, 16))
+    assert kernels.mamba2.laid_out(x).data_ptr() == wide.data_ptr()
+    for other in (torch.randn(2, 4, 20, 16).transpose(1, 2), torch.randn(2, 20, 16, 4).mT, torch.randn(2, 20, 4, 18)):
+        cut = other[..., :16]
+        assert torch.equal(kernels.mamba2.laid_out(cut), cut)
+        assert kernels.mamba2.laid_out(cut).is_contiguous()
 
 
 def convolution(x: Tensor, taps: Tensor, bias: Tensor | None, documents: Tensor | None) -> Tensor:
@@ -212,7 +230,10 @@ def gated_norm(y: Tensor, z: Tensor | None, weight: Tensor, groups: int) -> Tens
 
 
 @pytest.mark.parametrize(("width", "groups", "gated"), [(24, 1, False), (96, 4, True)])
-def test_norm(kernels: Any, width: int, groups: int, gated: bool) -> None:
+def test_norm(kernels: Any, width: int, groups: int, gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five tiles of tokens, of which a program of the gradient has two or three."""
+    monkeypatch.setattr(kernels.norm, "ELEMENTS", 256)
+    monkeypatch.setattr(kernels.norm, "PROGRAMS", 2 * groups)
     y, wide, weight = torch.randn(37, width), torch.randn(37, width + 5), torch.randn(width)
     z = wide[:, 2:-3] if gated else None
     exact = {"y": y.double().requires_grad_(), "weight": weight.double().requires_grad_()}
@@ -257,6 +278,18 @@ def test_mixer(kernels: Any, packed: bool) -> None:
 
     options = {"groups": groups, "states": states, "eps": 1e-5, "documents": documents}
     compare(partial(kernels.mamba2.mixer, **options), definition, inputs)
+
+
+def test_mixer_of_a_module(package: Any, kernels: Any) -> None:
+    """The kernels are given a block's own parameters."""
+    model = importlib.import_module(f"{package.__name__}.model")
+    module = next(part for part in package.Model().modules() if isinstance(part, model.Mamba2))
+    x = torch.randn(2, 20, module.in_proj.in_features)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.rand_like(parameter))
+        inner = kernels.mamba2.between_projections(module, module.in_proj(x), None)
+        same("output", module.out_proj(inner), module(x))
 
 
 def test_experts(kernels: Any) -> None:
