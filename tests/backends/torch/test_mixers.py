@@ -62,6 +62,17 @@ def test_ssd_is_the_recurrence(module: Any, length: int, chunk: int) -> None:
     torch.testing.assert_close(h.double(), expected_h, atol=2e-6, rtol=2e-6)
 
 
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 13])
+def test_the_graph_of_ssd_is_the_recurrence(module: Any, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is exported, for any length and without a loop; chunks of 4, of which the last one may be padded."""
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    inputs = scan_inputs(length)
+    y, h = module.ssd.ssd(*inputs, 4)
+    expected_y, expected_h = recurrence(*(t.double() for t in inputs))
+    torch.testing.assert_close(y.double(), expected_y, atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(h.double(), expected_h, atol=2e-6, rtol=2e-6)
+
+
 @pytest.mark.parametrize(
     ("length", "dtype", "size", "fast"),
     [

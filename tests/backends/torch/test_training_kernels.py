@@ -249,6 +249,16 @@ def test_norm(kernels: Any, width: int, groups: int, gated: bool, monkeypatch: p
         same(name, got, value)
 
 
+def test_rms_norm(kernels: Any) -> None:
+    """Of a tensor of several axes that is not contiguous."""
+
+    def definition(x: Tensor, weight: Tensor) -> Tensor:
+        return gated_norm(x, None, weight, 1)
+
+    inputs = {"x": torch.randn(3, 24, 5).mT, "weight": torch.randn(24)}
+    compare(partial(kernels.norm.rms_norm, eps=1e-5), definition, inputs)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_mixer(kernels: Any, packed: bool) -> None:
     """Mamba-2 between its projections as a whole, by the equations of model.py."""
@@ -311,9 +321,9 @@ def test_experts(kernels: Any) -> None:
 
 def test_grouped_linear(kernels: Any) -> None:
     """Groups of no row, one row, less and more than a tile; widths that tiles do not divide."""
-    ends = torch.tensor([0, 1, 70, 70, 90], dtype=torch.int32)
-    expert = torch.repeat_interleave(torch.arange(5), torch.tensor([0, 1, 69, 0, 20]))
-    inputs = {"x": torch.randn(90, 70), "weight": torch.randn(5, 66, 70)}
+    rows = torch.tensor([0, 1, 69, 0, 20, 70])
+    ends, expert = rows.cumsum(0, dtype=torch.int32), torch.repeat_interleave(torch.arange(6), rows)
+    inputs = {"x": torch.randn(160, 70), "weight": torch.randn(6, 66, 70)}
 
     def definition(x: Tensor, weight: Tensor) -> Tensor:
         return torch.einsum("moi,mi->mo", weight[expert], x)

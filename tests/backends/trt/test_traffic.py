@@ -10,11 +10,12 @@ import pytest
 from n3c.backends.kernel_work import Choice
 from n3c.backends.onnx.bindings import parameter_of
 from n3c.backends.onnx.emit import OnnxEntry, emit_entry
+from n3c.backends.onnx.graph import LOOP
 from n3c.backends.trt.build import build_plan
 from n3c.backends.trt.layers import Kernel, TensorInfo
 from n3c.backends.trt.module import load_trt
 from n3c.backends.trt.needs import needs_of
-from n3c.backends.trt.traffic import Moved, Traffic, traffic, traffic_json
+from n3c.backends.trt.traffic import KernelTraffic, Moved, Traffic, traffic, traffic_json
 from n3c.compiler.report.cost import decode_bytes
 from n3c.passes.serving import Served, serve
 from n3c.specs.load import load_spec
@@ -152,6 +153,16 @@ def test_a_cache_that_is_written_whole(served: Served, entry: OnnxEntry) -> None
     old, new = (tensor(name, "Float", BATCH, 2, 32, 16) for name in (CACHE, f"{CACHE}.next"))
     (row,) = account(served, entry, kernel([old], [new])).kernels
     assert row.moved == Moved(old.bytes + new.bytes, BATCH * 128 * (CONTEXT + 1))
+
+
+def test_a_round_that_does_not_run_moves_nothing(served: Served, entry: OnnxEntry) -> None:
+    """Within a Loop, which goes round where buckets overflow; what it names is still to be moved."""
+    codes, nodes = tensor(EXPERTS, "Int8", 8, 48, 16), (f"backbone.layers.1/{LOOP}/Mul.1",)
+    idle = Kernel("k", "kgen", "", (codes,), (X,), (), nodes)
+    found = account(served, entry, idle)
+    (row,) = found.kernels
+    assert row == KernelTraffic("overflow", "backbone.layers.1", "moe", Moved(0, 0), ())
+    assert found.total == account(served, entry).total
 
 
 def test_recurrent_states_are_read_and_written_whole(served: Served, entry: OnnxEntry) -> None:

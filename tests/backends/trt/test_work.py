@@ -144,12 +144,15 @@ def test_scores_and_values(served: Served) -> None:
         (("FP8", "FP8"), DType.F8E4M3),
         (("FP4E2M1", "FP4E2M1"), DType.F4E2M1),
         (("BFloat16", "FP8"), DType.BF16),
+        (("Half", "Half"), DType.BF16),
         (("Float", "Float"), DType.F32),
+        (("BFloat16", "Float"), DType.F32),
     ],
 )
 def test_products_are_rounded_up_to_tiles(types: tuple[str, str], dtype: DType, served: Served) -> None:
     left, right = tensor("x", types[0], 2, 20, 64), tensor("w", types[1], 2, 64, 100)
-    found = work(served, 1, kernel([left, right], [tensor("y", "Float", 2, 20, 100)], "MatMul", type="gemm"))
+    inputs = [left, right, tensor("scale", "Float", 1)]
+    found = work(served, 1, kernel(inputs, [tensor("y", "Float", 2, 20, 100)], "MatMul", type="gemm"))
     assert (found.form, found.flops) == ("product", {dtype: 2 * 2 * 32 * 112 * 64})
 
 
