@@ -165,6 +165,20 @@ def test_a_round_that_does_not_run_moves_nothing(served: Served, entry: OnnxEntr
     assert found.total == account(served, entry).total
 
 
+def test_a_kernel_of_activations_belongs_to_the_call_of_its_nodes(served: Served, entry: OnnxEntry) -> None:
+    for label, layer, kind in (("backbone.layers.1", "backbone.layers.1", "moe"), ("elsewhere", "", "other")):
+        (row,) = account(served, entry, Kernel("k", "kgen", "", (X,), (), (), (f"{label}/Sigmoid.1",))).kernels
+        assert (row.op, row.layer, row.kind) == ("Sigmoid", layer, kind)
+
+
+def test_stages_of_one_entry_point_add_up() -> None:
+    one = Traffic(CONTEXT, Moved(1, 2), {"moe": Moved(1, 2)}, ())
+    two = Traffic(CONTEXT, Moved(4, 8), {"moe": Moved(3, 6), "mlp": Moved(1, 2), "head": Moved(0, 0)}, ())
+    both = Traffic(CONTEXT, Moved(5, 10), {"moe": Moved(4, 8), "mlp": Moved(1, 2), "head": Moved(0, 0)}, ())
+    assert one + two == two + one == both
+    assert list(both.as_json()["by_kind"]) == ["moe", "mlp"]
+
+
 def test_recurrent_states_are_read_and_written_whole(served: Served, entry: OnnxEntry) -> None:
     old, new = (tensor(f"backbone.layers.0.ssm_state{s}", "Float", BATCH, 8, 16, 16) for s in ("", ".next"))
     (row,) = account(served, entry, kernel([old, X], [new])).kernels

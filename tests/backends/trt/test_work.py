@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import pytest
 
@@ -14,7 +16,8 @@ from n3c.backends.onnx.emit import OnnxEntry, emit_entry
 from n3c.backends.trt.build import build_plan
 from n3c.backends.trt.layers import Kernel, TensorInfo
 from n3c.backends.trt.module import load_trt
-from n3c.backends.trt.timing import Prediction, predict, times_json
+from n3c.backends.trt.needs import tokens_of
+from n3c.backends.trt.timing import Prediction, Time, predict, times_json
 from n3c.backends.trt.traffic import traffic
 from n3c.ir.types import DType
 from n3c.passes.serving import Served, serve
@@ -59,7 +62,7 @@ def in_proj(served: Served) -> tuple[str, int, int]:
 def summed(served: Served, batch: int, *nodes: str, transposed: bool = False) -> Kernel:
     """The sum of in_proj, FP8, over `batch` rows."""
     name, n, k = in_proj(served)
-    result = tensor("y", "Float", n, batch) if transposed else tensor("y", "Float", batch, 1, n, 1)
+    result = tensor("y", "Float", n, batch, 1) if transposed else tensor("y", "Float", batch, 1, n, 1)
     return kernel([tensor(name, "FP8", n, k), tensor("x", "Float", batch, 1, k)], [result], "Mul", "ReduceSum", *nodes)
 
 
@@ -144,6 +147,7 @@ def test_scores_and_values(served: Served) -> None:
         (("FP8", "FP8"), DType.F8E4M3),
         (("FP4E2M1", "FP4E2M1"), DType.F4E2M1),
         (("BFloat16", "FP8"), DType.BF16),
+        (("FP8", "BFloat16"), DType.BF16),
         (("Half", "Half"), DType.BF16),
         (("Float", "Float"), DType.F32),
         (("BFloat16", "Float"), DType.F32),
@@ -192,6 +196,40 @@ def test_the_roofline_is_of_the_least_bytes_or_operations(served: Served) -> Non
     weak = predicted(served, 1, gpu=replace(card, bf16=card.bf16 / 1000)).total
     assert weak.roofline == weak.products == pytest.approx(1000 * nothing.products)
     assert predicted(served, 1, gpu=replace(card, fp8=2 * card.bf16)).total.products < nothing.products
+
+
+def test_the_least_operations_of_a_kind(served: Served) -> None:
+    """Of the MLP, [96, 64] and [64, 96]: two operations for each weight and row."""
+    shapes = [served.program.parameters[f"backbone.layers.5.mixer.{side}_proj.weight"].type for side in ("up", "down")]
+    assert [shape.static_dims for shape in shapes] == [(96, 64), (64, 96)]
+    operations = 2 * 2 * 96 * 64
+    card = GPUS["RTX 3090"]
+    for batch in (1, 3):
+        found = predicted(served, batch, gpu=card).by_kind["mlp"]
+        assert found.products == pytest.approx(batch * operations / card.bf16, rel=1e-9)
+
+
+def test_stages_of_one_entry_point_add_up() -> None:
+    """Kinds that one of them lacks, and bounds, count as nothing there."""
+    one = Time(1, 2, 4, {"L2": 1})
+    two = Time(8, 16, 32, {"L2": 3, "launch": 5})
+    both = Prediction(one, {"a": one}, ()) + Prediction(two, {"a": two, "b": two}, ())
+    bounds = dict.fromkeys(get_args(Bound), 0.0)
+    total = Time(9, 18, 36, bounds | {"L2": 4, "launch": 5})
+    assert both == Prediction(total, {"a": total, "b": replace(two, by_bound=bounds | two.by_bound)}, ())
+    assert both.total.as_json() == {"predicted_us": 9e6, "roofline_us": 36e6, "ratio": 0.25, "bound_by": "launch"}
+    assert Time(0, 2, 1, {}).as_json() == {"predicted_us": 0, "roofline_us": 2e6, "ratio": 0, "bound_by": None}
+    assert Time(0, 0, 0, {}).as_json()["ratio"] is None
+
+
+def test_the_tokens_of_an_entry_point() -> None:
+    """Of the first input with an axis of tokens: no length, which has none, and no state."""
+
+    def entry(*arguments: tuple[str, tuple[int, ...]]) -> Any:
+        return SimpleNamespace(arguments=[SimpleNamespace(kind=kind, shape=shape) for kind, shape in arguments])
+
+    assert tokens_of(entry(("state", (2, 7)), ("input", (2,)), ("input", (2, 5)), ("input", (2, 6)))) == 5
+    assert tokens_of(entry(("state", (2, 7)), ("input", (2,)))) == 1
 
 
 def test_ops_of_all_layers_are_named_together(served: Served) -> None:
