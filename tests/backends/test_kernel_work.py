@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from n3c.backends import kernel_work
-from n3c.backends.kernel_work import Choice, Cost, Repeated, rounded_up, sum_cost
+from n3c.backends.kernel_work import STORED, Choice, Cost, Repeated, rounded_up, sum_cost
 from n3c.ir.types import DType
 
 PARTS = {
@@ -47,6 +47,10 @@ def test_the_cost_of_an_element(dtype: DType, around: tuple[str, ...], cost: tup
     assert sum_cost(dtype, around, fp8=False, by_table=False) == Cost(*cost)
 
 
+def test_types_of_two_bytes_cost_the_same() -> None:
+    assert STORED[DType.BF16] == STORED[DType.F16]
+
+
 @pytest.mark.parametrize(("fp8", "cost"), [(True, (5, 6)), (False, (3, 4))])
 def test_the_cost_of_an_element_that_tables_decode(fp8: bool, cost: tuple[float, float]) -> None:
     assert sum_cost(DType.I8, (), fp8=fp8, by_table=True) == Cost(*cost)
@@ -76,7 +80,6 @@ def test_what_is_read_again_of_experts() -> None:
     assert (choice.distinct, choice.fetched(0), choice.fetched(1)) == (1.5, 2, 1.5)
     again = Repeated(bytes=100, passes=2, choice=choice)
     assert (again.further, again.missed(0), again.missed(99), again.missed(100)) == (50, 50, 50, 0)
-    assert Repeated(bytes=0, passes=2, choice=choice).missed(10) == 0
     three = Choice(experts=2, top_k=1, tokens=3)
     assert [three.fetched(kept) for kept in (0, 1, 2, 9)] == [3, 2, 1.75, 1.75]
     assert Choice(experts=2, top_k=1, tokens=3, by_expert=True).fetched(0) == three.distinct == 1.75

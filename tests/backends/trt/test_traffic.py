@@ -171,6 +171,29 @@ def test_a_kernel_of_activations_belongs_to_the_call_of_its_nodes(served: Served
         assert (row.op, row.layer, row.kind) == ("Sigmoid", layer, kind)
 
 
+def test_a_kernel_has_the_name_and_the_layer_of_most_of_what_it_moves(served: Served, entry: OnnxEntry) -> None:
+    """Of its operators where weights are less than a fifth of all; of equal weights of the first."""
+    first, other = (tensor(f"backbone.layers.{n}.norm.weight", "BFloat16", 64) for n in (0, 1))
+    (row,) = account(served, entry, kernel([first, other], [])).kernels
+    assert (row.op, row.layer) == ("norm", "backbone.layers.0")
+    larger = tensor("backbone.layers.3.mixer.o_proj.weight", "BFloat16", 64, 64)
+    (row,) = account(served, entry, kernel([first, larger], [])).kernels
+    assert (row.op, row.layer) == ("mixer.o_proj", "backbone.layers.3")
+    nodes = tuple(f"backbone.layers.0/{operator}.1" for operator in ("Sqrt", "Add", "Mul", "Reshape", "Div"))
+    for size, op in ((127, "norm"), (128, "Add, Div, Mul")):  # 128 bytes against 508 and 512
+        (row,) = account(served, entry, replace(kernel([first], [tensor("y", "Float", size)]), nodes=nodes)).kernels
+        assert row.op == op
+
+
+def test_a_label_has_the_kind_of_its_block(served: Served) -> None:
+    """What stands before and behind the drafter's blocks has the labels of the first and of the last."""
+    draft, point = emit_entry(served.program, "draft", batch=1), served.program.entry_points["draft"]
+    labels = ("mtp.layers.0", "mtp.layers.1", "lm_head")
+    rows = [Kernel("k", "kgen", "", (X,), (), (), (f"{label}/Sigmoid.1",)) for label in labels]
+    found = traffic(served.program, point, draft, rows, context=CONTEXT).kernels
+    assert [row.kind for row in found] == ["mtp.attention", "mtp.moe", "head"]
+
+
 def test_stages_of_one_entry_point_add_up() -> None:
     one = Traffic(CONTEXT, Moved(1, 2), {"moe": Moved(1, 2)}, ())
     two = Traffic(CONTEXT, Moved(4, 8), {"moe": Moved(3, 6), "mlp": Moved(1, 2), "head": Moved(0, 0)}, ())
@@ -188,6 +211,7 @@ def test_recurrent_states_are_read_and_written_whole(served: Served, entry: Onnx
 def test_what_no_kernel_names_must_be_moved_all_the_same(served: Served, entry: OnnxEntry) -> None:
     nothing = account(served, entry)
     assert nothing.total.bytes == 0
+    assert nothing.total == sum(nothing.by_kind.values(), Moved(0, 0))
     norm = tensor("backbone.layers.0.norm.weight", "BFloat16", 64)
     assert account(served, entry, kernel([norm], [])).total == Moved(128, nothing.total.ideal)
     assert {"mamba2", "moe", "attention", "mlp", "head", "embedding", "norm"} < set(nothing.by_kind)

@@ -10,15 +10,15 @@ from typing import Any, get_args
 import pytest
 
 from n3c.backends.gpus import GPUS, Gpu
-from n3c.backends.kernel_time import LAUNCH, MEMORY_SHARE, PRODUCT_SHARE, Bound, duration, parts_of
-from n3c.backends.kernel_work import Choice, Repeated, Work
+from n3c.backends.kernel_time import HIDDEN, LAUNCH, MEMORY_SHARE, PRODUCT_SHARE, Bound, duration, parts_of
+from n3c.backends.kernel_work import IDLE, OTHER, Choice, Repeated, Work
 from n3c.backends.onnx.emit import OnnxEntry, emit_entry
 from n3c.backends.trt.build import build_plan
 from n3c.backends.trt.layers import Kernel, TensorInfo
 from n3c.backends.trt.module import load_trt
 from n3c.backends.trt.needs import tokens_of
-from n3c.backends.trt.timing import Prediction, Time, predict, times_json
-from n3c.backends.trt.traffic import traffic
+from n3c.backends.trt.timing import KernelTime, Prediction, Time, predict, times_json
+from n3c.backends.trt.traffic import KernelTraffic, Moved, traffic
 from n3c.ir.types import DType
 from n3c.passes.serving import Served, serve
 from support.specs import QUANTIZED, small_spec
@@ -136,6 +136,7 @@ def test_scores_and_values(served: Served) -> None:
     heads = [tensor(f"scores{head}", "Float", 1, 2, -1, 1) for head in range(2)]
     shared = work(served, 1, kernel([cache], heads, "Mul", "ReduceSum"))
     assert (shared.instructions, shared.sectors) == (2 * 20 * 16 * (3.0 + 1.7), 2 * 20 * 16 * 4)
+    assert shared.wavefronts == 2 * 20 * 16 * (2.0 + 1.0)
     values = kernel([cache, tensor("p", "Float", 1, 2, 2, -1)], [tensor("y", "Float", 1, 2, 2, 1, 16)], "ReduceSum")
     found = work(served, 1, values)
     assert (found.sectors, found.wavefronts) == (4 * 20 * 16 * 32, 0.0)
@@ -158,6 +159,20 @@ def test_products_are_rounded_up_to_tiles(types: tuple[str, str], dtype: DType, 
     inputs = [left, right, tensor("scale", "Float", 1)]
     found = work(served, 1, kernel(inputs, [tensor("y", "Float", 2, 20, 100)], "MatMul", type="gemm"))
     assert (found.form, found.flops) == ("product", {dtype: 2 * 2 * 32 * 112 * 64})
+    assert (found.sectors, found.instructions, found.wavefronts) == (0, 0, 0)
+
+
+def test_elements_one_by_one_are_those_of_the_largest_tensor(served: Served) -> None:
+    """As far as it is moved: 64 BF16 of a norm, 97 rows of an activation of unknown length."""
+    norm = tensor("backbone.layers.0.norm.weight", "BFloat16", 64)
+    for inputs, outputs, elements in (
+        ([norm], [tensor("y", "Float", 10)], 64),
+        ([norm], [tensor("y", "Float", 97)], 97),
+        ([tensor("x", "Float", -1, 7), norm], [tensor("y", "Float", 10)], CONTEXT * 7),
+    ):
+        found = work(served, 1, kernel(inputs, outputs, "Sigmoid"))
+        assert (found.form, found.instructions) == ("other", elements * OTHER.instructions)
+        assert (found.wavefronts, found.sectors) == (elements * OTHER.wavefronts, 0)
 
 
 def test_attention_of_many_tokens_is_a_product(served: Served) -> None:
@@ -207,6 +222,37 @@ def test_the_least_operations_of_a_kind(served: Served) -> None:
     for batch in (1, 3):
         found = predicted(served, batch, gpu=card).by_kind["mlp"]
         assert found.products == pytest.approx(batch * operations / card.bf16, rel=1e-9)
+
+
+def test_ops_that_lose_most_come_first() -> None:
+    """Seconds of both kernels of an op against those of the bytes that must be moved; five ops at most."""
+
+    def row(op: str, seconds: float, least: float, bound: Bound) -> KernelTime:
+        return KernelTime(KernelTraffic(op, f"layer.{op}", "moe", Moved(0, 0), ()), done, seconds, least, bound)
+
+    done = Work("sum", 0, ())
+    rows = [row("near", 5, 4, "L2"), row("far", 3, 1, "L1"), row("far", 2, 1, "memory")]
+    rows += [row(f"no loss {n}", 1, 1, "launch") for n in range(4)]
+    worst = Prediction(Time(0, 0, 0, {}), {}, tuple(rows)).worst()
+    assert worst[0] == {
+        **{"op": "sum: far", "kind": "moe", "layer": "layer.far", "kernels": 2},
+        **{"predicted_us": 5e6, "least_us": 2e6, "bound_by": "L1"},
+    }
+    assert [each["op"] for each in worst] == ["sum: far", "sum: near", *(f"sum: no loss {n}" for n in range(3))]
+
+
+def test_what_nothing_exceeds() -> None:
+    """Shares of what a data sheet promises, what is hidden, and the seconds of a launch."""
+    assert all(0 < share <= 1 for share in (MEMORY_SHARE, PRODUCT_SHARE, HIDDEN))
+    assert 0 < LAUNCH < 1e-4
+
+
+@pytest.mark.parametrize(("sm", "bytes_"), [(80, 24), (90, 24), (100, 24), (86, 16), (89, 16), (120, 16)])
+def test_the_chips_of_data_centres_read_more_of_their_cache(sm: int, bytes_: int) -> None:
+    """Bytes a clock and multiprocessor; of one without work there is no time."""
+    chip = replace(GPU, sm=sm, multiprocessors=2)
+    assert parts_of(Work("other", 4800, ()), chip)["L2"] == 4800 / (bytes_ * 2e9)
+    assert set(parts_of(IDLE, chip).values()) == {0.0}
 
 
 def test_stages_of_one_entry_point_add_up() -> None:
