@@ -354,6 +354,25 @@ def test_cross_entropy(kernels: Any, vocabulary: int, monkeypatch: pytest.Monkey
     same("gradient", logits, wanted)
 
 
+def test_loss_by_chunks(package: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three chunks of 12 tokens, the last one short, whose logits a kernel differentiates."""
+    loss = importlib.import_module(f"{package.__name__}.loss")
+    x, weight, targets = torch.randn(30, 24), torch.randn(97, 24), torch.randint(97, (30,))
+    targets[::7] = -100
+    monkeypatch.setattr(importlib.import_module(f"{package.__name__}.dispatch"), "on_gpu", anywhere)
+    monkeypatch.setattr(loss, "MIN_CHUNK", 5)
+    monkeypatch.setattr(loss, "GPU_LOGITS", 12 * 97 * 4)
+    assert [(part.start, part.stop) for part in loss.chunks_of(x, 12)] == [(0, 12), (12, 24), (24, 36)]
+    assert len([*loss.chunks_of(x, 4)]) == len([*loss.chunks_of(x, 5)]) == 6
+
+    def definition(x: Tensor, weight: Tensor) -> Tensor:
+        return F.cross_entropy(x @ weight.T, targets, reduction="sum")
+
+    compare(partial(loss.linear_cross_entropy, targets=targets), definition, {"x": x, "weight": weight})
+    with torch.no_grad():
+        same("loss", loss.linear_cross_entropy(x, weight, targets), definition(x, weight))
+
+
 @pytest.mark.parametrize("halves", [False, True])
 def test_adamw(package: Any, kernels: Any, halves: bool) -> None:
     """Three steps equal those in PyTorch, which test_split_weights.py holds against torch's AdamW."""
