@@ -161,9 +161,7 @@ def test_a_few_faults_have_a_line_each(module: Any, count: int, lines: list[str]
     assert module.checkpoint.told_together("gone", [str(n) for n in range(count)]) == lines
 
 
-def test_a_json_file_may_have_just_so_many_bytes(
-    module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_json_file_may_have_just_so_many_bytes(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.checkpoint, "MAX_JSON_BYTES", 4)
     path = tmp_path / "json"
     path.write_text("1234")
