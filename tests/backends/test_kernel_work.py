@@ -14,8 +14,12 @@ PARTS = {
     "FP4_BY_TABLE": Cost(3, 4),
     "FP8_BY_TABLE": Cost(5, 6),
     "SIBLING": Cost(7, 9),
-    **{"_NORM": 0.25, "_NORM_SINGLE": 0.5, "_GROUPED_NORM": 0.125, "_GROUPED_NORM_SINGLE": 0.0625},
-    **{"_RELU2": 0.03125, "_ROUND": 0.015625},
+    "_NORM": 0.25,
+    "_NORM_SINGLE": 0.5,
+    "_GROUPED_NORM": 0.125,
+    "_GROUPED_NORM_SINGLE": 0.0625,
+    "_RELU2": 0.03125,
+    "_ROUND": 0.015625,
 }
 
 

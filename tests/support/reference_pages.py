@@ -59,15 +59,17 @@ def _module_text(module: str) -> str:
 def gpus_page() -> str:
     """Return the table of the GPUs that n3c knows, in the units of data sheets."""
     text = MADE + (
-        "# GPUs\n\nWhat [predictions of time](../engine-forms.md) and `n3c simulate --gpu` count with. Memory is what the driver"
-        " reports;\npeaks are dense products that accumulate in float32, in TFLOP/s.\n\n"
+        "# GPUs\n\nWhat [predictions of time](../engine-forms.md) and `n3c simulate --gpu` count with. Memory is what\n"
+        "the driver reports; peaks are dense products that accumulate in float32, in TFLOP/s.\n\n"
         "| GPU | SM | MiB | GB/s | L2, MiB | multiprocessors | MHz | BF16 | FP8 | FP4 | W | source |\n"
         "|---|---|---|---|---|---|---|---|---|---|---|---|\n"
     )
     for gpu in GPUS.values():
         peaks = [f"{peak / 1e12:,g}" if peak else "" for peak in (gpu.bf16, gpu.fp8, gpu.fp4)]
-        sizes = f"{gpu.memory / 2**20:,.10g} | {gpu.bandwidth / 1e9:,g} | {gpu.l2 / 2**20:g} | {gpu.multiprocessors}"
-        text += f"| {gpu} | {gpu.sm} | {sizes} | {gpu.clock / 1e6:g} | {' | '.join(peaks)} | {gpu.watts} | {gpu.source} |\n"
+        memory = [f"{gpu.memory / 2**20:,.10g}", f"{gpu.bandwidth / 1e9:,g}", f"{gpu.l2 / 2**20:g}"]
+        clocks = [f"{gpu.multiprocessors}", f"{gpu.clock / 1e6:g}"]
+        row = [str(gpu), f"{gpu.sm}", *memory, *clocks, *peaks, f"{gpu.watts}", gpu.source]
+        text += f"| {' | '.join(row)} |\n"
     return text
 
 

@@ -235,8 +235,13 @@ def test_ops_that_lose_most_come_first() -> None:
     rows += [row(f"no loss {n}", 1, 1, "launch") for n in range(4)]
     worst = Prediction(Time(0, 0, 0, {}), {}, tuple(rows)).worst()
     assert worst[0] == {
-        **{"op": "sum: far", "kind": "moe", "layer": "layer.far", "kernels": 2},
-        **{"predicted_us": 5e6, "least_us": 2e6, "bound_by": "L1"},
+        "op": "sum: far",
+        "kind": "moe",
+        "layer": "layer.far",
+        "kernels": 2,
+        "predicted_us": 5e6,
+        "least_us": 2e6,
+        "bound_by": "L1",
     }
     assert [each["op"] for each in worst] == ["sum: far", "sum: near", *(f"sum: no loss {n}" for n in range(3))]
 
