@@ -312,6 +312,22 @@ def test_to_what_products_have_weights_dequantized(dtype: DType, format_: str, n
     assert (_widened(parameter, False), _widened(parameter, True)) == (narrow, wide)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "blocked", "bytes_"),
+    [
+        (DType.F4E2M1, True, 1024 + 128),
+        (DType.I8, True, 1024 + 128),
+        (DType.I8, False, 2048),
+        (DType.F8E4M3, False, 2048),
+        (DType.BF16, False, 4096),
+        (DType.F32, False, 8192),
+    ],
+)
+def test_the_bytes_of_a_weight(dtype: DType, blocked: bool, bytes_: int) -> None:
+    """[64, 32]: codes, and a scale for each 16 of NVFP4."""
+    assert replace(SMALL, dtype=dtype, blocked=blocked).bytes == bytes_
+
+
 @pytest.mark.parametrize("name", ["tiny", "nano", "super"])
 @pytest.mark.parametrize("sm", [89, 120])
 def test_a_draft_is_judged_by_the_numbers_that_it_is_decoded_with(name: str, sm: int) -> None:

@@ -14,15 +14,22 @@ def begun(**options: object) -> Running:
     return Running.begin([1, 2, 3], 0, Options(**options), None)  # type: ignore[arg-type]
 
 
+def states(sequence: Running) -> tuple[object, ...]:
+    """Return what a sequence says of the engine's states."""
+    return sequence.read, sequence.held, sequence.pending, sequence.hidden
+
+
 def test_where_a_sequence_ends() -> None:
     """At its limit of new tokens, at the end of the context, or at a token that stops it."""
     limited, full = begun(max_new_tokens=2), begun(max_new_tokens=9)
     stopped = begun(stop_ids=frozenset({4}))
     for sequence, context, ending in ((limited, 99, "length"), (full, 5, "length"), (stopped, 99, "stop")):
-        sequence.take(7, context)
-        assert sequence.ending is None
-        sequence.take(4, context)
-        assert (sequence.ending, sequence.new, sequence.drawn, sequence.committed) == (ending, [7, 4], 2, 4)
+        endings: list[str | None] = []
+        for token in (7, 4):
+            sequence.take(token, context)
+            endings.append(sequence.ending)
+        assert endings == [None, ending]
+        assert (sequence.new, sequence.drawn, sequence.committed) == ([7, 4], 2, 4)
 
 
 def test_begun_again_its_new_tokens_are_those_from_the_first() -> None:
@@ -35,7 +42,7 @@ def test_begun_again_its_new_tokens_are_those_from_the_first() -> None:
     sequence.prompt_logprobs.append(token_logprobs(np.zeros(9, np.float32), 2, 0))
     sequence.again()
     assert (sequence.prompt, sequence.new, sequence.drawn, sequence.answered) == ((1, 2, 3, 7, 8), [7, 8], 2, 2)
-    assert (sequence.read, sequence.held, sequence.pending, sequence.hidden) == (0, 0, 0, None)
+    assert states(sequence) == (0, 0, 0, None)
     assert not sequence.is_read
     assert not sequence.reads_logprobs and len(sequence.prompt_logprobs) == 1  # they are of the prompt that was given
     sequence.take(6, 99)
