@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import MISSING, fields
+from typing import Any
 
 import pytest
 
@@ -36,8 +37,9 @@ def test_bounds_are_those_of_the_sampler(parameter: Parameter) -> None:
     whole = parameter.hint is int
 
     def taken(value: float) -> bool:
+        given: dict[str, Any] = {parameter.name: value}
         try:
-            kind(**{parameter.name: value})
+            kind(**given)
         except N3CError as error:
             assert error.diagnostics[0].code == "E0816"
             assert option.fault(value) is not None
@@ -63,8 +65,12 @@ def test_what_is_asked_for_only_where_it_is() -> None:
     assert switches == dict.fromkeys(("ignore_eos", "chat", "parse_special"), False)
     assert inspect.signature(Model.generate).parameters["stream"].default is False
     assert not Sampling().penalizes
-    assert all(Sampling(**{name: 1.5}).penalizes for name in ("presence_penalty", "frequency_penalty"))
-    assert Sampling(repetition_penalty=1.5).penalizes
+    for penalty in (
+        Sampling(presence_penalty=1.5),
+        Sampling(frequency_penalty=1.5),
+        Sampling(repetition_penalty=1.5),
+    ):
+        assert penalty.penalizes
 
 
 @pytest.mark.parametrize(("token", "bias"), [(0, 100), (0, -100), (7, 0.5)])
