@@ -125,7 +125,11 @@ def test_memory_that_programs_may_take(files: dict[str, str], there: dict[str, s
 
 def test_memory_of_a_process(files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where Linux does not tell the peak, the system's own count: bytes on macOS, KiB elsewhere."""
-    monkeypatch.setattr("resource.getrusage", lambda _: SimpleNamespace(ru_maxrss=5))
+
+    def getrusage(who: int) -> SimpleNamespace:
+        return SimpleNamespace(ru_maxrss=5)
+
+    monkeypatch.setattr("resource.getrusage", getrusage)
     assert (rss_bytes(7), peak_rss_bytes()) == (None, 5 * 1024)
     monkeypatch.setattr("sys.platform", "darwin")
     assert peak_rss_bytes() == 5

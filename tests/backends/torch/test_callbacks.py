@@ -41,7 +41,7 @@ def test_the_bias_moves_after_each_step_by_what_was_chosen_in_training(callbacks
     callback = callbacks.RouterBalance(bias_rate=0.25, balance_factor=0.5)
     callback.on_train_begin(ARGUMENTS, None, None, model=model)
     assert [router.balance_factor for router in model.routers()] == [0.25] * 3  # of each batch of the step
-    load = sum(model(ids, ids).tokens_per_expert for ids in (IDS, IDS.flip(1)))
+    load = model(IDS, IDS).tokens_per_expert + model(IDS.flip(1), IDS.flip(1)).tokens_per_expert
     model.eval()(IDS)
     before = [router.e_score_correction_bias.clone() for router in model.routers()]
     callback.on_optimizer_step(ARGUMENTS, None, None)

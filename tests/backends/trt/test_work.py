@@ -265,8 +265,8 @@ def test_stages_of_one_entry_point_add_up() -> None:
     one = Time(1, 2, 4, {"L2": 1})
     two = Time(8, 16, 32, {"L2": 3, "launch": 5})
     both = Prediction(one, {"a": one}, ()) + Prediction(two, {"a": two, "b": two}, ())
-    bounds = dict.fromkeys(get_args(Bound), 0.0)
-    total = Time(9, 18, 36, bounds | {"L2": 4, "launch": 5})
+    bounds: dict[Bound, float] = dict.fromkeys(get_args(Bound), 0.0)
+    total = Time(9, 18, 36, {**bounds, "L2": 4, "launch": 5})
     assert both == Prediction(total, {"a": total, "b": replace(two, by_bound={**bounds, **two.by_bound})}, ())
     assert both.total.as_json() == {"predicted_us": 9e6, "roofline_us": 36e6, "ratio": 0.25, "bound_by": "launch"}
     assert Time(0, 2, 1, {}).as_json() == {"predicted_us": 0, "roofline_us": 2e6, "ratio": 0, "bound_by": None}
