@@ -14,7 +14,7 @@ from n3c.backends.onnx.graph import LOOP
 from n3c.backends.trt.build import build_plan
 from n3c.backends.trt.layers import Kernel, TensorInfo
 from n3c.backends.trt.module import load_trt
-from n3c.backends.trt.needs import needs_of
+from n3c.backends.trt.needs import needs_of, tokens_of
 from n3c.backends.trt.traffic import KernelTraffic, Moved, Traffic, traffic, traffic_json
 from n3c.compiler.report.cost import decode_bytes
 from n3c.passes.serving import Served, serve
@@ -79,8 +79,10 @@ def test_rows_of_a_merged_weight_that_nothing_reads_are_not_needed(served: Serve
 
 def test_constants_and_unknown_tensors_are_excess(served: Served, entry: OnnxEntry) -> None:
     table = tensor("table", "Float", 256)
-    (row,) = account(served, entry, kernel([X], [], constants=(table,))).kernels
+    found = account(served, entry, kernel([X], [], constants=(table,)))
+    (row,) = found.kernels
     assert (row.moved, row.kind) == (Moved(512 + 1024, 0), "other")
+    assert found.by_kind["other"] == row.moved
 
 
 def test_gathered_experts_count_once(served: Served, entry: OnnxEntry) -> None:
@@ -137,6 +139,15 @@ def test_a_cache_that_is_attended_to(length: int, positions: int, served: Served
     mask = tensor("mask", "Bool", BATCH, 1, 1, length)
     (row,) = account(served, entry, kernel([cache, mask], [])).kernels
     assert row.moved == Moved(BATCH * (128 * positions + positions), BATCH * 128 * CONTEXT)
+
+
+def test_several_new_tokens_in_a_cache(served: Served) -> None:
+    """128 bytes each, as in decode."""
+    verify, point = emit_entry(served.program, "verify", batch=BATCH), served.program.entry_points["verify"]
+    tokens = tokens_of(verify)
+    assert tokens > 1
+    needs = needs_of(served.program, point, verify, CONTEXT)
+    assert needs.writes[f"{CACHE}.next"].ideal == BATCH * 128 * tokens
 
 
 def test_rows_that_are_gathered_from_a_cache(served: Served, entry: OnnxEntry) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from n3c.backends.gpus import GPUS, Gpu
 from n3c.backends.kernel_time import HIDDEN, LAUNCH, MEMORY_SHARE, PRODUCT_SHARE, Bound, duration, parts_of
-from n3c.backends.kernel_work import IDLE, OTHER, Choice, Repeated, Work
+from n3c.backends.kernel_work import FP4_BY_TABLE, IDLE, OTHER, Choice, Repeated, Work
 from n3c.backends.onnx.emit import OnnxEntry, emit_entry
 from n3c.backends.trt.build import build_plan
 from n3c.backends.trt.layers import Kernel, TensorInfo
@@ -82,6 +82,9 @@ def test_neighbouring_rows_share_what_they_read(served: Served) -> None:
     name, n, k = in_proj(served)
     found = work(served, 4, summed(served, 4, transposed=True))
     assert (found.repeated, found.sectors) == ((), 3 * n * k), name
+    whole = summed(served, 4, transposed=True)
+    parted = replace(whole, outputs=(tensor("y", "Float", n // 2, 2, 4),))
+    assert work(served, 4, parted).sectors == 3 * n * k
 
 
 def test_sums_beside_each_other_decode_a_weight_once(served: Served) -> None:
@@ -173,6 +176,15 @@ def test_elements_one_by_one_are_those_of_the_largest_tensor(served: Served) -> 
         found = work(served, 1, kernel(inputs, outputs, "Sigmoid"))
         assert (found.form, found.instructions) == ("other", elements * OTHER.instructions)
         assert (found.wavefronts, found.sectors) == (elements * OTHER.wavefronts, 0)
+
+
+def test_codes_as_bytes_are_looked_up_wherever_they_are_read(served: Served) -> None:
+    """Of a weight; other bytes are numbers as they are."""
+    codes = tensor("backbone.layers.1.mixer.experts.*.up_proj.weight.bytes", "Int8", 8, 48, 2, 8)
+    for read, cost in ((codes, FP4_BY_TABLE), (tensor("mask", "Int8", 8, 48), OTHER)):
+        found = work(served, 1, kernel([read], [tensor("y", "Float", 5000)], "Mul"))
+        assert (found.form, found.instructions) == ("other", 5000 * cost.instructions)
+        assert found.wavefronts == 5000 * cost.wavefronts
 
 
 def test_attention_of_many_tokens_is_a_product(served: Served) -> None:
