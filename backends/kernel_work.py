@@ -132,7 +132,7 @@ class Repeated:
         """Return the part of `further` that a cache of so many bytes does not have any more."""
         if self.choice is None:
             return float((self.passes - 1) * max(0, self.bytes - cache))
-        kept = cache // max(self.bytes, 1)
+        kept = cache // self.bytes
         return self.bytes / self.choice.top_k * (self.choice.fetched(kept) - self.choice.distinct)
 
 

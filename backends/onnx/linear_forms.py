@@ -206,6 +206,6 @@ def fastest(*gpus: Gpu) -> Choose:
 
     @cache
     def choose(applied: Applied) -> LinearForm:
-        return min(admissible(applied), key=lambda form: prod(1e6 * seconds_of(form, applied, gpu) for gpu in gpus))
+        return min(admissible(applied), key=lambda form: prod(seconds_of(form, applied, gpu) for gpu in gpus))
 
     return choose

@@ -5,6 +5,7 @@ The arithmetic is that of packing_kernels.py, whose functions release the GIL: c
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -57,8 +58,9 @@ class Packed:
     """[N, K/2] of NVFP4, [N, K] of FP8."""
     scales: NDArray[np.uint8]
     """[N, K/16] E4M3 codes; empty for FP8."""
-    signal: float = 0.0
-    noise: float = 0.0
+    signal: float = math.nan
+    """NaN where it was not measured, as the noise."""
+    noise: float = math.nan
     other_noise: float = 0.0
     """Of the other block shape, with the same search; 0 where it was not asked for, or rows do not divide."""
 

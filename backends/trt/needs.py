@@ -120,7 +120,7 @@ def _weight(binding: Binding, label: str, gathered: int | Choice | None) -> Need
         return Need(label, whole)
     choice = gathered if isinstance(gathered, Choice) else None
     rows = gathered.distinct if isinstance(gathered, Choice) else gathered
-    part = min(whole, round(rows * whole / max(binding.shape[0], 1)))
+    part = min(whole, round(rows * whole / binding.shape[0]))
     if part < whole and len(binding.shape) > 1:
         return GatheredWeight(label, part, prod(binding.shape), choice)
     return Need(label, part)

@@ -43,21 +43,20 @@ class MtpDrafter:
         ids = np.zeros((len(sequences), 1), np.int64)
         hidden = np.zeros((len(sequences), 1, width), np.float32)
         lengths = lengths.copy()
-        guides = [sequence.guide if sequence is not None else None for sequence in sequences]
-        for i, sequence in enumerate(sequences):
-            if sequence is not None:
-                assert sequence.hidden is not None
-                ids[i, 0], hidden[i, 0] = sequence.tokens[-1], sequence.hidden
-                lengths[i] = sequence.committed - 1
+        running = {i: sequence for i, sequence in enumerate(sequences) if sequence is not None}
+        guides = {i: sequence.guide for i, sequence in running.items()}
+        for i, sequence in running.items():
+            assert sequence.hidden is not None
+            ids[i, 0], hidden[i, 0] = sequence.tokens[-1], sequence.hidden
+            lengths[i] = sequence.committed - 1
         drafts: list[list[Draft]] = [[] for _ in sequences]
         for _ in range(count):
             outputs = call(engine, "draft", input_ids=ids, hidden=hidden, lengths=lengths)
-            for i, sequence in enumerate(sequences):
-                before = guides[i]
-                if sequence is not None and before is not None:
-                    proposed = sequence.choice(outputs["logits"][i, 0], before)
-                    token = proposed.draw(sequence.generator)
-                    drafts[i].append(Draft(token, proposed))
-                    ids[i, 0], guides[i] = token, before.after(token) if sequence.ending is None else before
-                    hidden[i], lengths[i] = outputs["next_hidden"][i], lengths[i] + 1
+            for i, sequence in running.items():
+                proposed = sequence.choice(outputs["logits"][i, 0], guides[i])
+                token = proposed.draw(sequence.generator)
+                drafts[i].append(Draft(token, proposed))
+                if sequence.ending is None:
+                    guides[i] = guides[i].after(token)
+                ids[i, 0], hidden[i], lengths[i] = token, outputs["next_hidden"][i], lengths[i] + 1
         return drafts

@@ -84,7 +84,7 @@ def distribution(logits: NDArray[Any], sampling: Sampling) -> Distribution:
         return certain(int(logits.argmax()))
     kept, weights = _cut(logits, sampling)
     if sampling.min_p > 0:
-        likely = np.flatnonzero(weights >= np.float32(sampling.min_p) * weights.max())
+        likely = np.flatnonzero(weights >= np.float32(sampling.min_p))
         kept, weights = likely if kept is None else kept[likely], weights[likely]
     total = _sum(weights)
     if kept is None:
@@ -94,7 +94,10 @@ def distribution(logits: NDArray[Any], sampling: Sampling) -> Distribution:
 
 
 def _cut(logits: NDArray[Any], sampling: Sampling) -> tuple[Tokens | None, NDArray[np.float32]]:
-    """Return the tokens that top-k and top-p keep, None for all, and weights in proportion to their probabilities."""
+    """Return the tokens that top-k and top-p keep, None for all, and weights in proportion to their probabilities.
+
+    The likeliest token's weight is 1.
+    """
     best = float(logits.max())
     temperature = np.float32(max(sampling.temperature, float(np.finfo(np.float32).tiny)))
     if 0 < sampling.top_k < len(logits):

@@ -10,6 +10,8 @@ import pytest
 from n3c.backends.gpus import GPUS, Gpu, gpu_named
 from n3c.backends.trt.targets import TARGETS, served_gpus, serving
 from n3c.ir.types import DType
+from support.golden import assert_golden
+from support.reference_pages import gpus_page
 
 each = pytest.mark.parametrize("gpu", GPUS.values(), ids=str)
 
@@ -61,6 +63,10 @@ def test_what_it_does_with_a_byte_is_plausible(gpu: Gpu) -> None:
 def test_gpus_are_known_by_what_their_driver_calls_them(device: str, name: str | None) -> None:
     found = gpu_named(device)
     assert (found and found.name) == name
+
+
+def test_the_page_is_that_of_the_table() -> None:
+    assert_golden("../../docs/reference/gpus.md", gpus_page())
 
 
 def test_which_tensorrt_serves_which() -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from n3c.backends.gpus import GPUS
 from n3c.compiler.cli.main import SECTIONS
 from n3c.ir.op_definition import OPS
 from n3c.passes.lower import model as lowering
@@ -53,6 +54,23 @@ def _pass_text(pass_: type[Any]) -> str:
 
 def _module_text(module: str) -> str:
     return f"```text\n{inspect.cleandoc(sys.modules[module].__doc__ or '')}\n```"
+
+
+def gpus_page() -> str:
+    """Return the table of the GPUs that n3c knows, in the units of data sheets."""
+    text = MADE + (
+        "# GPUs\n\nWhat [predictions of time](../engine-forms.md) and `n3c simulate --gpu` count with. Memory is what\n"
+        "the driver reports; peaks are dense products that accumulate in float32, in TFLOP/s.\n\n"
+        "| GPU | SM | MiB | GB/s | L2, MiB | multiprocessors | MHz | BF16 | FP8 | FP4 | W | source |\n"
+        "|---|---|---|---|---|---|---|---|---|---|---|---|\n"
+    )
+    for gpu in GPUS.values():
+        peaks = [f"{peak / 1e12:,g}" if peak else "" for peak in (gpu.bf16, gpu.fp8, gpu.fp4)]
+        memory = [f"{gpu.memory / 2**20:,.10g}", f"{gpu.bandwidth / 1e9:,g}", f"{gpu.l2 / 2**20:g}"]
+        clocks = [f"{gpu.multiprocessors}", f"{gpu.clock / 1e6:g}"]
+        row = [str(gpu), f"{gpu.sm}", *memory, *clocks, *peaks, f"{gpu.watts}", gpu.source]
+        text += f"| {' | '.join(row)} |\n"
+    return text
 
 
 def options_page() -> str:

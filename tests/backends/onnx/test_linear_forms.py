@@ -11,10 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from n3c.backends.gpus import GPUS, Gpu, gpus_of
-from n3c.backends.kernel_work import FP4_BY_TABLE, OTHER, Choice, Cost, sum_cost
+from n3c.backends.kernel_work import FP4_BY_TABLE, OTHER, Choice, Cost, Repeated, Work, sum_cost
 from n3c.backends.onnx.entry_forms import LinearForms, fastest_for
 from n3c.backends.onnx.forms import forms
-from n3c.backends.onnx.linear_forms import Applied, LinearForm, admissible, fastest, kernels, rounds, seconds_of
+from n3c.backends.onnx.linear_forms import (
+    Applied,
+    LinearForm,
+    admissible,
+    fastest,
+    is_read_as_bytes,
+    kernels,
+    rounds,
+    seconds_of,
+)
 from n3c.backends.onnx.linears import _widened  # pyright: ignore[reportPrivateUsage]
 from n3c.ir import ops
 from n3c.ir.program import Program
@@ -31,6 +40,9 @@ LATENT_UP = Applied(DType.BF16, False, (4096, 1024), 1, exact=True)
 EXPERTS = Applied(DType.I8, True, (2688, 1024), 1, exact=True, choice=Choice(512, 22, 1))
 """Of Super."""
 NVFP4 = Applied(DType.F4E2M1, True, (10304, 2688), 1, True, exact=True)
+SMALL = Applied(DType.BF16, False, (64, 32), 3)  # 4096 bytes; x has 4 x 3 x 32 = 384 bytes, y 768
+CODES = replace(SMALL, dtype=DType.F4E2M1, blocked=True, rounded=True)  # 1024 bytes of codes, 128 of scales
+CHOICE = Choice(8, 3, 4)
 
 
 @pytest.mark.parametrize(
@@ -136,10 +148,13 @@ def test_what_is_admissible(applied: Applied) -> None:
         (EXPERTS, ("sum",)),
         (replace(EXPERTS, rows=2, choice=Choice(512, 22, 2)), ("sum", "by_expert")),
         (replace(EXPERTS, rows=192, choice=Choice(512, 20, 192)), ("sum", "by_expert")),  # 3,840 pairs
-        (replace(EXPERTS, rows=193, choice=Choice(512, 20, 193)), ("sum",)),
+        (replace(EXPERTS, rows=167, choice=Choice(512, 23, 167)), ("sum",)),  # 3,841
         (LATENT_UP, ("sum",)),
+        (SMALL, ("sum", "sum_by_rows", "siblings", "product")),  # of whom nothing else is said
         (replace(LATENT_UP, exact=False), ("sum", "product")),
         (replace(LATENT_UP, rows=2), ("sum", "sum_by_rows", "siblings")),
+        (replace(LATENT_UP, rows=32), ("sum", "sum_by_rows", "siblings")),
+        (replace(LATENT_UP, rows=33), ("sum", "sum_by_rows")),
         (NVFP4, ("sum", "product")),
         (replace(NVFP4, rows=2), ("sum", "sum_by_rows", "product")),
         (replace(NVFP4, rows=2, dtype=DType.I8, rounded=False), ("sum",)),
@@ -185,6 +200,95 @@ def test_the_work_of_sums(form: LinearForm, applied: Applied, outputs: int, elem
     assert (work.instructions, work.wavefronts) == (elements * cost.instructions, elements * cost.wavefronts)
 
 
+def elementwise(size: int) -> Work:
+    """The work of a kernel that reads and writes so many bytes in float32."""
+    return Work("other", 0, (size, size), (), 0, size / 4 * OTHER.instructions, size / 4 * OTHER.wavefronts)
+
+
+@pytest.mark.parametrize(
+    ("form", "applied", "expected"),
+    [
+        ("sum", SMALL, [Work("sum", 4096, (384, 768), (Repeated(4096, 3),))]),
+        ("sum_by_rows", SMALL, [Work("sum", 4096, (384, 768), sectors=2 * 4096), elementwise(768)]),
+        ("siblings", SMALL, [Work("sum", 4096, (384, 768)), elementwise(768)]),
+        ("sum", CODES, [*3 * [elementwise(384)], Work("sum", 1152, (384, 768), (Repeated(1152, 3),))]),
+        (
+            "sum",
+            replace(CODES, shape=(2, 512)),  # long enough to be read in planes
+            [elementwise(4 * 3 * 512), Work("sum", 576, (4 * 3 * 512, 24), (Repeated(576, 3),))],
+        ),
+        (
+            "sum_by_rows",
+            replace(CODES, shape=(2, 512)),  # planes are of one row
+            [*3 * [elementwise(6144)], Work("sum", 576, (6144, 24), sectors=2 * 576), elementwise(24)],
+        ),
+        (
+            "sum",
+            replace(CODES, dtype=DType.I8, rounded=False),
+            [elementwise(384), Work("sum", 1152, (384, 768), (Repeated(1152, 3),))],
+        ),
+        (
+            "sum",
+            replace(SMALL, dtype=DType.F8E4M3, rounded=True),
+            [Work("sum", 2048, (384, 768), (Repeated(2048, 3),))],
+        ),
+        (
+            "sum",
+            replace(CODES, dtype=DType.I8, choice=CHOICE),
+            [Work("sum", round(1152 * CHOICE.distinct), (1536, 3072), (Repeated(3456, 4, CHOICE),))],
+        ),
+        (
+            "by_expert",
+            replace(CODES, dtype=DType.I8, choice=CHOICE),
+            [
+                *(elementwise(size) for size in (48, 1536, 3072)),
+                Work(
+                    "sum",
+                    round(1152 * CHOICE.distinct),
+                    (1536, 3072),
+                    (Repeated(3456, 4, replace(CHOICE, by_expert=True)),),
+                ),
+            ],
+        ),
+        ("product", SMALL, [elementwise(384), Work("product", 4096, (192, 768), flops={DType.BF16: 2 * 16 * 64 * 32})]),
+        (
+            "product",
+            replace(SMALL, rows=17, dtype=DType.F8E4M3, rounded=True),
+            [elementwise(2176), Work("product", 2048, (544, 4352), flops={DType.F8E4M3: 2 * 32 * 64 * 32})],
+        ),
+        (
+            "product",
+            CODES,
+            [
+                *(elementwise(size) for size in (384, 384, 96, 96)),
+                Work("other", 128, (128,), (), 0, 128 * OTHER.instructions, 128 * OTHER.wavefronts),
+                Work("product", 1152, (48, 768), flops={DType.F4E2M1: 2 * 16 * 64 * 32}),
+            ],
+        ),
+        (
+            "product",
+            replace(SMALL, wide=True),
+            [
+                Work("other", 4096, (8192,), (), 0, 2048 * OTHER.instructions, 2048 * OTHER.wavefronts),
+                elementwise(384),
+                Work("product", 0, (8192, 192, 768), flops={DType.F32: 2 * 16 * 64 * 32}),
+            ],
+        ),
+    ],
+)
+def test_the_kernels_of_a_form(form: LinearForm, applied: Applied, expected: list[Work]) -> None:
+    """By hand, but for what a sum computes, which `test_the_work_of_sums` has."""
+    found = [replace(w, instructions=0.0, wavefronts=0.0) if w.form == "sum" else w for w in kernels(form, applied)]
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "k", "read"), [(DType.F4E2M1, 512, True), (DType.F4E2M1, 496, False), (DType.F8E4M3, 512, False)]
+)
+def test_long_sums_read_codes_as_bytes(dtype: DType, k: int, read: bool) -> None:
+    assert is_read_as_bytes(dtype, k) is read
+
+
 @pytest.mark.parametrize(("by_table", "cost"), [(False, OTHER), (True, FP4_BY_TABLE)])
 def test_the_work_of_widening_a_weight(by_table: bool, cost: Cost) -> None:
     dtype = DType.I8 if by_table else DType.F8E4M3
@@ -206,6 +310,22 @@ def test_the_work_of_widening_a_weight(by_table: bool, cost: Cost) -> None:
 def test_to_what_products_have_weights_dequantized(dtype: DType, format_: str, narrow: str, wide: str) -> None:
     parameter: Any = SimpleNamespace(type=TensorType(dtype, (4, 16)), format=format_)
     assert (_widened(parameter, False), _widened(parameter, True)) == (narrow, wide)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "blocked", "bytes_"),
+    [
+        (DType.F4E2M1, True, 1024 + 128),
+        (DType.I8, True, 1024 + 128),
+        (DType.I8, False, 2048),
+        (DType.F8E4M3, False, 2048),
+        (DType.BF16, False, 4096),
+        (DType.F32, False, 8192),
+    ],
+)
+def test_the_bytes_of_a_weight(dtype: DType, blocked: bool, bytes_: int) -> None:
+    """[64, 32]: codes, and a scale for each 16 of NVFP4."""
+    assert replace(SMALL, dtype=dtype, blocked=blocked).bytes == bytes_
 
 
 @pytest.mark.parametrize("name", ["tiny", "nano", "super"])

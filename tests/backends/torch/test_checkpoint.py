@@ -153,6 +153,45 @@ def test_thousands_of_equal_faults_are_one_line(module: Any, saved: Path) -> Non
     assert all(f" and {others} more: " in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("count", "lines"),
+    [(0, []), (1, ["0: gone"]), (3, ["0: gone", "1: gone", "2: gone"]), (4, ["0, 1, 2 and 1 more: gone"])],
+)
+def test_a_few_faults_have_a_line_each(module: Any, count: int, lines: list[str]) -> None:
+    assert module.checkpoint.told_together("gone", [str(n) for n in range(count)]) == lines
+
+
+def test_a_json_file_may_have_just_so_many_bytes(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.checkpoint, "MAX_JSON_BYTES", 4)
+    path = tmp_path / "json"
+    path.write_text("1234")
+    assert module.checkpoint.read_json(path) == 1234
+    path.write_text("12345")
+    with pytest.raises(ValueError, match="larger than 4 bytes"):
+        module.checkpoint.read_json(path)
+
+
+def test_a_shard_may_have_just_so_many_bytes(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of 8, 8, 12 and 24 bytes in shards of 16: what just fits goes in, what never fits stands alone."""
+    monkeypatch.setattr(module.checkpoint, "MAX_SHARD_BYTES", 16)
+    tensors = {name: torch.zeros(size) for name, size in zip("abcd", (2, 2, 3, 6), strict=True)}
+    module.checkpoint.write_shards(tmp_path, tensors, iter(tensors.items()))
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    assert index == {
+        "metadata": {"total_size": 52},
+        "weight_map": {"a": files[0], "b": files[0], "c": files[1], "d": files[2]},
+    }
+    assert sorted(load_file(tmp_path / files[0])) == ["a", "b"]
+
+
+def test_a_quantized_weight_has_half_as_many_bytes(module: Any) -> None:
+    weight, scalar = torch.zeros(4, 6, 8), torch.zeros(())
+    assert module.checkpoint.stored_shape(weight, "U8") == [4, 6, 4]
+    assert module.checkpoint.stored_shape(weight, "BF16") == [4, 6, 8]
+    assert module.checkpoint.stored_shape(scalar, "F32") == []
+
+
 @pytest.mark.parametrize("prefix", ["model", "model.backbone", "_orig_mod.module.backbone", "model.language_model"])
 def test_names_of_other_programs_are_read(module: Any, saved: Path, tmp_path: Path, prefix: str) -> None:
     expected = load_file(saved / "model.safetensors")

@@ -177,6 +177,27 @@ def test_memory(tmp_path: Path) -> None:
     assert peak("logits") > 500e6  # the test can see them
 
 
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize(("label", "valid"), [(0, True), (96, True), (-100, True), (97, False), (-1, False)])
+def test_labels_are_tokens(
+    generated: Any, monkeypatch: pytest.MonkeyPatch, label: int, valid: bool, on_device: bool
+) -> None:
+    """Or ignored; on a GPU nothing waits for the answer."""
+    labels, asserted = torch.tensor([[3, label, 5]]), list[bool]()
+
+    def note(condition: Tensor, _: str) -> None:
+        asserted.append(bool(condition))
+
+    monkeypatch.setattr(torch, "_assert_async", note)
+    monkeypatch.setattr(Tensor, "is_cuda", on_device)
+    if valid or on_device:
+        generated.loss.check_labels(labels, labels, 97)
+    else:
+        with pytest.raises(ValueError, match=rf"1 labels are neither -100 nor .* below 97: the first is {label}$"):
+            generated.loss.check_labels(labels, labels, 97)
+    assert asserted == ([valid] if on_device else [])
+
+
 def test_a_loss_of_few_targets(generated: Any) -> None:
     """It is a mean over the targets: that of one is the loss of its token, and that of none is 0."""
     torch.manual_seed(4)

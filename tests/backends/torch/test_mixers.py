@@ -62,6 +62,17 @@ def test_ssd_is_the_recurrence(module: Any, length: int, chunk: int) -> None:
     torch.testing.assert_close(h.double(), expected_h, atol=2e-6, rtol=2e-6)
 
 
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 13])
+def test_the_graph_of_ssd_is_the_recurrence(module: Any, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is exported, for any length and without a loop; chunks of 4, of which the last one may be padded."""
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    inputs = scan_inputs(length)
+    y, h = module.ssd.ssd(*inputs, 4)
+    expected_y, expected_h = recurrence(*(t.double() for t in inputs))
+    torch.testing.assert_close(y.double(), expected_y, atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(h.double(), expected_h, atol=2e-6, rtol=2e-6)
+
+
 @pytest.mark.parametrize(
     ("length", "dtype", "size", "fast"),
     [
@@ -255,6 +266,50 @@ def test_sort_by_expert(module: Any, multiple: int) -> None:
     assert torch.equal(rows[position], tokens.repeat_interleave(2, 0))
     got = module.grouped.weighted_sum(rows, position, weights)
     torch.testing.assert_close(got, x * weights.sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("multiple", [4, 16])
+def test_sort_by_expert_on_a_gpu(module: Any, monkeypatch: pytest.MonkeyPatch, multiple: int) -> None:
+    """How many rows there are is not asked: there are as many as there might be, what is left for the last expert."""
+    x, chosen = torch.randn(7, 3), torch.tensor([[0, 2], [0, 2], [0, 3], [0, 1], [0, 2], [0, 1], [5, 0]])
+    expected, counts, position = module.grouped.sort_by_expert(x, chosen, 6, multiple)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "is_cuda", True)
+        rows, by_expert, place = module.grouped.sort_by_expert(x, chosen, 6, multiple)
+    most = -(-(14 + 6 * (multiple - 1)) // multiple) * multiple
+    assert len(rows) == by_expert.sum() == most
+    assert torch.equal(by_expert[:-1], counts[:-1]) and torch.equal(place, position)
+    assert torch.equal(rows[: len(expected)], expected) and not rows[len(expected) :].any()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "out", "supported", "exported"),
+    [
+        (torch.bfloat16, 16, 24, True, True),
+        (torch.bfloat16, 12, 24, False, False),
+        (torch.bfloat16, 16, 20, False, False),
+        (torch.float32, 12, 20, True, False),
+        (torch.float32, 10, 20, False, False),
+        (torch.float32, 12, 18, False, False),
+        (torch.float16, 16, 8, True, False),
+        (torch.float64, 16, 8, False, False),
+    ],
+)
+def test_which_products_a_grouped_gemm_computes(
+    module: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    width: int,
+    out: int,
+    supported: bool,
+    exported: bool,
+) -> None:
+    """Of rows of a multiple of 16 bytes, on a CPU; in graphs in bfloat16 only, and elsewhere no float32."""
+    x, weight = torch.zeros(2, width, dtype=dtype), torch.zeros(3, out, width, dtype=dtype)
+    assert module.grouped.grouped_gemm_supports(x, weight) is supported
+    assert module.grouped.grouped_gemm_supports(x.to("meta"), weight.to("meta")) is exported
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    assert module.grouped.grouped_gemm_supports(x, weight) is exported
 
 
 @pytest.mark.parametrize(("groups", "best"), [(2, 1), (4, 1), (4, 2)])

@@ -21,11 +21,15 @@ from torch import Tensor
 from n3c.backends.torch.loading import load_package
 
 from .generated import imported, tiny_spec, write_generated
+from .kernel_memory import kernel_memory as kernel_memory
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="the interpreter is chosen before Triton is imported"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") != "1", reason="the interpreter is chosen before Triton is imported"
+    ),
+    pytest.mark.usefixtures("kernel_memory"),
+]
 BOUNDARIES = (1, 2, 31, 64, 70)  # first tokens of documents: at the edges of tiles and of chunks of 64, and inside
 
 
@@ -163,14 +167,28 @@ def test_heads_are_divided_until_the_gpu_is_half_full(
 
 
 def test_scan_in_parts(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there are few heads, several programs share the channels of one."""
+    """Where there are few heads, several programs share the channels of one; those of a whole batch count."""
+    asked: list[tuple[int, int]] = []
 
-    def in_two(*_: object) -> tuple[int, int]:
+    def in_two(heads: int, channels: int, _: torch.device) -> tuple[int, int]:
+        asked.append((heads, channels))
         return 2, 16
 
     monkeypatch.setattr(kernels.ssd, "split_of", in_two)
-    sizes = {"batch": 1, "length": 70, "heads": 2, "groups": 1, "channels": 24, "states": 16}
+    sizes = {"batch": 2, "length": 70, "heads": 2, "groups": 1, "channels": 24, "states": 16}
     test_scan(kernels, **sizes, packed=True, continued=True)
+    assert asked == 2 * [(4, 24)]  # forwards and backwards
+
+
+def test_scan_of_slices(kernels: Any) -> None:
+    """What lies side by side, as after the convolution, is read where it is; no other order of axes is taken for it."""
+    wide = torch.randn(2, 20, 4 * 16 + 8)
+    x = wide[..., :64].unflatten(-1, (4, 16))
+    assert kernels.mamba2.laid_out(x).data_ptr() == wide.data_ptr()
+    for other in (torch.randn(2, 4, 20, 16).transpose(1, 2), torch.randn(2, 20, 16, 4).mT, torch.randn(2, 20, 4, 18)):
+        cut = other[..., :16]
+        assert torch.equal(kernels.mamba2.laid_out(cut), cut)
+        assert kernels.mamba2.laid_out(cut).is_contiguous()
 
 
 def convolution(x: Tensor, taps: Tensor, bias: Tensor | None, documents: Tensor | None) -> Tensor:
@@ -212,7 +230,10 @@ def gated_norm(y: Tensor, z: Tensor | None, weight: Tensor, groups: int) -> Tens
 
 
 @pytest.mark.parametrize(("width", "groups", "gated"), [(24, 1, False), (96, 4, True)])
-def test_norm(kernels: Any, width: int, groups: int, gated: bool) -> None:
+def test_norm(kernels: Any, width: int, groups: int, gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five tiles of tokens, of which a program of the gradient has two or three."""
+    monkeypatch.setattr(kernels.norm, "ELEMENTS", 256)
+    monkeypatch.setattr(kernels.norm, "PROGRAMS", 2 * groups)
     y, wide, weight = torch.randn(37, width), torch.randn(37, width + 5), torch.randn(width)
     z = wide[:, 2:-3] if gated else None
     exact = {"y": y.double().requires_grad_(), "weight": weight.double().requires_grad_()}
@@ -226,6 +247,16 @@ def test_norm(kernels: Any, width: int, groups: int, gated: bool) -> None:
     found = (dy, dweight) if dz is None else (dy, dweight, dz)
     for name, got, value in zip(exact, found, wanted, strict=True):
         same(name, got, value)
+
+
+def test_rms_norm(kernels: Any) -> None:
+    """Of a tensor of several axes that is not contiguous."""
+
+    def definition(x: Tensor, weight: Tensor) -> Tensor:
+        return gated_norm(x, None, weight, 1)
+
+    inputs = {"x": torch.randn(3, 24, 5).mT, "weight": torch.randn(24)}
+    compare(partial(kernels.norm.rms_norm, eps=1e-5), definition, inputs)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -259,6 +290,18 @@ def test_mixer(kernels: Any, packed: bool) -> None:
     compare(partial(kernels.mamba2.mixer, **options), definition, inputs)
 
 
+def test_mixer_of_a_module(package: Any, kernels: Any) -> None:
+    """The kernels are given a block's own parameters."""
+    model = importlib.import_module(f"{package.__name__}.model")
+    module = next(part for part in package.Model().modules() if isinstance(part, model.Mamba2))
+    x = torch.randn(2, 20, module.in_proj.in_features)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.rand_like(parameter))
+        inner = kernels.mamba2.between_projections(module, module.in_proj(x), None)
+        same("output", module.out_proj(inner), module(x))
+
+
 def test_experts(kernels: Any) -> None:
     """Every choice of a token; one expert has none."""
     experts = torch.rand(2, 37, 7).topk(3).indices
@@ -278,9 +321,9 @@ def test_experts(kernels: Any) -> None:
 
 def test_grouped_linear(kernels: Any) -> None:
     """Groups of no row, one row, less and more than a tile; widths that tiles do not divide."""
-    ends = torch.tensor([0, 1, 70, 70, 90], dtype=torch.int32)
-    expert = torch.repeat_interleave(torch.arange(5), torch.tensor([0, 1, 69, 0, 20]))
-    inputs = {"x": torch.randn(90, 70), "weight": torch.randn(5, 66, 70)}
+    rows = torch.tensor([0, 1, 69, 0, 20, 70])
+    ends, expert = rows.cumsum(0, dtype=torch.int32), torch.repeat_interleave(torch.arange(6), rows)
+    inputs = {"x": torch.randn(160, 70), "weight": torch.randn(6, 66, 70)}
 
     def definition(x: Tensor, weight: Tensor) -> Tensor:
         return torch.einsum("moi,mi->mo", weight[expert], x)
@@ -309,6 +352,25 @@ def test_cross_entropy(kernels: Any, vocabulary: int, monkeypatch: pytest.Monkey
     assert torch.equal(kept, logits)
     same("losses", kernels.cross_entropy.cross_entropy(logits, targets, -100, True), losses)
     same("gradient", logits, wanted)
+
+
+def test_loss_by_chunks(package: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three chunks of 12 tokens, the last one short, whose logits a kernel differentiates."""
+    loss = importlib.import_module(f"{package.__name__}.loss")
+    x, weight, targets = torch.randn(30, 24), torch.randn(97, 24), torch.randint(97, (30,))
+    targets[::7] = -100
+    monkeypatch.setattr(importlib.import_module(f"{package.__name__}.dispatch"), "on_gpu", anywhere)
+    monkeypatch.setattr(loss, "MIN_CHUNK", 5)
+    monkeypatch.setattr(loss, "GPU_LOGITS", 12 * 97 * 4)
+    assert [(part.start, part.stop) for part in loss.chunks_of(x, 12)] == [(0, 12), (12, 24), (24, 36)]
+    assert len([*loss.chunks_of(x, 4)]) == len([*loss.chunks_of(x, 5)]) == 6
+
+    def definition(x: Tensor, weight: Tensor) -> Tensor:
+        return F.cross_entropy(x @ weight.T, targets, reduction="sum")
+
+    compare(partial(loss.linear_cross_entropy, targets=targets), definition, {"x": x, "weight": weight})
+    with torch.no_grad():
+        same("loss", loss.linear_cross_entropy(x, weight, targets), definition(x, weight))
 
 
 @pytest.mark.parametrize("halves", [False, True])

@@ -129,6 +129,12 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         assert cache_folder() == Path(folder)
     monkeypatch.setattr("sys.platform", "darwin")
     assert cache_folder() == Path(f"{tmp_path}/Library/Caches/n3c")
+    monkeypatch.setattr("sys.platform", "win32")
+    for named, folder in ((f"{tmp_path}/local", f"{tmp_path}/local/n3c"), ("", f"{tmp_path}/AppData/Local/n3c")):
+        monkeypatch.setenv("LOCALAPPDATA", named)
+        assert cache_folder() == Path(folder)
+    monkeypatch.delenv("LOCALAPPDATA")
+    assert cache_folder() == tmp_path / "AppData/Local/n3c"
 
     def homeless() -> Path:
         raise RuntimeError("no home")

@@ -10,11 +10,12 @@ import pytest
 from n3c.backends.kernel_work import Choice
 from n3c.backends.onnx.bindings import parameter_of
 from n3c.backends.onnx.emit import OnnxEntry, emit_entry
+from n3c.backends.onnx.graph import LOOP
 from n3c.backends.trt.build import build_plan
 from n3c.backends.trt.layers import Kernel, TensorInfo
 from n3c.backends.trt.module import load_trt
-from n3c.backends.trt.needs import needs_of
-from n3c.backends.trt.traffic import Moved, Traffic, traffic, traffic_json
+from n3c.backends.trt.needs import needs_of, tokens_of
+from n3c.backends.trt.traffic import KernelTraffic, Moved, Traffic, traffic, traffic_json
 from n3c.compiler.report.cost import decode_bytes
 from n3c.passes.serving import Served, serve
 from n3c.specs.load import load_spec
@@ -78,8 +79,10 @@ def test_rows_of_a_merged_weight_that_nothing_reads_are_not_needed(served: Serve
 
 def test_constants_and_unknown_tensors_are_excess(served: Served, entry: OnnxEntry) -> None:
     table = tensor("table", "Float", 256)
-    (row,) = account(served, entry, kernel([X], [], constants=(table,))).kernels
+    found = account(served, entry, kernel([X], [], constants=(table,)))
+    (row,) = found.kernels
     assert (row.moved, row.kind) == (Moved(512 + 1024, 0), "other")
+    assert found.by_kind["other"] == row.moved
 
 
 def test_gathered_experts_count_once(served: Served, entry: OnnxEntry) -> None:
@@ -138,6 +141,15 @@ def test_a_cache_that_is_attended_to(length: int, positions: int, served: Served
     assert row.moved == Moved(BATCH * (128 * positions + positions), BATCH * 128 * CONTEXT)
 
 
+def test_several_new_tokens_in_a_cache(served: Served) -> None:
+    """128 bytes each, as in decode."""
+    verify, point = emit_entry(served.program, "verify", batch=BATCH), served.program.entry_points["verify"]
+    tokens = tokens_of(verify)
+    assert tokens > 1
+    needs = needs_of(served.program, point, verify, CONTEXT)
+    assert needs.writes[f"{CACHE}.next"].ideal == BATCH * 128 * tokens
+
+
 def test_rows_that_are_gathered_from_a_cache(served: Served, entry: OnnxEntry) -> None:
     """What sums nothing reads no more than it writes; a kernel of unknown nodes may read all."""
     cache, rows = tensor(f"{CACHE}.next", "Float", BATCH, 2, 32, 16), tensor("rows", "Float", BATCH, 2, 3, 16)
@@ -154,6 +166,53 @@ def test_a_cache_that_is_written_whole(served: Served, entry: OnnxEntry) -> None
     assert row.moved == Moved(old.bytes + new.bytes, BATCH * 128 * (CONTEXT + 1))
 
 
+def test_a_round_that_does_not_run_moves_nothing(served: Served, entry: OnnxEntry) -> None:
+    """Within a Loop, which goes round where buckets overflow; what it names is still to be moved."""
+    codes, nodes = tensor(EXPERTS, "Int8", 8, 48, 16), (f"backbone.layers.1/{LOOP}/Mul.1",)
+    idle = Kernel("k", "kgen", "", (codes,), (X,), (), nodes)
+    found = account(served, entry, idle)
+    (row,) = found.kernels
+    assert row == KernelTraffic("overflow", "backbone.layers.1", "moe", Moved(0, 0), ())
+    assert found.total == account(served, entry).total
+
+
+def test_a_kernel_of_activations_belongs_to_the_call_of_its_nodes(served: Served, entry: OnnxEntry) -> None:
+    for label, layer, kind in (("backbone.layers.1", "backbone.layers.1", "moe"), ("elsewhere", "", "other")):
+        (row,) = account(served, entry, Kernel("k", "kgen", "", (X,), (), (), (f"{label}/Sigmoid.1",))).kernels
+        assert (row.op, row.layer, row.kind) == ("Sigmoid", layer, kind)
+
+
+def test_a_kernel_has_the_name_and_the_layer_of_most_of_what_it_moves(served: Served, entry: OnnxEntry) -> None:
+    """Of its operators where weights are less than a fifth of all; of equal weights of the first."""
+    first, other = (tensor(f"backbone.layers.{n}.norm.weight", "BFloat16", 64) for n in (0, 1))
+    (row,) = account(served, entry, kernel([first, other], [])).kernels
+    assert (row.op, row.layer) == ("norm", "backbone.layers.0")
+    larger = tensor("backbone.layers.3.mixer.o_proj.weight", "BFloat16", 64, 64)
+    (row,) = account(served, entry, kernel([first, larger], [])).kernels
+    assert (row.op, row.layer) == ("mixer.o_proj", "backbone.layers.3")
+    nodes = tuple(f"backbone.layers.0/{operator}.1" for operator in ("Sqrt", "Add", "Mul", "Reshape", "Div"))
+    for size, op in ((127, "norm"), (128, "Add, Div, Mul")):  # 128 bytes against 508 and 512
+        (row,) = account(served, entry, replace(kernel([first], [tensor("y", "Float", size)]), nodes=nodes)).kernels
+        assert row.op == op
+
+
+def test_a_label_has_the_kind_of_its_block(served: Served) -> None:
+    """What stands before and behind the drafter's blocks has the labels of the first and of the last."""
+    draft, point = emit_entry(served.program, "draft", batch=1), served.program.entry_points["draft"]
+    labels = ("mtp.layers.0", "mtp.layers.1", "lm_head")
+    rows = [Kernel("k", "kgen", "", (X,), (), (), (f"{label}/Sigmoid.1",)) for label in labels]
+    found = traffic(served.program, point, draft, rows, context=CONTEXT).kernels
+    assert [row.kind for row in found] == ["mtp.attention", "mtp.moe", "head"]
+
+
+def test_stages_of_one_entry_point_add_up() -> None:
+    one = Traffic(CONTEXT, Moved(1, 2), {"moe": Moved(1, 2)}, ())
+    two = Traffic(CONTEXT, Moved(4, 8), {"moe": Moved(3, 6), "mlp": Moved(1, 2), "head": Moved(0, 0)}, ())
+    both = Traffic(CONTEXT, Moved(5, 10), {"moe": Moved(4, 8), "mlp": Moved(1, 2), "head": Moved(0, 0)}, ())
+    assert one + two == two + one == both
+    assert list(both.as_json()["by_kind"]) == ["moe", "mlp"]
+
+
 def test_recurrent_states_are_read_and_written_whole(served: Served, entry: OnnxEntry) -> None:
     old, new = (tensor(f"backbone.layers.0.ssm_state{s}", "Float", BATCH, 8, 16, 16) for s in ("", ".next"))
     (row,) = account(served, entry, kernel([old, X], [new])).kernels
@@ -163,6 +222,7 @@ def test_recurrent_states_are_read_and_written_whole(served: Served, entry: Onnx
 def test_what_no_kernel_names_must_be_moved_all_the_same(served: Served, entry: OnnxEntry) -> None:
     nothing = account(served, entry)
     assert nothing.total.bytes == 0
+    assert nothing.total == sum(nothing.by_kind.values(), Moved(0, 0))
     norm = tensor("backbone.layers.0.norm.weight", "BFloat16", 64)
     assert account(served, entry, kernel([norm], [])).total == Moved(128, nothing.total.ideal)
     assert {"mamba2", "moe", "attention", "mlp", "head", "embedding", "norm"} < set(nothing.by_kind)

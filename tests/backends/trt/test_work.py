@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import pytest
 
 from n3c.backends.gpus import GPUS, Gpu
-from n3c.backends.kernel_time import LAUNCH, MEMORY_SHARE, PRODUCT_SHARE, Bound, duration, parts_of
-from n3c.backends.kernel_work import Choice, Repeated, Work
+from n3c.backends.kernel_time import HIDDEN, LAUNCH, MEMORY_SHARE, PRODUCT_SHARE, Bound, duration, parts_of
+from n3c.backends.kernel_work import FP4_BY_TABLE, IDLE, OTHER, Choice, Repeated, Work
 from n3c.backends.onnx.emit import OnnxEntry, emit_entry
 from n3c.backends.trt.build import build_plan
 from n3c.backends.trt.layers import Kernel, TensorInfo
 from n3c.backends.trt.module import load_trt
-from n3c.backends.trt.timing import Prediction, predict, times_json
-from n3c.backends.trt.traffic import traffic
+from n3c.backends.trt.needs import tokens_of
+from n3c.backends.trt.timing import KernelTime, Prediction, Time, predict, times_json
+from n3c.backends.trt.traffic import KernelTraffic, Moved, traffic
 from n3c.ir.types import DType
 from n3c.passes.serving import Served, serve
 from support.specs import QUANTIZED, small_spec
@@ -59,7 +62,7 @@ def in_proj(served: Served) -> tuple[str, int, int]:
 def summed(served: Served, batch: int, *nodes: str, transposed: bool = False) -> Kernel:
     """The sum of in_proj, FP8, over `batch` rows."""
     name, n, k = in_proj(served)
-    result = tensor("y", "Float", n, batch) if transposed else tensor("y", "Float", batch, 1, n, 1)
+    result = tensor("y", "Float", n, batch, 1) if transposed else tensor("y", "Float", batch, 1, n, 1)
     return kernel([tensor(name, "FP8", n, k), tensor("x", "Float", batch, 1, k)], [result], "Mul", "ReduceSum", *nodes)
 
 
@@ -79,6 +82,9 @@ def test_neighbouring_rows_share_what_they_read(served: Served) -> None:
     name, n, k = in_proj(served)
     found = work(served, 4, summed(served, 4, transposed=True))
     assert (found.repeated, found.sectors) == ((), 3 * n * k), name
+    whole = summed(served, 4, transposed=True)
+    parted = replace(whole, outputs=(tensor("y", "Float", n // 2, 2, 4),))
+    assert work(served, 4, parted).sectors == 3 * n * k
 
 
 def test_sums_beside_each_other_decode_a_weight_once(served: Served) -> None:
@@ -133,6 +139,7 @@ def test_scores_and_values(served: Served) -> None:
     heads = [tensor(f"scores{head}", "Float", 1, 2, -1, 1) for head in range(2)]
     shared = work(served, 1, kernel([cache], heads, "Mul", "ReduceSum"))
     assert (shared.instructions, shared.sectors) == (2 * 20 * 16 * (3.0 + 1.7), 2 * 20 * 16 * 4)
+    assert shared.wavefronts == 2 * 20 * 16 * (2.0 + 1.0)
     values = kernel([cache, tensor("p", "Float", 1, 2, 2, -1)], [tensor("y", "Float", 1, 2, 2, 1, 16)], "ReduceSum")
     found = work(served, 1, values)
     assert (found.sectors, found.wavefronts) == (4 * 20 * 16 * 32, 0.0)
@@ -144,13 +151,40 @@ def test_scores_and_values(served: Served) -> None:
         (("FP8", "FP8"), DType.F8E4M3),
         (("FP4E2M1", "FP4E2M1"), DType.F4E2M1),
         (("BFloat16", "FP8"), DType.BF16),
+        (("FP8", "BFloat16"), DType.BF16),
+        (("Half", "Half"), DType.BF16),
         (("Float", "Float"), DType.F32),
+        (("BFloat16", "Float"), DType.F32),
     ],
 )
 def test_products_are_rounded_up_to_tiles(types: tuple[str, str], dtype: DType, served: Served) -> None:
     left, right = tensor("x", types[0], 2, 20, 64), tensor("w", types[1], 2, 64, 100)
-    found = work(served, 1, kernel([left, right], [tensor("y", "Float", 2, 20, 100)], "MatMul", type="gemm"))
+    inputs = [left, right, tensor("scale", "Float", 1)]
+    found = work(served, 1, kernel(inputs, [tensor("y", "Float", 2, 20, 100)], "MatMul", type="gemm"))
     assert (found.form, found.flops) == ("product", {dtype: 2 * 2 * 32 * 112 * 64})
+    assert (found.sectors, found.instructions, found.wavefronts) == (0, 0, 0)
+
+
+def test_elements_one_by_one_are_those_of_the_largest_tensor(served: Served) -> None:
+    """As far as it is moved: 64 BF16 of a norm, 97 rows of an activation of unknown length."""
+    norm = tensor("backbone.layers.0.norm.weight", "BFloat16", 64)
+    for inputs, outputs, elements in (
+        ([norm], [tensor("y", "Float", 10)], 64),
+        ([norm], [tensor("y", "Float", 97)], 97),
+        ([tensor("x", "Float", -1, 7), norm], [tensor("y", "Float", 10)], CONTEXT * 7),
+    ):
+        found = work(served, 1, kernel(inputs, outputs, "Sigmoid"))
+        assert (found.form, found.instructions) == ("other", elements * OTHER.instructions)
+        assert (found.wavefronts, found.sectors) == (elements * OTHER.wavefronts, 0)
+
+
+def test_codes_as_bytes_are_looked_up_wherever_they_are_read(served: Served) -> None:
+    """Of a weight; other bytes are numbers as they are."""
+    codes = tensor("backbone.layers.1.mixer.experts.*.up_proj.weight.bytes", "Int8", 8, 48, 2, 8)
+    for read, cost in ((codes, FP4_BY_TABLE), (tensor("mask", "Int8", 8, 48), OTHER)):
+        found = work(served, 1, kernel([read], [tensor("y", "Float", 5000)], "Mul"))
+        assert (found.form, found.instructions) == ("other", 5000 * cost.instructions)
+        assert found.wavefronts == 5000 * cost.wavefronts
 
 
 def test_attention_of_many_tokens_is_a_product(served: Served) -> None:
@@ -189,6 +223,76 @@ def test_the_roofline_is_of_the_least_bytes_or_operations(served: Served) -> Non
     weak = predicted(served, 1, gpu=replace(card, bf16=card.bf16 / 1000)).total
     assert weak.roofline == weak.products == pytest.approx(1000 * nothing.products)
     assert predicted(served, 1, gpu=replace(card, fp8=2 * card.bf16)).total.products < nothing.products
+
+
+def test_the_least_operations_of_a_kind(served: Served) -> None:
+    """Of the MLP, [96, 64] and [64, 96]: two operations for each weight and row."""
+    shapes = [served.program.parameters[f"backbone.layers.5.mixer.{side}_proj.weight"].type for side in ("up", "down")]
+    assert [shape.static_dims for shape in shapes] == [(96, 64), (64, 96)]
+    operations = 2 * 2 * 96 * 64
+    card = GPUS["RTX 3090"]
+    for batch in (1, 3):
+        found = predicted(served, batch, gpu=card).by_kind["mlp"]
+        assert found.products == pytest.approx(batch * operations / card.bf16, rel=1e-9)
+
+
+def test_ops_that_lose_most_come_first() -> None:
+    """Seconds of both kernels of an op against those of the bytes that must be moved; five ops at most."""
+
+    def row(op: str, seconds: float, least: float, bound: Bound) -> KernelTime:
+        return KernelTime(KernelTraffic(op, f"layer.{op}", "moe", Moved(0, 0), ()), done, seconds, least, bound)
+
+    done = Work("sum", 0, ())
+    rows = [row("near", 5, 4, "L2"), row("far", 3, 1, "L1"), row("far", 2, 1, "memory")]
+    rows += [row(f"no loss {n}", 1, 1, "launch") for n in range(4)]
+    worst = Prediction(Time(0, 0, 0, {}), {}, tuple(rows)).worst()
+    assert worst[0] == {
+        "op": "sum: far",
+        "kind": "moe",
+        "layer": "layer.far",
+        "kernels": 2,
+        "predicted_us": 5e6,
+        "least_us": 2e6,
+        "bound_by": "L1",
+    }
+    assert [each["op"] for each in worst] == ["sum: far", "sum: near", *(f"sum: no loss {n}" for n in range(3))]
+
+
+def test_what_nothing_exceeds() -> None:
+    """Shares of what a data sheet promises, what is hidden, and the seconds of a launch."""
+    assert all(0 < share <= 1 for share in (MEMORY_SHARE, PRODUCT_SHARE, HIDDEN))
+    assert 0 < LAUNCH < 1e-4
+
+
+@pytest.mark.parametrize(("sm", "bytes_"), [(80, 24), (90, 24), (100, 24), (86, 16), (89, 16), (120, 16)])
+def test_the_chips_of_data_centres_read_more_of_their_cache(sm: int, bytes_: int) -> None:
+    """Bytes a clock and multiprocessor; of one without work there is no time."""
+    chip = replace(GPU, sm=sm, multiprocessors=2)
+    assert parts_of(Work("other", 4800, ()), chip)["L2"] == 4800 / (bytes_ * 2e9)
+    assert set(parts_of(IDLE, chip).values()) == {0.0}
+
+
+def test_stages_of_one_entry_point_add_up() -> None:
+    """Kinds that one of them lacks, and bounds, count as nothing there."""
+    one = Time(1, 2, 4, {"L2": 1})
+    two = Time(8, 16, 32, {"L2": 3, "launch": 5})
+    both = Prediction(one, {"a": one}, ()) + Prediction(two, {"a": two, "b": two}, ())
+    bounds: dict[Bound, float] = dict.fromkeys(get_args(Bound), 0.0)
+    total = Time(9, 18, 36, {**bounds, "L2": 4, "launch": 5})
+    assert both == Prediction(total, {"a": total, "b": replace(two, by_bound={**bounds, **two.by_bound})}, ())
+    assert both.total.as_json() == {"predicted_us": 9e6, "roofline_us": 36e6, "ratio": 0.25, "bound_by": "launch"}
+    assert Time(0, 2, 1, {}).as_json() == {"predicted_us": 0, "roofline_us": 2e6, "ratio": 0, "bound_by": None}
+    assert Time(0, 0, 0, {}).as_json()["ratio"] is None
+
+
+def test_the_tokens_of_an_entry_point() -> None:
+    """Of the first input with an axis of tokens: no length, which has none, and no state."""
+
+    def entry(*arguments: tuple[str, tuple[int, ...]]) -> Any:
+        return SimpleNamespace(arguments=[SimpleNamespace(kind=kind, shape=shape) for kind, shape in arguments])
+
+    assert tokens_of(entry(("state", (2, 7)), ("input", (2,)), ("input", (2, 5)), ("input", (2, 6)))) == 5
+    assert tokens_of(entry(("state", (2, 7)), ("input", (2,)))) == 1
 
 
 def test_ops_of_all_layers_are_named_together(served: Served) -> None:

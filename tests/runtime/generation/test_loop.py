@@ -104,6 +104,23 @@ def test_acceptance_length_counts_tokens_a_round(kind: Literal["wrong", "right"]
     assert engine.calls.count("verify") == 16 / expected
 
 
+def test_times_are_those_of_prefill_and_of_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that calls move on: a chunk takes 1 second, a token 4, and the first token comes of the last chunk."""
+    seconds = 100.0
+
+    class Slow(FakeEngine):
+        def run(self, entry: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+            nonlocal seconds
+            seconds += {"prefill": 1, "decode": 4}[entry]
+            return super().run(entry, inputs)
+
+    monkeypatch.setattr("time.perf_counter", lambda: seconds)
+    done = generated(Slow(table(VOCAB), chunk=2), [[1, 2, 3, 4, 5]], Options(max_new_tokens=4)).result()
+    assert (done.prefill_seconds, done.decode_seconds, done.tokens_per_second) == (3, 12, 0.25)
+    one = generated(Slow(table(VOCAB), chunk=2), [[1]], Options(max_new_tokens=1)).result()
+    assert (one.decode_seconds, one.tokens_per_second, one.acceptance_length) == (0, 0, 1)
+
+
 def test_the_drafter_of_the_model_is_right_where_it_is_the_model() -> None:
     """With the drafter's logits equal to the model's, each recursion sees what the model will."""
     done = generated(FakeEngine(table(VOCAB), draft_tokens=3), [[4, 1]], Options(max_new_tokens=13), MtpDrafter())

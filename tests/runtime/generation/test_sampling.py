@@ -185,6 +185,29 @@ def test_draws_have_the_probabilities(tokens: NDArray[np.int64] | None) -> None:
     assert float(((counts[some] - expected[some]) ** 2 / expected[some]).sum()) < 103
 
 
+@pytest.mark.parametrize("tokens", [np.array([3]), np.array([3, 7]), None], ids=["one", "two", "all"])
+def test_a_draw_takes_one_random_number(tokens: NDArray[np.int64] | None) -> None:
+    """Also where there is nothing to choose: what comes after does not depend on it."""
+    generator, other = np.random.default_rng(1), np.random.default_rng(1)
+    drawn = Distribution(tokens, np.ones(3 if tokens is None else len(tokens))).draw(generator)
+    assert drawn in ((0, 1, 2) if tokens is None else tokens)
+    other.random()
+    assert generator.random() == other.random()
+
+
+@pytest.mark.parametrize(("number", "token"), [(0.0, 0), (0.49, 0), (0.5, 1), (0.74, 1), (0.75, 600), (0.99, 600)])
+def test_a_draw_is_where_the_running_sum_passes_the_number(number: float, token: int) -> None:
+    """Over several blocks, whose last one is not full."""
+
+    class Fixed:
+        def random(self) -> float:
+            return number
+
+    weights = np.zeros(700)
+    weights[[0, 1, 600]] = 2, 1, 1
+    assert Distribution(None, weights).draw(Fixed()) == token  # type: ignore[arg-type]
+
+
 SPARSE = Distribution(np.array([1, 4, 6]), np.array([0.5, 0.2, 0.3]))
 DENSE = Distribution(None, np.array([0.1, 0.2, 0.1, 0.1, 0.3, 0.1, 0.1, 0.0]))
 

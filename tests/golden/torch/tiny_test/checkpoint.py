@@ -179,8 +179,10 @@ def copy_tensors(tensors: dict[str, Tensor], stored: Stored) -> None:
 
 def stored_shape(tensor: Tensor, kind: str) -> list[int]:
     """Return the shape of a tensor on disk: two FP4 codes make a byte."""
-    *rows, columns = tensor.shape or (1,)
-    return [*rows, columns // 2] if kind == "U8" else list(tensor.shape)
+    if kind != "U8":
+        return list(tensor.shape)
+    *rows, columns = tensor.shape
+    return [*rows, columns // 2]
 
 
 def read_tensor(stored: Stored, name: str) -> Tensor:

@@ -167,8 +167,6 @@ class Groups:
         """Multiply rows x [tokens, in] with the matrix of their group, weight [groups, in, out]."""
         if len(weight) == 1:
             return x @ weight[0]
-        if x.device.type == "cpu":
-            return F.grouped_mm(x, weight, offs=self.ends)
         pairs = zip(self.split(x), weight, strict=True)
         return torch.cat([part @ matrix for part, matrix in pairs])
 
@@ -176,14 +174,12 @@ class Groups:
         """Return x^T y [groups, out, in] of each group for x [tokens, out], y [tokens, in]."""
         if len(self.ends) == 1:
             return (x.mT @ y)[None]
-        if x.device.type == "cpu":
-            return F.grouped_mm(x.mT, y, offs=self.ends)
         pairs = zip(self.split(x), self.split(y), strict=True)
         return torch.stack([a.mT @ b for a, b in pairs])
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the rows of each group."""
-        return torch.tensor_split(x, self.ends[:-1].cpu())
+        return torch.tensor_split(x, self.ends[:-1].tolist())
 
 
 def tiles(x: Tensor) -> Tensor:

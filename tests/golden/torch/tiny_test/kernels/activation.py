@@ -23,7 +23,7 @@ BLOCK = 4096  # elements of a program
 def square_forward(h, a, M, BLOCK: tl.constexpr):
     """Write a = relu(h)^2 [M]."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    r = tl.maximum(tl.load(h + at, mask=at < M, other=0.0).to(tl.float32), 0.0)
+    r = tl.maximum(tl.load(h + at, mask=at < M).to(tl.float32), 0.0)
     tl.store(a + at, (r * r).to(a.dtype.element_ty), mask=at < M)
 
 
@@ -31,8 +31,8 @@ def square_forward(h, a, M, BLOCK: tl.constexpr):
 def square_backward(da, h, dh, M, BLOCK: tl.constexpr):
     """Write dh = 2 relu(h) da [M]."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    r = tl.maximum(tl.load(h + at, mask=at < M, other=0.0).to(tl.float32), 0.0)
-    given = tl.load(da + at, mask=at < M, other=0.0).to(tl.float32)
+    r = tl.maximum(tl.load(h + at, mask=at < M).to(tl.float32), 0.0)
+    given = tl.load(da + at, mask=at < M).to(tl.float32)
     tl.store(dh + at, (2.0 * r * given).to(dh.dtype.element_ty), mask=at < M)
 
 

@@ -29,15 +29,13 @@ def adamw_update(
     scale = tl.load(factor)
     mask = at < tl.where(scale >= 0.0, M, 0)
     if SPLIT:  # p as int16
-        high = tl.load(p + at, mask=mask, other=0).to(tl.int32) << 16
-        value = (high + tl.load(rest + at, mask=mask, other=0).to(tl.int32)).to(
-            tl.float32, bitcast=True
-        )
+        high = tl.load(p + at, mask=mask).to(tl.int32) << 16
+        value = (high + tl.load(rest + at, mask=mask).to(tl.int32)).to(tl.float32, bitcast=True)
     else:
-        value = tl.load(p + at, mask=mask, other=0.0)
-    gradient = tl.load(g + at, mask=mask, other=0.0).to(tl.float32) * scale
-    first = tl.load(m + at, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(v + at, mask=mask, other=0.0).to(tl.float32)
+        value = tl.load(p + at, mask=mask)
+    gradient = tl.load(g + at, mask=mask).to(tl.float32) * scale
+    first = tl.load(m + at, mask=mask).to(tl.float32)
+    second = tl.load(v + at, mask=mask).to(tl.float32)
     first = beta1 * first + (1.0 - beta1) * gradient
     second = beta2 * second + (1.0 - beta2) * gradient * gradient
     root = tl.sqrt_rn(second) * correction2 + eps
@@ -48,7 +46,7 @@ def adamw_update(
         bits = value.to(tl.int32, bitcast=True)
         high = (bits + 0x8000) >> 16
         tl.store(p + at, high.to(tl.int16), mask=mask)
-        tl.store(rest + at, (bits - (high << 16)).to(tl.int16), mask=mask)
+        tl.store(rest + at, bits.to(tl.int16), mask=mask)  # the lower 16 bits
     else:
         tl.store(p + at, value, mask=mask)
 

@@ -30,18 +30,17 @@ def sum_over_taps(
     known = channel < X
     total = tl.zeros([token.shape[0], channel.shape[0]], tl.float32)
     if BIAS:
-        total += tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)[None, :]
-    own = 0
+        total += tl.load(bias + channel, mask=known).to(tl.float32)[None, :]
     if DOCUMENTS:
-        own = tl.load(documents + token, mask=token < S, other=-1)
+        own = tl.load(documents + token, mask=token < S)
     for back in tl.static_range(W):
         at = token - back
         seen = (at >= 0) & (at < S)
         if DOCUMENTS:
-            seen &= tl.load(documents + at, mask=seen, other=-2) == own
+            seen &= tl.load(documents + at, mask=seen) == own
         mask = seen[:, None] & known[None, :]
         xs = tl.load(x + at[:, None] * x_token + channel[None, :], mask=mask, other=0.0)
-        tap = tl.load(weight + channel * W + (W - 1 - back), mask=known, other=0.0)
+        tap = tl.load(weight + channel * W + (W - 1 - back), mask=known)
         total += xs.to(tl.float32) * tap.to(tl.float32)[None, :]
     return total
 
@@ -78,16 +77,15 @@ def convolution_backward(
     known = channel < X
     x += row * x_batch
     documents += row * S
-    own = 0
     if DOCUMENTS:
-        own = tl.load(documents + token, mask=token < S, other=-1)
+        own = tl.load(documents + token, mask=token < S)
     gradient = tl.zeros([BLOCK_T, BLOCK_X], tl.float32)  # of x
     dv_here = tl.zeros([BLOCK_T, BLOCK_X], tl.float32)
     for ahead in tl.static_range(W):
         at = token + ahead
         reached = at < S
         if DOCUMENTS:
-            reached &= tl.load(documents + at, mask=reached, other=-2) == own
+            reached &= tl.load(documents + at, mask=reached) == own
         v = sum_over_taps(
             x, weight, bias, documents, at, channel, S, X, x_token, W, BIAS, DOCUMENTS
         )
@@ -95,7 +93,7 @@ def convolution_backward(
         given = tl.load(dy + (row * S + at[:, None]) * X + channel[None, :], mask=mask, other=0.0)
         gate = tl.sigmoid(v)
         dv = given.to(tl.float32) * gate * (1.0 + v * (1.0 - gate))
-        tap = tl.load(weight + channel * W + (W - 1 - ahead), mask=known, other=0.0)
+        tap = tl.load(weight + channel * W + (W - 1 - ahead), mask=known)
         gradient += dv * tap.to(tl.float32)[None, :]
         if ahead == 0:
             dv_here = dv
@@ -108,7 +106,7 @@ def convolution_backward(
         at = token - back
         seen = (at >= 0) & (at < S)
         if DOCUMENTS:
-            seen &= tl.load(documents + at, mask=seen, other=-2) == own
+            seen &= tl.load(documents + at, mask=seen) == own
         mask = seen[:, None] & known[None, :]
         xs = tl.load(x + at[:, None] * x_token + channel[None, :], mask=mask, other=0.0)
         part = tl.sum(dv_here * xs.to(tl.float32), 0)

@@ -30,7 +30,7 @@ def row_losses(
     logits += row * V
     target = tl.load(targets + row)
     counts = target != ignored
-    own = tl.load(logits + target, mask=counts, other=0.0).to(tl.float32)  # before it is written
+    own = tl.load(logits + target, mask=counts).to(tl.float32)  # before it is written
     column = tl.arange(0, BLOCK)
     highest = tl.full([BLOCK], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
@@ -47,7 +47,7 @@ def row_losses(
     if DIFFERENTIATE:
         for start in range(0, V, BLOCK):
             at = start + column
-            l = tl.load(logits + at, mask=at < V, other=-float("inf")).to(tl.float32)  # noqa: E741
+            l = tl.load(logits + at, mask=at < V).to(tl.float32)  # noqa: E741
             p = tl.exp(l - log_sum) - tl.where(at == target, 1.0, 0.0)
             p = tl.where(counts, p, 0.0)
             tl.store(logits + at, p.to(logits.dtype.element_ty), mask=at < V)

@@ -34,8 +34,8 @@ def activation_forward(
     column = tl.arange(0, BLOCK)
     mask = (row < M)[:, None] & (column < WIDTH)[None, :]
     at = row[:, None] * WIDTH + column[None, :]
-    r = tl.maximum(tl.load(h + at, mask=mask, other=0.0).to(tl.float32), 0.0)
-    w = tl.load(weight + row, mask=row < M, other=0.0)
+    r = tl.maximum(tl.load(h + at, mask=mask).to(tl.float32), 0.0)
+    w = tl.load(weight + row, mask=row < M)
     tl.store(a + at, (w[:, None] * r * r).to(a.dtype.element_ty), mask=mask)
 
 
@@ -50,7 +50,7 @@ def activation_backward(
     at = row[:, None] * WIDTH + column[None, :]
     r = tl.maximum(tl.load(h + at, mask=mask, other=0.0).to(tl.float32), 0.0)
     given = tl.load(da + at, mask=mask, other=0.0).to(tl.float32)
-    w = tl.load(weight + row, mask=row < M, other=0.0)
+    w = tl.load(weight + row, mask=row < M)
     tl.store(dweight + row, tl.sum(given * r * r, 1), mask=row < M)
     tl.store(a + at, (w[:, None] * r * r).to(a.dtype.element_ty), mask=mask)
     tl.store(dh + at, (2.0 * w[:, None] * r * given).to(dh.dtype.element_ty), mask=mask)
@@ -65,7 +65,7 @@ def sum_rows(rows, position, out, T, K: tl.constexpr, WIDTH: tl.constexpr, BLOCK
     total = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(K):
         row = tl.load(position + token * K + k).to(tl.int64)
-        total += tl.load(rows + row * WIDTH + column, mask=mask, other=0.0).to(tl.float32)
+        total += tl.load(rows + row * WIDTH + column, mask=mask).to(tl.float32)
     tl.store(out + token * WIDTH + column, total.to(out.dtype.element_ty), mask=mask)
 
 

@@ -35,7 +35,7 @@ def grouped_rows(
 ):  # fmt: skip
     """Write y [M, OUT] of x [M, IN], and the weight of each row's expert."""
     e = tl.arange(0, BLOCK_E)
-    end = tl.load(ends + e, mask=e < EXPERTS, other=0)
+    end = tl.load(ends + e, mask=e < EXPERTS)
     begin = tl.load(ends + e - 1, mask=(e > 0) & (e < EXPERTS), other=0)
     tiles = tl.where(e < EXPERTS, (end - begin + ROWS - 1) // ROWS, 0)
     last = tl.cumsum(tiles, 0)  # tiles up to each expert

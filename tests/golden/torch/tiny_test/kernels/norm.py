@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 ELEMENTS = 4096  # of a tile
+PROGRAMS = 1024  # at most, of a gradient; each leaves a row of sums
 
 
 @triton.jit
@@ -41,7 +42,7 @@ def norm_forward(
         gate = gate.to(tl.float32)
         v *= gate * tl.sigmoid(gate)
     scale = 1.0 / tl.sqrt_rn(tl.sum(v * v, 1) / WIDTH + eps)
-    w = tl.load(weight + channel, mask=inside < WIDTH, other=0.0).to(tl.float32)
+    w = tl.load(weight + channel, mask=inside < WIDTH).to(tl.float32)
     result = w[None, :] * (v * scale[:, None])
     at = out + token[:, None] * out_token + channel[None, :]
     tl.store(at, result.to(out.dtype.element_ty), mask=mask)
@@ -121,7 +122,7 @@ def run_backward(
     """Return the gradients of y [T, W] and weight [W] float32; that of z is written to `dz`."""
     count, width = y.shape
     tile = tile_of(width // groups)
-    programs = min(triton.cdiv(count, tile["TOKENS"]), max(1, 1024 // groups))
+    programs = min(triton.cdiv(count, tile["TOKENS"]), max(1, PROGRAMS // groups))
     dy = torch.empty_like(y, memory_format=torch.contiguous_format)
     sums = y.new_empty(programs, width, dtype=torch.float32)
     gate, dgate = (y, dy) if z is None or dz is None else (z, dz)

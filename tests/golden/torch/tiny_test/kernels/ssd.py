@@ -78,15 +78,14 @@ def scan_forward(
     h = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
     if FIRST:
         h = tl.load(first + (row * H + head) * P * N + in_state, mask=of_state, other=0.0)
-    carried = 0  # the document that h is of
     if DOCUMENTS:
-        carried = tl.load(documents + row * S)
-    upcoming = tl.load(dt + t * dt_token, mask=t < S, other=0.0)  # dt, a chunk before it is used
+        carried = tl.load(documents + row * S)  # the document that h is of
+    upcoming = tl.load(dt + t * dt_token, mask=t < S)  # dt, a chunk before it is used
     for start in range(0, S, Q):
         valid = start + t < S
         _, step, total, left = steps_of(upcoming, bias, A_head, valid, SOFTPLUS)
         dt += Q * dt_token
-        upcoming = tl.load(dt + t * dt_token, mask=start + Q + t < S, other=0.0)
+        upcoming = tl.load(dt + t * dt_token, mask=start + Q + t < S)
         end = tl.sum(step * A_head, 0)
         of_x = valid[:, None] & (p < P)[None, :]
         of_B = valid[:, None] & (n < N)[None, :]
@@ -96,7 +95,7 @@ def scan_forward(
         visible = t[:, None] >= t[None, :]
         from_start, to_end, keep = tl.exp(total), tl.exp(left), tl.exp(end)
         if DOCUMENTS:
-            document = tl.load(documents + row * S + start + t, mask=valid, other=-1)
+            document = tl.load(documents + row * S + start + t, mask=valid)
             ending = tl.load(documents + row * S + tl.minimum(start + Q, S) - 1)
             visible = visible & (document[:, None] == document[None, :])
             from_start = tl.where(document == carried, from_start, 0.0)
@@ -148,20 +147,20 @@ def state_backward(
     dh = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
     if DLAST:
         dh = tl.load(dlast + (row * H + head) * P * N + in_state, mask=of_state, other=0.0)
-    upcoming = tl.load(dt + t * dt_token, mask=final + t < S, other=0.0)
+    upcoming = tl.load(dt + t * dt_token, mask=final + t < S)
     for back in range(chunks):
         start = (chunks - 1 - back) * Q
         valid = start + t < S
         _, step, total, _ = steps_of(upcoming, bias, A_head, valid, SOFTPLUS)
         dt -= Q * dt_token
-        upcoming = tl.load(dt + t * dt_token, mask=start - Q + t >= 0, other=0.0)
+        upcoming = tl.load(dt + t * dt_token, mask=start - Q + t >= 0)
         of_x = valid[:, None] & (p < P)[None, :]
         of_C = valid[:, None] & (n < N)[None, :]
         dys = tl.load(dy + t[:, None] * dy_token + p[None, :], mask=of_x, other=0.0)
         Cs = tl.load(C + t[:, None] * C_token + n[None, :], mask=of_C, other=0.0)
         from_start, keep = tl.exp(total), tl.exp(tl.sum(step * A_head, 0))
         if DOCUMENTS:
-            document = tl.load(documents + row * S + start + t, mask=valid, other=-1)
+            document = tl.load(documents + row * S + start + t, mask=valid)
             ending = tl.load(documents + row * S + tl.minimum(start + Q, S) - 1)
             carried = tl.load(documents + row * S + tl.maximum(start - 1, 0))
             from_start = tl.where(document == carried, from_start, 0.0)
@@ -204,7 +203,7 @@ def scan_backward(
     if SKIP:
         skip = tl.load(D + head).to(tl.float32)
     valid = start + t < S
-    raw = tl.load(dt + t * dt_token, mask=valid, other=0.0)
+    raw = tl.load(dt + t * dt_token, mask=valid)
     raw, step, total, left = steps_of(raw, bias, A_head, valid, SOFTPLUS)
     end = tl.sum(step * A_head, 0)
     of_x = valid[:, None] & (p < P)[None, :]
@@ -218,7 +217,7 @@ def scan_backward(
     from_start, to_end, keep = tl.exp(total), tl.exp(left), tl.exp(end)
     if DOCUMENTS:
         documents += first
-        document = tl.load(documents + t, mask=valid, other=-1)
+        document = tl.load(documents + t, mask=valid)
         ending = tl.load(documents + tl.minimum(S - start, Q) - 1)
         carried = tl.load(documents - tl.minimum(start, 1))
         visible = visible & (document[:, None] == document[None, :])
