@@ -158,6 +158,24 @@ def test_torchtitan_decays_what_train_py_decays(train: SimpleNamespace) -> None:
         assert bool(plain.search(name)) == (id(parameter) not in decayed), name
 
 
+def test_torchtitans_defaults_are_those_of_train_py(train: SimpleNamespace) -> None:
+    """As far as a run begins with them that is asked for nothing."""
+    ours, adapter = defaults(train), train.adapter
+    model = vars_of(adapter.TitanModel.Config())
+    assert model == {"seed": ours.seed, "weights": ours.weights, "bf16": True, "nvfp4": False}
+    assert vars_of(adapter.Loss.Config()) == {"balance": ours.balance}
+    data = vars_of(adapter.Data.Config())
+    folders = {"tokenizer_folder": ours.tokenizer, "token_cache": "outputs/tokens"}
+    assert data == {name: getattr(ours, name) for name in data if name not in folders} | folders
+
+
+def vars_of(config: Any) -> dict[str, Any]:
+    """Return the fields of a settings' class, which take values by their names alone."""
+    with pytest.raises(TypeError, match="takes 1 positional argument"):
+        type(config)(1)
+    return {name: getattr(config, name) for name in type(config).__dataclass_fields__}
+
+
 @pytest.mark.parametrize(("seed", "taken"), [(7, 7), (None, 0)])
 def test_torchtitans_settings_are_taken_over(train: SimpleNamespace, seed: int | None, taken: int) -> None:
     for dtype in ("bfloat16", "float32"):
@@ -356,7 +374,7 @@ def test_torchtitan_learns_in_bfloat16_where_it_is_asked(train: SimpleNamespace)
         assert out.logits is None and model.measured["mtp_loss"] == out.mtp_loss
         assert not model.measured["mtp_loss"].requires_grad
         out.loss.backward()
-        gradient = model.lm_head.weight.grad
+        gradient = model.mtp.layers[0].eh_proj.weight.grad  # once a step of prediction
         assert not torch.equal(gradient, gradient.bfloat16().float())
     assert 0 < abs(losses[0] - losses[1]) < 0.05
 
