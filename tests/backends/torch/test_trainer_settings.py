@@ -216,6 +216,7 @@ def test_torchtitan_reads_train_pys_windows(train: SimpleNamespace, tmp_path: Pa
     batches = iter(loader)
     for step in range(3):
         inputs, labels = next(batches)
+        assert inputs["input"].shape == inputs["document_ids"].shape == labels.shape == (2, 20)
         for row in range(2):
             ids = inputs["input"][row]
             expected = windows.shuffled(4 * step + 2 * rank + row).ids
@@ -427,7 +428,7 @@ def test_torchtitan_says_what_the_data_lack(train: SimpleNamespace, tmp_path: Pa
     sizes: dict[str, int] = {"dp_world_size": 1, "dp_rank": 0, "local_batch_size": 1, "seq_len": 20}
     config = train.adapter.Data.Config(val_fraction=0.5)
     config.dataset_path = None
-    with pytest.raises(ValueError, match="--dataloader.dataset-path is missing"):
+    with pytest.raises(ValueError, match=r"^--dataloader\.dataset-path is missing$"):
         train.adapter.Data(config, **sizes)
     config.dataset_path = str(tmp_path / "tokens.npy")
     for count, kept in ((20, 20), (39, 39), (40, 20), (79, 59)):
