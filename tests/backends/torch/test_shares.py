@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from .data_files import program
 from .generated import imported, tiny_spec, write_generated
@@ -79,9 +80,15 @@ def test_a_process_computes_with_its_half_of_the_vocabulary(rank: int, tmp_path:
         torch.testing.assert_close(share(x, ids), losses)
 
 
-def test_the_shares_of_a_block_sum_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What two processes compute, and the gradients of what they read, are added up by hand: no other one answers."""
-    write_generated(tiny_spec("M*-E", mtp=None), tmp_path)
+@pytest.mark.parametrize(("pattern", "count", "modules"), [("M*-E", 2, 5), ("*", 4, 1)])
+def test_the_shares_of_a_block_sum_to_it(
+    pattern: str, count: int, modules: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What processes compute, and the gradients of what they read, are added up by hand: no other one answers.
+
+    Of four processes two have the queries of one key head each.
+    """
+    write_generated(tiny_spec(pattern, mtp=None), tmp_path)
     with imported(tmp_path) as train:
         torch.manual_seed(0)
         model, parallelize = train.model.Model(), train.parallelize
@@ -91,7 +98,7 @@ def test_the_shares_of_a_block_sum_to_it(tmp_path: Path, monkeypatch: pytest.Mon
         experts = (x[..., :32], chosen, torch.rand(2, 20, 3))
         inputs = {"Mamba2": (x,), "Attention": (x,), "MLP": (x,), "Experts": experts}
         blocks = {name: module for name, module in model.named_modules() if type(module).__name__ in inputs}
-        assert len(blocks) == 5  # with the shared expert
+        assert len(blocks) == modules  # with the shared expert
         wholes = dict[int, torch.Tensor]()
 
         def full(tensor: torch.Tensor, **_: Any) -> torch.Tensor:
@@ -108,9 +115,9 @@ def test_the_shares_of_a_block_sum_to_it(tmp_path: Path, monkeypatch: pytest.Mon
             return torch.cat([y.detach(), read.grad])
 
         whole = {name: values(block, block) for name, block in blocks.items()}
-        for rank in range(2):
-            with processes(2, rank):
-                meshes = parallelize.Meshes.over_all("cpu", tensor=2)
+        for rank in range(count):
+            with processes(count, rank):
+                meshes = parallelize.Meshes.over_all("cpu", tensor=count)
                 for name, block in blocks.items():
                     cut = deepcopy(block)
                     share = parallelize.share_of(name, cut, model.config, meshes)
@@ -185,3 +192,95 @@ def test_one_kernel_updates_the_parameters_of_one_mesh(experts: int, fused: bool
         for name in ("adamw", "muon"):
             settings = train.settings.Settings(data="d", out="o", steps=1, optimizer=name)
             assert train.optimizer.build_optimizer(model, settings).defaults["fused"] is fused
+
+
+def test_the_norm_counts_each_piece_of_a_gradient_once(tmp_path: Path) -> None:
+    """Of four processes each has a whole one, a half that two have, and a quarter of its own; the others' are zeros."""
+    with program(tmp_path) as train, processes(4, 0):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("one", "two"))
+        cuts = ((Replicate(), Replicate()), (Shard(0), Replicate()), (Shard(0), Shard(0)))
+        parameters = [torch.nn.Parameter(torch.zeros(4)) for _ in range(4)]
+        parameters[0].grad = torch.full((4,), 2.0)
+        for parameter, placements in zip(parameters[1:], cuts, strict=True):
+            local = torch.full((4,), 2.0)
+            parameter.data = DTensor.from_local(torch.zeros(4), mesh, placements, run_check=False)
+            parameter.grad = DTensor.from_local(local, mesh, placements, run_check=False)
+        squares = 16.0 * (1 / 4 + 1 / 4 + 2 / 4 + 4 / 4)
+        assert float(train.parallelize.norm_of_gradients(parameters)) == pytest.approx(squares**0.5)
+
+
+class Sharded(torch.nn.Module):
+    """What `fully_shard` makes of a module, as far as it is told something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[object] = []
+
+    def set_gradient_divide_factor(self, factor: float) -> None:
+        self.told.append(factor)
+
+    def set_force_sum_reduction_for_comms(self, enable: bool) -> None:
+        self.told.append(enable)
+
+
+AXES = {(2, 8, 3): 1, (3, 8, 4): 1, (4, 8, 3): 0, (2, 6, 4): 0, (2, 8): 0, (2,): 0, (8, 3, 3): 0}
+"""Shape of a parameter → the axis along which 4 processes share it out."""
+
+
+def test_along_which_axis_parameters_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first, or that of the rows of fewer experts than processes; gradients are summed, and not divided."""
+    cuts = dict[tuple[int, ...], Shard]()
+
+    def fully_shard(_: object, shard_placement_fn: Any, **__: object) -> None:
+        cuts.update({shape: shard_placement_fn(torch.nn.Parameter(torch.empty(shape))) for shape in AXES})
+
+    with program(tmp_path) as train, processes(8, 0):
+        monkeypatch.setattr(train.parallelize, "fully_shard", fully_shard)
+        monkeypatch.setattr(train.parallelize, "FSDPModule", Sharded)
+        module = Sharded()
+        train.parallelize.shard(module, init_device_mesh("cpu", (2, 4)))
+    assert cuts == {shape: Shard(axis) for shape, axis in AXES.items()} and module.told == [1.0, True]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.usefixtures("two_processes")
+def test_what_processes_put_side_by_side(rank: int, tmp_path: Path) -> None:
+    """On the last axis, of which each gets its own gradient; what is gathered of the other process is a copy."""
+    with program(tmp_path) as train:
+        collectives, group = train.collectives, dist.group.WORLD
+        x, dy = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 3, 8)
+        y = collectives.side_by_side(x, group)
+        y.backward(dy)
+        assert torch.equal(y, torch.cat([x, x], -1)) and torch.equal(x.grad, dy[..., 4 * rank : 4 * rank + 4])
+        logits = torch.randn(5, 6)
+        expected = torch.cat([logits, logits], -1).log_softmax(-1)[:, :6]
+        torch.testing.assert_close(collectives.log_softmax_over(logits.clone(), group), expected)
+        x = torch.randn(2, 3, requires_grad=True)
+        assert torch.equal(collectives.sum_of_gradients(x, group), x)
+        total = collectives.sum_of_outputs(x, group)
+        total.backward(torch.ones_like(x))
+        assert torch.equal(total, x) and torch.equal(x.grad, torch.ones_like(x))
+
+
+def test_every_block_is_sharded_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Just after it has its values; then what is left of the model."""
+    log: list[str] = []
+    write_generated(tiny_spec("M*", mtp="*"), tmp_path)
+    with imported(tmp_path) as train, processes(2, 0):
+        with torch.device("meta"):
+            model = train.model.Model()
+        names = {id(module): name or "model" for name, module in model.named_modules()}
+        parallelize = train.parallelize
+        monkeypatch.setattr(parallelize, "shard", lambda module, *_: log.append(f"shard {names[id(module)]}"))
+        monkeypatch.setattr(parallelize, "shard_block", lambda block, *_: log.append(f"shard block {names[id(block)]}"))
+        meshes = parallelize.Meshes.over_all("cpu")
+        parallelize.parallelize(model, meshes, lambda name, part: log.append(f"fill {name}"))
+        assert [name for name, _ in parallelize.parts(model)] == [
+            "backbone.embeddings", "backbone.layers.0", "backbone.layers.1", "backbone.norm_f", "lm_head",
+            "mtp.layers.0",
+        ]  # fmt: skip
+    assert log == [
+        *("fill backbone.embeddings", "fill backbone.layers.0", "shard block backbone.layers.0"),
+        *("fill backbone.layers.1", "shard block backbone.layers.1", "fill backbone.norm_f", "fill lm_head"),
+        *("fill mtp.layers.0", "shard block mtp.layers.0", "shard model"),
+    ]

@@ -1,4 +1,7 @@
-"""The steps of a run in their order, with stand-ins for what they do: when it validates, saves, traces and stops."""
+"""The steps of a run in their order, with stand-ins for what they do: when it validates, saves, traces and stops.
+
+And the small parts of a step: its rate, the average of the weights, what is said of a gradient that broke.
+"""
 
 from __future__ import annotations
 
@@ -201,3 +204,37 @@ def test_rates(train: Any) -> None:
     assert rates("--warmup", "0.4", "--decay", "0")[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
     linear = rates("--schedule", "linear", "--warmup", "2", "--decay", "0")
     assert linear == pytest.approx([1.0, 2.0, *[2.0 - 1.8 * n / 8 for n in range(1, 9)]])
+
+
+def test_the_average_of_the_weights(train: Any) -> None:
+    """Begins with them, and takes in a part of them after each step, in float32."""
+    model = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
+    torch.nn.init.constant_(model.weight, 1.0)
+    average = train.average.Average(model, 0.75)
+    assert torch.equal(average.weights["weight"], torch.ones(2, 2))
+    for value, expected in ((3.0, 1.5), (1.0, 1.375), (1.0, 1.28125)):
+        torch.nn.init.constant_(model.weight, value)
+        average.update()
+        assert torch.equal(average.weights["weight"], torch.full((2, 2), expected))
+
+
+def test_where_a_gradient_broke(train: Any) -> None:
+    """In the last parameter, where the backward pass came first; or in another process, still earlier."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+
+    def fault(*others: object) -> str:
+        world = SimpleNamespace(gather=lambda value: [value, *others])
+        said: str = train.faults.first_fault(model, lambda: model(torch.ones(1, 2)), world)
+        return said
+
+    assert fault() == "it did not arise again when the step was run again"
+    model[0].weight.grad, model[1].weight.grad = (torch.full((2, 2), torch.nan) for _ in range(2))
+    model[2].weight.grad = torch.zeros(2, 2)
+    assert fault(None) == "the forward pass is finite, the gradient of 1.weight is not"
+    assert fault((0, "first"), (9, "last")) == "first"
+    torch.nn.init.constant_(model[1].bias, torch.inf)
+    assert fault() == "the weight 1.bias was not finite before the step"
+    torch.nn.init.zeros_(model[1].bias)
+    torch.nn.init.constant_(model[1].weight, 3e38)
+    torch.nn.init.constant_(model[0].bias, 9.0)
+    assert fault() == "the output of 1 is the first that is not finite"
