@@ -231,6 +231,18 @@ def test_one_sequence_is_enough(train: Any, tmp_path: Path) -> None:
         train.data.require_windows(windows((1 << 30) + 1))
 
 
+def test_labels_of_a_batch(train: Any) -> None:
+    """They are the ids themselves, unless some do not count; on a device as before."""
+    ids, labels = torch.tensor([1, 2, 3]), torch.tensor([1, -100, 3])
+    plain, masked = train.tokens.Window(ids, ids), train.tokens.Window(ids, labels)
+    for batch in (train.data.Batch.of([plain, masked]), train.data.Batch.of([masked, plain])):
+        for found in (batch, batch.to(torch.device("cpu"))):
+            assert found.ids.tolist() == [[1, 2, 3]] * 2 and found.documents is None
+            assert sorted(found.labels.tolist()) == [[1, -100, 3], [1, 2, 3]]
+    batch = train.data.Batch.of([plain, plain]).to(torch.device("cpu"))
+    assert batch.labels is batch.ids
+
+
 def test_separators_where_a_document_is_known_to_end(train: Any) -> None:
     """It ends once. A separator may be token 0; without one the tokens tell of no end."""
     ids = torch.tensor([7, 3, 5, 0, 3, 1])
