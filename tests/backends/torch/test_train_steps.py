@@ -238,3 +238,34 @@ def test_where_a_gradient_broke(train: Any) -> None:
     torch.nn.init.constant_(model[1].weight, 3e38)
     torch.nn.init.constant_(model[0].bias, 9.0)
     assert fault() == "the output of 1 is the first that is not finite"
+
+
+class Predictor(torch.nn.Module):
+    """As much of a model as predicts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config, self.head = SimpleNamespace(vocab_size=7), torch.nn.Linear(4, 7)
+
+    def predict(self, *_: object) -> str:
+        return "its own"
+
+
+@pytest.mark.parametrize("ahead", [1, 2])
+@pytest.mark.parametrize("labels", [[5, 1, 2, 3], [5, -100, -100, 3], [-100, -100, 4, -100], [-100] * 4])
+def test_the_divergence_from_a_teacher(train: Any, ahead: int, labels: list[int]) -> None:
+    """Its mean over the tokens that are predicted, so far ahead; 0 where there are none."""
+    torch.manual_seed(0)
+    student, teacher = Predictor(), Predictor()
+    train.distillation.Distillation(student, teacher)
+    hidden, ours = [torch.randn(1, 4, 4), torch.randn(1, 3, 4)], torch.randn(1, 5 - ahead, 4)
+    for number, h in enumerate(hidden, start=1):
+        assert teacher.predict(h, None, number, None, True) == (None, None)
+    logits, loss = student.predict(ours, torch.tensor([labels]), ahead, None, True)
+    p, q = teacher.head(hidden[ahead - 1])[0].softmax(-1), student.head(ours)[0].softmax(-1)
+    each = (p * (p / q).log()).sum(-1)
+    scored = [each[t].item() for t in range(4 - ahead) if labels[t + ahead] != -100]
+    assert logits is None and loss.item() == pytest.approx(sum(scored) / max(len(scored), 1), abs=1e-6)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters()) and not teacher.training
+    assert student.predict(ours, None, ahead, None, True) == "its own"
+    assert student.eval().predict(ours, torch.tensor([labels]), ahead, None, True) == "its own"

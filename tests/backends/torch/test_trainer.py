@@ -179,6 +179,17 @@ def test_validation_scores_each_sequence_once(train: Any, tmp_path: Path, proces
         assert "val_bits_per_byte" not in found  # these tokens are no bytes
 
 
+def test_validation_of_one_token(train: Any, tmp_path: Path) -> None:
+    """Its loss is the mean; what predicts nothing adds nothing."""
+    given = ["--seq-len", "2", "--val-every", "1", "--val-fraction", "0.2", "--val-sequences", "1"]
+    trainer = trainer_of(train, tmp_path, *given)
+    found = trainer.validate()
+    rows = trainer.val_data.read(0).ids[None]
+    with torch.no_grad():
+        expected = trainer.model.eval()(rows, rows).losses[0].item()
+    assert found == {"val_loss": pytest.approx(expected), "val_mtp_loss": 0}
+
+
 def test_every_block_is_compiled_by_itself(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[Any] = []
 
