@@ -263,7 +263,7 @@ def test_what_processes_put_side_by_side(rank: int, tmp_path: Path) -> None:
 
 
 def test_every_block_is_sharded_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Just after it has its values; then what is left of the model."""
+    """Just after it has its values, in float32 unless it is asked for; then what is left of the model."""
     log: list[str] = []
     write_generated(tiny_spec("M*", mtp="*"), tmp_path)
     with imported(tmp_path) as train, processes(2, 0):
@@ -271,15 +271,24 @@ def test_every_block_is_sharded_by_itself(tmp_path: Path, monkeypatch: pytest.Mo
             model = train.model.Model()
         names = {id(module): name or "model" for name, module in model.named_modules()}
         parallelize = train.parallelize
+
+        def shard_block(block: torch.nn.Module, _: object, autocast: bool) -> None:
+            log.append(f"shard {'cast ' if autocast else ''}block {names[id(block)]}")
+
         monkeypatch.setattr(parallelize, "shard", lambda module, *_: log.append(f"shard {names[id(module)]}"))
-        monkeypatch.setattr(parallelize, "shard_block", lambda block, *_: log.append(f"shard block {names[id(block)]}"))
+        monkeypatch.setattr(parallelize, "shard_block", shard_block)
         meshes = parallelize.Meshes.over_all("cpu")
         parallelize.parallelize(model, meshes, lambda name, part: log.append(f"fill {name}"))
         assert [name for name, _ in parallelize.parts(model)] == [
             "backbone.embeddings", "backbone.layers.0", "backbone.layers.1", "backbone.norm_f", "lm_head",
             "mtp.layers.0",
         ]  # fmt: skip
-    assert log == [
+        expected = log.copy()
+        log.clear()
+        parallelize.parallelize(model, meshes, autocast=True)
+    cast = [line.replace("block", "cast block") for line in expected if not line.startswith("fill")]
+    assert log == cast
+    assert expected == [
         *("fill backbone.embeddings", "fill backbone.layers.0", "shard block backbone.layers.0"),
         *("fill backbone.layers.1", "shard block backbone.layers.1", "fill backbone.norm_f", "fill lm_head"),
         *("fill mtp.layers.0", "shard block mtp.layers.0", "shard model"),
