@@ -293,3 +293,40 @@ def test_every_block_is_sharded_by_itself(tmp_path: Path, monkeypatch: pytest.Mo
         *("fill backbone.layers.1", "shard block backbone.layers.1", "fill backbone.norm_f", "fill lm_head"),
         *("fill mtp.layers.0", "shard block mtp.layers.0", "shard model"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("autocast", "rounded", "narrow"), [(False, False, False), (True, False, True), (True, True, False)]
+)
+@pytest.mark.usefixtures("two_processes")
+def test_experts_are_gathered_as_products_take_them(
+    autocast: bool, rounded: bool, narrow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16 under autocast, unless they have numerics of their own."""
+    policies: list[object] = []
+    write_generated(tiny_spec("E", mtp=None), tmp_path)
+    with imported(tmp_path) as train:
+        parallelize = train.parallelize
+
+        class Rounded(parallelize.Experts):  # type: ignore[name-defined, misc]
+            pass
+
+        def numerics(part: torch.nn.Module, _: str) -> None:
+            for module in part.modules():
+                if isinstance(module, parallelize.Experts) and rounded:
+                    module.__class__ = Rounded
+
+        def shard(module: torch.nn.Module, _: object, policy: object = None, **__: object) -> None:
+            policies.extend([policy] if isinstance(module, parallelize.Experts) else [])
+
+        monkeypatch.setattr(parallelize, "shard", shard)
+        monkeypatch.setattr(parallelize, "shard_block", lambda *_: None)
+        with torch.device("meta"):
+            model = train.model.Model()
+        meshes = parallelize.Meshes.over_all("cpu", expert=2)
+        parallelize.parallelize(model, meshes, numerics=numerics, autocast=autocast)
+        assert policies == [parallelize.BFLOAT16 if narrow else parallelize.FLOAT32]
+        assert parallelize.FLOAT32.param_dtype is None
+        narrow_policy = parallelize.BFLOAT16  # gradients are summed in float32, and autocast casts what is read
+        assert (narrow_policy.param_dtype, narrow_policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+        assert narrow_policy.cast_forward_inputs is False
