@@ -247,19 +247,19 @@ def test_along_which_axis_parameters_are_cut(tmp_path: Path, monkeypatch: pytest
 def test_what_processes_put_side_by_side(rank: int, tmp_path: Path) -> None:
     """On the last axis, of which each gets its own gradient; what is gathered of the other process is a copy."""
     with program(tmp_path) as train:
-        collectives, group = train.collectives, dist.group.WORLD
+        collectives, group, equal = train.collectives, dist.group.WORLD, torch.testing.assert_close
         x, dy = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 3, 8)
         y = collectives.side_by_side(x, group)
         y.backward(dy)
-        assert torch.equal(y, torch.cat([x, x], -1)) and torch.equal(x.grad, dy[..., 4 * rank : 4 * rank + 4])
+        equal((y, x.grad), (torch.cat([x, x], -1), dy[..., 4 * rank : 4 * rank + 4]), rtol=0, atol=0)
         logits = torch.randn(5, 6)
         expected = torch.cat([logits, logits], -1).log_softmax(-1)[:, :6]
-        torch.testing.assert_close(collectives.log_softmax_over(logits.clone(), group), expected)
+        equal(collectives.log_softmax_over(logits.clone(), group), expected)
         x = torch.randn(2, 3, requires_grad=True)
         assert torch.equal(collectives.sum_of_gradients(x, group), x)
         total = collectives.sum_of_outputs(x, group)
         total.backward(torch.ones_like(x))
-        assert torch.equal(total, x) and torch.equal(x.grad, torch.ones_like(x))
+        equal((total, x.grad), (x, torch.ones_like(x)), rtol=0, atol=0)
 
 
 def test_every_block_is_sharded_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

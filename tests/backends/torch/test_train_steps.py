@@ -220,7 +220,8 @@ def test_the_average_of_the_weights(train: Any) -> None:
 
 def test_where_a_gradient_broke(train: Any) -> None:
     """In the last parameter, where the backward pass came first; or in another process, still earlier."""
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    first, second, third = (torch.nn.Linear(2, 2) for _ in range(3))
+    model = torch.nn.Sequential(first, second, third)
 
     def fault(*others: object) -> str:
         world = SimpleNamespace(gather=lambda value: [value, *others])
@@ -228,15 +229,15 @@ def test_where_a_gradient_broke(train: Any) -> None:
         return said
 
     assert fault() == "it did not arise again when the step was run again"
-    model[0].weight.grad, model[1].weight.grad = (torch.full((2, 2), torch.nan) for _ in range(2))
-    model[2].weight.grad = torch.zeros(2, 2)
+    first.weight.grad, second.weight.grad = (torch.full((2, 2), torch.nan) for _ in range(2))
+    third.weight.grad = torch.zeros(2, 2)
     assert fault(None) == "the forward pass is finite, the gradient of 1.weight is not"
     assert fault((0, "first"), (9, "last")) == "first"
-    torch.nn.init.constant_(model[1].bias, torch.inf)
+    torch.nn.init.constant_(second.bias, torch.inf)
     assert fault() == "the weight 1.bias was not finite before the step"
-    torch.nn.init.zeros_(model[1].bias)
-    torch.nn.init.constant_(model[1].weight, 3e38)
-    torch.nn.init.constant_(model[0].bias, 9.0)
+    torch.nn.init.zeros_(second.bias)
+    torch.nn.init.constant_(second.weight, 3e38)
+    torch.nn.init.constant_(first.bias, 9.0)
     assert fault() == "the output of 1 is the first that is not finite"
 
 
@@ -247,7 +248,7 @@ class Predictor(torch.nn.Module):
         super().__init__()
         self.config, self.head = SimpleNamespace(vocab_size=7), torch.nn.Linear(4, 7)
 
-    def predict(self, *_: object) -> str:
+    def predict(self, *_: object) -> Any:
         return "its own"
 
 

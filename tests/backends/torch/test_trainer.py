@@ -35,7 +35,7 @@ def trainer_of(train: Any, out: Path, *more: str, rank: int = 0, processes: int 
     """
     summed: list[torch.Tensor] = []
 
-    class Process(train.world.World):  # type: ignore[name-defined, misc]
+    class Process(train.world.World):  # type: ignore[misc]
         data_size, data_rank = processes, rank
 
         def sum(self, values: torch.Tensor) -> torch.Tensor:
@@ -65,8 +65,8 @@ def test_parts_of_a_step_add_up_to_it(train: Any, tmp_path: Path, processes: int
     given = ["--accumulation", str(parts)]
     ranks = [trainer_of(train, tmp_path / f"{n}", *given, rank=n, processes=processes) for n in range(processes)]
     found = [gradients(trainer) for trainer in ranks]
-    torch.testing.assert_close(sum(sums for sums, _, _ in found), whole, atol=1e-5, rtol=0)
-    assert torch.equal(sum(load for _, load, _ in found), whole_load)
+    torch.testing.assert_close(torch.stack([sums for sums, _, _ in found]).sum(0), whole, atol=1e-5, rtol=0)
+    assert torch.equal(torch.stack([load for _, load, _ in found]).sum(0), whole_load)
     for name, gradient in expected.items():
         torch.testing.assert_close(sum(g[name] for _, _, g in found), gradient, atol=1e-5, rtol=1e-4, msg=name)
 
@@ -165,7 +165,7 @@ def test_validation_scores_each_sequence_once(train: Any, tmp_path: Path, proces
         found = trainer.validate()
         parts += trainer.summed
         assert trainer.model.training
-    losses, scored = sum(parts)
+    losses, scored = torch.stack(parts).sum(0)
     model = ranks[0].model.eval()
     rows = torch.stack([windows.read(n * 12 // sequences).ids for n in range(sequences)])
     with torch.no_grad():
