@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from n3c.specs.blocks import MoeLayers
 
 from .data_files import program
 from .generated import imported, tiny_spec, write_generated
@@ -135,6 +138,7 @@ def test_gradients_are_clipped_and_small_ones_stay(norm: float, factor: float, t
         assert train.parallelize.clip_gradients([parameter, torch.nn.Parameter(torch.zeros(1))], 0.5) == norm
         torch.testing.assert_close(parameter.grad, torch.tensor([0.6, -0.8]) * norm * factor, rtol=1e-5, atol=0)
         assert train.trainer.clip_factor is train.parallelize.clip_factor  # SplitAdamW's, too
+        assert train.parallelize.clip_factor(torch.zeros(()), 0.5) == 1
 
 
 @pytest.mark.parametrize(("vocabulary", "shared"), [(256, True), (257, False)])
@@ -330,3 +334,21 @@ def test_experts_are_gathered_as_products_take_them(
         narrow_policy = parallelize.BFLOAT16  # gradients are summed in float32, and autocast casts what is read
         assert (narrow_policy.param_dtype, narrow_policy.reduce_dtype) == (torch.bfloat16, torch.float32)
         assert narrow_policy.cast_forward_inputs is False
+
+
+@pytest.mark.parametrize(("count", "wrong"), [(2, []), (3, [80, 70]), (4, [70])])
+def test_sizes_of_every_layer_are_to_divide(count: int, wrong: list[int], tmp_path: Path) -> None:
+    """Those in which a layer differs, too; each size is told once."""
+    layers = (MoeLayers("1", shared_intermediate_size=70), MoeLayers("2", shared_intermediate_size=70))
+    write_generated(tiny_spec("EEE", mtp=None, layers=layers), tmp_path)
+    meshes = SimpleNamespace(tensor=SimpleNamespace(size=lambda: count), expert=None)
+    with imported(tmp_path) as train:
+        require, config = train.parallelize.require_divisible, train.model.Config()
+        name = "moe_shared_intermediate_size"
+        told = [f"{name} {size} does not divide by {count} tensor-parallel processes" for size in wrong]
+        if not wrong:
+            require(config, meshes)
+            return
+        with pytest.raises(ValueError, match=name) as error:
+            require(config, meshes)
+        assert [line for line in str(error.value).split("; ") if line.startswith(name)] == told
