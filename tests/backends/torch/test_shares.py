@@ -279,10 +279,16 @@ def test_every_block_is_sharded_by_itself(tmp_path: Path, monkeypatch: pytest.Mo
         def shard_block(block: torch.nn.Module, _: object, autocast: bool) -> None:
             log.append(f"shard {'cast ' if autocast else ''}block {names[id(block)]}")
 
-        monkeypatch.setattr(parallelize, "shard", lambda module, *_: log.append(f"shard {names[id(module)]}"))
+        def shard(module: torch.nn.Module, *_: object) -> None:
+            log.append(f"shard {names[id(module)]}")
+
+        def fill(name: str, _: object) -> None:
+            log.append(f"fill {name}")
+
+        monkeypatch.setattr(parallelize, "shard", shard)
         monkeypatch.setattr(parallelize, "shard_block", shard_block)
         meshes = parallelize.Meshes.over_all("cpu")
-        parallelize.parallelize(model, meshes, lambda name, part: log.append(f"fill {name}"))
+        parallelize.parallelize(model, meshes, fill)
         assert [name for name, _ in parallelize.parts(model)] == [
             "backbone.embeddings", "backbone.layers.0", "backbone.layers.1", "backbone.norm_f", "lm_head",
             "mtp.layers.0",
@@ -320,11 +326,11 @@ def test_experts_are_gathered_as_products_take_them(
                 if isinstance(module, parallelize.Experts) and rounded:
                     module.__class__ = Rounded
 
-        def shard(module: torch.nn.Module, _: object, policy: object = None, **__: object) -> None:
+        def shard(module: torch.nn.Module, _: object, policy: object = None) -> None:
             policies.extend([policy] if isinstance(module, parallelize.Experts) else [])
 
         monkeypatch.setattr(parallelize, "shard", shard)
-        monkeypatch.setattr(parallelize, "shard_block", lambda *_: None)
+        monkeypatch.setattr(parallelize, "shard_block", shard)
         with torch.device("meta"):
             model = train.model.Model()
         meshes = parallelize.Meshes.over_all("cpu", expert=2)

@@ -142,11 +142,19 @@ def test_eight_names_are_told(train: Any, tmp_path: Path) -> None:
     assert train.documents.columns_of(tmp_path, names, ("n2", "tools", "n1")) == ["n2", "n1"]
 
 
+def conversations_of(ids: list[int], offsets: list[tuple[int, int]]) -> Any:
+    """Return conversations whose every text has these tokens."""
+
+    def encode(_: str, add_special_tokens: bool) -> SimpleNamespace:
+        assert not add_special_tokens
+        return SimpleNamespace(ids=ids, offsets=offsets)
+
+    return SimpleNamespace(tokenizer=SimpleNamespace(tokenizer=SimpleNamespace(encode=encode)))
+
+
 @pytest.mark.parametrize(("length", "read"), [(1 << 20, True), ((1 << 20) + 1, False)])
 def test_the_longest_conversation(train: Any, length: int, read: bool) -> None:
-    encoding = SimpleNamespace(ids=[7], offsets=[(0, length)])
-    tokenizer = SimpleNamespace(tokenizer=SimpleNamespace(encode=lambda *_, **__: encoding))
-    conversations = SimpleNamespace(tokenizer=tokenizer)
+    conversations = conversations_of([7], [(0, length)])
     if read:
         assert train.chat.Conversations.encoded(conversations, "a" * length, []).ids == [7]
         return
@@ -156,20 +164,23 @@ def test_the_longest_conversation(train: Any, length: int, read: bool) -> None:
 
 def test_what_the_assistant_says_begins_where_it_says_so(train: Any) -> None:
     """A token is counted that begins in a span, whatever lies before it and behind."""
-    offsets = [(n, n + 1) for n in range(12)]
-    encoding = SimpleNamespace(ids=list(range(12)), offsets=offsets)
-    tokenizer = SimpleNamespace(tokenizer=SimpleNamespace(encode=lambda *_, **__: encoding))
-    conversations = SimpleNamespace(tokenizer=tokenizer)
+    conversations = conversations_of([*range(12)], [(n, n + 1) for n in range(12)])
     found = train.chat.Conversations.encoded(conversations, "a" * 12, [(2, 4), (4, 5), (9, 11)])
     assert [n for n in range(12) if found.trained[n]] == [2, 3, 4, 9, 10] and found.last
 
 
 def test_empty_conversations_are_counted(train: Any) -> None:
     """And no others: what no assistant answers has no token."""
-    template = SimpleNamespace(documents=lambda messages, _: [("text", [(0, 4)])] * len(messages))
+
+    def documents(messages: list[Any], _: object) -> list[tuple[str, list[tuple[int, int]]]]:
+        return [("text", [(0, 4)])] * len(messages)
+
+    def encoded(*_: object) -> Any:
+        return train.tokenizer.Encoded([7], b"\1", last=True)
+
     conversations = train.chat.Conversations.__new__(train.chat.Conversations)
-    conversations.field, conversations.template = "messages", template
-    conversations.encoded = lambda *_: train.tokenizer.Encoded([7], b"\1", last=True)
+    conversations.field, conversations.encoded = "messages", encoded
+    conversations.template = SimpleNamespace(documents=documents)
     rows = [train.documents.Row(Path("x"), n, {"messages": [{}] * n or None}) for n in range(3)]
     assert [encoded.ids for encoded in conversations.encode(rows)] == [[], [7], [7], [7]]
 

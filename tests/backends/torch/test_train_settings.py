@@ -69,6 +69,7 @@ def test_whole_numbers_have_64_bits(settings: Any, name: str) -> None:
     with pytest.raises(settings.TrainError) as error:  # a number, which is no possible one
         settings.checked({"data": "d", "out": "o", "steps": 1, name: -(2**63)})
     assert "64 bits" not in str(error.value)
+    assert settings.checked(GIVEN | {"save_every": 2**63 - 1}).save_every == 2**63 - 1
 
 
 LONGEST, VOCABULARY = tiny_spec().model.max_position_embeddings, tiny_spec().model.vocab_size

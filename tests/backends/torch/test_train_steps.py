@@ -36,13 +36,16 @@ class Run:
         self.step, self.waits, self.quantized, self.average = 0, waits, None, None
         self.model = SimpleNamespace(train=lambda: self.log.append("train"))
         self.settings = train.settings.parse_settings("", arguments(Path("d"), Path("o"), *given))
-        self.world = SimpleNamespace(size=1, count=self.count, say=lambda text: self.log.append(text))
+        self.world = SimpleNamespace(size=1, count=self.count, say=self.log.append)
         self.store = SimpleNamespace(ready=lambda: self.step == written_in, finish=lambda: self.log.append("finish"))
-        self.metrics = SimpleNamespace(speed=lambda seconds: {"seconds": seconds}, write=self.lines.append)
+        self.metrics = SimpleNamespace(speed=self.speed, write=self.lines.append)
         self.seconds = 0.0
         monkeypatch.setattr(train.train, "time", SimpleNamespace(perf_counter=lambda: self.seconds))
         monkeypatch.setattr(train.train, "export", self.export)
         self.code = train.train.steps(self, self.metrics, self.asked, lambda: self.log.append("traced"))
+
+    def speed(self, seconds: float) -> dict[str, float]:
+        return {"seconds": seconds}
 
     def count(self, *flags: bool) -> list[int]:
         return [int(flag) for flag in flags]
@@ -224,7 +227,10 @@ def test_where_a_gradient_broke(train: Any) -> None:
     model = torch.nn.Sequential(first, second, third)
 
     def fault(*others: object) -> str:
-        world = SimpleNamespace(gather=lambda value: [value, *others])
+        def gather(value: object) -> list[object]:
+            return [value, *others]
+
+        world = SimpleNamespace(gather=gather)
         said: str = train.faults.first_fault(model, lambda: model(torch.ones(1, 2)), world)
         return said
 

@@ -116,6 +116,7 @@ def test_what_a_sequence_predicts(train: Any, tmp_path: Path, length: int) -> No
     """One token fewer a step of prediction, to none at last; each has a loss."""
     trainer = trainer_of(train, tmp_path, "--seq-len", str(length))
     (batch,) = trainer.micro_batches(0)
+    assert trainer.distillation is trainer.quantized is trainer.average is None  # which nobody has asked for
     expected = [4.0 * (length - ahead) for ahead in range(1, 2 + DEPTH) if length > ahead - 1]
     assert trainer.targets(batch).tolist() == expected
     assert len(trainer.forward(batch).losses) == len(expected)
@@ -158,7 +159,7 @@ def test_validation_scores_each_sequence_once(train: Any, tmp_path: Path, proces
     """Evenly chosen ones, whatever process runs them; of 12 at most as many as are asked for."""
     given = ["--val-every", "1", "--val-fraction", "0.2", "--val-sequences", str(sequences)]
     ranks = [trainer_of(train, tmp_path / f"{n}", *given, rank=n, processes=processes) for n in range(processes)]
-    windows, parts = ranks[0].val_data, list[torch.Tensor]()
+    windows, parts, found = ranks[0].val_data, list[torch.Tensor](), dict[str, float]()
     assert windows.per_epoch == 12
     for trainer in ranks:
         trainer.summed.clear()

@@ -386,9 +386,12 @@ def test_torchtitan_shows_means_over_the_processes(train: SimpleNamespace, monke
     def log(_: object, *values: object, extra_metrics: object) -> None:
         shown.append((values, extra_metrics))
 
+    def all_reduce(values: torch.Tensor) -> None:
+        values.mul_(6)
+
     monkeypatch.setattr(train.adapter.MetricsProcessor, "log", log, raising=False)
     monkeypatch.setattr(dist, "get_world_size", lambda: 4)
-    monkeypatch.setattr(dist, "all_reduce", lambda values: values.mul_(6))
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
     measured = {"mtp_loss": torch.tensor(3.0), "expert_load": torch.tensor(1.5, dtype=torch.float64)}
     metrics = train.adapter.Metrics(model_parts=[SimpleNamespace(measured=measured)])
     metrics.log(7, 1.0)
@@ -402,14 +405,16 @@ def test_torchtitan_limits_the_time_of_a_group(train: SimpleNamespace, monkeypat
     limits: list[tuple[str, object]] = []
 
     def group(name: str) -> Any:
-        return SimpleNamespace(set_timeout=lambda limit: limits.append((name, limit)))
+        def set_limit(limit: object) -> None:
+            limits.append((name, limit))
 
-    monkeypatch.setattr(dist.group, "_WORLD", None, raising=False)
+        return SimpleNamespace(set_timeout=set_limit)
+
     monkeypatch.setattr(train.adapter, "dist", SimpleNamespace(group=SimpleNamespace(WORLD=group("all"))))
     train.adapter.set_timeout("a minute")
     train.adapter.set_timeout("an hour", group("some"))
     assert limits == [("all", "a minute"), ("some", "an hour")]
-    assert dist.set_timeout is None  # as the fixture has it  # type: ignore[attr-defined]
+    assert vars(dist)["set_timeout"] is None  # as the fixture has it
 
 
 def test_torchtitans_checkpoints_are_exported(train: SimpleNamespace, tmp_path: Path) -> None:
