@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from n3c.runtime import verify
 
@@ -92,6 +93,8 @@ def test_the_record_tells_the_run_and_what_it_gave(folder: Path, tmp_path: Path)
     ).Model()
     assert record["tensors"] == {"count": 26, "bytes": sum(entry["bytes"] for entry in record["formats"].values())}
     assert record["weights"]["count"] == 26
+    stored = load_file(first / "model.safetensors").values()
+    assert record["tensors"]["bytes"] == sum(tensor.numel() * tensor.itemsize for tensor in stored)
     assert record["weights"]["elements"] == sum(tensor.numel() for tensor in model.state_dict().values())
     for row in record["files"]:
         data = (first / row["path"]).read_bytes()

@@ -76,6 +76,8 @@ def test_megatron_in_several_files(train: Any, tmp_path: Path) -> None:
         (34, struct.pack("<i", 4), "is not the index of one.bin"),
         (-8, struct.pack("<q", 99), "is not the index of one.bin"),
         (-16, struct.pack("<qq", -1, 5), "is not the index of one.bin"),
+        (-32, struct.pack("<q", 1), "is not the index of one.bin"),
+        (54, struct.pack("<q", 2), "is not the index of one.bin"),
     ],
 )
 def test_damaged_megatron(train: Any, tmp_path: Path, at: int, new: bytes, message: str) -> None:
@@ -88,6 +90,19 @@ def test_damaged_megatron(train: Any, tmp_path: Path, at: int, new: bytes, messa
     with pytest.raises(train.settings.TrainError) as error:
         opened(train, tmp_path / "one")
     assert message in str(error.value) and error.value.code == 6
+
+
+def test_empty_parts_of_megatron(train: Any, tmp_path: Path) -> None:
+    """Sequences and documents without a token are in an index, too; one without a bound has none."""
+    megatron(tmp_path / "some", [[[]], [[1, 2], []], [], [[3]]])
+    tokens = opened(train, tmp_path / "some")
+    assert tokens.read(0, 3).tolist() == [1, 2, 3] and tokens.ends.tolist() == [0, 2, 2, 3]
+    assert tokens.opened.endswith("4 documents, 3 tokens (uint16, 1 with Megatron's index)")
+    header = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, 0, 0)
+    (tmp_path / "none.idx").write_bytes(header)
+    (tmp_path / "none.bin").write_bytes(b"")
+    with pytest.raises(train.settings.TrainError, match=r"is not the index of none\.bin"):
+        opened(train, tmp_path / "none")
 
 
 @pytest.mark.oracles

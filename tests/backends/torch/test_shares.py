@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from n3c.specs.blocks import MoeLayers
 
 from .data_files import program
 from .generated import imported, tiny_spec, write_generated
@@ -79,9 +83,15 @@ def test_a_process_computes_with_its_half_of_the_vocabulary(rank: int, tmp_path:
         torch.testing.assert_close(share(x, ids), losses)
 
 
-def test_the_shares_of_a_block_sum_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What two processes compute, and the gradients of what they read, are added up by hand: no other one answers."""
-    write_generated(tiny_spec("M*-E", mtp=None), tmp_path)
+@pytest.mark.parametrize(("pattern", "count", "modules"), [("M*-E", 2, 5), ("*", 4, 1)])
+def test_the_shares_of_a_block_sum_to_it(
+    pattern: str, count: int, modules: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What processes compute, and the gradients of what they read, are added up by hand: no other one answers.
+
+    Of four processes two have the queries of one key head each.
+    """
+    write_generated(tiny_spec(pattern, mtp=None), tmp_path)
     with imported(tmp_path) as train:
         torch.manual_seed(0)
         model, parallelize = train.model.Model(), train.parallelize
@@ -91,7 +101,7 @@ def test_the_shares_of_a_block_sum_to_it(tmp_path: Path, monkeypatch: pytest.Mon
         experts = (x[..., :32], chosen, torch.rand(2, 20, 3))
         inputs = {"Mamba2": (x,), "Attention": (x,), "MLP": (x,), "Experts": experts}
         blocks = {name: module for name, module in model.named_modules() if type(module).__name__ in inputs}
-        assert len(blocks) == 5  # with the shared expert
+        assert len(blocks) == modules  # with the shared expert
         wholes = dict[int, torch.Tensor]()
 
         def full(tensor: torch.Tensor, **_: Any) -> torch.Tensor:
@@ -108,9 +118,9 @@ def test_the_shares_of_a_block_sum_to_it(tmp_path: Path, monkeypatch: pytest.Mon
             return torch.cat([y.detach(), read.grad])
 
         whole = {name: values(block, block) for name, block in blocks.items()}
-        for rank in range(2):
-            with processes(2, rank):
-                meshes = parallelize.Meshes.over_all("cpu", tensor=2)
+        for rank in range(count):
+            with processes(count, rank):
+                meshes = parallelize.Meshes.over_all("cpu", tensor=count)
                 for name, block in blocks.items():
                     cut = deepcopy(block)
                     share = parallelize.share_of(name, cut, model.config, meshes)
@@ -128,6 +138,7 @@ def test_gradients_are_clipped_and_small_ones_stay(norm: float, factor: float, t
         assert train.parallelize.clip_gradients([parameter, torch.nn.Parameter(torch.zeros(1))], 0.5) == norm
         torch.testing.assert_close(parameter.grad, torch.tensor([0.6, -0.8]) * norm * factor, rtol=1e-5, atol=0)
         assert train.trainer.clip_factor is train.parallelize.clip_factor  # SplitAdamW's, too
+        assert train.parallelize.clip_factor(torch.zeros(()), 0.5) == 1
 
 
 @pytest.mark.parametrize(("vocabulary", "shared"), [(256, True), (257, False)])
@@ -185,3 +196,165 @@ def test_one_kernel_updates_the_parameters_of_one_mesh(experts: int, fused: bool
         for name in ("adamw", "muon"):
             settings = train.settings.Settings(data="d", out="o", steps=1, optimizer=name)
             assert train.optimizer.build_optimizer(model, settings).defaults["fused"] is fused
+
+
+def test_the_norm_counts_each_piece_of_a_gradient_once(tmp_path: Path) -> None:
+    """Of four processes each has a whole one, a half that two have, and a quarter of its own; the others' are zeros."""
+    with program(tmp_path) as train, processes(4, 0):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("one", "two"))
+        cuts = ((Replicate(), Replicate()), (Shard(0), Replicate()), (Shard(0), Shard(0)))
+        parameters = [torch.nn.Parameter(torch.zeros(4)) for _ in range(4)]
+        parameters[0].grad = torch.full((4,), 2.0)
+        for parameter, placements in zip(parameters[1:], cuts, strict=True):
+            local = torch.full((4,), 2.0)
+            parameter.data = DTensor.from_local(torch.zeros(4), mesh, placements, run_check=False)
+            parameter.grad = DTensor.from_local(local, mesh, placements, run_check=False)
+        squares = 16.0 * (1 / 4 + 1 / 4 + 2 / 4 + 4 / 4)
+        assert float(train.parallelize.norm_of_gradients(parameters)) == pytest.approx(squares**0.5)
+
+
+class Sharded(torch.nn.Module):
+    """What `fully_shard` makes of a module, as far as it is told something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[object] = []
+
+    def set_gradient_divide_factor(self, factor: float) -> None:
+        self.told.append(factor)
+
+    def set_force_sum_reduction_for_comms(self, enable: bool) -> None:
+        self.told.append(enable)
+
+
+AXES = {(2, 8, 3): 1, (3, 8, 4): 1, (4, 8, 3): 0, (2, 6, 4): 0, (2, 8): 0, (2,): 0, (8, 3, 3): 0}
+"""Shape of a parameter → the axis along which 4 processes share it out."""
+
+
+def test_along_which_axis_parameters_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first, or that of the rows of fewer experts than processes; gradients are summed, and not divided."""
+    cuts = dict[tuple[int, ...], Shard]()
+
+    def fully_shard(_: object, shard_placement_fn: Any, **__: object) -> None:
+        cuts.update({shape: shard_placement_fn(torch.nn.Parameter(torch.empty(shape))) for shape in AXES})
+
+    with program(tmp_path) as train, processes(8, 0):
+        monkeypatch.setattr(train.parallelize, "fully_shard", fully_shard)
+        monkeypatch.setattr(train.parallelize, "FSDPModule", Sharded)
+        module = Sharded()
+        train.parallelize.shard(module, init_device_mesh("cpu", (2, 4)))
+    assert cuts == {shape: Shard(axis) for shape, axis in AXES.items()} and module.told == [1.0, True]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.usefixtures("two_processes")
+def test_what_processes_put_side_by_side(rank: int, tmp_path: Path) -> None:
+    """On the last axis, of which each gets its own gradient; what is gathered of the other process is a copy."""
+    with program(tmp_path) as train:
+        collectives, group, equal = train.collectives, dist.group.WORLD, torch.testing.assert_close
+        x, dy = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 3, 8)
+        y = collectives.side_by_side(x, group)
+        y.backward(dy)
+        equal((y, x.grad), (torch.cat([x, x], -1), dy[..., 4 * rank : 4 * rank + 4]), rtol=0, atol=0)
+        logits = torch.randn(5, 6)
+        expected = torch.cat([logits, logits], -1).log_softmax(-1)[:, :6]
+        equal(collectives.log_softmax_over(logits.clone(), group), expected)
+        x = torch.randn(2, 3, requires_grad=True)
+        assert torch.equal(collectives.sum_of_gradients(x, group), x)
+        total = collectives.sum_of_outputs(x, group)
+        total.backward(torch.ones_like(x))
+        equal((total, x.grad), (x, torch.ones_like(x)), rtol=0, atol=0)
+
+
+def test_every_block_is_sharded_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Just after it has its values, in float32 unless it is asked for; then what is left of the model."""
+    log: list[str] = []
+    write_generated(tiny_spec("M*", mtp="*"), tmp_path)
+    with imported(tmp_path) as train, processes(2, 0):
+        with torch.device("meta"):
+            model = train.model.Model()
+        names = {id(module): name or "model" for name, module in model.named_modules()}
+        parallelize = train.parallelize
+
+        def shard_block(block: torch.nn.Module, _: object, autocast: bool) -> None:
+            log.append(f"shard {'cast ' if autocast else ''}block {names[id(block)]}")
+
+        def shard(module: torch.nn.Module, *_: object) -> None:
+            log.append(f"shard {names[id(module)]}")
+
+        def fill(name: str, _: object) -> None:
+            log.append(f"fill {name}")
+
+        monkeypatch.setattr(parallelize, "shard", shard)
+        monkeypatch.setattr(parallelize, "shard_block", shard_block)
+        meshes = parallelize.Meshes.over_all("cpu")
+        parallelize.parallelize(model, meshes, fill)
+        assert [name for name, _ in parallelize.parts(model)] == [
+            "backbone.embeddings", "backbone.layers.0", "backbone.layers.1", "backbone.norm_f", "lm_head",
+            "mtp.layers.0",
+        ]  # fmt: skip
+        expected = log.copy()
+        log.clear()
+        parallelize.parallelize(model, meshes, autocast=True)
+    cast = [line.replace("block", "cast block") for line in expected if not line.startswith("fill")]
+    assert log == cast
+    assert expected == [
+        *("fill backbone.embeddings", "fill backbone.layers.0", "shard block backbone.layers.0"),
+        *("fill backbone.layers.1", "shard block backbone.layers.1", "fill backbone.norm_f", "fill lm_head"),
+        *("fill mtp.layers.0", "shard block mtp.layers.0", "shard model"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("autocast", "rounded", "narrow"), [(False, False, False), (True, False, True), (True, True, False)]
+)
+@pytest.mark.usefixtures("two_processes")
+def test_experts_are_gathered_as_products_take_them(
+    autocast: bool, rounded: bool, narrow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16 under autocast, unless they have numerics of their own."""
+    policies: list[object] = []
+    write_generated(tiny_spec("E", mtp=None), tmp_path)
+    with imported(tmp_path) as train:
+        parallelize = train.parallelize
+
+        class Rounded(parallelize.Experts):  # type: ignore[name-defined, misc]
+            pass
+
+        def numerics(part: torch.nn.Module, _: str) -> None:
+            for module in part.modules():
+                if isinstance(module, parallelize.Experts) and rounded:
+                    module.__class__ = Rounded
+
+        def shard(module: torch.nn.Module, _: object, policy: object = None) -> None:
+            policies.extend([policy] if isinstance(module, parallelize.Experts) else [])
+
+        monkeypatch.setattr(parallelize, "shard", shard)
+        monkeypatch.setattr(parallelize, "shard_block", shard)
+        with torch.device("meta"):
+            model = train.model.Model()
+        meshes = parallelize.Meshes.over_all("cpu", expert=2)
+        parallelize.parallelize(model, meshes, numerics=numerics, autocast=autocast)
+        assert policies == [parallelize.BFLOAT16 if narrow else parallelize.FLOAT32]
+        assert parallelize.FLOAT32.param_dtype is None
+        narrow_policy = parallelize.BFLOAT16  # gradients are summed in float32, and autocast casts what is read
+        assert (narrow_policy.param_dtype, narrow_policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+        assert narrow_policy.cast_forward_inputs is False
+
+
+@pytest.mark.parametrize(("count", "wrong"), [(2, []), (3, [80, 70]), (4, [70])])
+def test_sizes_of_every_layer_are_to_divide(count: int, wrong: list[int], tmp_path: Path) -> None:
+    """Those in which a layer differs, too; each size is told once."""
+    layers = (MoeLayers("1", shared_intermediate_size=70), MoeLayers("2", shared_intermediate_size=70))
+    write_generated(tiny_spec("EEE", mtp=None, layers=layers), tmp_path)
+    meshes = SimpleNamespace(tensor=SimpleNamespace(size=lambda: count), expert=None)
+    with imported(tmp_path) as train:
+        require, config = train.parallelize.require_divisible, train.model.Config()
+        name = "moe_shared_intermediate_size"
+        told = [f"{name} {size} does not divide by {count} tensor-parallel processes" for size in wrong]
+        if not wrong:
+            require(config, meshes)
+            return
+        with pytest.raises(ValueError, match=name) as error:
+            require(config, meshes)
+        assert [line for line in str(error.value).split("; ") if line.startswith(name)] == told

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
-import io
-import lzma
-import sqlite3
-import tarfile
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.orc as orc
 import pytest
 import torch
-from safetensors.torch import save
 
 from .data_files import program
 
@@ -39,44 +28,6 @@ def test_the_longest_header_of_npy(train: Any, tmp_path: Path, length: int, read
         return
     with pytest.raises(train.settings.TrainError, match=r"is no \.npy file of .*, \[T\] or rows \[N, T\]$"):
         train.token_files.npy_header(path)
-
-
-def sqlite(path: Path) -> None:
-    database = sqlite3.connect(path)
-    database.execute("create table t (x)")
-    database.close()
-
-
-def tar(path: Path) -> None:
-    with tarfile.open(path, "w") as archive:
-        archive.addfile(tarfile.TarInfo("a"), io.BytesIO())
-
-
-def zipped(path: Path) -> None:
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("a", "b")
-
-
-WRITERS: dict[str, Callable[[Path], object]] = {
-    "a gzip archive": lambda path: path.write_bytes(gzip.compress(b"text")),
-    "a bzip2 archive": lambda path: path.write_bytes(bz2.compress(b"text")),
-    "an xz archive": lambda path: path.write_bytes(lzma.compress(b"text")),
-    "a zstd archive": lambda path: path.write_bytes(pa.compress(b"text", codec="zstd", asbytes=True)),
-    "a zip archive": zipped,
-    "a tar archive": tar,
-    "an SQLite file": sqlite,
-    "a safetensors file": lambda path: path.write_bytes(save({"x": torch.ones(3)})),
-    "an ORC file": lambda path: orc.write_table(pa.table({"x": [1]}), path),
-}
-
-
-@pytest.mark.parametrize("kind", WRITERS)
-def test_what_is_no_text_is_told_by_what_others_wrote(train: Any, tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "data.txt"
-    WRITERS[kind](path)
-    settings = train.settings.Settings(data=str(path), out="o", steps=1)
-    with pytest.raises(train.settings.TrainError, match=f"is {kind}, and no text"):
-        train.file_kinds.find(path, settings)
 
 
 @pytest.mark.parametrize("wrong", range(10))
@@ -113,3 +64,59 @@ def test_the_documents_of_a_window(train: Any, start: int, length: int) -> None:
     numbers = tokens.documents(start, length)
     expected = torch.tensor(of_token[start : start + length])
     assert torch.equal(numbers[:, None] == numbers, expected[:, None] == expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int64])
+def test_files_of_few_tokens(train: Any, tmp_path: Path, dtype: torch.dtype) -> None:
+    """None, one and two, behind a header of so many bytes; half a token, or half of one before it, is refused."""
+    path, size = tmp_path / "tokens", dtype.itemsize
+    for count in range(3):
+        for before in (0, 8):
+            path.write_bytes(bytes(before) + b"".join((7 + n).to_bytes(size, "little") for n in range(count)))
+            tokens = train.token_files.mapped(path, before, dtype)
+            assert tokens.dtype == dtype and tokens.tolist() == [7 + n for n in range(count)]
+    for content, offset in ((bytes(size + 1), 0), (bytes(2 * size + 1), size + 1)) if size > 1 else ():
+        path.write_bytes(content)
+        with pytest.raises(train.settings.TrainError, match=f"is no file of {dtype}: {len(content) - offset} bytes$"):
+            train.token_files.mapped(path, offset, dtype)
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("shape", ["(6,)", "(2, 3)", "(0,)", "(0, 3)"])
+def test_headers_of_npy(train: Any, tmp_path: Path, version: int, shape: str) -> None:
+    """Their length has 2 bytes in version 1, and 4 in the others; rows follow each other."""
+    header = f"{{'descr': '<u4', 'fortran_order': False, 'shape': {shape}}}".encode().ljust(70)
+    length, path = len(header).to_bytes(2 if version == 1 else 4, "little"), tmp_path / "tokens.npy"
+    data = b"" if "0" in shape else bytes(24)
+    path.write_bytes(b"\x93NUMPY" + bytes([version, 0]) + length + header + data)
+    assert train.token_files.npy_header(path) == (8 + len(length) + 70, torch.uint32)
+    for wrong in (data + b"!", data[:-1] if data else b"!"):
+        path.write_bytes(b"\x93NUMPY" + bytes([version, 0]) + length + header + wrong)
+        with pytest.raises(train.settings.TrainError, match="is not as long as the"):
+            train.token_files.npy_header(path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '<u2', 'fortran_order': True, 'shape': (2, 3)}",
+        "{'descr': '<u2', 'fortran_order': False, 'shape': ()}",
+        "{'descr': '<u2', 'fortran_order': False, 'shape': (1, 2, 3)}",
+        "{'descr': '<u2', 'fortran_order': False, 'shape': (-1,)}",
+        "{'descr': '<u2', 'fortran_order': False, 'shape': (-1, -6)}",
+        "{'descr': '<u2', 'fortran_order': False, 'shape': (6.0,)}",
+        "{'descr': '<f2', 'fortran_order': False, 'shape': (6,)}",
+        "{'descr': '>u2', 'fortran_order': False, 'shape': (6,)}",
+        "{'descr': '<u2', 'fortran_order': False}",
+        "['descr']",
+    ],
+)
+def test_headers_of_other_arrays(train: Any, tmp_path: Path, header: str) -> None:
+    """As long as they say: what is refused is what they have. One row may be in the order of columns."""
+    path, text = tmp_path / "tokens.npy", header.encode()
+    path.write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(12))
+    with pytest.raises(train.settings.TrainError, match=r"is no \.npy file of \|u1, <u2, <u4, <i4, <i8, \[T\] or rows"):
+        train.token_files.npy_header(path)
+    text = b"{'descr': '<u2', 'fortran_order': True, 'shape': (6,)}"
+    path.write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(12))
+    assert train.token_files.npy_header(path) == (10 + len(text), torch.uint16)

@@ -123,6 +123,52 @@ def test_templates_that_forget(train: Any, tmp_path: Path) -> None:
     assert said == ["<think>lazy</think>Grüße!<|im_end|>\n", "jumps<|im_end|>\n"]
 
 
+def template_of(train: Any, source: str) -> Any:
+    return train.chat.ChatTemplate(source, {"eos_token": "</s>"}, "a folder")
+
+
+BARE = "{% for message in messages %}[{{ message.role }}: {{ message.content }}]{% endfor %}"
+
+
+def test_a_template_without_a_prompt_for_answers(train: Any) -> None:
+    """What the assistant says begins where the turns before it end; also where it says the first word."""
+    for chat, spans in (
+        ([("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")], ["[assistant: b]", "[assistant: d]"]),
+        ([("assistant", "b"), ("user", "c")], ["[assistant: b]"]),
+        ([("user", "a")], []),
+        ([], []),
+    ):
+        messages = [{"role": role, "content": content} for role, content in chat]
+        found = list(template_of(train, BARE).documents(messages, None))
+        assert [text[start:end] for text, of_text in found for start, end in of_text] == spans
+        assert len(found) == bool(spans)
+
+
+def test_a_template_that_changes_what_it_wrote(train: Any) -> None:
+    """Where no difference of prompts is what the assistant says, that is told, with the message."""
+    messages = [{"role": role, "content": "a"} for role in ("user", "assistant", "user", "assistant")]
+    counting = template_of(train, "{{ messages | length }}" + BARE)
+    with pytest.raises(ValueError, match=r"^message 2 changes what the template writes of those before it; it needs"):
+        list(counting.documents(messages, None))
+
+
+def test_templates_are_written_as_transformers_does(train: Any, tmp_path: Path) -> None:
+    """Blocks take their line with them; JSON is not escaped; what a template is given."""
+    source = (
+        "{{ eos_token }}\n  {% if tools %}\n  {{ tools | tojson }}{{ tools | tojson(indent=2) }}\n  {% endif %}\n"
+        "{% for message in messages %}\n  {% if loop.first %}\n{{ message.content }}\n  {% endif %}\n"
+        "{% if message.role == 'stop' %}{% break %}{% endif %}{{ message.role }}\n  {% endfor %}\n"
+        "{% set found = namespace(last=documents) %}{{ found.last is none }}{{ dict(a=1)['a'] }}"
+        "{{ strftime_now('%Y') | length }}{{ add_generation_prompt }}"
+    )
+    theirs = tokenizer_of(tmp_path / "tokenizer", source)
+    messages = [{"role": role, "content": f"<{role}> & 東京"} for role in ("user", "assistant", "stop", "user")]
+    tools = [{"type": "function", "function": {"name": "grüßen", "description": "<'>", "parameters": {}}}]
+    for given in (tools, None):
+        expected = theirs.apply_chat_template(messages, tools=given, tokenize=False)
+        assert template_of(train, source).render(messages, given) == expected
+
+
 def test_the_loss_is_the_assistants(train: Any, tmp_path: Path) -> None:
     """A step's loss is the mean over the assistant's tokens, each document by itself."""
     tokenizer_of(tmp_path / "tokenizer", PLAIN)
@@ -175,6 +221,8 @@ def test_bad_conversations(train: Any, tmp_path: Path, row: dict[str, Any], mess
         "{{ ''.__class__.__mro__ }}",
         "{{ dict.__init__.__globals__ }}",
         "{{ namespace(__class__=1) }}",
+        "{{ namespace({'__class__': 1}) }}",
+        "{% set x = namespace() %}{% set x.__class__ = 1 %}",
         "{{ cycler.__init__.__globals__.os.popen('touch x').read() }}",
         "{% for i in range(1000000000) %}{% endfor %}",
     ],

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -139,6 +140,123 @@ def test_sources_of_different_kinds(train: Any, mixture: Path, tmp_path: Path) -
         assert row.tolist() == ([0] * 16 if window.documents is None else window.documents.tolist())
 
 
+@pytest.mark.parametrize("start", [0, 10])
+def test_windows_move_from_epoch_to_epoch(train: Any, start: int) -> None:
+    """By fewer tokens than one has, as far as the last ones allow; within an epoch none is read twice."""
+    tokens = train.tokens.Tokens(Path("a"), 512, [torch.arange(100)])
+    windows = train.data.Windows(tokens, start, start + 55, 16, seed=1)
+    assert windows.per_epoch == 3
+    shifts = set[int]()
+    for epoch in range(60):
+        firsts = sorted(int(windows.shuffled(3 * epoch + n).ids[0]) for n in range(3))
+        shifts.add(shift := firsts[0] - start)
+        assert firsts == [start + shift, start + shift + 16, start + shift + 32]
+    assert shifts == set(range(8))  # 7 tokens are left over
+
+
+def test_orders_of_their_own(train: Any) -> None:
+    """Epochs, and blocks of a mixture, have one each that seed and number give; the largest seed is one."""
+    seeds, numbers = (0, 1, 2, 2**31, 2**63 - 1), (0, 1, 126, 127)
+    epochs = [train.data.epoch_order(seed, n, 99, 9)[0].tolist() for seed in seeds for n in numbers]
+    counts = (6000, 4000)
+    blocks = [train.data.block_order(seed, counts, n)[0].tolist() for seed in seeds for n in numbers]
+    for orders in (epochs, blocks):
+        assert len(set(map(tuple, orders))) == len(orders)
+    assert epochs[5] == train.data.epoch_order(1, 1, 99, 9)[0].tolist()
+
+
+def test_a_mixture_of_two(train: Any, tmp_path: Path) -> None:
+    """Both are read, and said, and what a run that goes on is compared by."""
+    data = train.data
+    tokens = [train.tokens.Tokens(Path("a"), 512, [torch.full((40,), n)], opened=f"file {n}") for n in (1, 2)]
+    windows = [data.Windows(each, 0, stop, 8) for each, stop in zip(tokens, (40, 39), strict=True)]
+    mixture = data.Mixture(windows, [7500, 2500], 0)
+    read = Counter(int(mixture.shuffled(n).ids[0]) for n in range(10_000))
+    assert read == {1: 7500, 2: 2500}
+    assert mixture.opened() == ["75.00% of file 1", "25.00% of file 2"]
+    assert mixture.signature == {"train_tokens": 79, "sources": [[40, 7500], [39, 2500]]}
+    alone = data.Mixture(windows[:1], [10_000], 0)
+    assert alone.opened() == ["file 1"] and alone.signature == {"train_tokens": 40}
+
+
+@pytest.mark.parametrize(
+    ("weights", "counts"),
+    [
+        ([3.0], [10_000]),
+        ([1, 9999], [1, 9999]),
+        ([1, 1, 1], [3334, 3333, 3333]),
+        ([2, 2, 2, 1], [2857, 2857, 2857, 1429]),
+        ([0.5, 0.25, 0.25], [5000, 2500, 2500]),
+    ],
+)
+def test_parts_of_a_block(train: Any, weights: list[float], counts: list[int]) -> None:
+    assert train.data.counts_of(weights) == counts
+
+
+def test_less_than_a_part_of_a_block(train: Any) -> None:
+    with pytest.raises(train.settings.TrainError, match=r"less than 1/10000 of their sum"):
+        train.data.counts_of([0.999, 9999])
+
+
+def test_what_is_no_mixture(train: Any, mixture: Path, tmp_path: Path) -> None:
+    """A .toml that is asked for as text or bytes, and a folder of that name."""
+    settings = settings_of(train, mixture, tmp_path, "--data-format", "bytes")
+    assert train.data.sources_of(settings) == ([settings], [1.0])
+    data, held_out = train.data.open_data(settings)
+    assert data.sources[0].tokens.bytes_are_tokens and held_out is None
+    folder = tmp_path / "folder.toml"
+    folder.mkdir()
+    np.save(folder / "ids.npy", np.arange(32))
+    data, _ = train.data.open_data(settings_of(train, folder, tmp_path / "out"))
+    assert data.signature == {"train_tokens": 32}
+
+
+def test_one_sequence_is_enough(train: Any, tmp_path: Path) -> None:
+    """And the most windows are 2**30; nothing is held out where nothing is to be validated."""
+    np.save(tmp_path / "ids.npy", np.arange(31))
+    given = ["--val-fraction", "0.6", "--val-every", "0", "--val-data", str(tmp_path / "ids.npy")]
+    data, held_out = train.data.open_data(settings_of(train, tmp_path / "ids.npy", tmp_path / "out", *given))
+    assert data.sources[0].per_epoch == 1 and data.signature == {"train_tokens": 31} and held_out is None
+    np.save(tmp_path / "ids.npy", np.arange(15))
+    with pytest.raises(train.settings.TrainError, match="holds 15 tokens, and one sequence has 16"):
+        train.data.open_data(settings_of(train, tmp_path / "ids.npy", tmp_path / "out"))
+
+    def windows(count: int) -> Any:
+        return SimpleNamespace(tokens=SimpleNamespace(path="p"), length=2, per_epoch=count)
+
+    train.data.require_windows(windows(1 << 30))
+    with pytest.raises(
+        train.settings.TrainError, match=r"p holds 1073741825 sequences of 2 tokens, more than 10737418"
+    ):
+        train.data.require_windows(windows((1 << 30) + 1))
+
+
+def test_labels_of_a_batch(train: Any) -> None:
+    """They are the ids themselves, unless some do not count; on a device as before."""
+    ids, labels = torch.tensor([1, 2, 3]), torch.tensor([1, -100, 3])
+    plain, masked = train.tokens.Window(ids, ids), train.tokens.Window(ids, labels)
+    for batch in (train.data.Batch.of([plain, masked]), train.data.Batch.of([masked, plain])):
+        for found in (batch, batch.to(torch.device("cpu"))):
+            assert found.ids.tolist() == [[1, 2, 3]] * 2 and found.documents is None
+            assert sorted(found.labels.tolist()) == [[1, -100, 3], [1, 2, 3]]
+    batch = train.data.Batch.of([plain, plain]).to(torch.device("cpu"))
+    assert batch.labels is batch.ids
+
+
+def test_separators_where_a_document_is_known_to_end(train: Any) -> None:
+    """It ends once. A separator may be token 0; without one the tokens tell of no end."""
+    ids = torch.tensor([7, 3, 5, 0, 3, 1])
+    window = train.tokens.Window(ids, ids, torch.tensor([0, 0, 1, 1, 1, 2], dtype=torch.int32))
+
+    def ends(batch: Any) -> list[bool]:
+        return [a != b for a, b in pairwise(batch.documents[0].tolist())]
+
+    assert ends(train.data.Batch.of([window], 3)) == [False, True, False, False, True]
+    assert ends(train.data.Batch.of([window], 0)) == [False, True, False, True, True]
+    assert ends(train.data.Batch.of([window])) == [False, True, False, False, True]
+    assert train.data.Batch.of([train.tokens.Window(ids, ids)]).documents is None
+
+
 def test_separators_and_known_ends(train: Any) -> None:
     """A document ends where either says so."""
     ids = torch.tensor([7, 3, 5, 5, 3, 1])
@@ -157,6 +275,9 @@ def test_separators_and_known_ends(train: Any) -> None:
         ('[[source]]\npath = "a"', "source 1: weight = None is no number above 0"),
         ('[[source]]\npath = "a"\nweight = 0', "source 1: weight = 0 is no number above 0"),
         ('[[source]]\npath = "a"\nweight = nan', "source 1: weight = nan is no number"),
+        ('[[source]]\npath = "a"\nweight = inf', "source 1: weight = inf is no number"),
+        ('[[source]]\npath = "a"\nweight = -1', "source 1: weight = -1 is no number"),
+        ('[[source]]\npath = "a"\nweight = 1\n[[source]]\npath = "b"', "source 2: weight = None is no number"),
         ('[[source]]\npath = "a"\nweight = true', "source 1: weight = True is no number"),
         ("[[source]]\nweight = 1", "source 1: path is missing"),
         ('[[source]]\npath = "a"\nweight = 1\ntext_field = 3', "a value is no string"),

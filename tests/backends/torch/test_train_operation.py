@@ -59,6 +59,17 @@ def rates(train: Any, *given: str, steps: int = 100) -> list[float]:
     return [train.optimizer.learning_rate(settings, step) for step in range(steps)]
 
 
+def test_help_is_in_groups_with_defaults(train: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        train.settings.parse_settings(train.train.__doc__, ["--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    places = [shown.index(f"\n{name}:\n") for name in train.settings.GROUPS.values()]
+    assert places == sorted(places)
+    assert "--lr FLOAT" in shown and "learning rate after the warm-up (0.001)" in shown
+    assert "--async-checkpoints" in shown and "(True)" in shown
+
+
 def test_schedules(train: Any) -> None:
     """Warm-up in steps or as a part; what falls ends at final_lr, halfway where its curve says."""
     assert rates(train, "--warmup", "10") == rates(train, "--warmup", "0.1")
@@ -72,9 +83,10 @@ def test_schedules(train: Any) -> None:
     assert cosine[39] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-5])
 @pytest.mark.parametrize("shape", [(24, 16), (16, 24), (3, 24, 16)])
-def test_muon_is_that_of_torch(train: Any, shape: tuple[int, ...]) -> None:
-    """Three steps of each matrix as torch.optim.Muon makes them, also in a stack."""
+def test_muon_is_that_of_torch(train: Any, shape: tuple[int, ...], size: float) -> None:
+    """Three steps of each matrix as torch.optim.Muon makes them, also in a stack, and of small gradients."""
     torch.manual_seed(0)
     ours = torch.nn.Parameter(torch.randn(shape))
     theirs = [torch.nn.Parameter(part.clone()) for part in ours.detach().reshape(-1, *shape[-2:])]
@@ -82,7 +94,7 @@ def test_muon_is_that_of_torch(train: Any, shape: tuple[int, ...]) -> None:
     optimizer = train.muon.MuonWithAdamW(groups, lr=0.01)
     reference = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
-        ours.grad = torch.randn(shape)
+        ours.grad = size * torch.randn(shape)
         for part, gradient in zip(theirs, ours.grad.reshape(-1, *shape[-2:]), strict=True):
             part.grad = gradient.clone()
         optimizer.step()
@@ -187,17 +199,6 @@ def test_format_of_checkpoints(train: Any, tmp_path: Path) -> None:
     about.write_text(json.dumps(values | {"format": 2}))
     said = run(train, tmp_path / "out", "--resume", code=6)
     assert "has format 2; this program reads and writes format 1" in said
-
-
-def test_help_is_in_groups_with_defaults(train: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        train.settings.parse_settings(train.train.__doc__, ["--help"])
-    assert stopped.value.code == 0
-    shown = capsys.readouterr().out
-    places = [shown.index(f"\n{name}:\n") for name in train.settings.GROUPS.values()]
-    assert places == sorted(places)
-    assert "--lr FLOAT" in shown and "learning rate after the warm-up (0.001)" in shown
-    assert "--async-checkpoints" in shown and "(True)" in shown
 
 
 def test_trace_of_three_steps(train: Any, tmp_path: Path) -> None:

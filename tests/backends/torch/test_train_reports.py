@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,6 +44,37 @@ def test_the_speed_of_a_step(train: Any, text: Path, tmp_path: Path, monkeypatch
     settings, world = train.settings.parse_settings("", given), SimpleNamespace(rank=1, size=2)
     found = train.metrics.Metrics(settings, world, 0).speed(3.0)
     assert found == {"tokens_per_second": 20.0, "flops_per_second": 64_800, "mfu": 0.0926}
+    found = train.metrics.Metrics(settings, world, 0).speed(7.0)  # to a tenth, a whole one, 4 digits
+    assert found == {"tokens_per_second": 8.6, "flops_per_second": 27_771, "mfu": 0.0397}
+    settings = replace(settings, seq_len=16, peak_tflops=0.0)
+    world = SimpleNamespace(rank=1, size=2, device=SimpleNamespace(type="cpu"))  # of which no peak is known
+    found = train.metrics.Metrics(settings, world, 0).speed(64.0)
+    assert found == {"tokens_per_second": 1.0, "flops_per_second": 3 * 1085}
+
+
+def test_what_is_done_again_is_told_once(train: Any, text: Path, tmp_path: Path) -> None:
+    """Lines of steps after the checkpoint go, and those that were cut off; another process touches nothing."""
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step}) for step in range(1, 5)]
+    damaged = ['{"step": 2, "lo', "[]", '{"loss": 1}', '{"step": null}']
+    path.write_text("\n".join([*lines[:2], *damaged, *lines[2:]]))
+    settings = train.settings.parse_settings("", arguments(text, tmp_path))
+    device = SimpleNamespace(type="cpu")
+    for rank, done, kept in ((1, 0, 8), (0, 3, 3), (0, 2, 2), (0, 0, 0)):
+        train.metrics.Metrics(settings, SimpleNamespace(rank=rank, size=2, device=device), done)
+        assert len(path.read_text().splitlines()) == kept
+    metrics = train.metrics.Metrics(settings, SimpleNamespace(rank=1, size=2, device=device), 0)
+    metrics.write({"step": 1})
+    assert path.read_text() == ""
+
+
+def test_the_line_of_a_step(train: Any) -> None:
+    metrics = {"step": 3, "lr": 0.001, "loss": 1.23456, "val_loss": 2.0, "expert_load": [1.0, 2.345]}
+    shown = train.metrics.shown(metrics | {"tokens_per_second": 12345.6, "mfu": 0.1234})
+    assert shown == "loss 1.235  val_loss 2  lr 0.001  expert load 2.35  12,346 tokens/s  MFU 12.3%"
+    assert train.metrics.numbers_of(metrics) == {
+        "lr": 0.001, "loss": 1.23456, "val_loss": 2.0, "expert_load/0": 1.0, "expert_load/1": 2.345
+    }  # fmt: skip
 
 
 def test_which_steps_are_shown(train: Any, text: Path, tmp_path: Path) -> None:

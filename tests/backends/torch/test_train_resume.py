@@ -6,7 +6,7 @@ import errno
 import os
 import resource
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,59 @@ def test_a_checkpoint_that_is_damaged(
     about.write_text(about.read_text().replace(old, new, 1))
     shown = failure(train, capsys, 6, *given, "--resume")
     assert "cannot be read" in shown and message in shown
+
+
+@pytest.mark.parametrize("count", [0, 1, 8, 9, 10])
+def test_eight_differences_are_told(train: Any, tmp_path: Path, count: int) -> None:
+    """And how many more there are; what is missing on either side is one."""
+    settings = train.settings.Settings(data="d", out="o", steps=1)
+    about = {"config": asdict(train.model.Config()), "settings": asdict(settings), "rules": {}}
+    about["settings"] |= {"data": "other", "val_every": 7, "keep": 9}  # which are free to change
+    theirs, ours = {f"n{n}": 1 for n in range(count)} | {"same": 0}, {"same": 0}
+    if not count:
+        train.checkpointing.require_same(tmp_path, about | {"data": theirs}, settings, ours, {})
+        return
+    for data, now in ((theirs, ours), (ours, theirs)):
+        with pytest.raises(train.settings.TrainError) as error:
+            train.checkpointing.require_same(tmp_path, about | {"data": data}, settings, now, {})
+        told = [f"n{n} {data.get(f'n{n}')}, now {now.get(f'n{n}')}" for n in range(min(count, 8))]
+        told += [f"{count - 8} more"] if count > 8 else []
+        assert str(error.value) == f"{tmp_path} is of other data: {'; '.join(told)}" and error.value.code == 6
+
+
+def test_reasons_are_one_line(train: Any) -> None:
+    """That of what failed, inside what only reports it."""
+    inner, outer = ValueError("a reason\nand more"), RuntimeError("outer")
+    outer.__cause__ = inner
+    assert train.checkpointing.reason(outer) == "a reason"
+    assert train.checkpointing.reason(OSError()) == "OSError"
+    assert train.checkpointing.reason(RuntimeError(" first\n second")) == "first"
+    failed = train.checkpointing.CheckpointException("all", {0: (inner, None), 1: (OSError("other"), None)})
+    assert train.checkpointing.reason(failed) == "a reason"
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_how_many_checkpoints_are_kept(train: Any, tmp_path: Path, keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last ones; what a killed process has left is removed, and a step that is there is not written again."""
+    written: list[str] = []
+
+    def save(_: object, checkpoint_id: Path, **__: object) -> None:
+        checkpoint_id.mkdir()
+        written.append(checkpoint_id.name)
+
+    monkeypatch.setattr(train.checkpointing, "save", save)
+    (tmp_path / "store" / ".step-000000007").mkdir(parents=True)
+    settings = train.settings.Settings(data="d", out="o", steps=1, async_checkpoints=False)
+    model = torch.nn.Linear(2, 2)
+    world = train.world.World(0, 1, torch.device("cpu"))
+    store = train.checkpointing.Checkpoints(tmp_path / "store", keep, world, {}, {})
+    assert store.last_good() == "there is no checkpoint yet"
+    for step in (9, 10, 10, 200, 1_000_000_000):
+        store.save(model, torch.optim.AdamW(model.parameters()), settings, step)
+        assert not store.ready() and store.unfinished is None
+    names = [f"step-{step:09d}" for step in (9, 10, 200, 1_000_000_000)]
+    assert written == [f".{name}" for name in names]
+    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == sorted(names[-keep:])
 
 
 def test_resume_keeps_the_data(train: Any, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,6 +69,7 @@ def test_whole_numbers_have_64_bits(settings: Any, name: str) -> None:
     with pytest.raises(settings.TrainError) as error:  # a number, which is no possible one
         settings.checked({"data": "d", "out": "o", "steps": 1, name: -(2**63)})
     assert "64 bits" not in str(error.value)
+    assert settings.checked(GIVEN | {"save_every": 2**63 - 1}).save_every == 2**63 - 1
 
 
 LONGEST, VOCABULARY = tiny_spec().model.max_position_embeddings, tiny_spec().model.vocab_size
@@ -92,6 +93,12 @@ LONGEST, VOCABULARY = tiny_spec().model.max_position_embeddings, tiny_spec().mod
         {"compile": True, "activation_checkpointing": "none", "tensor_parallel": 1},
         {"activation_checkpointing": "all"},
         {"activation_checkpointing": "mamba2,moe"},
+        {"teacher": "t", "quantized": "q"},
+        {"teacher": "t", "quantized": "q", "numerics": "bf16", "frozen_scales": True},
+        {"quantized": "q", "teacher": "t", "expert_parallel": 1, "tensor_parallel": 1},
+        {"resume_step": 0, "profile_step": 0},
+        {"optimizer": "muon", "numerics": "bf16"},
+        {"ema": 0.0, "weight_decay": 0.0, "beta1": 0.0, "final_lr": 0.0, "warmup": 0.0, "decay": 0.0},
     ],
     ids=str,
 )
@@ -124,6 +131,16 @@ def test_what_is_possible(settings: Any, values: dict[str, Any]) -> None:
           for name in ("beta1", "beta2", "val_fraction", "ema")),
         ({"warmup": 0.5, "decay": 0.51}, "--warmup and --decay must fit into --steps, --final-lr be at most 1"),
         ({"final_lr": 1.01}, "--warmup and --decay must fit into --steps, --final-lr be at most 1"),
+        *(({"teacher": "t", "quantized": "q", **given}, f"--teacher cannot be combined with {told}")
+          for given, told in (({"numerics": "bf16-split"}, "--numerics bf16-split"), ({"compile": True}, "--compile"),
+                              ({"expert_parallel": 2}, "--expert-parallel"), ({"tensor_parallel": 2}, "--tensor-par"),
+                              ({"compile": True, "numerics": "bf16-split"}, "--numerics bf16-split, --compile"))),
+        ({"teacher": "t"}, "--teacher and --quantized need each other"),
+        ({"quantized": "q"}, "--teacher and --quantized need each other"),
+        ({"frozen_scales": True}, "--frozen-scales needs --quantized"),
+        ({"optimizer": "muon", "numerics": "bf16-split"}, "--optimizer muon cannot be combined with --numerics bf16-s"),
+        ({"resume_step": -1}, "--resume-step and --profile-step must be at least 0"),
+        ({"profile_step": -1}, "--resume-step and --profile-step must be at least 0"),
         ({"val_every": -1}, "--val-every must be at least 0, --val-sequences at least 1"),
         ({"val_sequences": 0}, "--val-every must be at least 0, --val-sequences at least 1"),
     ],
@@ -131,3 +148,65 @@ def test_what_is_possible(settings: Any, values: dict[str, Any]) -> None:
 def test_what_is_not(settings: Any, values: dict[str, Any], problem: str) -> None:
     (found,) = problems(settings, values)
     assert found.startswith(problem)
+
+
+@pytest.mark.parametrize("name", ["lr", "decay", "clip", "peak_tflops"])
+def test_numbers_are_finite_and_none_is_negative(settings: Any, name: str) -> None:
+    for wrong in (-1e-9, float("nan"), float("inf"), -1):
+        with pytest.raises(settings.TrainError, match=f"{name} = {float(wrong)} is not a number of at least 0"):
+            settings.checked(GIVEN | {name: wrong})
+    found = settings.checked(GIVEN | {"steps": 9, name: 1})
+    assert type(getattr(found, name)) is float
+
+
+def test_all_that_is_wrong_is_told(settings: Any) -> None:
+    """At once, each by its name."""
+    with pytest.raises(settings.TrainError) as error:
+        settings.checked({"data": 1, "steps": True, "resume": 1, "extra": 0, "seed": 2**63})
+    assert str(error.value).split("; ") == [
+        *("extra is no setting", "data = 1 is no str", "--out is missing", "steps = True is no int"),
+        *("seed has more than 64 bits", "resume = 1 is no bool"),
+    ]
+    assert error.value.code == 2
+    assert (settings.USAGE, settings.NOT_FINITE, settings.FILES, settings.STOPPED) == (2, 5, 6, 143)
+
+
+@pytest.mark.parametrize(
+    ("values", "numerics"),
+    [
+        ({}, "bf16-split"),
+        ({"accumulation": 1, "optimizer": "adamw", "teacher": ""}, "bf16-split"),
+        ({"accumulation": 2}, "bf16"),
+        ({"optimizer": "muon"}, "bf16"),
+        ({"teacher": "t", "quantized": "q"}, "bf16"),
+    ],
+)
+def test_numerics_of_a_gpu(
+    settings: Any, values: dict[str, Any], numerics: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings.torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("RANK", raising=False)
+    assert settings.checked({"data": "d", "out": "o", "steps": 1, **values}).numerics == numerics
+
+
+def test_phases(settings: Any) -> None:
+    """From 1 on they are steps, below a part of all."""
+    ten = settings.Settings(data="d", out="o", steps=10)
+    assert [ten.in_steps(phase) for phase in (0.0, 0.5, 0.99, 1.0, 2.0)] == pytest.approx([0, 5, 9.9, 1, 2])
+
+
+def test_the_longest_settings(settings: Any, tmp_path: Path) -> None:
+    path, lines = tmp_path / "settings.toml", "steps = 1\n"
+    path.write_text(lines + "#" * (65536 - len(lines)))
+    assert settings.read_settings(path) == {"steps": 1}
+    path.write_text(lines + "#" * (65537 - len(lines)))
+    with pytest.raises(ValueError, match="larger than 65536 bytes, so no settings"):
+        settings.read_settings(path)
+
+
+def test_options_are_written_in_full(settings: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--data", "d", "--out", "o", "--steps", "1"]
+    with pytest.raises(SystemExit):
+        settings.parse_settings("", [*given, "--see", "3"])
+    assert "unrecognized arguments: --see 3" in capsys.readouterr().err
+    assert settings.parse_settings("", [*given, "--no-async-checkpoints"]).async_checkpoints is False

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from n3c.specs.load import load_spec
 from n3c.specs.schema import Spec
@@ -157,6 +158,24 @@ def test_torchtitan_decays_what_train_py_decays(train: SimpleNamespace) -> None:
         assert bool(plain.search(name)) == (id(parameter) not in decayed), name
 
 
+def test_torchtitans_defaults_are_those_of_train_py(train: SimpleNamespace) -> None:
+    """As far as a run begins with them that is asked for nothing."""
+    ours, adapter = defaults(train), train.adapter
+    model = vars_of(adapter.TitanModel.Config())
+    assert model == {"seed": ours.seed, "weights": ours.weights, "bf16": True, "nvfp4": False}
+    assert vars_of(adapter.Loss.Config()) == {"balance": ours.balance}
+    data = vars_of(adapter.Data.Config())
+    folders = {"tokenizer_folder": ours.tokenizer, "token_cache": "outputs/tokens"}
+    assert data == {name: getattr(ours, name) for name in data if name not in folders} | folders
+
+
+def vars_of(config: Any) -> dict[str, Any]:
+    """Return the fields of a settings' class, which take values by their names alone."""
+    with pytest.raises(TypeError, match="takes 1 positional argument"):
+        type(config)(1)
+    return {name: getattr(config, name) for name in type(config).__dataclass_fields__}
+
+
 @pytest.mark.parametrize(("seed", "taken"), [(7, 7), (None, 0)])
 def test_torchtitans_settings_are_taken_over(train: SimpleNamespace, seed: int | None, taken: int) -> None:
     for dtype in ("bfloat16", "float32"):
@@ -197,6 +216,7 @@ def test_torchtitan_reads_train_pys_windows(train: SimpleNamespace, tmp_path: Pa
     batches = iter(loader)
     for step in range(3):
         inputs, labels = next(batches)
+        assert inputs["input"].shape == inputs["document_ids"].shape == labels.shape == (2, 20)
         for row in range(2):
             ids = inputs["input"][row]
             expected = windows.shuffled(4 * step + 2 * rank + row).ids
@@ -231,3 +251,194 @@ def test_a_mean_over_all_tokens_for_torchtitan(train: SimpleNamespace) -> None:
     assert loss(out, labels)[0] == 4.0
     assert loss(out, labels, torch.tensor(6))[0] == 2.0
     assert loss(SimpleNamespace(loss=out.loss, balance_loss=None), labels)[0] == 3.0
+
+
+class Dimensions:
+    """As much of torchtitan's ParallelDims as the adapter reads."""
+
+    def __init__(self, cp: int = 1, dp_enabled: bool = False) -> None:
+        self.cp, self.ep, self.tp, self.dp_replicate = cp, 2, 3, 5
+        self.dp_enabled = dp_enabled
+
+    def get_mesh(self, name: str) -> Any:
+        return SimpleNamespace(get_group=lambda: f"group of {name}")
+
+
+@pytest.fixture
+def shared_out(train: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return what the adapter asks of parallelize, whose parts are filled, and not shared out."""
+    asked: list[Any] = []
+
+    def parallelize(model: Any, meshes: object, prepare: Any, numerics: object, autocast: bool) -> None:
+        asked.extend([meshes, numerics, autocast])
+        for name, part in train.parallelize.parts(model):
+            prepare(name, part)
+
+    def over_all(device: str, **sizes: int) -> tuple[str, dict[str, int]]:
+        return device, sizes
+
+    monkeypatch.setattr(train.adapter, "parallelize", parallelize)
+    monkeypatch.setattr(train.adapter, "Meshes", SimpleNamespace(over_all=over_all))
+    monkeypatch.setattr(train.adapter.utils, "device_type", "cpu", raising=False)
+    return asked
+
+
+def build(train: SimpleNamespace, **settings: Any) -> Any:
+    """Return a model without memory, as torchtitan builds it."""
+    with torch.device("meta"):
+        return train.adapter.TitanModel(train.adapter.TitanModel.Config(**settings))
+
+
+@pytest.mark.parametrize("nvfp4", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_torchtitan_shares_out_as_train_py(
+    train: SimpleNamespace, shared_out: list[Any], nvfp4: bool, bf16: bool
+) -> None:
+    """Meshes, numerics and autocast are those of the settings; the weights those of train.py's seed."""
+    model = build(train, seed=4, nvfp4=nvfp4, bf16=bf16)
+    assert train.adapter.distribute(model, parallel_dims=Dimensions(), ac_config=None) is model
+    meshes = ("cpu", {"expert": 2, "tensor": 3, "replicate": 5})
+    assert shared_out == [meshes, train.adapter.emulate if nvfp4 else None, bf16]
+    world = train.world.World(0, 1, torch.device("cpu"))
+    expected = train.weights.build_model(replace(defaults(train), seed=4), world, None).state_dict()
+    found = model.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_torchtitan_starts_from_a_checkpoint(train: SimpleNamespace, shared_out: list[Any], tmp_path: Path) -> None:
+    whole = train.model.Model()
+    train.checkpoint.save_checkpoint(whole, tmp_path / "released")
+    model = build(train, weights=str(tmp_path / "released"))
+    train.adapter.distribute(model, parallel_dims=Dimensions(), ac_config=None)
+    expected = whole.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("ac_config", [None, "full"])
+def test_torchtitan_computes_blocks_twice_where_it_is_asked(
+    train: SimpleNamespace, shared_out: list[Any], ac_config: str | None
+) -> None:
+    model = train.adapter.distribute(build(train), parallel_dims=Dimensions(), ac_config=ac_config)
+    blocks = [module for module in model.modules() if isinstance(module, train.recompute.Recomputable)]
+    assert blocks and all(block.gradient_checkpointing == (ac_config is not None) for block in blocks)
+
+
+@pytest.mark.parametrize("cp", [2, 3])
+def test_torchtitan_has_no_context_parallelism(train: SimpleNamespace, shared_out: list[Any], cp: int) -> None:
+    with pytest.raises(ValueError, match="no context parallelism: a scan's state passes through the whole sequence"):
+        train.adapter.distribute(build(train), parallel_dims=Dimensions(cp), ac_config=None)
+    assert not shared_out
+
+
+@pytest.mark.parametrize("dp_enabled", [False, True])
+def test_torchtitan_balances_experts_as_train_py(
+    train: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, dp_enabled: bool
+) -> None:
+    """After each step, by the load of all data processes; what is measured is the largest load over the mean."""
+
+    def from_another_process(load: torch.Tensor, group: str) -> None:
+        assert group == "group of batch"
+        load += torch.tensor([0, 0, 0, 36] + [0] * (load.shape[1] - 4))
+
+    monkeypatch.setattr(dist, "all_reduce", from_another_process)
+    model, hooks = train.adapter.TitanModel(train.adapter.TitanModel.Config()), list[Any]()
+    for router in model.routers():
+        router.e_score_correction_bias.zero_()
+    routers, experts = model.routers(), model.config.moe_num_experts
+    optimizers = SimpleNamespace(register_step_post_hook=hooks.append)
+    train.adapter.balance_experts(optimizers, [model], Dimensions(dp_enabled=dp_enabled))
+    load = torch.full((len(routers), experts), 2)
+    load[:, 0], load[0, 1] = 0, 10
+    model.tokens_per_expert = load.clone()
+    (update,) = hooks
+    update("any", "arguments")
+    if dp_enabled:
+        load[:, 3] += 36
+    largest = (load.amax(1) / load.double().mean(1)).max()
+    assert float(model.measured["expert_load"]) == pytest.approx(float(largest))
+    assert model.tokens_per_expert is None  # of the next step nothing is known
+    for router, counts in zip(routers, load, strict=True):
+        moved = (counts.double().mean() - counts).sign().float() * defaults(train).bias_rate
+        torch.testing.assert_close(router.e_score_correction_bias, moved)
+
+
+def test_torchtitan_learns_in_bfloat16_where_it_is_asked(train: SimpleNamespace) -> None:
+    """Gradients of the uses of a weight are summed in float32; the loss of MTP is told beside the loss."""
+    ids = torch.randint(1, 90, (1, 24), generator=torch.Generator().manual_seed(0))
+    losses: list[float] = []
+    for bf16 in (False, True):
+        torch.manual_seed(1)
+        model = train.adapter.TitanModel(train.adapter.TitanModel.Config(bf16=bf16))
+        model.apply(model.init_module)
+        out = model(ids)
+        losses.append(out.loss.item())
+        assert out.logits is None and model.measured["mtp_loss"] == out.mtp_loss
+        assert not model.measured["mtp_loss"].requires_grad
+        out.loss.backward()
+        gradient = model.mtp.layers[0].eh_proj.weight.grad  # once a step of prediction
+        assert not torch.equal(gradient, gradient.bfloat16().float())
+    assert 0 < abs(losses[0] - losses[1]) < 0.05
+
+
+def test_torchtitan_shows_means_over_the_processes(train: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[Any] = []
+
+    def log(_: object, *values: object, extra_metrics: object) -> None:
+        shown.append((values, extra_metrics))
+
+    def all_reduce(values: torch.Tensor) -> None:
+        values.mul_(6)
+
+    monkeypatch.setattr(train.adapter.MetricsProcessor, "log", log, raising=False)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    measured = {"mtp_loss": torch.tensor(3.0), "expert_load": torch.tensor(1.5, dtype=torch.float64)}
+    metrics = train.adapter.Metrics(model_parts=[SimpleNamespace(measured=measured)])
+    metrics.log(7, 1.0)
+    metrics.log(8, extra_metrics={"memory": 2})
+    means = {"expert_load": 2.25, "mtp_loss": 4.5}
+    assert shown == [((7, 1.0), means), ((8,), {"memory": 2} | means)]
+
+
+def test_torchtitan_limits_the_time_of_a_group(train: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of all processes where none is named. torch's own function is used where it has one."""
+    limits: list[tuple[str, object]] = []
+
+    def group(name: str) -> Any:
+        def set_limit(limit: object) -> None:
+            limits.append((name, limit))
+
+        return SimpleNamespace(set_timeout=set_limit)
+
+    monkeypatch.setattr(train.adapter, "dist", SimpleNamespace(group=SimpleNamespace(WORLD=group("all"))))
+    train.adapter.set_timeout("a minute")
+    train.adapter.set_timeout("an hour", group("some"))
+    assert limits == [("all", "a minute"), ("some", "an hour")]
+    assert vars(dist)["set_timeout"] is None  # as the fixture has it
+
+
+def test_torchtitans_checkpoints_are_exported(train: SimpleNamespace, tmp_path: Path) -> None:
+    """In the released layout, from which train.py starts."""
+    model = train.model.Model()
+    save(model.state_dict(), checkpoint_id=tmp_path / "step-9", no_dist=True)
+    train.adapter.export(str(tmp_path / "step-9"), str(tmp_path / "export"))
+    again = train.model.Model()
+    train.checkpoint.load_checkpoint(again, tmp_path / "export")
+    expected = model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
+
+
+def test_torchtitan_says_what_the_data_lack(train: SimpleNamespace, tmp_path: Path) -> None:
+    """A path, and one sequence beside those that are held out."""
+    sizes: dict[str, int] = {"dp_world_size": 1, "dp_rank": 0, "local_batch_size": 1, "seq_len": 20}
+    config = train.adapter.Data.Config(val_fraction=0.5)
+    config.dataset_path = None
+    with pytest.raises(ValueError, match=r"^--dataloader\.dataset-path is missing$"):
+        train.adapter.Data(config, **sizes)
+    config.dataset_path = str(tmp_path / "tokens.npy")
+    for count, kept in ((20, 20), (39, 39), (40, 20), (79, 59)):
+        importlib.import_module("numpy").save(config.dataset_path, torch.arange(count, dtype=torch.int32).numpy())
+        assert train.adapter.Data(config, **sizes).windows.stop == kept
+    importlib.import_module("numpy").save(config.dataset_path, torch.arange(19, dtype=torch.int32).numpy())
+    with pytest.raises(ValueError, match="has 19 tokens for sequences of 20"):
+        train.adapter.Data(config, **sizes)

@@ -120,8 +120,8 @@ class Mixture:
     """Windows of one or more sources, each in shuffled epochs of its own."""
 
     sources: Sequence[Windows]
-    counts: Sequence[int] = (BLOCK,)  # sequences of each source in every BLOCK
-    seed: int = 0
+    counts: Sequence[int]  # sequences of each source in every BLOCK
+    seed: int
     block: Any = field(init=False, compare=False)  # by its number: see block_order
 
     def __post_init__(self) -> None:

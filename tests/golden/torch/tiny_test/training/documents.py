@@ -11,6 +11,7 @@ import codecs
 import gzip
 import importlib
 import io
+import itertools
 import json
 import lzma
 from collections.abc import Iterable, Iterator, Sequence
@@ -93,7 +94,7 @@ def texts_of_files(files: Iterable[Path]) -> Iterator[Piece]:
                     at = f"{error.reason} before byte {opened.tell()}"
                     raise TrainError(f"{file} is no UTF-8: {at}", FILES) from error
                 if len(left) > 2 * MOST_TEXT:
-                    end = cut(left)
+                    end = cut(left, 0)
                     yield Piece(left[:end], first, last=False)
                     left, first = left[end:], False
         *earlier, last = pieces(left)
@@ -112,7 +113,7 @@ def pieces(text: str) -> Iterator[Piece]:
     yield Piece(text[start:], first=start == 0, last=True)
 
 
-def cut(text: str, start: int = 0) -> int:
+def cut(text: str, start: int) -> int:
     """Return where the part of a text from `start` on ends: before a line, else before a word."""
     for mark in ("\n", " "):
         if (end := text.rfind(mark, start + 1, start + MOST_TEXT)) > 0:
@@ -144,7 +145,7 @@ def json_lines(file: Path) -> Iterator[Row]:
     """Yield the objects of a file of JSON, one a line, be it compressed."""
     with file.open("rb") as packed, unpacked(file, packed) as lines:
         taken, size = 0, file.stat().st_size
-        for number in range(1, 1 << 62):
+        for number in itertools.count(1):
             row = Row(file, number, {})
             try:
                 line = lines.readline(MOST_LINE + 1)
