@@ -101,8 +101,8 @@ def test_choices_of_an_engine_are_replayed(
     """Of the engine `torch`, whose routers are listened to; in bfloat16 the trainer's products are autocast's."""
     chosen, route = list[torch.Tensor](), PlainOperations.route
 
-    def listen(self: PlainOperations, router: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        experts, weights = route(self, router, x)
+    def listen(self: PlainOperations, router: Any, *given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        experts, weights = route(self, router, *given)
         chosen.append(experts.flatten(0, -2))  # [tokens, K]
         return experts, weights
 

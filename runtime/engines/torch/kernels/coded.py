@@ -18,7 +18,8 @@ from ..activations import Activation
 from ..packed import PackedWeight
 from .launching import PTX, begin, ceil_div, overlapping, power_of_two, wait_for_previous
 from .rounding import BLOCK, nvfp4
-from .weights import block_scale_bits, row_units, two_words
+from .rows import row_units, two_words
+from .weights import block_scale_bits
 
 STEP = tl.constexpr(2.0**60)
 """What steps of activations are stored times: their product with a step of a weight, times 2^-120, is then no

@@ -26,7 +26,8 @@ from .coded import can_be_coded, coded, coded_product
 from .launching import begin, ceil_div, overlapping, power_of_two, product_type
 from .linear import UNIT, WORD, finished, row_blocks, stored, tile_blocks, words
 from .rounding import rounded
-from .weights import row_product, tile_product
+from .rows import row_product
+from .tiles import tile_product
 
 SortedTiles = tuple[Tensor, Tensor, Tensor, Tensor]
 """The pairs sorted by expert, the expert and first pair of each tile, and where each expert's pairs end."""

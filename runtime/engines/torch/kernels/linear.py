@@ -34,7 +34,8 @@ from .launching import (
     wait_for_previous,
 )
 from .rounding import rounded
-from .weights import prefetch_tile, row_product, tile_product, weight_tile
+from .rows import row_product
+from .tiles import prefetch_tile, tile_product, weight_tile
 
 UNIT = {"bf16": 8, "fp8": 16, "nvfp4": 32}
 """Weights in 16 bytes: what K must be a multiple of for `row_kernel`."""

@@ -10,7 +10,7 @@ from n3c.runtime.engines.torch.activations import Activation
 from n3c.runtime.engines.torch.kernels import experts, linear
 from n3c.runtime.engines.torch.kernels.coded import BLOCK_OF_PRODUCTS, STEP, can_be_coded, coded
 from n3c.runtime.engines.torch.kernels.experts import routed_experts
-from n3c.runtime.engines.torch.kernels.weights import TWO_PRODUCTS
+from n3c.runtime.engines.torch.kernels.tiles import TWO_PRODUCTS
 from n3c.runtime.engines.torch.packed import E2M1
 from support.ptx import run_ptx
 

@@ -59,7 +59,7 @@ def test_each_kernel(capability: int, tmp_path: Path) -> None:
 
 def test_decoding_loads_16_bytes_a_thread(tmp_path: Path) -> None:
     """Eight rows of the matrix and their activations; block scales are two bytes for 16 of codes."""
-    calls = ("linear.bf16.1", "linear.nvfp4.1.small", "linear.coded.1", "experts.nvfp4.1", "experts.coded.1")
+    calls = ("linear.bf16.1", "linear.nvfp4.1.small", "linear.coded.1.small", "experts.nvfp4.1", "experts.coded.1")
     for report in compiled(tmp_path, 90, "--only", *calls):
         if report["kernel"] in ("row_kernel", "one_token_kernel", "coded_row_kernel", "coded_pairs_kernel"):
             assert report["loads"]["LDG.E.128"] >= 8, report
