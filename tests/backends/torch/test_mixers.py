@@ -251,7 +251,7 @@ def test_experts(module: Any, inner: int, width: int, tokens: int) -> None:
         torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-5)
 
 
-@pytest.mark.parametrize("multiple", [1, 4])
+@pytest.mark.parametrize("multiple", [1, 2, 4])
 def test_sort_by_expert(module: Any, multiple: int) -> None:
     """An expert's rows are those of the tokens that chose it, in order, then zeros up to the multiple."""
     torch.manual_seed(0)

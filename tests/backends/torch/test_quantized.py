@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from ml_dtypes import float4_e2m1fn, float8_e4m3fn
-from torch import Tensor
+from torch import Tensor, nn
 
 from .generated import imported, tiny_spec, write_generated
 
@@ -113,6 +114,33 @@ def test_weights_that_share_a_scale_and_those_that_keep_theirs(quantized: Any) -
     assert torch.equal(kept, shared)
     (gradient,) = torch.autograd.grad(kept.sum(), weight)
     assert torch.equal(gradient, torch.ones_like(weight))
+
+
+@pytest.mark.parametrize(("rows", "alike", "found"), [(32, True, 16), (32, False, 1), (24, True, 1)])
+def test_blocks_are_of_16_rows_where_all_their_scales_are_alike(
+    quantized: Any, rows: int, alike: bool, found: int
+) -> None:
+    scale = torch.full((rows, 2), 2.0).to(torch.float8_e4m3fn)
+    if not alike:
+        scale[17, 1] = 1.0
+    tensors = {"a.weight_scale": scale, "a.weight_scale_2": torch.tensor(0.5)}
+    checkpoint = SimpleNamespace(files=tensors, read=tensors.__getitem__, activations="none", frozen=False)
+    assert quantized.Quantized.format_of(checkpoint, "a.weight") == quantized.Format(found, None, False, ())
+
+
+@pytest.mark.parametrize("sides", [("up",), ("down",), ("up", "down"), ()])
+def test_experts_of_which_one_side_is_quantized(quantized: Any, sides: tuple[str, ...]) -> None:
+    format_ = quantized.Format(16, None, False)
+    config = SimpleNamespace(
+        moe_num_experts=2, moe_intermediate_size=4, moe_latent_size=3, initializer_range=1, output_range=1
+    )
+    model = nn.ModuleDict({"experts": quantized.Experts(config)})
+    found = SimpleNamespace(formats={}, stacked=lambda name, side, count: format_ if side in sides else None)
+    quantized.Quantized.apply(found, model)
+    experts: Any = model["experts"]
+    if sides:
+        assert experts.formats == tuple(format_ if side in sides else None for side in ("up", "down"))
+    assert isinstance(experts, quantized.QuantizedExperts) is bool(sides)
 
 
 @pytest.mark.parametrize("rows", [0, 16])

@@ -130,6 +130,15 @@ def test_what_was_not_used_for_longest_goes(train: Any, lines: Path) -> None:
     assert entries(lines) == sorted([keys[2], last])
 
 
+def test_entries_may_fill_the_limit_to_the_byte(train: Any, tmp_path: Path) -> None:
+    for name, age in (("a", 1000), ("b", 2000), ("c", 3000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokens").write_bytes(bytes(500))
+        os.utime(tmp_path / name, (age, age))
+    train.token_cache.TokenCache(tmp_path, 1e-6).remove_old(tmp_path / "c")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["b", "c"]
+
+
 def test_a_full_disk(train: Any, lines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

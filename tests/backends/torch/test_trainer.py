@@ -136,6 +136,11 @@ def test_a_batch_with_one_token_to_predict(train: Any, tmp_path: Path) -> None:
     assert trainer.shares_of_loss(batches[:1]).tolist() == [[0, 0, 0]]
 
 
+def test_a_step_waits_for_the_device_unless_the_optimizer_judges_it_there(train: Any, tmp_path: Path) -> None:
+    assert trainer_of(train, tmp_path, "--numerics", "bf16-split").waits is False
+    assert trainer_of(train, tmp_path / "wide", "--numerics", "float32").waits is True
+
+
 def test_what_a_step_tells(train: Any, tmp_path: Path) -> None:
     """Loads are to three digits, largest over mean; the numbers of both steps, and nothing twice."""
     trainer = trainer_of(train, tmp_path)

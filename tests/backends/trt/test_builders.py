@@ -91,6 +91,15 @@ def test_a_crash_has_a_place_and_ends_the_others(tmp_path: Path) -> None:
     assert found.message == "the process that builds bad.plan ended with code 3: no more memory"
 
 
+@pytest.mark.parametrize("further", [0, 1, 500])
+def test_of_long_last_words_the_end_is_told(further: int, tmp_path: Path) -> None:
+    path = tmp_path / "printed"
+    path.write_bytes(b"x" * further + b"y" * 3999 + b"z")
+    with path.open("rb") as printed:
+        (found,) = builders._died(order(tmp_path, "bad"), 3, printed).diagnostics
+    assert found.message == f"the process that builds bad.plan ended with code 3: {'y' * 3999}z"
+
+
 def test_a_kill_tells_what_helps_where_memory_is_short(tmp_path: Path) -> None:
     (found,) = fails(tmp_path, b"killed").diagnostics
     assert (found.code, found.message) == ("E0523", "the process that builds bad.plan was killed by SIGKILL")
