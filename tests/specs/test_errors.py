@@ -9,6 +9,7 @@ import pytest
 from n3c.ir.diagnostics import Diagnostic, ExitCode, N3CError
 from n3c.specs.load import load_spec, parse_spec
 from support.golden import GOLDEN, assert_golden
+from support.specs import SPECS
 
 GOOD = '''\
 schema = 1
@@ -273,6 +274,22 @@ def test_unreadable_files(tmp_path: Path) -> None:
             load_spec(path)
         assert caught.value.exit_code is ExitCode.FILE
         assert one_error(caught.value).code == "E0601"
+
+
+@pytest.mark.parametrize(
+    ("key", "most"),
+    [("model.max_position_embeddings", 2_147_483_647), ("moe.num_experts", 65_536), ("model.hidden_size", 1_048_576)],
+)
+def test_the_most_of_lengths_counts_and_widths(key: str, most: int) -> None:
+    def codes(value: int) -> set[str]:
+        try:
+            load_spec(SPECS / "tiny.toml", [f"{key}={value}"])
+        except N3CError as error:
+            return {diagnostic.code for diagnostic in error.diagnostics}
+        return set()
+
+    assert "E0106" not in codes(most)
+    assert codes(most + 1) == {"E0106"}
 
 
 def test_not_utf8_is_located(tmp_path: Path) -> None:

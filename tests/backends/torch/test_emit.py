@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from n3c.backends.torch.context import spec_view
 from n3c.backends.torch.emit import emit
 from n3c.backends.torch.loading import write_files
 from n3c.ir.diagnostics import ExitCode, N3CError
@@ -81,6 +82,11 @@ def variants() -> dict[str, Spec]:
 def run_tool(*arguments: str, cwd: Path | None = None) -> None:
     done = subprocess.run([sys.executable, "-m", *arguments], cwd=cwd, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_operations_of_a_token_and_of_its_context_have_a_place_each() -> None:
+    view = spec_view(tiny_spec(), SHA256, (11, 22))
+    assert (view.flops_per_token, view.flops_per_token_of_context) == ("11", "22")
 
 
 def test_golden() -> None:

@@ -135,7 +135,12 @@ def test_experts_of_which_one_side_is_quantized(quantized: Any, sides: tuple[str
         moe_num_experts=2, moe_intermediate_size=4, moe_latent_size=3, initializer_range=1, output_range=1
     )
     model = nn.ModuleDict({"experts": quantized.Experts(config)})
-    found = SimpleNamespace(formats={}, stacked=lambda name, side, count: format_ if side in sides else None)
+
+    def stacked(name: str, side: str, count: int) -> Any:
+        assert (name, count) == ("experts", 2)
+        return format_ if side in sides else None
+
+    found = SimpleNamespace(formats={}, stacked=stacked)
     quantized.Quantized.apply(found, model)
     experts: Any = model["experts"]
     if sides:

@@ -96,8 +96,8 @@ def test_of_long_last_words_the_end_is_told(further: int, tmp_path: Path) -> Non
     path = tmp_path / "printed"
     path.write_bytes(b"x" * further + b"y" * 3999 + b"z")
     with path.open("rb") as printed:
-        (found,) = builders._died(order(tmp_path, "bad"), 3, printed).diagnostics
-    assert found.message == f"the process that builds bad.plan ended with code 3: {'y' * 3999}z"
+        error = builders._died(order(tmp_path, "bad"), 3, printed)  # pyright: ignore[reportPrivateUsage]
+    assert error.diagnostics[0].message == f"the process that builds bad.plan ended with code 3: {'y' * 3999}z"
 
 
 def test_a_kill_tells_what_helps_where_memory_is_short(tmp_path: Path) -> None:
