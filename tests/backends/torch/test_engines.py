@@ -80,6 +80,11 @@ def test_weight_decay_is_that_of_train_py(spec: Spec) -> None:
     }
 
 
+def test_of_a_bf16_spec_no_layer_is_named() -> None:
+    found = precision(replace(tiny_spec(), training=None))
+    assert (found.format, found.first, found.last, found.matchers) == ("bf16", 0, 0, ())
+
+
 def test_precision() -> None:
     """The rules of the shipped specs are those of NVIDIA's own recipe for Super."""
     found = precision(load_spec(SPECS / "super.toml")[0])
