@@ -8,8 +8,10 @@ the K outputs a token, T K L numbers, are written and read beside them.
 
 The T K pairs of a token and an expert are the unit of work. The grid has all pairs, and nothing is sorted: a pair
 *leads* where its rank among the pairs of its expert is a multiple of the rows of a tile; its program then works for
-those pairs and the programs of others return at once. One token's pairs all lead, and go lane by lane in float32 as
-one row of a linear does. Beyond `FEW_PAIRS` pairs are sorted by expert, and programs are tiles of the sorted pairs.
+those pairs and the programs of others return at once. One token's pairs all lead, and go lane by lane in float32 as one
+row of a linear does. So do few pairs whose activations are NVFP4 as the weights are, in whole numbers: hardly two have
+one expert, and L2 has what both read. Beyond `FEW_PAIRS` pairs are sorted by expert, and programs are tiles of the
+sorted pairs.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,9 @@
 """What kernels and launch functions share: how kernels follow each other, sizes of blocks, and types of products.
 
 A token is some 500 short kernels in a row. On SM 90 and later each is launched while the one before still runs
-(programmatic dependent launch): it asks for weights, which no kernel writes, and waits before it reads or writes
-anything else.
+(programmatic dependent launch): it asks for weights and waits before it reads or writes anything else. Weights may be
+read so early as none of these kernels writes one: a call begins with an embedding, which is launched in the usual way,
+after all that came before it, new weights too.
 """
 
 from __future__ import annotations

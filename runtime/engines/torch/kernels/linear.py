@@ -5,11 +5,12 @@
 Bytes moved: those of the weight (2, 1 or 0.5625 times N K), read once whatever T is up to 16; x and y are
 T (K + N) numbers.
 
-One row: `row_kernel`, lane by lane in float32. A program takes BN rows of the matrix and all of K; its warps lie
-along K, and each thread has BN loads of 16 bytes in flight. Two to 16 rows: `tile_kernel`, on the tensor cores, where
-the 16 rows of a tile cost no more than one; K is split among programs where N is small, and `sum_kernel` adds the
-parts in a fixed order. More rows: the same kernel with more rows a tile, up to where arithmetic is the bound; then a
-quantized matrix is written out in x's type once (3 or 2.6 bytes a weight) for cuBLAS, which BF16 matrices always use.
+One row: `row_kernel`, lane by lane in float32, or `coded_row_kernel`, in whole numbers, where activations are NVFP4 as
+the weight is. A program takes BN rows of the matrix and all of K; its warps lie along K, and each thread has BN loads
+of 16 bytes in flight. Two to 16 rows: `tile_kernel`, on the tensor cores, where the 16 rows of a tile cost no more than
+one; K is split among programs where N is small, and `sum_kernel` adds the parts in a fixed order. More rows: the same
+kernel with more rows a tile, up to where arithmetic is the bound; then a quantized matrix is written out in x's type
+once (3 or 2.6 bytes a weight) for cuBLAS, which BF16 matrices always use.
 """
 
 import torch
